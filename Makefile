@@ -1,0 +1,50 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: they make .venv and install into it, once.
+# Another interpreter: make test PYTHON=python3.12. Arguments for pytest: make test ARGS="-x tests/test_entry.py".
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+bin := $(VENV)/bin
+stamp := $(VENV)/.installed
+# Twice quiet: errors only, not a warning for each index that lacks a package.
+pip := $(bin)/python -m pip install --quiet --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint install clean
+.DELETE_ON_ERROR:
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(stamp)  ## Build the sample of qwen3.6-27b, gate it against Hugging Face, generate text with it
+	$(bin)/python -m coreai_zoo.demo qwen3.6-27b
+
+test: $(stamp)  ## Run the whole test suite
+	$(bin)/python -m pytest $(ARGS)
+
+lint: $(stamp)  ## Check style, formatting, types and import directions
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports --no-logo
+
+install: $(stamp)  ## Make the environment only
+
+# torch first and by itself, so that its index (pip config, PIP_EXTRA_INDEX_URL) alone decides which build it is.
+$(stamp): pyproject.toml $(bin)/python
+	@echo "installing into $(VENV) (torch and the Core AI toolchain: some minutes the first time)"
+	$(pip) 'torch==$(shell sed -n 's/.*"torch==\([^"]*\)".*/\1/p' pyproject.toml)'
+	$(pip) --editable '.[dev]'
+	@touch $@
+
+# Debian's python3 has venv without ensurepip unless python3-venv is installed: then virtualenv will do, or another pip.
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.12" >&2; exit 3; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(PYTHON) -m virtualenv $(VENV); } \
+		|| { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(bin)/python install pip; } \
+		|| { rm -rf $(VENV); echo "no virtual environment: install python3-venv or virtualenv" >&2; exit 3; }
+
+clean:  ## Remove the environment and caches, not what was built
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
