@@ -1,0 +1,101 @@
+"""Engine contracts: what a bundle's function looks like to the engine that loads it.
+
+A contract fixes the inputs, the names of the key / value pair and the output. The overlay adds its own states through
+the `zoo_extra_states` hook. Facts and their sources: docs/contracts.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from attrs import field, frozen
+from attrs.validators import ge, optional
+
+from coreai_zoo.errors import BadInput
+from coreai_zoo.overlay import Axis, KVCache, StateSpec, TensorSpec, TraceSpec
+
+# The pipelined engine allocates KV at 256 and doubles it; the trace only has to leave the axis free.
+_TRACED_CAPACITY = 256
+_TRACED_POSITIONS = 7
+
+
+@frozen
+class Contract:
+    """One engine contract.
+
+    Attributes:
+        name: as on the command line.
+        summary: one line.
+        query_length: tokens per call, or None when the engine may pass any number.
+        prerequisites: what a machine needs to run such a bundle, for the card.
+        compute_dtype: dtype of states and logits.
+    """
+
+    name: str
+    summary: str
+    query_length: int | None = field(validator=optional(ge(1)))
+    prerequisites: tuple[str, ...]
+    compute_dtype: str = "float16"
+
+    def trace_spec(self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int) -> TraceSpec:
+        """The function's signature.
+
+        `input_ids` [1, S] int32; `position_ids` [1, T] int32, the whole range 0..T-1, so that the S new tokens are
+        written at T - S; the KV pair [layers, 1, heads, capacity, head_dim]; then `extra`; `logits` [1, S, V].
+
+        Raises:
+            ValueError: when names collide.
+        """
+        length = self.query_length if self.query_length is not None else "query"
+        pair = tuple(
+            StateSpec(
+                name=name,
+                shape=(kv.layers, 1, kv.heads, "capacity", kv.head_dim),
+                dtype=self.compute_dtype,
+                kind="kv_cache",
+            )
+            for name in ("keyCache", "valueCache")
+        )
+        axes = {
+            "positions": Axis(1, max_context, _TRACED_POSITIONS),
+            "capacity": Axis(1, max(max_context, _TRACED_CAPACITY), _TRACED_CAPACITY),
+        }
+        if self.query_length is None:
+            axes["query"] = Axis(1, max_context, _TRACED_POSITIONS - 2)
+        return TraceSpec(
+            inputs=(
+                TensorSpec("input_ids", (1, length), "int32"),
+                TensorSpec("position_ids", (1, "positions"), "int32"),
+            ),
+            states=(*pair, *extra),
+            outputs=(TensorSpec("logits", (1, length, vocab_size), self.compute_dtype),),
+            axes=axes,
+        )
+
+
+STATIC_S1 = Contract(
+    name="static-s1",
+    summary="decode-only, loop-free, one token per call; prefill runs as single steps",
+    query_length=1,
+    prerequisites=(
+        "macOS 27",
+        "COREAI_CHUNK_THRESHOLD=1 in the environment",
+        "the community extra-states engine patch, or an engine with the static-logits fix (apple/coreai-models #227)",
+    ),
+)
+
+CONTRACTS: Mapping[str, Contract] = MappingProxyType({contract.name: contract for contract in (STATIC_S1,)})
+
+
+def find_contract(name: str) -> Contract:
+    """The contract called `name`.
+
+    Raises:
+        BadInput: with the nearest names.
+    """
+    if name not in CONTRACTS:
+        near = difflib.get_close_matches(name, CONTRACTS, n=3, cutoff=0.4) or sorted(CONTRACTS)
+        raise BadInput(f"There is no contract {name!r}.", f"Did you mean {' or '.join(near)}?")
+    return CONTRACTS[name]

@@ -1,0 +1,379 @@
+"""Entries: what there is to build, one TOML file each.
+
+An entry names a checkpoint and says how it is built by default. What it states about the model is compared with the
+checkpoint's own config at build, so a fact that is not known is left out, never guessed. Every unknown key, ill-typed
+value and bad value of a file is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+
+import attrs
+import cattrs
+from attrs import field, frozen
+from attrs.validators import in_, min_len, optional
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
+from cattrs.gen import make_dict_structure_fn, override
+
+from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError, listing
+
+if TYPE_CHECKING:
+    from coreai_zoo.plugins import Plugins
+
+Scalar = bool | int | float | str
+FFNKind = Literal["dense", "moe"]
+Status = Literal["verified", "unverified"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The entry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _pattern(expression: str, meaning: str) -> Callable[[object, Any, str], None]:
+    def check(_instance: object, _attribute: Any, value: str) -> None:
+        if not re.fullmatch(expression, value):
+            raise ValueError(f"{value!r} is not {meaning}")
+
+    return check
+
+
+def _positive(_instance: object, _attribute: Any, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{value} is not positive")
+
+
+def _not_empty(_instance: object, _attribute: Any, value: tuple[str, ...]) -> None:
+    if not value or not all(value):
+        raise ValueError("needs at least one name, and no empty one")
+
+
+def _inside_package(_instance: object, _attribute: Any, value: str) -> None:
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"{value!r} is not a relative path inside the package")
+
+
+@frozen
+class Facts:
+    """What an entry states about its model; compared with `Overlay.facts` of the checkpoint at build.
+
+    Attributes:
+        ffn: which feed-forward kind, `dense` or `moe`.
+        parameters: of the text model, embeddings and head included; vision tower and multi-token prediction left out.
+        layers: decoder layers.
+        hidden_size: width of the residual stream.
+        vocab_size: rows of the embedding table.
+        max_context_length: positions that the model was made for.
+        more: further facts by name, in the order of the file.
+    """
+
+    ffn: FFNKind = field(validator=in_(get_args(FFNKind)))
+    parameters: int | None = field(default=None, validator=optional(_positive))
+    layers: int | None = field(default=None, validator=optional(_positive))
+    hidden_size: int | None = field(default=None, validator=optional(_positive))
+    vocab_size: int | None = field(default=None, validator=optional(_positive))
+    max_context_length: int | None = field(default=None, validator=optional(_positive))
+    more: Mapping[str, Scalar] = field(factory=dict)
+
+    @property
+    def stated(self) -> dict[str, Scalar]:
+        """Every fact that the entry states, by name; what is not known is not in it."""
+        named = {name: getattr(self, name) for name in _NAMED_FACTS}
+        return {name: value for name, value in {**named, **self.more}.items() if value is not None}
+
+
+_NAMED_FACTS = tuple(attribute.name for attribute in attrs.fields(Facts) if attribute.name != "more")
+
+
+@frozen
+class Sample:
+    """A miniature trained checkpoint that a plugin ships.
+
+    Attributes:
+        package: importable package that holds it.
+        path: directory inside the package, with forward slashes.
+    """
+
+    package: str = field(validator=_pattern(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "the name of a Python package"))
+    path: str = field(validator=_inside_package)
+
+    def directory(self) -> Path:
+        """The checkpoint's directory on disk.
+
+        Raises:
+            EnvironmentLacks: when the package is not installed, or is not unpacked on disk.
+            BadInput: when the package has no such directory.
+        """
+        try:
+            root = importlib.resources.files(self.package)
+        except ImportError as error:
+            raise EnvironmentLacks(
+                f"the sample checkpoint is in the package {self.package!r}, which cannot be imported ({error}).",
+                "Install the plugin that ships it, or build from a checkpoint with --checkpoint DIR.",
+            ) from error
+        directory = root.joinpath(*PurePosixPath(self.path).parts)
+        if not directory.is_dir():
+            raise BadInput(
+                f"the sample checkpoint {self.path!r} is not in the package {self.package!r} (looked at {directory}).",
+                "Reinstall the plugin, or build from a checkpoint with --checkpoint DIR.",
+            )
+        if not isinstance(directory, Path):  # a package inside a zip: tensors cannot be memory-mapped there
+            raise EnvironmentLacks(f"the package {self.package!r} is not unpacked on disk.", "Reinstall it with pip.")
+        return directory
+
+
+@frozen
+class BundleDefaults:
+    """What a build uses when it is not told otherwise.
+
+    Attributes:
+        max_context: positions that the bundle allows, unless the model allows fewer.
+    """
+
+    max_context: int = field(validator=_positive)
+
+
+@frozen
+class Entry:
+    """One thing to build.
+
+    Attributes:
+        name: what a user types, for example `qwen3.6-27b`.
+        title: the model's name as its makers write it.
+        summary: one sentence.
+        model_type: the `model_type`s that a checkpoint of this entry may have.
+        hf_id: repository on the Hugging Face hub.
+        facts: what is known of the model.
+        bundle: defaults of the bundle.
+        hf_revision: commit that a build fetches, or None where it is not known.
+        licence: SPDX expression of the weights' licence, or None where it is not known.
+        recipe: default recipe.
+        contract: default engine contract.
+        status: `verified` once the facts and revision were compared with the published checkpoint.
+        sample: the miniature checkpoint of the same topology, if there is one.
+    """
+
+    name: str = field(
+        validator=_pattern(r"[a-z0-9]+([._-][a-z0-9]+)*", "lowercase letters and digits joined by '.', '-' or '_'")
+    )
+    title: str = field(validator=min_len(1))
+    summary: str = field(validator=min_len(1))
+    model_type: tuple[str, ...] = field(validator=_not_empty)
+    hf_id: str = field(validator=_pattern(r"[\w.-]+/[\w.-]+", "a repository 'owner/name'"))
+    facts: Facts
+    bundle: BundleDefaults
+    hf_revision: str | None = field(
+        default=None, validator=optional(_pattern(r"[0-9a-f]{40}", "a commit of 40 hexadecimal digits"))
+    )
+    licence: str | None = field(default=None, validator=optional(min_len(1)))
+    recipe: str = field(default="int8hu", validator=min_len(1))
+    contract: str = field(default="static-s1", validator=min_len(1))
+    status: Status = field(default="unverified", validator=in_(get_args(Status)))
+    sample: Sample | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name in a bundle's name: `qwen3_6_27b` for `qwen3.6-27b`."""
+        return re.sub(r"[^a-z0-9]+", "_", self.name)
+
+    def sample_directory(self) -> Path:
+        """The sample checkpoint on disk.
+
+        Raises:
+            EnvironmentLacks: when the package that ships it is not installed.
+            BadInput: when the entry has no sample, or its package does not hold it.
+        """
+        if self.sample is None:
+            raise BadInput(f"entry {self.name!r} has no sample checkpoint.", "Build with --checkpoint DIR.")
+        return self.sample.directory()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+_TOML_TYPES = {bool: "a boolean", int: "an integer", float: "a float", str: "text", list: "a list", dict: "a table"}
+_T = TypeVar("_T")
+
+
+def _mistyped(value: object, expected: str) -> ValueError:
+    return ValueError(f"expected {expected}, found {_TOML_TYPES.get(type(value), type(value).__name__)} ({value!r})")
+
+
+def _text(value: object, _type: Any) -> str:
+    if not isinstance(value, str):
+        raise _mistyped(value, "text")
+    return value
+
+
+def _integer(value: object, _type: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _mistyped(value, "an integer")
+    return value
+
+
+def _texts(value: object, _type: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _mistyped(value, "a list of text")
+    return tuple(value)
+
+
+def _choice(value: object, type_: Any) -> object:
+    if value not in get_args(type_):
+        raise ValueError(f"{value!r} is not one of {', '.join(map(repr, get_args(type_)))}")
+    return value
+
+
+def _is_choice(type_: Any) -> bool:
+    return get_origin(type_) is Literal
+
+
+def _as_it_is(value: Mapping[str, Scalar], _type: Any) -> Mapping[str, Scalar]:
+    return value  # further facts: `_bad_facts` has looked at them
+
+
+def _table(value: object, _type: Any, *, structure: Callable[[Any, Any], _T]) -> _T:
+    if not isinstance(value, dict):
+        raise _mistyped(value, "a table")
+    return structure(value, _type)
+
+
+def _fact_table(value: Mapping[str, Any], type_: Any, *, structure: Callable[[Any, Any], Facts]) -> Facts:
+    more = {name: item for name, item in value.items() if name not in _NAMED_FACTS}
+    return structure({**{name: value[name] for name in _NAMED_FACTS if name in value}, "more": more}, type_)
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_structure_hook(str, _text)
+    converter.register_structure_hook(int, _integer)
+    converter.register_structure_hook_func(lambda type_: type_ == tuple[str, ...], _texts)
+    converter.register_structure_hook_func(_is_choice, _choice)
+    converter.register_structure_hook_func(lambda type_: type_ == Mapping[str, Scalar], _as_it_is)
+
+    def field_hook(value: object, type_: Any, *, attribute: attrs.Attribute[Any]) -> object:
+        # The constructor would run validators only once all types are right, and stop at the first.
+        structured = converter.structure(value, type_)
+        if attribute.validator is not None:
+            attribute.validator(None, attribute, structured)
+        return structured
+
+    for cls in (Sample, BundleDefaults, Facts, Entry):
+        attributes = attrs.fields(attrs.resolve_types(cls))
+        hooks = {a.name: override(struct_hook=partial(field_hook, attribute=a)) for a in attributes}
+        structure: Any = make_dict_structure_fn(cls, converter, **hooks)  # type: ignore[arg-type]  # hooks are overrides
+        if cls is Facts:
+            structure = partial(_fact_table, structure=structure)
+        converter.register_structure_hook(cls, partial(_table, structure=structure))
+    return converter
+
+
+_CONVERTER = _make_converter()
+
+
+def _problems(error: BaseException, key: str = "") -> Iterator[str]:
+    if isinstance(error, ClassValidationError):
+        located, rest = error.group_exceptions()
+        for inner, note in located:
+            # `more` is ours: in the file these facts stand beside the named ones.
+            yield from _problems(inner, key if note.name == "more" else f"{key}.{note.name}".lstrip("."))
+        for inner in rest:
+            yield from _problems(inner, key)
+    elif isinstance(error, ForbiddenExtraKeysError):
+        known = [attribute.name for attribute in attrs.fields(error.cl)]
+        for name in sorted(error.extra_fields):
+            near = difflib.get_close_matches(name, known, n=1)
+            known_keys = f"nearest is {near[0]}" if near else f"known are {', '.join(known)}"
+            yield f"{f'{key}.{name}'.lstrip('.')}: unknown key, {known_keys}"
+    elif isinstance(error, KeyError):
+        yield f"{key}: missing"
+    else:
+        yield f"{key}: {error.args[0] if error.args else error}"
+
+
+def _bad_facts(data: Mapping[str, Any]) -> Iterator[str]:
+    facts = data.get("facts")
+    for name, value in facts.items() if isinstance(facts, dict) else ():
+        if name in _NAMED_FACTS:
+            continue
+        # Any other name may be a fact, so a misspelt one would pass for another fact.
+        near = difflib.get_close_matches(name, _NAMED_FACTS, n=1, cutoff=0.85)
+        if near:
+            yield f"facts.{name}: unknown key, nearest is {near[0]}"
+        elif not isinstance(value, Scalar):
+            yield f"facts.{name}: {_mistyped(value, 'a single value')}"
+
+
+def load_entry(path: Path) -> Entry:
+    """Read one entry file.
+
+    Raises:
+        BadInput: when the file cannot be read, or naming every key that is unknown, missing, ill-typed or bad.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"the entry file {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"the entry file {path} is not TOML: {error}.") from error
+    problems = list(_bad_facts(data))
+    try:
+        entry = _CONVERTER.structure(data, Entry)
+    except ClassValidationError as error:
+        problems.extend(_problems(error))
+    if problems:
+        raise BadInput(
+            f"the entry file {path} has {len(problems)} bad key{'s' * (len(problems) > 1)}: {'; '.join(problems)}."
+        )
+    return entry
+
+
+def load_entries(plugins: Plugins) -> Mapping[str, tuple[Entry, str]]:
+    """Every entry of every plugin, by name, each with the name of the plugin that brought it.
+
+    Raises:
+        BadInput: when an entry file is bad; the plugin is named.
+        PluginError: when two files have one name, naming both plugins and files.
+    """
+    entries: dict[str, tuple[Entry, str]] = {}
+    files: dict[str, Path] = {}
+    for plugin, path in plugins.entries():
+        with plugins.blame(plugin, "zoo_entries"):
+            entry = load_entry(path)
+        if entry.name in entries:
+            raise PluginError(
+                f"the entry {entry.name!r} is there twice: from plugin {entries[entry.name][1]!r} "
+                f"({files[entry.name]}) and from plugin {plugin!r} ({path}).",
+                "Rename one, or uninstall one of the plugins.",
+            )
+        entries[entry.name] = (entry, plugin)
+        files[entry.name] = path
+    return dict(sorted(entries.items()))
+
+
+def find_entry(name: str, plugins: Plugins) -> tuple[Entry, str]:
+    """The entry called `name` and the plugin that brought it.
+
+    Raises:
+        BadInput: when there is none, with the nearest names.
+    """
+    entries = load_entries(plugins)
+    if name in entries:
+        return entries[name]
+    near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.5)
+    if near:
+        hint = f"Did you mean {' or '.join(near)}?"
+    elif entries:
+        hint = f"There are: {listing(list(entries))}."
+    else:
+        hint = "No plugin brings any entry: `zoo plugins` shows what is installed."
+    raise BadInput(f"no entry is called {name!r}.", hint)

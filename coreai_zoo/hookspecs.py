@@ -1,0 +1,195 @@
+"""Every hook of the zoo: the contract between host and plugins, and nothing else.
+
+A plugin is a module or object with functions of these names, decorated with `coreai_zoo.hookimpl` and advertised in the
+entry-point group `coreai_zoo`. Hooks only register; behaviour lives in what they return. All results are collected and
+checked by the host, which names the plugin and the hook in every error. A hook may be given fewer arguments than it is
+listed with here: an implementation takes those that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, StateSpec, WeightMap
+
+if TYPE_CHECKING:
+    import click
+
+    from coreai_zoo.backends import Backend
+    from coreai_zoo.contracts import Contract
+    from coreai_zoo.entry import Entry
+    from coreai_zoo.gates import Gate
+
+hookspec = pluggy.HookspecMarker("coreai_zoo")
+hookimpl = pluggy.HookimplMarker("coreai_zoo")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# At start-up: what there is to build
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def zoo_entries() -> Iterable[Path]:
+    """Entry files (TOML, one entry each) that the plugin brings.
+
+    Called once, by any command that names an entry. Must not import torch: `zoo list` answers in half a second.
+
+    Returns:
+        Paths. All plugins' are collected; one name from two plugins is an error that names both.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_register_commands(cli: click.Group) -> None:
+    """Add subcommands to `zoo`.
+
+    Called once, before the command line is parsed. Must not import torch.
+
+    Args:
+        cli: the click group; use `cli.add_command`. Replacing an existing command is an error.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resolving a build: which overlay, in which form
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def zoo_claim_overlay(model_type: str, hf_config: Mapping[str, Any]) -> Overlay | None:
+    """Claim an architecture.
+
+    Called when a checkpoint is resolved.
+
+    Args:
+        model_type: the `model_type` of `config.json`.
+        hf_config: the whole of it.
+
+    Returns:
+        The overlay, or None. Exactly one plugin must claim; two claims are an error that names both.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_layer_rewrites(overlay: Overlay, config: Any, contract: Contract) -> Iterable[LayerRewrite]:
+    """Replace layers of the overlay's decoder by the form that a contract needs.
+
+    Called after `Overlay.decoder`, before weights are planned.
+
+    Args:
+        overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        config: what its `read_config` returned.
+        contract: the engine contract of this build.
+
+    Returns:
+        Rewrites. All plugins' are collected; two on one layer are an error that names both.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_extra_states(overlay: Overlay, config: Any, contract: Contract) -> Iterable[StateSpec]:
+    """States that a step carries besides the key / value pair.
+
+    Called when the function's signature is made.
+
+    Args:
+        overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        config: what its `read_config` returned.
+        contract: the engine contract of this build.
+
+    Returns:
+        Specs, in the order in which the decoder takes them after the KV pair. Plugins answer in registration order.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_weight_map(overlay: Overlay, config: Any) -> WeightMap | None:
+    """The table from checkpoint keys to the decoder's parameters.
+
+    Called when weights are planned.
+
+    Args:
+        overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        config: what its `read_config` returned.
+
+    Returns:
+        The table or None. The first plugin that answers wins, the last registered asked first.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_head_quantization(overlay: Overlay, entry: Entry | None, config: Any) -> HeadQuantization | None:
+    """How the output projection is quantized when the recipe quantizes it.
+
+    Called when the recipe is resolved. Without an answer the host uses the recipe's own spec for the body.
+
+    Args:
+        overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        entry: the entry that is built, or None for a bare checkpoint.
+        config: what the overlay's `read_config` returned.
+
+    Returns:
+        The policy with its reason, or None. The first plugin that answers wins, the last registered asked first.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing and judging a bundle
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def zoo_backends() -> Iterable[Backend]:
+    """Targets that a bundle can be written for.
+
+    Called when a build is resolved. The toolchain behind a backend must be imported only when the backend is used.
+
+    Returns:
+        Backends. All plugins' are collected; one name from two plugins is an error that names both.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_gates(overlay: Overlay, entry: Entry | None) -> Iterable[Gate]:
+    """Gates to run on a bundle besides the host's teacher-forced one.
+
+    Called by `zoo gate`.
+
+    Args:
+        overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        entry: the entry that was built, or None for a bare checkpoint.
+
+    Returns:
+        Gates. All plugins' are collected and run; any that fails makes the verdict fail.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
