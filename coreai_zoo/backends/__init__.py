@@ -1,0 +1,85 @@
+"""What a backend is. The toolchains themselves are imported only by the modules that implement one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from attrs import frozen
+
+from coreai_zoo.overlay import TraceSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from coreai_zoo.export import Constant
+
+
+@frozen
+class Signature:
+    """The function of a saved asset as its toolchain reads it back: name to (shape, dtype), a dynamic size being -1."""
+
+    inputs: Mapping[str, tuple[tuple[int, ...], str]]
+    states: Mapping[str, tuple[tuple[int, ...], str]]
+    outputs: Mapping[str, tuple[tuple[int, ...], str]]
+
+
+class Stepper(Protocol):
+    """A loaded asset that is stepped token by token, its states carried from call to call."""
+
+    def step(self, token: int) -> np.ndarray[Any, Any]:
+        """Feed one token at the next position; the logits, float16 [V]."""
+
+    def reset(self) -> None:
+        """Zero the states and start at position 0 again."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A target that bundles are written for."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+
+    @property
+    def asset_suffix(self) -> str:
+        """File-name suffix of the asset in a bundle, with the dot."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Distribution name to version of everything that determines the asset's bytes."""
+
+    def compile(self, module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant], destination: Path) -> None:
+        """Trace and lower `module`, and write the asset to `destination`, which does not exist yet.
+
+        Args:
+            module: the decoder with its weights bound; it is modified.
+            spec: its signature.
+            constants: the module's stored state by name; no copy of one may be made in memory.
+            destination: path of the asset.
+
+        Raises:
+            PluginError: when the module does not meet the contract.
+            EnvironmentLacks: when the toolchain is missing or another version.
+        """
+
+    def signature(self, asset: Path) -> Signature:
+        """Read a saved asset's signature.
+
+        Raises:
+            CheckFailed: when it cannot be read.
+        """
+
+    def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> AbstractContextManager[Stepper]:
+        """Load an asset to run it on this machine, with room for `capacity` positions."""
+
+
+def drain(stepper: Stepper, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
+    """Step through `tokens` from position 0; the logits after each."""
+    stepper.reset()
+    for token in tokens:
+        yield stepper.step(token)

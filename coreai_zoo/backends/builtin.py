@@ -1,0 +1,16 @@
+"""The host's own plugin: the backends that come with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from coreai_zoo import hookimpl
+from coreai_zoo.backends import Backend
+
+
+@hookimpl
+def zoo_backends() -> Iterable[Backend]:
+    """Core AI."""
+    from coreai_zoo.backends.coreai import CoreAIBackend
+
+    return (CoreAIBackend(),)

@@ -1,0 +1,317 @@
+"""Core AI: lowering to an `.aimodel`, reading one back, running one.
+
+The toolchain's public converter copies every weight into anonymous memory, names constants by a hash that is seeded per
+process, and stamps the time of day. This module goes around that, and is the only place that touches the toolchain's
+private functions; `_REQUIRED` pins the versions that they were read in, and tests/test_coreai_backend.py compares the
+result with the public path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from coreai_zoo import composites
+from coreai_zoo.backends import Signature
+from coreai_zoo.errors import CheckFailed, EnvironmentLacks
+from coreai_zoo.overlay import TraceSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    from coreai_zoo.export import Constant
+
+_REQUIRED = MappingProxyType({"coreai-core": "1.0.0b3", "coreai-torch": "0.4.3"})
+
+# A larger alignment is written but cannot be read back: AIModelAsset.summary() then expects sections aligned to 64.
+_ALIGNMENT = 16
+
+
+@frozen
+class CoreAIBackend:
+    """Writes `.aimodel` assets and runs them on the Core AI runtime (on Linux, its CPU interpreter)."""
+
+    name: str = "coreai"
+    asset_suffix: str = ".aimodel"
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the toolchain, checked."""
+        return _checked_versions()
+
+    def compile(self, module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant], destination: Path) -> None:
+        """See `Backend.compile`."""
+        _checked_versions()
+        with _toolchain():
+            _save(_lower(module, spec, constants), destination)
+
+    def signature(self, asset: Path) -> Signature:
+        """See `Backend.signature`."""
+        _checked_versions()
+        with _Loaded(asset) as loaded:
+            return loaded.signature()
+
+    @contextlib.contextmanager
+    def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[CoreAIStepper]:
+        """See `Backend.stepper`."""
+        _checked_versions()
+        with _Loaded(asset) as loaded:
+            yield CoreAIStepper(loaded, spec, capacity)
+
+
+def _checked_versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for distribution, required in _REQUIRED.items():
+        try:
+            found[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            raise EnvironmentLacks(
+                f"{distribution} is not installed.", f"Install it with: pip install {distribution}=={required}"
+            ) from None
+        if found[distribution] != required:
+            raise EnvironmentLacks(
+                f"{distribution} is {found[distribution]}, and this version of the zoo is written against {required}.",
+                f"Install it with: pip install {distribution}=={required}",
+            )
+    return found
+
+
+@contextlib.contextmanager
+def _toolchain() -> Iterator[None]:
+    """Keep the toolchain's warnings and banner from the user's terminal, and stdout for what the user asked for."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # It compares "2.13.0+cpu" with "2.13.0" and finds the former newer.
+        warnings.filterwarnings("ignore", message="coreai-torch has only been validated")
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lowering
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _lower(module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant]) -> Any:
+    """Trace `module` with its composites kept whole, and lower it; an `AIProgram`."""
+    from coreai_torch import get_decomp_table
+    from coreai_torch.externalize import _patch_model_for_externalization
+
+    from coreai_zoo import export
+    from coreai_zoo.backends._coreai_lowering import Converter, export_composites
+
+    present = _use_toolchain_composites(module)
+    _patch_model_for_externalization(module, present)
+    program = export.trace(module, spec, get_decomp_table())
+    composite_programs = export_composites(module, program)
+    converter = Converter(_named_state(program, constants))
+    return converter.convert(
+        program,
+        composite_programs,
+        input_names=[tensor.name for tensor in spec.inputs],
+        output_names=[tensor.name for tensor in spec.outputs],
+        state_names=[state.name for state in spec.states],
+    )
+
+
+def _use_toolchain_composites(module: nn.Module) -> list[Any]:
+    """Replace the plain composites by the toolchain's; the externalization specs of those that occur.
+
+    Names and attributes are those under which Apple's own exporter externalizes them, which is what the device's fused
+    kernels look for (coreai-models, `_EXTERNALIZE_SPECS`).
+    """
+    from coreai_torch import ExternalizeSpec
+    from coreai_torch.composite_ops import SDPA, GatherMM, RMSNormImpl
+
+    specs: dict[str, Any] = {}
+    for child in list(module.modules()):
+        match child:
+            case composites.RMSNorm():
+                child.impl = RMSNormImpl(eps=child.impl.eps)
+                specs["rms_norm"] = (RMSNormImpl, ["axes", "eps"])
+            case composites.SDPA():
+                child.impl = SDPA(scale=child.impl.scale, is_causal=True)
+                specs["scaled_dot_product_attention"] = (SDPA, ["scale", "is_causal", "window_size"])
+            case composites.GatherMM():
+                child.impl = GatherMM()
+                specs["gather_mm"] = (GatherMM, ["num_batch_axes"])
+    return [ExternalizeSpec(cls, composite_op_name=name, composite_attrs=attrs) for name, (cls, attrs) in specs.items()]
+
+
+def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) -> dict[str, tuple[str, Constant]]:
+    """Placeholder of the graph to (state name, constant), for everything that the graph reads but its arguments.
+
+    State that is not stored, such as an overlay's buffers and literals, is small and handed over by name all the same:
+    whatever goes the toolchain's own way is named by a hash that differs from process to process.
+    """
+    from coreai_zoo.export import Constant
+
+    signature = program.graph_signature
+    tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
+    placeholders = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    named: dict[str, tuple[str, Constant]] = {}
+    for placeholder, name in placeholders.items():
+        constant = constants.get(name)
+        if constant is None:
+            tensor = tensors[name].detach().contiguous()
+            narrow = {"int64": "int32", "float64": "float32"}
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            array = tensor.numpy().astype(narrow.get(dtype, dtype))
+            constant = Constant(array, tuple(tensor.shape), narrow.get(dtype, dtype))
+        named[placeholder] = (name, constant)
+    return named
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _save(program: Any, destination: Path) -> None:
+    """Write the asset. What `AIProgram.save_asset` does, without reading the bytecode back whole to hash it and without
+    the time of day."""
+    from coreai.authoring.asset import _COREAI_PRODUCER
+    from coreai.runtime import _AIModelAsset
+
+    destination.mkdir(parents=True)
+    asset = _AIModelAsset._create(path=str(destination), metadata=None)
+    program._save_bytecode(asset._program_bytecode_path)
+
+    def stamp(fields: Any) -> None:
+        fields.creation_date = float(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+        fields._producer = _COREAI_PRODUCER
+
+    asset.update_metadata(updates=stamp)
+    # The runtime writes the keys in an order that differs from process to process.
+    fields = destination / "metadata.json"
+    fields.write_text(json.dumps(json.loads(fields.read_text()), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with Path(asset._program_bytecode_path).open("rb") as bytecode:
+        Path(asset._program_hash_path).write_bytes(hashlib.file_digest(bytecode, "sha256").digest())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and running
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Loaded:
+    """An asset loaded on the runtime, behind a private event loop: the runtime's calls are coroutines."""
+
+    def __init__(self, asset: Path) -> None:
+        self._asset = asset
+        self._loop = asyncio.new_event_loop()
+
+    def __enter__(self) -> _Loaded:
+        from coreai.authoring import AIModelAsset
+
+        try:
+            with _toolchain(), _native_output_captured():
+                self._executable = AIModelAsset.load(str(self._asset)).executable()
+                model = self.run(self._executable.__aenter__())
+                self.function = model.load_function("main")
+        except (RuntimeError, KeyError, OSError) as error:
+            self._loop.close()
+            raise CheckFailed(
+                f"{self._asset} cannot be loaded on the Core AI runtime: {str(error).strip()[:300]}.",
+                "Build the bundle again.",
+            ) from error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.function = None
+        self.run(self._executable.__aexit__(None, None, None))
+        self._loop.close()
+
+    def run(self, coroutine: Any) -> Any:
+        return self._loop.run_until_complete(coroutine)
+
+    def signature(self) -> Signature:
+        described = self.function.desc
+
+        def read(kind: str) -> dict[str, tuple[tuple[int, ...], str]]:
+            descriptor = getattr(described, f"{kind}_descriptor")
+            names = getattr(described, f"{kind}_names")
+            return {name: (tuple(descriptor(name).shape), str(descriptor(name).dtype)) for name in names}
+
+        return Signature(inputs=read("input"), states=read("state"), outputs=read("output"))
+
+
+class CoreAIStepper:
+    """Steps a loaded asset; see `Stepper`."""
+
+    def __init__(self, loaded: _Loaded, spec: TraceSpec, capacity: int) -> None:
+        self._loaded, self._spec, self._capacity = loaded, spec, capacity
+        self.reset()
+
+    def reset(self) -> None:
+        """Zero the states and start at position 0 again."""
+        import numpy as np
+        from coreai.runtime import NDArray
+
+        self._position = 0
+        self._states = {
+            state.name: NDArray(
+                np.zeros([self._capacity if isinstance(size, str) else size for size in state.shape], state.dtype)
+            )
+            for state in self._spec.states
+        }
+
+    def step(self, token: int) -> np.ndarray[Any, Any]:
+        """Feed one token; the logits, float16 [V].
+
+        Raises:
+            CheckFailed: when the context that the stepper was made for is full.
+        """
+        import numpy as np
+        from coreai.runtime import NDArray
+
+        if self._position >= self._capacity:
+            raise CheckFailed(f"The context of {self._capacity} positions is full.")
+        self._position += 1
+        inputs = {
+            "input_ids": NDArray(np.array([[token]], np.int32)),
+            "position_ids": NDArray(np.arange(self._position, dtype=np.int32)[None]),
+        }
+        outputs = self._loaded.run(self._loaded.function(inputs, self._states))
+        logits: np.ndarray[Any, Any] = np.array(outputs["logits"].numpy()[0, -1])
+        return logits
+
+    def state(self, name: str) -> np.ndarray[Any, Any]:
+        """A copy of a state as it is now."""
+        return self._states[name].numpy().copy()
+
+
+@contextlib.contextmanager
+def _native_output_captured() -> Iterator[None]:
+    """Keep what the native runtime prints on stderr while it loads a function, unless loading fails."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(saved, 2)
+            captured.seek(0)
+            os.write(2, captured.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,257 @@
+"""The LanguageBundle on disk: what an engine loads, and the record of how it was made.
+
+    <name>/
+        metadata.json       what Apple's loader parses (metadata_version 0.2)
+        <name>.aimodel/     the asset; its suffix is the backend's
+        tokenizer/          the checkpoint's own files
+        README.md           model card
+        build.json          everything that determined the bytes, and the SHA-256 of every file
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import field, frozen
+
+from coreai_zoo.errors import BadInput, CheckFailed, listing
+from coreai_zoo.overlay import Axis, StateSpec, TensorSpec, TraceSpec
+
+METADATA_VERSION = "0.2"
+BUILD_SCHEMA = 1
+
+# Written after the build, by gates: outside the digest, so that a gated bundle still verifies.
+GATE_FOLDER = "gate"
+
+# Registered in swift-transformers, so that a Mac can load them (FACTS section 3).
+TOKENIZER_CLASSES = ("Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+
+_TOKENIZER_FILES = {
+    "tokenizer.json": True,
+    "tokenizer_config.json": True,
+    "chat_template.jinja": False,
+    "chat_template.json": False,
+    "special_tokens_map.json": False,
+    "added_tokens.json": False,
+    "vocab.json": False,
+    "merges.txt": False,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_date() -> str:
+    """The date that a bundle carries: SOURCE_DATE_EPOCH if set, else the epoch, so that rebuilds are equal."""
+    try:
+        seconds = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError) as error:
+        raise BadInput(f"SOURCE_DATE_EPOCH is {os.environ['SOURCE_DATE_EPOCH']!r}, not seconds since 1970.") from error
+
+
+def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
+    """Read the checkpoint's `tokenizer_config.json` and check that an engine can use the tokenizer.
+
+    Raises:
+        BadInput: when a file is missing or unreadable, the class is unknown to engines, or a token id is out of range.
+    """
+    missing = [name for name, required in _TOKENIZER_FILES.items() if required and not (checkpoint / name).is_file()]
+    if missing:
+        raise BadInput(f"{checkpoint} has no {' and no '.join(missing)}.", "A bundle needs the checkpoint's tokenizer.")
+    config = _read_object(checkpoint / "tokenizer_config.json")
+    name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    if name not in TOKENIZER_CLASSES:
+        raise BadInput(
+            f"tokenizer_class in {checkpoint / 'tokenizer_config.json'} is {config.get('tokenizer_class')!r}, which the "
+            f"runtime does not know.",
+            f"It knows {listing(list(TOKENIZER_CLASSES))}.",
+        )
+    tokenizer = _read_object(checkpoint / "tokenizer.json")
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    added = [token.get("id", 0) for token in tokenizer.get("added_tokens", [])]
+    highest = max([*(vocabulary.values() if isinstance(vocabulary, dict) else ()), *added], default=-1)
+    if highest < 0 or highest >= vocab_size:
+        raise BadInput(
+            f"The tokenizer in {checkpoint} has token ids up to {highest}, but the model's vocabulary is {vocab_size}."
+        )
+    return config
+
+
+def copy_tokenizer(checkpoint: Path, destination: Path) -> None:
+    """Copy the checkpoint's tokenizer files to `destination`."""
+    destination.mkdir()
+    for name in _TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, destination / name)
+
+
+@frozen
+class Description:
+    """What a bundle says about itself; see `metadata`."""
+
+    name: str
+    asset: str
+    vocab_size: int
+    max_context_length: int
+    hf_id: str
+    hf_revision: str | None
+    compression: str
+    states: Mapping[str, str]
+    user_data: Mapping[str, str] = field(factory=dict)
+
+
+def metadata(description: Description) -> dict[str, Any]:
+    """The content of `metadata.json`, with the fields that Apple's loader parses and those that published bundles carry."""
+    source = {"model_definition": "torch", "hf_model_id": description.hf_id, "hf_revision": description.hf_revision}
+    return {
+        "metadata_version": METADATA_VERSION,
+        "kind": "llm",
+        "name": description.name,
+        "assets": {"main": description.asset},
+        "language": {
+            "tokenizer": description.hf_id,
+            "vocab_size": description.vocab_size,
+            "max_context_length": description.max_context_length,
+            "embedded_tokenizer": True,
+            "function_map": {"main": ["main"]},
+            "states": dict(description.states),
+        },
+        "source": {key: value for key, value in source.items() if value is not None},
+        "compression": description.compression,
+        "compilation": {"date": build_date(), "targets": []},
+        "user_data": dict(description.user_data),
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as indented UTF-8 JSON with a final newline."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_digests(bundle: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of the bundle but `build.json` itself and what gates add, by relative path."""
+    digests = {}
+    for path in sorted(_files(bundle)):
+        with path.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        digests[path.relative_to(bundle).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return digests
+
+
+def _files(bundle: Path) -> Iterator[Path]:
+    for path in bundle.rglob("*"):
+        parts = path.relative_to(bundle).parts
+        if (path.is_file() or path.is_symlink()) and parts != ("build.json",) and parts[0] != GATE_FOLDER:
+            yield path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The function's signature, as build.json records it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def signature_record(spec: TraceSpec) -> dict[str, Any]:
+    """A `TraceSpec` as JSON."""
+    return {
+        "inputs": [attrs.asdict(tensor) for tensor in spec.inputs],
+        "states": [attrs.asdict(state) for state in spec.states],
+        "outputs": [attrs.asdict(tensor) for tensor in spec.outputs],
+        "axes": {name: attrs.asdict(axis) for name, axis in spec.axes.items()},
+    }
+
+
+def read_signature(record: Mapping[str, Any]) -> TraceSpec:
+    """The `TraceSpec` that `signature_record` wrote."""
+    return TraceSpec(
+        inputs=tuple(TensorSpec(**tensor) for tensor in record["inputs"]),
+        states=tuple(StateSpec(**state) for state in record["states"]),
+        outputs=tuple(TensorSpec(**tensor) for tensor in record["outputs"]),
+        axes={name: Axis(**axis) for name, axis in record["axes"].items()},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Bundle:
+    """A bundle on disk, its two records read.
+
+    Attributes:
+        directory: where it is.
+        metadata: content of `metadata.json`.
+        build: content of `build.json`.
+    """
+
+    directory: Path
+    metadata: Mapping[str, Any]
+    build: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Bundle:
+        """Read the records of a bundle.
+
+        Raises:
+            BadInput: when `directory` is not a bundle of this zoo.
+        """
+        if not directory.is_dir():
+            raise BadInput(f"There is no bundle at {directory}.", "`zoo build` prints where it put one.")
+        absent = [name for name in ("metadata.json", "build.json") if not (directory / name).is_file()]
+        if absent:
+            raise BadInput(f"{directory} is not a bundle of this zoo: it has no {' and no '.join(absent)}.")
+        build = _read_object(directory / "build.json")
+        if build.get("schema") != BUILD_SCHEMA:
+            raise BadInput(f"{directory / 'build.json'} has schema {build.get('schema')!r}, not {BUILD_SCHEMA}.")
+        return cls(directory, _read_object(directory / "metadata.json"), build)
+
+    @property
+    def asset(self) -> Path:
+        """The asset that holds the function."""
+        try:
+            asset = str(self.metadata["assets"]["main"])
+        except (KeyError, TypeError):
+            raise CheckFailed(f"metadata.json of {self.directory} names no main asset.") from None
+        if Path(asset).name != asset:
+            raise CheckFailed(f"metadata.json of {self.directory} names the asset {asset!r}, which is not a plain name.")
+        return self.directory / asset
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's directory."""
+        return self.directory / "tokenizer"
+
+    @property
+    def signature(self) -> TraceSpec:
+        """The function's signature as it was built."""
+        try:
+            return read_signature(self.build["function"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckFailed(f"build.json of {self.directory} has no readable signature: {error}.") from error
+
+    @property
+    def max_context(self) -> int:
+        """Positions that the bundle allows."""
+        return int(self.metadata["language"]["max_context_length"])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is not a JSON object.")
+    return content

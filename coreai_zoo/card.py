@@ -1,0 +1,109 @@
+"""The model card of a bundle: what the build knows, and nothing that was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from coreai_zoo.overlay import ROLES
+
+
+def render(record: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    """The card as Markdown.
+
+    Args:
+        record: of the build, as `pipeline.build_record` makes it.
+        sizes: bytes by relative path of the files so far.
+    """
+    return "\n\n".join(
+        section
+        for section in (_head(record), _architecture(record), _recipe(record), _function(record, sizes), _run(record), _provenance(record))
+        if section
+    ) + "\n"
+
+
+def _head(record: Mapping[str, Any]) -> str:
+    title = record["entry"]["title"]
+    lines = [f"# {record['name']}"]
+    if record["sample"]:
+        lines.append(
+            f"**A sample, not {title}.** A miniature with the topology of {title}, trained on a few megabytes of text, "
+            "that exercises the same build. It is useful for trying the tools and for nothing else."
+        )
+    else:
+        lines.append(f"{title} ([{record['entry']['hf_id']}](https://huggingface.co/{record['entry']['hf_id']})) for Core AI.")
+    if record["entry"]["differences"]:
+        lines.append("**Not the published size.** " + "; ".join(record["entry"]["differences"]) + ".")
+    return "\n\n".join(lines)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _architecture(record: Mapping[str, Any]) -> str:
+    rows = [(name.replace("_", " "), _plain(value)) for name, value in record["facts"].items()]
+    parameters = sum(role["parameters"] for role in record["weights"].values())
+    return "## Architecture\n\n" + _table(("", ""), [("parameters", f"{parameters:,}"), *rows])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _recipe(record: Mapping[str, Any]) -> str:
+    rows = []
+    for role, counts in record["weights"].items():
+        spec = record["recipe"]["roles"][role]
+        stored = "as is (float)" if spec is None else f"{spec['dtype']}, block {spec['block']}, {spec['scheme']}"
+        rows.append((role, ROLES[role], f"{counts['parameters']:,}", stored, f"{counts['bytes']:,}"))
+    text = f"## Recipe `{record['recipe']['name']}`\n\n" + _table(("role", "what", "parameters", "stored", "bytes"), rows)
+    reason = record["recipe"]["head_reason"]
+    return text + (f"\n\nThe head: {reason}" if reason else "")
+
+
+def _function(record: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    function = record["function"]
+    rows = [
+        (kind, f"`{tensor['name']}`", " x ".join(str(size) for size in tensor["shape"]), tensor["dtype"])
+        for kind, tensors in (("input", "inputs"), ("state", "states"), ("output", "outputs"))
+        for tensor in function[tensors]
+    ]
+    files = [(f"`{path}`", f"{size:,}") for path, size in sizes.items()]
+    rewrites = "".join(f"\n- `{rewrite['name']}`: {rewrite['reason']}" for rewrite in record["overlay"]["rewrites"])
+    return "\n\n".join(
+        [
+            f"## Function `main`, contract `{record['contract']['name']}`",
+            _table(("", "name", "shape", "dtype"), rows),
+            f"Context: {record['max_context']:,} positions at most.",
+            f"Layers in another form than the checkpoint's own implementation:\n{rewrites}" if rewrites else "",
+            "## Files",
+            _table(("file", "bytes"), files),
+        ]
+    )
+
+
+def _run(record: Mapping[str, Any]) -> str:
+    needs = "\n".join(f"- {need}" for need in record["contract"]["prerequisites"])
+    return (
+        "## Running it\n\n"
+        f"On a Mac, with an engine for the `{record['contract']['name']}` contract. It needs:\n\n{needs}\n\n"
+        "On Linux, on the Core AI CPU interpreter (slow; for checking):\n\n"
+        f"```\nzoo run {record['name']} -p \"def main(\" -n 40\n```"
+    )
+
+
+def _provenance(record: Mapping[str, Any]) -> str:
+    source = record["source"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    files = "\n".join(f"- `{name}`: {file['size']:,} bytes" for name, file in source.get("files", {}).items())
+    dropped = "".join(f"\n- {count} tensors left out: {reason}" for reason, count in record["dropped"].items())
+    revision = source.get("hf_revision") or "not recorded (built from a local copy)"
+    return (
+        f"## Provenance\n\nBuilt by coreai-zoo {record['zoo']} with {versions}; overlay `{record['overlay']['name']}`.\n\n"
+        f"Checkpoint revision: {revision}. Its files:\n\n{files}{dropped}\n\n"
+        "`build.json` records everything that determined these bytes, and the SHA-256 of every file."
+    )

@@ -1,0 +1,264 @@
+"""The commands that build, run and judge: `zoo build`, `zoo run`, `zoo gate`, `zoo verify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coreai_zoo import pipeline
+from coreai_zoo.bundle import Bundle
+from coreai_zoo.checkpoint import read_config
+from coreai_zoo.cli import json_option, plugins_of, print_json, print_table, new_table
+from coreai_zoo.contracts import CONTRACTS
+from coreai_zoo.entry import find_entry
+from coreai_zoo.errors import BadInput, CheckFailed
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
+from coreai_zoo.quantize import RECIPES
+
+_EXISTING = click.Path(path_type=Path)
+
+
+@click.command("build")
+@click.argument("entry", metavar="ENTRY")
+@click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local Hugging Face checkpoint.")
+@click.option("--sample", is_flag=True, help="The miniature trained checkpoint that ships with the entry.")
+@click.option("--recipe", metavar="R", help=f"Quantization: {', '.join(RECIPES)}. Default: the entry's.")
+@click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
+@click.option("--backend", default="coreai", show_default=True, metavar="B", help="Target toolchain.")
+@click.option(
+    "-o", "--output", type=_EXISTING, default=pipeline.DEFAULT_OUTPUT, show_default=True, metavar="DIR",
+    help="Folder in which the bundle's own folder is made.",
+)
+@click.option("--max-context", type=int, metavar="N", help="Positions that the bundle allows. Default: the entry's.")
+@click.option("--layers", type=int, metavar="N", help="Build a slice: the first N layers only.")
+@click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where weights are kept during the build.")
+@click.option("--keep-weights", is_flag=True, help="Keep them afterwards: a rebuild quantizes nothing again.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@json_option
+@click.pass_context
+def build(ctx: click.Context, as_json: bool, **options: Any) -> None:
+    """Build a bundle.
+
+    Without --checkpoint or --sample the entry's checkpoint is fetched from the Hugging Face hub. The output path is
+    untouched until the bundle is complete and verified. An interrupted build resumes when the same command is run again.
+
+    \b
+    Example:
+        zoo build qwen3.6-27b --sample
+        zoo build qwen3.6-27b --checkpoint ~/Qwen3.6-27B -o bundles
+    """
+    request = pipeline.BuildRequest(**options)
+    try:
+        result = pipeline.build(request, plugins_of(ctx), Reporter(silent=as_json))
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. Finished weights are kept: run the same command again to resume.", err=True)
+        raise
+    if as_json:
+        click.echo(pipeline.request_json(request, result))
+    else:
+        click.echo(f"{result.path} ({result.bytes:,} bytes, {sum(result.seconds.values()):.1f} s)")
+
+
+@click.command("verify")
+@click.argument("bundle", type=_EXISTING)
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, bundle: Path, as_json: bool) -> None:
+    """Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.
+
+    Exits with 1 if anything is not as recorded.
+
+    \b
+    Example:
+        zoo verify exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
+    """
+    from coreai_zoo.verify import require
+    from coreai_zoo.verify import verify as verify_bundle
+
+    checks = verify_bundle(Bundle.open(bundle), plugins_of(ctx).backends())
+    if as_json:
+        print_json([{"name": check.name, "passed": check.passed, "detail": check.detail} for check in checks])
+    else:
+        rows = new_table("check", "", "found")
+        for check in checks:
+            rows.add_row(check.name, "ok" if check.passed else "FAILED", check.detail)
+        print_table(rows)
+    require(checks)
+
+
+@click.command("run")
+@click.argument("bundle", type=_EXISTING)
+@click.option("-p", "--prompt", required=True, help="Text to continue.")
+@click.option("-n", "--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="At most so many.")
+@click.option("--chat", is_flag=True, help="Treat the prompt as a user's message, in the bundle's chat template.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: most probable token.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler.")
+@click.pass_context
+def run(
+    ctx: click.Context, bundle: Path, prompt: str, new_tokens: int, chat: bool, temperature: float, seed: int
+) -> None:
+    """Generate text with a bundle, on the runtime of this machine.
+
+    On Linux that is a slow CPU interpreter: fine for samples and slices.
+
+    \b
+    Example:
+        zoo run exports/qwen3_6_27b_sample_decode_int8hu_block32_sym -p "def main(" -n 40
+    """
+    from coreai_zoo.generate import Sampling, chat_prompt, generate
+
+    opened = Bundle.open(bundle)
+    backend = backend_of(opened, plugins_of(ctx))
+    if chat:
+        prompt = chat_prompt(opened, prompt)
+    else:
+        click.echo(prompt, nl=False)
+    for text in generate(opened, backend, prompt, new_tokens, Sampling(temperature, seed)):
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@click.command("gate")
+@click.argument("bundle", type=_EXISTING)
+@click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="The one it was built from. Not needed for a sample.")
+@click.option("-p", "--prompt", help="Text to force through both. Default: a short Python program.")
+@click.option("--positions", type=click.IntRange(1), default=64, show_default=True, help="How many of its tokens.")
+@json_option
+@click.pass_context
+def gate(
+    ctx: click.Context, bundle: Path, checkpoint: Path | None, prompt: str | None, positions: int, as_json: bool
+) -> None:
+    """Compare a bundle with Hugging Face, position by position.
+
+    The bundle's own asset is run on the Core AI runtime of this machine and teacher-forced against transformers in fp32
+    on the same checkpoint. A different top token where the oracle's two best logits are at least 0.1 apart is a confident
+    flip and fails the gate (exit code 1); closer than that it is a tie.
+
+    \b
+    Example:
+        zoo gate exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
+        zoo gate exports/qwen3_6_27b_decode_int8hu_block32_sym --checkpoint ~/Qwen3.6-27B --positions 16
+    """
+    from coreai_zoo.gates import teacher_forced
+
+    opened, plugins = Bundle.open(bundle), plugins_of(ctx)
+    directory = checkpoint_of(opened, plugins, checkpoint)
+    report = teacher_forced.gate(
+        opened,
+        backend_of(opened, plugins),
+        directory,
+        config_of(opened, plugins, directory),
+        prompt or teacher_forced.DEFAULT_PROMPT,
+        positions,
+    )
+    extra = run_plugin_gates(opened, plugins, directory)
+    if as_json:
+        click.echo(_gate_json(report, extra))
+    else:
+        _print_gate(report)
+        for result in extra:
+            click.echo(f"{result.gate}: {'passed' if result.passed else 'FAILED'}, {result.summary}")
+    flips = report.verdict.confident_flips
+    if flips:
+        worst = flips[0]
+        raise CheckFailed(
+            f"{len(flips)} confident flip{'s' * (len(flips) > 1)} in {positions} positions; the worst at position "
+            f"{worst.index} with an oracle margin of {worst.margin:.2f}."
+        )
+    failed = [result.gate for result in extra if not result.passed]
+    if failed:
+        raise CheckFailed(f"Failed: {', '.join(failed)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a bundle's record leads to
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def backend_of(bundle: Bundle, plugins: Plugins) -> Any:
+    """The backend that wrote `bundle`."""
+    name, backends = str(bundle.build.get("backend")), plugins.backends()
+    if name not in backends:
+        raise BadInput(f"{bundle.directory} was written by the backend {name!r}, which is not installed.")
+    return backends[name]
+
+
+def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
+    """The checkpoint that `bundle` was built from: as given, or the sample's."""
+    if given is not None:
+        return given
+    if not bundle.build.get("sample"):
+        raise BadInput(f"{bundle.directory.name} is not a sample.", "Pass the checkpoint it was built from: --checkpoint DIR.")
+    entry, _ = find_entry(str(bundle.build["entry"]["name"]), plugins)
+    return entry.sample_directory()
+
+
+def config_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's config, or that of the slice that was built."""
+    hf_config = read_config(checkpoint)
+    overlay, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
+    layers = overlay.facts(overlay.read_config(hf_config))["layers"]
+    return hf_config if bundle.build["layers"] == layers else overlay.with_layers(hf_config, bundle.build["layers"])
+
+
+def run_plugin_gates(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> list[Any]:
+    """Results of the gates that plugins add."""
+    hf_config = read_config(checkpoint)
+    overlay, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
+    entry, _ = find_entry(str(bundle.build["entry"]["name"]), plugins)
+    results = []
+    for plugin, extra in plugins.gates(overlay, entry):
+        with plugins.blame(plugin, f"gate {extra.name!r}"):
+            results.append(extra.run(bundle, checkpoint))
+    return results
+
+
+def _print_gate(report: Any) -> None:
+    has_router = any(position.router_margin is not None for position in report.verdict.positions)
+    columns = ["position", "token", "oracle", "bundle", "margin", "cosine", "max |dlogit|", "KL"]
+    rows = new_table(*columns, *(["router margin"] if has_router else []), "")
+    for position, piece in zip(report.verdict.positions, report.pieces, strict=True):
+        router = [f"{position.router_margin:.4f}"] if has_router else []
+        rows.add_row(
+            str(position.index),
+            repr(piece),
+            str(position.oracle),
+            str(position.candidate),
+            f"{position.margin:.3f}",
+            f"{position.cosine:.6f}",
+            f"{position.max_abs_logit_error:.4f}",
+            f"{position.kl_divergence:.2e}",
+            *router,
+            "" if position.verdict == "match" else position.verdict,
+        )
+    print_table(rows)
+    verdict = report.verdict
+    click.echo(
+        f"{report.candidate} against Hugging Face fp32: {verdict.matched} of {len(verdict.positions)} matched, "
+        f"{verdict.ties} ties, {len(verdict.confident_flips)} confident flips "
+        f"({verdict.confident_positions} positions with a margin of 0.1 or more)."
+    )
+
+
+def _gate_json(report: Any, extra: list[Any]) -> str:
+    import attrs
+
+    verdict = report.verdict
+    return json.dumps(
+        {
+            "candidate": report.candidate,
+            "passed": verdict.passed and all(result.passed for result in extra),
+            "matched": verdict.matched,
+            "ties": verdict.ties,
+            "confident_flips": len(verdict.confident_flips),
+            "positions": [{**attrs.asdict(position), "verdict": position.verdict} for position in verdict.positions],
+            "gates": [attrs.asdict(result) for result in extra],
+        },
+        indent=2,
+    )

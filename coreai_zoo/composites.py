@@ -1,0 +1,96 @@
+"""Operations that an engine has fused kernels for, as modules that an overlay builds its layers from.
+
+Each holds its mathematics in a child called `impl`, in plain torch. A backend may replace that child by its toolchain's
+own operation of the same signature, so that it survives lowering as one named composite; the overlay cannot tell, and
+the plain form here is the reference that the replacement is tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNormImpl(nn.Module):
+    """Root mean square normalisation with the gain as an argument."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, input: Tensor, scale: Tensor) -> Tensor:
+        """`input` [..., D], `scale` [D]; computed in float32, returned in the dtype of `input`."""
+        x = input.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return x.to(input.dtype) * scale
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm whose parameter `weight` [D] is the gain itself (a checkpoint's `1 + weight` is folded when it is read)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.impl: nn.Module = RMSNormImpl(eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        normed: Tensor = self.impl(x, self.weight)
+        return normed
+
+
+class SDPAImpl(nn.Module):
+    """Causal scaled dot-product attention where fewer key / value heads may serve consecutive query heads (GQA)."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`query` [B, Hq, S, D], `key` and `value` [B, Hkv, T, D], the queries being the last S of T; [B, Hq, S, D]."""
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        query_length, key_length = query.shape[2], key.shape[2]
+        scores = (query.float() * self.scale) @ key.float().transpose(-1, -2)
+        # Query i sits at position T - S + i and sees every key up to itself.
+        seen = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device).tril(key_length - query_length)
+        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+        return weights.to(value.dtype) @ value
+
+
+class SDPA(nn.Module):
+    """Causal attention; see `SDPAImpl`."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.impl: nn.Module = SDPAImpl(scale)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`query` [B, Hq, S, D], `key` and `value` [B, Hkv, T, D] to [B, Hq, S, D]."""
+        attended: Tensor = self.impl(query, key, value)
+        return attended
+
+
+class GatherMMImpl(nn.Module):
+    """Matrix product with the right-hand matrices chosen by index."""
+
+    def forward(
+        self, lhs: Tensor, rhs: Tensor, lhs_indices: Tensor | None = None, rhs_indices: Tensor | None = None
+    ) -> Tensor:
+        """`lhs` [..., 1, 1, D] @ `rhs` [E, D, I] at `rhs_indices` [..., K]; returns [..., K, 1, I]."""
+        if lhs_indices is not None or rhs_indices is None:
+            raise NotImplementedError("only the right-hand side is gathered")
+        return lhs @ rhs[rhs_indices]
+
+
+class GatherMM(nn.Module):
+    """Product with chosen experts only; see `GatherMMImpl`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.impl: nn.Module = GatherMMImpl()
+
+    def forward(self, lhs: Tensor, rhs: Tensor, rhs_indices: Tensor) -> Tensor:
+        """`lhs` [..., 1, 1, D], `rhs` [E, D, I], `rhs_indices` int32 [..., K] to [..., K, 1, I]."""
+        product: Tensor = self.impl(lhs, rhs, rhs_indices=rhs_indices)
+        return product

@@ -1,0 +1,72 @@
+"""`make demo`: the main job on the shipped sample, from checkpoint to text, with a table of what came out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from coreai_zoo import pipeline
+from coreai_zoo.bundle import Bundle
+from coreai_zoo.cli import new_table, print_table
+from coreai_zoo.cli_build import backend_of, checkpoint_of, config_of
+from coreai_zoo.errors import ZooError
+from coreai_zoo.gates import teacher_forced
+from coreai_zoo.gates.rule import Verdict
+from coreai_zoo.generate import generate
+from coreai_zoo.plugins import default_plugins
+from coreai_zoo.progress import Reporter
+
+POSITIONS = 32
+PROMPT = "def main("
+NEW_TOKENS = 40
+
+
+@click.command()
+@click.argument("entry")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=pipeline.DEFAULT_OUTPUT, show_default=True)
+def demo(entry: str, output: Path) -> None:
+    """Build the sample of ENTRY, gate it against Hugging Face, and let it write.
+
+    \b
+    Example:
+        python -m coreai_zoo.demo qwen3.6-35b-a3b
+    """
+    started, plugins, report = time.monotonic(), default_plugins(), Reporter()
+    request = pipeline.BuildRequest(entry=entry, sample=True, output=output, force=True)
+    result = pipeline.build(request, plugins, report)
+    bundle = Bundle.open(result.path)
+    backend, checkpoint = backend_of(bundle, plugins), checkpoint_of(bundle, plugins, None)
+    with report.stage("gate", f"{POSITIONS} positions against Hugging Face in fp32"):
+        config = config_of(bundle, plugins, checkpoint)
+        verdict = teacher_forced.gate(bundle, backend, checkpoint, config, positions=POSITIONS).verdict
+    with report.stage("generate", f"{NEW_TOKENS} tokens on the {backend.name} runtime"):
+        text = "".join(generate(bundle, backend, PROMPT, NEW_TOKENS))
+    _print_result(bundle, result, verdict, time.monotonic() - started)
+    click.echo(f"What the bundle wrote:\n\n{PROMPT}{text}\n")
+    if not verdict.passed:
+        sys.exit(1)
+
+
+def _print_result(bundle: Bundle, result: pipeline.BuildResult, verdict: Verdict, seconds: float) -> None:
+    flips = verdict.confident_flips
+    table = new_table("", "")
+    table.show_header = False
+    table.add_row("bundle", str(result.path))
+    table.add_row("bytes", f"{result.bytes:,}")
+    table.add_row("recipe", str(bundle.build["recipe"]["published_name"]))
+    table.add_row("positions matched", f"{verdict.matched} of {len(verdict.positions)} ({verdict.ties} ties)")
+    table.add_row("lowest cosine", f"{min(position.cosine for position in verdict.positions):.6f}")
+    table.add_row("worst confident flip", f"margin {flips[0].margin:.2f}" if flips else "none")
+    table.add_row("seconds", f"{seconds:.1f}")
+    print_table(table)
+
+
+if __name__ == "__main__":
+    try:
+        demo()
+    except ZooError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

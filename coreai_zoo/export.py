@@ -1,0 +1,251 @@
+"""From an overlay's decoder to a traced program: rewrite, bind stored weights, trace, check against the contract.
+
+Only torch is used here; what a traced program becomes is a backend's business.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from coreai_zoo.errors import PluginError, listing
+from coreai_zoo.overlay import LayerRewrite, QuantizationSpec, TraceSpec
+from coreai_zoo.weights import ParameterInfo
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from coreai_zoo.store import StoredTensor, WeightStore
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The module, without weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, LayerRewrite]]) -> nn.Module:
+    """Lay the decoder out on the meta device and apply the rewrites.
+
+    Args:
+        make: builds the decoder.
+        rewrites: (plugin, rewrite) pairs.
+
+    Raises:
+        PluginError: when two rewrites meet on one layer, or one matches no layer.
+    """
+    with torch.device("meta"):
+        module = make().eval()
+    taken: dict[str, tuple[str, LayerRewrite]] = {}
+    for plugin, rewrite in rewrites:
+        paths = [path for path, _ in module.named_modules() if fnmatch.fnmatchcase(path, rewrite.pattern)]
+        if not paths:
+            raise PluginError(f"Rewrite {rewrite.name!r} of plugin {plugin} matches no layer ({rewrite.pattern}).")
+        for path in paths:
+            if path in taken:
+                other_plugin, other = taken[path]
+                raise PluginError(
+                    f"Two rewrites meet on layer {path}: {other.name!r} of plugin {other_plugin} and {rewrite.name!r} of "
+                    f"plugin {plugin}."
+                )
+            taken[path] = (plugin, rewrite)
+    for path, (_, rewrite) in taken.items():
+        module.set_submodule(path, rewrite.apply(module.get_submodule(path)))
+    return module
+
+
+def parameters_of(module: nn.Module) -> dict[str, ParameterInfo]:
+    """Name, shape and dtype of every parameter, in the order of the module."""
+    return {
+        name: ParameterInfo(shape=tuple(parameter.shape), dtype=str(parameter.dtype).removeprefix("torch."))
+        for name, parameter in module.named_parameters()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantized weights in a module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("coreai_zoo::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: str) -> Tensor:
+    """(codes - zero_points) * scales, blockwise along the last axis; a backend lowers it to its own operation.
+
+    Args:
+        codes: int8 or uint8, [..., C], one code per element whatever its width.
+        scales: [..., blocks], of the weight's dtype.
+        zero_points: as `codes`, [..., blocks], or None for zero.
+        dtype: the codes' logical dtype, for example `int4`.
+    """
+    blocks = codes.unflatten(-1, (scales.shape[-1], -1)).to(torch.float32)
+    if zero_points is not None:
+        blocks = blocks - zero_points.unsqueeze(-1)
+    return (blocks * scales.unsqueeze(-1).float()).flatten(-2).to(scales.dtype)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: str) -> Tensor:
+    return torch.empty(codes.shape, dtype=scales.dtype, device=codes.device)
+
+
+class Dequantize(nn.Module):
+    """Parametrization that presents integer codes as the weight that a layer expects."""
+
+    def __init__(self, scales: Tensor, zero_points: Tensor | None, dtype: str) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.zero_points = None if zero_points is None else nn.Parameter(zero_points, requires_grad=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Integer codes to the weight."""
+        weight: Tensor = dequantize(codes, self.scales, self.zero_points, self.dtype)
+        return weight
+
+
+@frozen
+class Constant:
+    """A stored tensor as a backend hands it over: the bytes as they are on disk, and what they mean.
+
+    Attributes:
+        data: bytes in memory or a memory map of them; nothing is read until it is written out.
+        shape: logical shape, in elements.
+        dtype: logical dtype, for example `float16`, `int8` or `int4` (two to a byte, low half first).
+    """
+
+    data: Any
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def bind(module: nn.Module, store: WeightStore, *, values: bool = True) -> dict[str, Constant]:
+    """Give every parameter of `module` its stored value, memory-mapped.
+
+    Args:
+        module: the decoder, on the meta device.
+        store: holds every parameter.
+        values: with False, 4-bit codes are left uninitialised: enough to trace, and nothing is unpacked.
+
+    Returns:
+        The constants of the module's state, by state name.
+    """
+    constants: dict[str, Constant] = {}
+    with warnings.catch_warnings():
+        # Mapped copy-on-write: nothing writes to them, and torch need not warn that nothing may.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for name, _ in list(module.named_parameters()):
+            path, _, leaf = name.rpartition(".")
+            _bind_one(module.get_submodule(path), name, leaf, store[name], constants, values)
+    return constants
+
+
+def _bind_one(
+    owner: nn.Module, name: str, leaf: str, stored: StoredTensor, constants: dict[str, Constant], values: bool
+) -> None:
+    spec = stored.quantization
+    if spec is None:
+        setattr(owner, leaf, nn.Parameter(torch.from_numpy(stored.data()), requires_grad=False))
+        constants[name] = Constant(stored.data(), stored.shape, stored.dtype)
+        return
+    scales, zero_points = torch.from_numpy(stored.scales()), _zero_points(stored)
+    codes = _codes(stored, spec) if values or spec.bits == 8 else torch.empty(stored.shape, dtype=_carrier(spec))
+    setattr(owner, leaf, nn.Parameter(codes, requires_grad=False))
+    parametrize.register_parametrization(owner, leaf, Dequantize(scales, zero_points, spec.dtype), unsafe=True)
+    state = name.removesuffix(leaf) + f"parametrizations.{leaf}."
+    constants[state + "original"] = Constant(stored.data(), stored.shape, spec.dtype)
+    constants[state + "0.scales"] = Constant(stored.scales(), tuple(scales.shape), stored.dtype)
+    if zero_points is not None:
+        constants[state + "0.zero_points"] = Constant(stored.zero_points(), tuple(scales.shape), spec.dtype)
+
+
+def _carrier(spec: QuantizationSpec) -> torch.dtype:
+    return torch.int8 if spec.signed else torch.uint8
+
+
+def _codes(stored: StoredTensor, spec: QuantizationSpec) -> Tensor:
+    """One code per element, [shape]; unpacks 4-bit codes."""
+    return _unpacked(torch.from_numpy(stored.data()), stored.shape, spec)
+
+
+def _zero_points(stored: StoredTensor) -> Tensor | None:
+    data, spec = stored.zero_points(), stored.quantization
+    if data is None or spec is None:
+        return None
+    return _unpacked(torch.from_numpy(data), tuple(stored.scales().shape), spec)
+
+
+def _unpacked(data: Tensor, shape: tuple[int, ...], spec: QuantizationSpec) -> Tensor:
+    from coreai_zoo.quantize import unpack_int4
+
+    if spec.bits == 8:
+        return data.reshape(shape)
+    # Zero points are packed as one row; an odd number of them leaves the last half-byte unused.
+    codes = unpack_int4(data.reshape(-1, data.shape[-1]), signed=spec.signed)
+    return codes.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tracing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def example_inputs(spec: TraceSpec) -> tuple[Tensor, ...]:
+    """Tensors to trace with: inputs, then states, all zero but for position ids."""
+    sizes = {name: axis.example for name, axis in spec.axes.items()}
+    tensors = []
+    for tensor in (*spec.inputs, *spec.states):
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        tensors.append(torch.zeros(shape, dtype=getattr(torch, tensor.dtype)))
+    return tuple(tensors)
+
+
+def dynamic_shapes(spec: TraceSpec) -> tuple[dict[int, Any], ...]:
+    """The dynamic axes in the form that `torch.export.export` takes."""
+    # torch.export specialises sizes 0 and 1, so a range that it is told begins at 2; a single position runs all the same.
+    dims = {
+        name: torch.export.Dim(name, min=max(2, axis.minimum), max=max(2, axis.maximum))
+        for name, axis in spec.axes.items()
+    }
+    return tuple(
+        {index: dims[size] for index, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in (*spec.inputs, *spec.states)
+    )
+
+
+def trace(module: nn.Module, spec: TraceSpec, decompositions: Mapping[Any, Any]) -> ExportedProgram:
+    """Trace `module` once and check the result against `spec`.
+
+    Raises:
+        PluginError: when the traced function has another output than the contract, leaves a state unwritten, or writes
+            to something that is not a state.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.export.export(module, example_inputs(spec), dynamic_shapes=dynamic_shapes(spec), strict=False)
+        program = program.run_decompositions(dict(decompositions))
+    check_traced(program, spec)
+    return program
+
+
+def check_traced(program: ExportedProgram, spec: TraceSpec) -> None:
+    """Compare a traced program's outputs and mutations with the spec; see `trace`."""
+    signature = program.graph_signature
+    names = dict(zip(signature.user_inputs, (tensor.name for tensor in (*spec.inputs, *spec.states)), strict=True))
+    mutated = {names[str(argument)] for argument in signature.user_inputs_to_mutate.values()}
+    states = {state.name for state in spec.states}
+    problems = [f"state {name} is never written" for name in sorted(states - mutated)]
+    problems += [f"input {name} is written" for name in sorted(mutated - states)]
+    problems += [f"buffer {name} is written" for name in sorted(signature.buffers_to_mutate.values())]
+    outputs = [node.meta["val"] for node in program.graph.output_node().args[0]][-len(spec.outputs) :]
+    for tensor, value in zip(spec.outputs, outputs, strict=True):
+        found = (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        if found != (tensor.shape, tensor.dtype):
+            problems.append(f"output {tensor.name} is {found[1]} {found[0]} instead of {tensor.dtype} {tensor.shape}")
+    if problems:
+        raise PluginError(f"The traced decoder does not meet its contract: {listing(problems)}.")

@@ -1,0 +1,35 @@
+"""Candidates: what is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+
+from coreai_zoo.backends import Backend, drain
+from coreai_zoo.bundle import Bundle
+
+
+@frozen
+class AssetCandidate:
+    """The bundle's own asset on its runtime, token by token, states carried."""
+
+    bundle: Bundle
+    backend: Backend
+    on_step: Callable[[], None] = lambda: None
+
+    @property
+    def name(self) -> str:
+        """Which runtime."""
+        return f"{self.bundle.asset.name} on the {self.backend.name} runtime"
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Teacher-forced logits, float16 [positions, V]."""
+        rows = []
+        with self.backend.stepper(self.bundle.asset, self.bundle.signature, capacity=len(tokens)) as stepper:
+            for row in drain(stepper, tokens):
+                rows.append(row)
+                self.on_step()
+        return np.stack(rows)

@@ -1,0 +1,82 @@
+"""The oracle: Hugging Face's own implementation, in fp32, on the checkpoint itself."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coreai_zoo.errors import BadInput
+from coreai_zoo.gates import OracleOutput
+
+
+def huggingface_logits(checkpoint: Path, tokens: Sequence[int], hf_config: Mapping[str, Any]) -> OracleOutput:
+    """Teacher-forced logits of the whole model, loaded in fp32.
+
+    Args:
+        checkpoint: directory of the checkpoint.
+        tokens: the prompt.
+        hf_config: its config, or that of a slice of it.
+
+    Raises:
+        BadInput: when transformers cannot load the checkpoint, or finds a parameter that it does not fill.
+    """
+    import torch
+
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        fields = {key: value for key, value in hf_config.items() if key != "model_type"}
+        config = AutoConfig.for_model(str(hf_config["model_type"]), **fields)
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(f"transformers cannot load {checkpoint}: {error}.") from error
+        if report["missing_keys"]:
+            raise BadInput(f"transformers leaves {len(report['missing_keys'])} parameters of {checkpoint} unfilled.")
+        text = model.config.get_text_config()
+        routed = getattr(text, "num_experts_per_tok", None)
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)])
+            outputs = model.eval()(input_ids=ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
+    margins = _router_margins(outputs.router_logits, routed) if routed else None
+    return OracleOutput(outputs.logits[0].float().numpy(), margins)
+
+
+def _router_margins(layers: Sequence[Any], chosen: int) -> np.ndarray[Any, Any]:
+    """Smallest gap over layers between the last chosen and the first rejected expert, [positions]."""
+    gaps = []
+    for logits in layers:
+        ranked = logits.float().reshape(-1, logits.shape[-1]).topk(min(chosen + 1, logits.shape[-1]), dim=-1).values
+        gaps.append((ranked[:, chosen - 1] - ranked[:, -1]).numpy())
+    margins: np.ndarray[Any, Any] = np.min(gaps, axis=0)
+    return margins
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Import and run transformers without its advice: progress bars, missing fast kernels, torchao's optional libraries."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    noisy = [logging.getLogger(name) for name in ("torchao", "transformers", "torch.utils._pytree")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+            yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)

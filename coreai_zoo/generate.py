@@ -1,0 +1,101 @@
+"""Text from a bundle: its tokenizer, its asset, greedy choice or sampling."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+
+from coreai_zoo.backends import Backend
+from coreai_zoo.bundle import Bundle
+from coreai_zoo.errors import BadInput
+
+
+@frozen
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 for the most probable token.
+        seed: of the sampler.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def generate(
+    bundle: Bundle, backend: Backend, prompt: str, new_tokens: int, sampling: Sampling | None = None
+) -> Iterator[str]:
+    """Yield text as it is generated, until `new_tokens` tokens, the end of turn, or the end of the context.
+
+    Raises:
+        BadInput: when the prompt is empty or does not fit the context.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import DecodeStream
+
+    tokenizer = Tokenizer.from_file(str(bundle.tokenizer / "tokenizer.json"))
+    prompt_tokens = tokenizer.encode(prompt).ids
+    if not prompt_tokens:
+        raise BadInput("The prompt is empty.", 'Give one with -p "...".')
+    if len(prompt_tokens) >= bundle.max_context:
+        raise BadInput(f"The prompt is {len(prompt_tokens)} tokens, this bundle's context is {bundle.max_context}.")
+    stop = _end_of_turn(bundle, tokenizer)
+    choose = _chooser(sampling or Sampling())
+    stream = DecodeStream(skip_special_tokens=True)
+    capacity = min(bundle.max_context, len(prompt_tokens) + new_tokens)
+    with backend.stepper(bundle.asset, bundle.signature, capacity) as stepper:
+        for token in prompt_tokens:
+            logits = stepper.step(token)
+        for left in range(capacity - len(prompt_tokens), 0, -1):
+            token = choose(logits)
+            if token == stop:
+                return
+            # The stream holds back bytes that are not yet a whole character.
+            yield stream.step(tokenizer, token) or ""
+            if left > 1:
+                logits = stepper.step(token)
+
+
+def chat_prompt(bundle: Bundle, message: str) -> str:
+    """One user message in the bundle's chat template, up to where the assistant begins.
+
+    Raises:
+        BadInput: when the bundle has no chat template.
+    """
+    from coreai_zoo.gates.oracle import quiet_transformers
+
+    with quiet_transformers():
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(bundle.tokenizer))
+    if not tokenizer.chat_template:
+        raise BadInput(f"{bundle.directory.name} has no chat template.", "Leave out --chat.")
+    messages = [{"role": "user", "content": message}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _end_of_turn(bundle: Bundle, tokenizer: Any) -> int | None:
+    """Id of the tokenizer's end-of-turn token; engines read it from the tokenizer, never from generation_config."""
+    config = json.loads((bundle.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    token = config.get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    found: int | None = tokenizer.token_to_id(content) if content else None
+    return found
+
+
+def _chooser(sampling: Sampling) -> Any:
+    generator = np.random.default_rng(sampling.seed)
+
+    def choose(logits: np.ndarray[Any, Any]) -> int:
+        if sampling.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64) / sampling.temperature
+        weights = np.exp(scaled - scaled.max())
+        return int(generator.choice(len(weights), p=weights / weights.sum()))
+
+    return choose

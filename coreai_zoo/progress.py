@@ -1,0 +1,95 @@
+"""Progress on long work: a bar on a terminal, plain lines elsewhere, nothing when silenced. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+# Seconds between two plain lines of one stage, so that a log of a long build stays readable.
+_PLAIN_INTERVAL = 10.0
+
+
+class Reporter:
+    """Tells the user which stage runs and how far it is.
+
+    Args:
+        silent: report nothing (for `--json`, and when used as a library).
+    """
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self._console = Console(file=sys.stderr, quiet=silent, highlight=False)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, detail: str = "") -> Iterator[None]:
+        """Announce a stage and, when it is done, how long it took (also kept in `seconds`)."""
+        self._console.print(f"[bold]{name:<8}[/] {detail}", soft_wrap=True)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+    def note(self, text: str) -> None:
+        """A remark inside a stage."""
+        self._console.print(f"         {text}", soft_wrap=True)
+
+    @contextmanager
+    def bytes(self, total: int) -> Iterator[ByteCounter]:
+        """Count bytes of a stage up to `total`."""
+        if not self._console.is_terminal or self._console.quiet:
+            yield PlainCounter(self._console, total)
+            return
+        columns = (
+            TextColumn("         {task.description:<48.48}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as bar:
+            yield BarCounter(bar, total)
+
+
+class ByteCounter:
+    """Counts bytes against a total."""
+
+    def advance(self, what: str, count: int) -> None:
+        """Add `count` bytes, now working on `what`."""
+        raise NotImplementedError
+
+
+class BarCounter(ByteCounter):
+    """A bar on a terminal."""
+
+    def __init__(self, bar: Progress, total: int) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=total)
+
+    def advance(self, what: str, count: int) -> None:
+        """Add `count` bytes, now working on `what`."""
+        self._bar.update(self._task, advance=count, description=what)
+
+
+class PlainCounter(ByteCounter):
+    """A line every ten seconds."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total, self._done = console, total, 0
+        self._started = self._reported = time.monotonic()
+
+    def advance(self, what: str, count: int) -> None:
+        """Add `count` bytes, now working on `what`."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._reported >= _PLAIN_INTERVAL:
+            self._reported = now
+            rate = self._done / (now - self._started)
+            left = (self._total - self._done) / rate if rate else 0.0
+            self._console.print(
+                f"         {self._done / 2**20:,.0f} of {self._total / 2**20:,.0f} MiB, {rate / 2**20:,.0f} MiB/s, "
+                f"{left:.0f} s left: {what}"
+            )
