@@ -1,0 +1,52 @@
+"""The plugin: every hook, each a line or two. What they return is in `coreai_zoo_overlays.qwen3_5`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from coreai_zoo import hookimpl
+from coreai_zoo.contracts import Contract
+from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, StateSpec, WeightMap
+from coreai_zoo_overlays import qwen3_5
+
+
+@hookimpl
+def zoo_entries() -> Iterable[Path]:
+    """The entries of the family."""
+    return sorted((Path(__file__).parent / "zoo_entries").glob("*.toml"))
+
+
+@hookimpl
+def zoo_claim_overlay(model_type: str, hf_config: Mapping[str, Any]) -> Overlay | None:
+    """Dense and MoE, wrapped and flat."""
+    return qwen3_5.Qwen35Overlay() if model_type in qwen3_5.MODEL_TYPES else None
+
+
+@hookimpl
+def zoo_layer_rewrites(overlay: Overlay, config: Any, contract: Contract) -> Iterable[LayerRewrite]:
+    """The loop-free step and the convolution as shifts, where the contract has one token per call."""
+    return qwen3_5.layer_rewrites(contract) if _ours(overlay) else ()
+
+
+@hookimpl
+def zoo_extra_states(overlay: Overlay, config: Any, contract: Contract) -> Iterable[StateSpec]:
+    """Convolution and recurrent state."""
+    return qwen3_5.extra_states(config, contract) if _ours(overlay) else ()
+
+
+@hookimpl
+def zoo_weight_map(overlay: Overlay, config: Any) -> WeightMap | None:
+    """The table of `qwen3_5.weights`."""
+    return qwen3_5.weight_map(config) if _ours(overlay) else None
+
+
+@hookimpl
+def zoo_head_quantization(overlay: Overlay) -> HeadQuantization | None:
+    """Absolute-maximum scales."""
+    return qwen3_5.HEAD if _ours(overlay) else None
+
+
+def _ours(overlay: Overlay) -> bool:
+    return isinstance(overlay, qwen3_5.Qwen35Overlay)

@@ -1,0 +1,256 @@
+"""The text half of a `qwen3_5` or `qwen3_5_moe` config, checked.
+
+Differs from transformers' `Qwen3_5TextConfig` in that it is one class for both: `moe` is None in a dense model, and that
+is the only switch between them. Nothing is assumed about sizes; where `config.json` is silent, the defaults are those of
+transformers' configuration classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import frozen
+
+from coreai_zoo.errors import BadInput, listing
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+DENSE_MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
+MOE_MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+MODEL_TYPES = DENSE_MODEL_TYPES + MOE_MODEL_TYPES
+
+
+@frozen
+class MoEConfig:
+    """Sizes of the sparse feed-forward: `num_experts` of width `intermediate_size`, `top_k` of them active."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    shared_intermediate_size: int
+
+
+@frozen
+class Qwen35Config:
+    """Everything that the decoder is built from; attribute names are those of `config.json` where it has one."""
+
+    vocab_size: int
+    hidden_size: int
+    layer_types: tuple[str, ...]
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rotary_dim: int
+
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+
+    intermediate_size: int | None
+    moe: MoEConfig | None
+    sliced_from: int | None = None
+
+    @property
+    def key_dim(self) -> int:
+        """Width of all key (and of all query) heads of a GatedDeltaNet."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of all value heads of a GatedDeltaNet."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: queries, keys and values side by side."""
+        return 2 * self.key_dim + self.value_dim
+
+    @property
+    def linear_layers(self) -> int:
+        """Number of GatedDeltaNet layers."""
+        return self.layer_types.count(LINEAR)
+
+    @property
+    def full_layers(self) -> int:
+        """Number of softmax-attention layers."""
+        return self.layer_types.count(FULL)
+
+
+class _Reader:
+    """Reads typed fields out of a config and collects every complaint, so that they are reported together."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields = fields
+        self.problems: list[str] = []
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive integer; `default` where the config is silent, required if there is none."""
+        value = self.fields.get(name, default)
+        if value is None:
+            self.problems.append(f"{name} is missing")
+        elif not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            self.problems.append(f"{name} is {value!r}, not a positive integer")
+        else:
+            return value
+        return 1
+
+    def number(self, name: str, default: float, fields: Mapping[str, Any] | None = None) -> float:
+        """A positive number."""
+        value = (self.fields if fields is None else fields).get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            self.problems.append(f"{name} is {value!r}, not a positive number")
+            return default
+        return float(value)
+
+    def divides(self, small: str, large: str) -> None:
+        """Require that one field is a multiple of another; sizes that are no sizes have been complained about."""
+        small_size, large_size = self.fields.get(small), self.fields.get(large)
+        if isinstance(small_size, int) and isinstance(large_size, int) and small_size > 0 and large_size % small_size:
+            self.problems.append(f"{large} ({large_size}) is not a multiple of {small} ({small_size})")
+
+    def only(self, name: str, allowed: Any) -> None:
+        """Refuse a variant that the overlay does not implement."""
+        if self.fields.get(name, allowed) != allowed:
+            self.problems.append(f"{name} is {self.fields[name]!r}; only {allowed!r} is implemented")
+
+
+def text_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text config, whether wrapped (`text_config`) or flat."""
+    text = hf_config.get("text_config", hf_config)
+    if not isinstance(text, Mapping):
+        raise BadInput("text_config in config.json is not an object.")
+    # Released wrappers carry the tie flag at the top; a text config of its own wins.
+    return {"tie_word_embeddings": hf_config.get("tie_word_embeddings", False), **text}
+
+
+def read_config(hf_config: Mapping[str, Any]) -> Qwen35Config:
+    """Parse and check `config.json`, wrapped or flat, dense or MoE.
+
+    Raises:
+        BadInput: naming every field that is missing, ill-typed, inconsistent or not implemented.
+    """
+    fields = text_fields(hf_config)
+    read = _Reader(fields)
+    read.only("hidden_act", "silu")
+    read.only("attention_bias", False)
+    read.only("tie_word_embeddings", bool(fields["tie_word_embeddings"]))
+    read.divides("num_key_value_heads", "num_attention_heads")
+    read.divides("linear_num_key_heads", "linear_num_value_heads")
+    head_dim = read.size("head_dim", 256)
+    is_moe = hf_config.get("model_type") in MOE_MODEL_TYPES
+    config = Qwen35Config(
+        vocab_size=read.size("vocab_size"),
+        hidden_size=read.size("hidden_size"),
+        layer_types=_layer_types(read),
+        max_position_embeddings=read.size("max_position_embeddings", 32768),
+        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=bool(fields["tie_word_embeddings"]),
+        num_attention_heads=read.size("num_attention_heads"),
+        num_key_value_heads=read.size("num_key_value_heads"),
+        head_dim=head_dim,
+        rope_theta=read.number("rope_theta", 10_000.0, _rope_fields(read)),
+        rotary_dim=_rotary_dim(read, head_dim),
+        linear_num_key_heads=read.size("linear_num_key_heads"),
+        linear_num_value_heads=read.size("linear_num_value_heads"),
+        linear_key_head_dim=read.size("linear_key_head_dim", 128),
+        linear_value_head_dim=read.size("linear_value_head_dim", 128),
+        linear_conv_kernel_dim=_kernel_size(read),
+        intermediate_size=None if is_moe else read.size("intermediate_size"),
+        moe=_moe(read) if is_moe else None,
+        sliced_from=fields.get("zoo_sliced_from"),
+    )
+    if read.problems:
+        raise BadInput(f"This {hf_config.get('model_type')} config cannot be used: {listing(read.problems)}.")
+    return config
+
+
+def _layer_types(read: _Reader) -> tuple[str, ...]:
+    """`layer_types` as given, or every `full_attention_interval`-th layer with full attention."""
+    layers = read.size("num_hidden_layers")
+    if layers > 10_000:
+        read.problems.append(f"num_hidden_layers is {layers}")
+        return (LINEAR, FULL)
+    given = read.fields.get("layer_types")
+    if given is None:
+        interval = read.size("full_attention_interval", 4)
+        given = [LINEAR if (index + 1) % interval else FULL for index in range(layers)]
+    if not isinstance(given, list | tuple) or any(kind not in (LINEAR, FULL) for kind in given):
+        read.problems.append(f"layer_types holds something other than {LINEAR} and {FULL}")
+        return (LINEAR, FULL)
+    if len(given) != layers:
+        read.problems.append(f"layer_types has {len(given)} entries for num_hidden_layers {layers}")
+    for kind in (LINEAR, FULL):
+        if kind not in given:
+            read.problems.append(f"no layer is a {kind} layer, and the contract's states need at least one of each")
+    return tuple(given)
+
+
+def _rope_fields(read: _Reader) -> Mapping[str, Any]:
+    """RoPE settings: `rope_parameters`, or the older flat keys."""
+    rope = read.fields.get("rope_parameters") or read.fields.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        read.problems.append("rope_parameters is not an object")
+        return {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        read.problems.append(f"rope_type is {kind!r}; only 'default' is implemented")
+    return {**read.fields, **rope}
+
+
+def _rotary_dim(read: _Reader, head_dim: int) -> int:
+    """How many leading dimensions of a head are rotated: `partial_rotary_factor` of them."""
+    rotary_dim = int(head_dim * read.number("partial_rotary_factor", 0.25, _rope_fields(read)))
+    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+        read.problems.append(f"partial_rotary_factor rotates {rotary_dim} of {head_dim} dimensions")
+    return rotary_dim
+
+
+def _kernel_size(read: _Reader) -> int:
+    """Taps of the causal convolution; one fewer are carried as state, so there must be two."""
+    size = read.size("linear_conv_kernel_dim", 4)
+    if size < 2:
+        read.problems.append("linear_conv_kernel_dim is 1: such a model has no convolution state")
+    return size
+
+
+def _moe(read: _Reader) -> MoEConfig:
+    """The sparse feed-forward's sizes."""
+    moe = MoEConfig(
+        num_experts=read.size("num_experts"),
+        top_k=read.size("num_experts_per_tok"),
+        intermediate_size=read.size("moe_intermediate_size"),
+        shared_intermediate_size=read.size("shared_expert_intermediate_size"),
+    )
+    if moe.top_k > moe.num_experts:
+        read.problems.append(f"num_experts_per_tok ({moe.top_k}) is more than num_experts ({moe.num_experts})")
+    return moe
+
+
+def with_layers(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The config of a slice that keeps the first `layers` layers, wrapped or flat as it was given.
+
+    Raises:
+        BadInput: when the slice would not have a layer of each kind, or is not shorter.
+    """
+    config = read_config(hf_config)
+    kinds = config.layer_types[:layers]
+    if not 0 < layers <= len(config.layer_types) or {LINEAR, FULL} - set(kinds):
+        raise BadInput(
+            f"A slice of {layers} layers is not a model: this checkpoint has {len(config.layer_types)} layers and a slice "
+            f"needs at least one {LINEAR} and one {FULL} layer."
+        )
+    text = {
+        **text_fields(hf_config),
+        "num_hidden_layers": layers,
+        "layer_types": list(kinds),
+        "zoo_sliced_from": len(config.layer_types),
+    }
+    return {**hf_config, "text_config": text} if "text_config" in hf_config else text

@@ -1,0 +1,114 @@
+"""The decoder: one function from token and states to logits.
+
+Differs from transformers' `Qwen3_5ForCausalLM` in that every state is an argument and is mutated in place, and that the
+head is always a matrix of its own (a tied one is cloned when the checkpoint is read, so that it can be quantized).
+Module and parameter names are transformers' own.
+
+Shapes: S new tokens of T so far, D hidden, V vocabulary. Batch is always 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from coreai_zoo.composites import RMSNorm
+
+from .attention import Attention, RotaryEmbedding
+from .config import FULL, Qwen35Config
+from .feed_forward import feed_forward
+from .gated_delta_net import GatedDeltaNet
+from .states import FixedStates
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, norm and head."""
+
+    def __init__(self, config: Qwen35Config) -> None:
+        super().__init__()
+        self.model = DecoderModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        conv_state: Tensor,
+        recurrent_state: Tensor,
+    ) -> Tensor:
+        """`input_ids` int32 [1, S], `position_ids` int32 [1, T], states as in `states`; logits [1, S, V]."""
+        states = FixedStates(conv_state, recurrent_state)
+        hidden = self.model(input_ids, position_ids, (key_cache, value_cache), states)
+        states.commit()
+        return self.lm_head(hidden)
+
+
+class DecoderModel(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config: Qwen35Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, kind, index=config.layer_types[:position].count(kind))
+            for position, kind in enumerate(config.layer_types)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, kv_cache: tuple[Tensor, Tensor], states: FixedStates
+    ) -> Tensor:
+        """The normed hidden state after the last layer, [1, S, D]."""
+        x = self.embed_tokens(input_ids)
+        rotation = self.rotary_emb(position_ids[0, -input_ids.shape[1] :], x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotation, position_ids.shape[1], kv_cache, states)
+        return self.norm(x)
+
+
+class DecoderLayer(nn.Module):
+    """Token mixing, then feed-forward, each normed before and added to its input.
+
+    `index` counts the layers of the same kind: it is this layer's place in the states.
+    """
+
+    def __init__(self, config: Qwen35Config, kind: str, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.self_attn = Attention(config) if kind == FULL else None
+        self.linear_attn = None if kind == FULL else GatedDeltaNet(config)
+        self.mlp = feed_forward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        length: int,
+        kv_cache: tuple[Tensor, Tensor],
+        states: FixedStates,
+    ) -> Tensor:
+        """[1, S, D] to [1, S, D]; mutates this layer's part of the states."""
+        normed = self.input_layernorm(x)
+        if self.self_attn is not None:
+            keys, values = kv_cache
+            mixed = self.self_attn(normed, rotation, (keys[self.index], values[self.index]), length)
+        else:
+            mixed, *updated = self.linear_attn(normed, *states.read(self.index))
+            states.replace(*updated)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def build_decoder(config: Qwen35Config, dtype: torch.dtype) -> Decoder:
+    """An uninitialised decoder whose parameters are of `dtype`, but for those that are fp32 by nature."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return Decoder(config)
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,44 @@
+"""Which layers take another form, per engine contract, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coreai_zoo.contracts import Contract
+from coreai_zoo.overlay import LayerRewrite
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def layer_rewrites(contract: Contract) -> tuple[LayerRewrite, ...]:
+    """The rewrites of a contract that hands over one token per call; none otherwise."""
+    if contract.query_length != 1:
+        return ()
+    return (
+        LayerRewrite(
+            name="loop-free-step",
+            pattern="model.layers.*.linear_attn.rule",
+            reason="the loop over tokens does not lower on the GPU delegate of the macOS 27 betas",
+            apply=_loop_free_step,
+        ),
+        LayerRewrite(
+            name="conv-as-shifts",
+            pattern="model.layers.*.linear_attn.conv1d",
+            reason="with one token the convolution is K multiplies, and the compiler folds no weight of it",
+            apply=_conv_as_shifts,
+        ),
+    )
+
+
+def _loop_free_step(_rule: nn.Module) -> nn.Module:
+    from .gated_delta_net import GatedDeltaStep
+
+    return GatedDeltaStep()
+
+
+def _conv_as_shifts(conv1d: nn.Module) -> nn.Module:
+    from .gated_delta_net import CausalConv1d, CausalConv1dStep
+
+    assert isinstance(conv1d, CausalConv1d)
+    return CausalConv1dStep(conv1d.weight)
