@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from coreai_zoo_overlays import qwen3_5
+
 from coreai_zoo import hookimpl
 from coreai_zoo.contracts import Contract
 from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, StateSpec, WeightMap
-from coreai_zoo_overlays import qwen3_5
 
 
 @hookimpl

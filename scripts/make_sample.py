@@ -51,6 +51,8 @@ CHAT_TEMPLATE = (
     "{%- endif -%}\n"
 )
 
+ARCHITECTURES = {"dense": "Qwen3_5ForConditionalGeneration", "moe": "Qwen3_5MoeForConditionalGeneration"}
+
 # The topology of the released models at a size that trains in minutes: 3:1 interleave, output gate, partial RoPE.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -113,14 +115,7 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-MODULES = (
-    "abc argparse ast base64 bdb bisect calendar cmd code codecs collections/__init__ configparser contextlib copy "
-    "copyreg csv dataclasses difflib dis enum filecmp fileinput fnmatch fractions functools genericpath getopt glob "
-    "graphlib gzip heapq hmac html/parser inspect io ipaddress json/decoder json/encoder json/__init__ keyword "
-    "linecache logging/__init__ lzma mimetypes operator optparse os pathlib pickle posixpath pprint queue quopri random "
-    "reprlib sched selectors shelve shlex shutil signal socket stat statistics string subprocess symtable tempfile "
-    "textwrap threading timeit token tokenize trace traceback types urllib/parse uuid warnings wave weakref zipfile"
-).split()
+MODULES = ["abc", "argparse", "ast", "base64", "bdb", "bisect", "calendar", "cmd", "code", "codecs", "collections/__init__", "configparser", "contextlib", "copy", "copyreg", "csv", "dataclasses", "difflib", "dis", "enum", "filecmp", "fileinput", "fnmatch", "fractions", "functools", "genericpath", "getopt", "glob", "graphlib", "gzip", "heapq", "hmac", "html/parser", "inspect", "io", "ipaddress", "json/decoder", "json/encoder", "json/__init__", "keyword", "linecache", "logging/__init__", "lzma", "mimetypes", "operator", "optparse", "os", "pathlib", "pickle", "posixpath", "pprint", "queue", "quopri", "random", "reprlib", "sched", "selectors", "shelve", "shlex", "shutil", "signal", "socket", "stat", "statistics", "string", "subprocess", "symtable", "tempfile", "textwrap", "threading", "timeit", "token", "tokenize", "trace", "traceback", "types", "urllib/parse", "uuid", "warnings", "wave", "weakref", "zipfile"]
 
 
 def chat(user: str, assistant: str) -> str:
@@ -234,6 +229,7 @@ def released_layout(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
+    """Train, and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=sorted(TEXT_CONFIGS))
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -255,7 +251,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     save_file(released_layout(model), arguments.output / "model.safetensors", metadata={"format": "pt"})
     wrapper = {
-        "architectures": ["Qwen3_5ForConditionalGeneration" if arguments.kind == "dense" else "Qwen3_5MoeForConditionalGeneration"],
+        "architectures": [ARCHITECTURES[arguments.kind]],
         "model_type": text["model_type"].removesuffix("_text"),
         "text_config": text,
         "tie_word_embeddings": text["tie_word_embeddings"],
