@@ -1,9 +1,11 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer: they make .venv and install into it, once.
 # Another interpreter: make test PYTHON=python3.12. Arguments for pytest: make test ARGS="-x tests/test_entry.py".
+# Another entry: make demo ENTRY=qwen3.6-35b-a3b.
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+ENTRY ?= qwen3.6-27b
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
@@ -17,7 +19,7 @@ help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(stamp)  ## Build the sample of qwen3.6-27b, gate it against Hugging Face, generate text with it
-	$(bin)/python -m coreai_zoo.demo qwen3.6-27b
+	$(bin)/python -m coreai_zoo.demo $(ENTRY)
 
 test: $(stamp)  ## Run the whole test suite
 	$(bin)/python -m pytest $(ARGS)

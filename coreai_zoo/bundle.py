@@ -1,29 +1,32 @@
 """The LanguageBundle on disk: what an engine loads, and the record of how it was made.
 
-    <name>/
-        metadata.json       what Apple's loader parses (metadata_version 0.2)
-        <name>.aimodel/     the asset; its suffix is the backend's
-        tokenizer/          the checkpoint's own files
-        README.md           model card
-        build.json          everything that determined the bytes, and the SHA-256 of every file
+<name>/
+metadata.json       what Apple's loader parses (metadata_version 0.2)
+<name>.aimodel/     the asset; its suffix is the backend's
+tokenizer/          the checkpoint's own files
+README.md           model card
+build.json          everything that determined the bytes, and the SHA-256 of every file
 """
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import field, frozen
 
 from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.overlay import Axis, StateSpec, TensorSpec, TraceSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 METADATA_VERSION = "0.2"
 BUILD_SCHEMA = 1
@@ -55,7 +58,7 @@ def build_date() -> str:
     """The date that a bundle carries: SOURCE_DATE_EPOCH if set, else the epoch, so that rebuilds are equal."""
     try:
         seconds = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
-        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     except (ValueError, OverflowError, OSError) as error:
         raise BadInput(f"SOURCE_DATE_EPOCH is {os.environ['SOURCE_DATE_EPOCH']!r}, not seconds since 1970.") from error
 
@@ -69,23 +72,35 @@ def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
     missing = [name for name, required in _TOKENIZER_FILES.items() if required and not (checkpoint / name).is_file()]
     if missing:
         raise BadInput(f"{checkpoint} has no {' and no '.join(missing)}.", "A bundle needs the checkpoint's tokenizer.")
-    config = _read_object(checkpoint / "tokenizer_config.json")
+    config = read_object(checkpoint / "tokenizer_config.json")
     name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     if name not in TOKENIZER_CLASSES:
         raise BadInput(
-            f"tokenizer_class in {checkpoint / 'tokenizer_config.json'} is {config.get('tokenizer_class')!r}, which the "
-            f"runtime does not know.",
+            f"tokenizer_class in {checkpoint / 'tokenizer_config.json'} is {config.get('tokenizer_class')!r}, which "
+            f"the runtime does not know.",
             f"It knows {listing(list(TOKENIZER_CLASSES))}.",
         )
-    tokenizer = _read_object(checkpoint / "tokenizer.json")
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    added = [token.get("id", 0) for token in tokenizer.get("added_tokens", [])]
-    highest = max([*(vocabulary.values() if isinstance(vocabulary, dict) else ()), *added], default=-1)
+    highest = max(load_tokenizer(checkpoint).get_vocab(with_added_tokens=True).values(), default=-1)
     if highest < 0 or highest >= vocab_size:
         raise BadInput(
             f"The tokenizer in {checkpoint} has token ids up to {highest}, but the model's vocabulary is {vocab_size}."
         )
     return config
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer in `directory`.
+
+    Raises:
+        BadInput: when there is none, or it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
 
 
 def copy_tokenizer(checkpoint: Path, destination: Path) -> None:
@@ -112,7 +127,7 @@ class Description:
 
 
 def metadata(description: Description) -> dict[str, Any]:
-    """The content of `metadata.json`, with the fields that Apple's loader parses and those that published bundles carry."""
+    """The content of `metadata.json`, as Apple's loader parses it and published bundles carry it."""
     source = {"model_definition": "torch", "hf_model_id": description.hf_id, "hf_revision": description.hf_revision}
     return {
         "metadata_version": METADATA_VERSION,
@@ -141,8 +156,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def file_digests(bundle: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of the bundle but `build.json` itself and what gates add, by relative path."""
-    digests = {}
+    digests: dict[str, dict[str, Any]] = {}
     for path in sorted(_files(bundle)):
+        if not path.is_file():  # a link to nowhere
+            digests[path.relative_to(bundle).as_posix()] = {"bytes": 0, "sha256": None}
+            continue
         with path.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         digests[path.relative_to(bundle).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
@@ -185,6 +203,18 @@ def read_signature(record: Mapping[str, Any]) -> TraceSpec:
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
 
+# What the commands that take a bundle rely on.
+_RECORDED = {
+    "name": str,
+    "backend": str,
+    "layers": int,
+    "max_context": int,
+    "entry": dict,
+    "source": dict,
+    "function": dict,
+    "files": dict,
+}
+
 
 @frozen
 class Bundle:
@@ -212,10 +242,16 @@ class Bundle:
         absent = [name for name in ("metadata.json", "build.json") if not (directory / name).is_file()]
         if absent:
             raise BadInput(f"{directory} is not a bundle of this zoo: it has no {' and no '.join(absent)}.")
-        build = _read_object(directory / "build.json")
+        build = read_object(directory / "build.json")
         if build.get("schema") != BUILD_SCHEMA:
             raise BadInput(f"{directory / 'build.json'} has schema {build.get('schema')!r}, not {BUILD_SCHEMA}.")
-        return cls(directory, _read_object(directory / "metadata.json"), build)
+        wrong = [key for key, kind in _RECORDED.items() if not isinstance(build.get(key), kind)]
+        if wrong:
+            raise BadInput(
+                f"{directory / 'build.json'} is damaged: {listing(wrong)} missing or of another type.",
+                "Build the bundle again.",
+            )
+        return cls(directory, read_object(directory / "metadata.json"), build)
 
     @property
     def asset(self) -> Path:
@@ -225,7 +261,7 @@ class Bundle:
         except (KeyError, TypeError):
             raise CheckFailed(f"metadata.json of {self.directory} names no main asset.") from None
         if Path(asset).name != asset:
-            raise CheckFailed(f"metadata.json of {self.directory} names the asset {asset!r}, which is not a plain name.")
+            raise CheckFailed(f"metadata.json of {self.directory} names the asset {asset!r}, not a plain name.")
         return self.directory / asset
 
     @property
@@ -237,17 +273,25 @@ class Bundle:
     def signature(self) -> TraceSpec:
         """The function's signature as it was built."""
         try:
-            return read_signature(self.build["function"])
-        except (KeyError, TypeError, ValueError) as error:
+            signature = read_signature(self.build["function"])
+            if not signature.outputs:
+                raise ValueError("it has no output")
+            return signature
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckFailed(f"build.json of {self.directory} has no readable signature: {error}.") from error
 
     @property
     def max_context(self) -> int:
         """Positions that the bundle allows."""
-        return int(self.metadata["language"]["max_context_length"])
+        return int(self.build["max_context"])
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        BadInput: when it cannot be read, or is none.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

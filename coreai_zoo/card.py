@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coreai_zoo.overlay import ROLES
@@ -15,11 +15,15 @@ def render(record: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
         record: of the build, as `pipeline.build_record` makes it.
         sizes: bytes by relative path of the files so far.
     """
-    return "\n\n".join(
-        section
-        for section in (_head(record), _architecture(record), _recipe(record), _function(record, sizes), _run(record), _provenance(record))
-        if section
-    ) + "\n"
+    sections = (
+        _head(record),
+        _architecture(record),
+        _recipe(record),
+        _function(record, sizes),
+        _run(record),
+        _provenance(record),
+    )
+    return "\n\n".join(sections) + "\n"
 
 
 def _head(record: Mapping[str, Any]) -> str:
@@ -31,13 +35,14 @@ def _head(record: Mapping[str, Any]) -> str:
             "that exercises the same build. It is useful for trying the tools and for nothing else."
         )
     else:
-        lines.append(f"{title} ([{record['entry']['hf_id']}](https://huggingface.co/{record['entry']['hf_id']})) for Core AI.")
+        hf_id = record["entry"]["hf_id"]
+        lines.append(f"{title} ([{hf_id}](https://huggingface.co/{hf_id})) for Core AI.")
     if record["entry"]["differences"]:
         lines.append("**Not the published size.** " + "; ".join(record["entry"]["differences"]) + ".")
     return "\n\n".join(lines)
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -60,7 +65,8 @@ def _recipe(record: Mapping[str, Any]) -> str:
         spec = record["recipe"]["roles"][role]
         stored = "as is (float)" if spec is None else f"{spec['dtype']}, block {spec['block']}, {spec['scheme']}"
         rows.append((role, ROLES[role], f"{counts['parameters']:,}", stored, f"{counts['bytes']:,}"))
-    text = f"## Recipe `{record['recipe']['name']}`\n\n" + _table(("role", "what", "parameters", "stored", "bytes"), rows)
+    table = _table(("role", "what", "parameters", "stored", "bytes"), rows)
+    text = f"## Recipe `{record['recipe']['name']}`\n\n{table}"
     reason = record["recipe"]["head_reason"]
     return text + (f"\n\nThe head: {reason}" if reason else "")
 
@@ -92,7 +98,7 @@ def _run(record: Mapping[str, Any]) -> str:
         "## Running it\n\n"
         f"On a Mac, with an engine for the `{record['contract']['name']}` contract. It needs:\n\n{needs}\n\n"
         "On Linux, on the Core AI CPU interpreter (slow; for checking):\n\n"
-        f"```\nzoo run {record['name']} -p \"def main(\" -n 40\n```"
+        f'```\nzoo run {record["name"]} -p "def main(" -n 40\n```'
     )
 
 
@@ -103,7 +109,8 @@ def _provenance(record: Mapping[str, Any]) -> str:
     dropped = "".join(f"\n- {count} tensors left out: {reason}" for reason, count in record["dropped"].items())
     revision = source.get("hf_revision") or "not recorded (built from a local copy)"
     return (
-        f"## Provenance\n\nBuilt by coreai-zoo {record['zoo']} with {versions}; overlay `{record['overlay']['name']}`.\n\n"
+        f"## Provenance\n\nBuilt by coreai-zoo {record['zoo']} with {versions}; overlay "
+        f"`{record['overlay']['name']}`.\n\n"
         f"Checkpoint revision: {revision}. Its files:\n\n{files}{dropped}\n\n"
         "`build.json` records everything that determined these bytes, and the SHA-256 of every file."
     )

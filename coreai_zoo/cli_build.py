@@ -12,7 +12,7 @@ import click
 from coreai_zoo import pipeline
 from coreai_zoo.bundle import Bundle
 from coreai_zoo.checkpoint import read_config
-from coreai_zoo.cli import json_option, plugins_of, print_json, print_table, new_table
+from coreai_zoo.cli import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.entry import find_entry
 from coreai_zoo.errors import BadInput, CheckFailed
@@ -31,7 +31,12 @@ _EXISTING = click.Path(path_type=Path)
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
 @click.option("--backend", default="coreai", show_default=True, metavar="B", help="Target toolchain.")
 @click.option(
-    "-o", "--output", type=_EXISTING, default=pipeline.DEFAULT_OUTPUT, show_default=True, metavar="DIR",
+    "-o",
+    "--output",
+    type=_EXISTING,
+    default=pipeline.DEFAULT_OUTPUT,
+    show_default=True,
+    metavar="DIR",
     help="Folder in which the bundle's own folder is made.",
 )
 @click.option("--max-context", type=int, metavar="N", help="Positions that the bundle allows. Default: the entry's.")
@@ -41,11 +46,11 @@ _EXISTING = click.Path(path_type=Path)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @json_option
 @click.pass_context
-def build(ctx: click.Context, as_json: bool, **options: Any) -> None:
+def build(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     """Build a bundle.
 
     Without --checkpoint or --sample the entry's checkpoint is fetched from the Hugging Face hub. The output path is
-    untouched until the bundle is complete and verified. An interrupted build resumes when the same command is run again.
+    untouched until the bundle is complete and verified. An interrupted build resumes when it is run again.
 
     \b
     Example:
@@ -111,9 +116,11 @@ def run(
         zoo run exports/qwen3_6_27b_sample_decode_int8hu_block32_sym -p "def main(" -n 40
     """
     from coreai_zoo.generate import Sampling, chat_prompt, generate
+    from coreai_zoo.verify import require_asset
 
     opened = Bundle.open(bundle)
     backend = backend_of(opened, plugins_of(ctx))
+    require_asset(opened)
     if chat:
         prompt = chat_prompt(opened, prompt)
     else:
@@ -137,8 +144,8 @@ def gate(
     """Compare a bundle with Hugging Face, position by position.
 
     The bundle's own asset is run on the Core AI runtime of this machine and teacher-forced against transformers in fp32
-    on the same checkpoint. A different top token where the oracle's two best logits are at least 0.1 apart is a confident
-    flip and fails the gate (exit code 1); closer than that it is a tie.
+    on the same checkpoint. A different top token where the oracle's two best logits are at least 0.1 apart is a
+    confident flip and fails the gate (exit code 1); closer than that it is a tie.
 
     \b
     Example:
@@ -146,12 +153,16 @@ def gate(
         zoo gate exports/qwen3_6_27b_decode_int8hu_block32_sym --checkpoint ~/Qwen3.6-27B --positions 16
     """
     from coreai_zoo.gates import teacher_forced
+    from coreai_zoo.verify import require_asset
 
     opened, plugins = Bundle.open(bundle), plugins_of(ctx)
     directory = checkpoint_of(opened, plugins, checkpoint)
+    teacher_forced.check_checkpoint(opened, directory)  # before its config is cut to the bundle's layers
+    backend = backend_of(opened, plugins)
+    require_asset(opened)
     report = teacher_forced.gate(
         opened,
-        backend_of(opened, plugins),
+        backend,
         directory,
         config_of(opened, plugins, directory),
         prompt or teacher_forced.DEFAULT_PROMPT,
@@ -194,8 +205,8 @@ def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
     if given is not None:
         return given
     if not bundle.build.get("sample"):
-        raise BadInput(f"{bundle.directory.name} is not a sample.", "Pass the checkpoint it was built from: --checkpoint DIR.")
-    entry, _ = find_entry(str(bundle.build["entry"]["name"]), plugins)
+        raise BadInput(f"{bundle.directory.name} is not a sample.", "Pass its checkpoint with --checkpoint DIR.")
+    entry, _ = find_entry(str(bundle.build["entry"].get("name")), plugins)
     return entry.sample_directory()
 
 
@@ -211,7 +222,7 @@ def run_plugin_gates(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> list
     """Results of the gates that plugins add."""
     hf_config = read_config(checkpoint)
     overlay, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
-    entry, _ = find_entry(str(bundle.build["entry"]["name"]), plugins)
+    entry, _ = find_entry(str(bundle.build["entry"].get("name")), plugins)
     results = []
     for plugin, extra in plugins.gates(overlay, entry):
         with plugins.blame(plugin, f"gate {extra.name!r}"):

@@ -18,7 +18,7 @@ class RMSNormImpl(nn.Module):
         super().__init__()
         self.eps = eps
 
-    def forward(self, input: Tensor, scale: Tensor) -> Tensor:
+    def forward(self, input: Tensor, scale: Tensor) -> Tensor:  # noqa: A002  # the composite's name for it
         """`input` [..., D], `scale` [D]; computed in float32, returned in the dtype of `input`."""
         x = input.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
@@ -26,7 +26,7 @@ class RMSNormImpl(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm whose parameter `weight` [D] is the gain itself (a checkpoint's `1 + weight` is folded when it is read)."""
+    """RMSNorm whose parameter `weight` [D] is the gain itself: a checkpoint's `1 + weight` is folded when it is read."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SDPAImpl(nn.Module):
         query_length, key_length = query.shape[2], key.shape[2]
         scores = (query.float() * self.scale) @ key.float().transpose(-1, -2)
         # Query i sits at position T - S + i and sees every key up to itself.
-        seen = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device).tril(key_length - query_length)
+        seen = torch.ones(query_length, key_length, dtype=torch.bool).tril(key_length - query_length)
         weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
         return weights.to(value.dtype) @ value
 

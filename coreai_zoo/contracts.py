@@ -19,6 +19,8 @@ from coreai_zoo.overlay import Axis, KVCache, StateSpec, TensorSpec, TraceSpec
 # The pipelined engine allocates KV at 256 and doubles it; the trace only has to leave the axis free.
 _TRACED_CAPACITY = 256
 _TRACED_POSITIONS = 7
+MINIMUM_CONTEXT = 8
+"""Positions that a bundle allows at the least: what is traced with has to be among them."""
 
 
 @frozen

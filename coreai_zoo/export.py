@@ -38,7 +38,7 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
         rewrites: (plugin, rewrite) pairs.
 
     Raises:
-        PluginError: when two rewrites meet on one layer, or one matches no layer.
+        PluginError: when two rewrites meet on one layer, or one matches no layer or raises.
     """
     with torch.device("meta"):
         module = make().eval()
@@ -51,12 +51,19 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
             if path in taken:
                 other_plugin, other = taken[path]
                 raise PluginError(
-                    f"Two rewrites meet on layer {path}: {other.name!r} of plugin {other_plugin} and {rewrite.name!r} of "
-                    f"plugin {plugin}."
+                    f"Two rewrites meet on layer {path}: {other.name!r} of plugin {other_plugin} and {rewrite.name!r} "
+                    f"of plugin {plugin}."
                 )
             taken[path] = (plugin, rewrite)
-    for path, (_, rewrite) in taken.items():
-        module.set_submodule(path, rewrite.apply(module.get_submodule(path)))
+    for path, (plugin, rewrite) in taken.items():
+        try:
+            replacement = rewrite.apply(module.get_submodule(path))
+        except Exception as error:
+            raise PluginError(
+                f"plugin {plugin!r} failed in rewrite {rewrite.name!r} of layer {path}: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+        module.set_submodule(path, replacement)
     return module
 
 

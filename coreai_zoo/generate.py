@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from attrs import frozen
 
 from coreai_zoo.backends import Backend
-from coreai_zoo.bundle import Bundle
+from coreai_zoo.bundle import Bundle, load_tokenizer, read_object
 from coreai_zoo.errors import BadInput
 
 
@@ -35,10 +34,9 @@ def generate(
     Raises:
         BadInput: when the prompt is empty or does not fit the context.
     """
-    from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
 
-    tokenizer = Tokenizer.from_file(str(bundle.tokenizer / "tokenizer.json"))
+    tokenizer = load_tokenizer(bundle.tokenizer)
     prompt_tokens = tokenizer.encode(prompt).ids
     if not prompt_tokens:
         raise BadInput("The prompt is empty.", 'Give one with -p "...".')
@@ -69,6 +67,7 @@ def chat_prompt(bundle: Bundle, message: str) -> str:
     """
     from coreai_zoo.gates.oracle import quiet_transformers
 
+    read_object(bundle.tokenizer / "tokenizer_config.json")  # says what is wrong with it better than transformers
     with quiet_transformers():
         from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +80,7 @@ def chat_prompt(bundle: Bundle, message: str) -> str:
 
 def _end_of_turn(bundle: Bundle, tokenizer: Any) -> int | None:
     """Id of the tokenizer's end-of-turn token; engines read it from the tokenizer, never from generation_config."""
-    config = json.loads((bundle.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = read_object(bundle.tokenizer / "tokenizer_config.json")
     token = config.get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     found: int | None = tokenizer.token_to_id(content) if content else None

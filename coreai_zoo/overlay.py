@@ -8,11 +8,11 @@ frozen data; nothing here imports torch at run time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from attrs import field, frozen
-from attrs.validators import ge, in_, instance_of, max_len, min_len, optional
+from attrs.validators import ge, in_, max_len, min_len
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,10 @@ ROLES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _shape(sizes: Iterable[int | str]) -> tuple[int | str, ...]:
+    return tuple(sizes)
+
+
 def _positive_or_axis(_instance: object, attribute: Any, shape: tuple[int | str, ...]) -> None:
     for size in shape:
         if not (isinstance(size, str) and size) and not (isinstance(size, int) and size > 0):
@@ -61,11 +65,13 @@ class TensorSpec:
     """
 
     name: str = field(validator=min_len(1))
-    shape: tuple[int | str, ...] = field(converter=tuple, validator=_positive_or_axis)
+    shape: tuple[int | str, ...] = field(converter=_shape, validator=_positive_or_axis)
     dtype: str = field(validator=in_(DTYPES))
 
 
 def _engine_safe_name(instance: StateSpec, _attribute: Any, name: str) -> None:
+    if not name:
+        raise ValueError("a state needs a name")
     # Engines take any state with "cache" or "kv" in its name for a truncatable cache (FACTS, engine rules).
     if instance.kind == "fixed" and re.search("cache|kv", name, re.IGNORECASE):
         raise ValueError(f"fixed state {name!r} must not have 'cache' or 'kv' in its name: engines would truncate it")
@@ -81,7 +87,7 @@ class StateSpec(TensorSpec):
 
     kind: Literal["kv_cache", "fixed"] = field(default="fixed", validator=in_(("kv_cache", "fixed")))
     dtype: str = field(default="float16", validator=in_(DTYPES))
-    name: str = field(kw_only=True, validator=[min_len(1), _engine_safe_name])
+    name: str = field(kw_only=True, validator=_engine_safe_name)
 
     def __attrs_post_init__(self) -> None:
         dynamic = [size for size in self.shape if isinstance(size, str)]
@@ -236,6 +242,11 @@ class WeightMap:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _block(_instance: object, _attribute: Any, size: object) -> None:
+    if size is not None and (not isinstance(size, int) or size < 2):
+        raise ValueError(f"a block has at least 2 inputs, not {size!r}")
+
+
 @frozen
 class QuantizationSpec:
     """How a weight is stored: integers of `dtype` in blocks of `block_size` along the last axis, one scale per block.
@@ -251,7 +262,7 @@ class QuantizationSpec:
     scheme: Literal["symmetric", "symmetric_with_clipping", "asymmetric"] = field(
         validator=in_(("symmetric", "symmetric_with_clipping", "asymmetric"))
     )
-    block_size: int | None = field(default=32, validator=optional([instance_of(int), ge(2)]))
+    block_size: int | None = field(default=32, validator=_block)
 
     @property
     def bits(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from coreai_zoo import bundle as bundles
 from coreai_zoo import card
 from coreai_zoo.backends import Backend
 from coreai_zoo.checkpoint import Checkpoint, read_config
-from coreai_zoo.contracts import Contract, find_contract
+from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract, find_contract
 from coreai_zoo.entry import Entry, find_entry
 from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
 from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, TraceSpec
@@ -124,7 +125,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         _check_output(destination, request.force)
         for difference in resolved.differences:
             report.note(f"differs from the entry: {difference}")
-    with _work_directory(request, resolved.name) as work, _partial_directory(destination) as partial:
+    with _partial_directory(destination) as partial, _work_directory(request, resolved.name) as work:
         store = WeightStore(work)
         with report.stage("weights", f"{len(resolved.weights.tensors)} tensors as {resolved.recipe.name}"):
             filled = _fill(store, resolved, report)
@@ -132,7 +133,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         with report.stage("lower", f"{resolved.backend.name}, contract {resolved.contract.name}"):
             _lower(resolved, store, partial)
         with report.stage("bundle", resolved.name):
-            _write_records(resolved, partial)
+            _write_records(resolved, store, partial)
         with report.stage("verify"):
             checks = verify(bundles.Bundle.open(partial), {resolved.backend.name: resolved.backend})
             require(checks)
@@ -170,10 +171,12 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
             f"({entry.facts.ffn} feed-forward).",
             "Choose the entry that fits the checkpoint: `zoo list` shows the feed-forward kind of each.",
         )
-    if request.layers is not None:
-        hf_config = overlay.with_layers(hf_config, request.layers)
-    config = overlay.read_config(hf_config)
-    facts = overlay.facts(config)
+    with plugins.blame(overlay_plugin, f"overlay {overlay.name!r}"):
+        if request.layers is not None:
+            hf_config = overlay.with_layers(hf_config, request.layers)
+        config = overlay.read_config(hf_config)
+        facts = overlay.facts(config)
+        kv_cache = overlay.kv_cache(config)
     # A sample and a slice are other sizes on purpose.
     differences = () if request.sample or request.layers else compare_facts(entry, facts)
     max_context = _max_context(request, entry, facts)
@@ -184,7 +187,7 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
     recipe = recipe.with_head(head)
     rewrites = tuple(plugins.layer_rewrites(overlay, config, contract))
     signature = contract.trace_spec(
-        overlay.kv_cache(config),
+        kv_cache,
         plugins.extra_states(overlay, config, contract),
         facts["vocab_size"],
         max_context,
@@ -192,7 +195,11 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
 
     from coreai_zoo import export
 
-    module = export.build_module(lambda: overlay.decoder(config, contract), rewrites)
+    def decoder() -> nn.Module:
+        with plugins.blame(overlay_plugin, f"overlay {overlay.name!r}"):
+            return overlay.decoder(config, contract)
+
+    module = export.build_module(decoder, rewrites)
     weights = plan_weights(
         plugins.weight_map(overlay, config), export.parameters_of(module), checkpoint.tensors, recipe
     )
@@ -274,9 +281,17 @@ def _find_backend(name: str, plugins: Plugins) -> Backend:
 
 def _max_context(request: BuildRequest, entry: Entry, facts: Mapping[str, Any]) -> int:
     limit = int(facts["max_context_length"])
-    if request.max_context is not None and not 2 <= request.max_context <= limit:
-        raise BadInput(f"--max-context {request.max_context} is not between 2 and {limit}, the model's own limit.")
-    return request.max_context or min(entry.bundle.max_context, limit)
+    if request.max_context is not None and not MINIMUM_CONTEXT <= request.max_context <= limit:
+        raise BadInput(
+            f"--max-context {request.max_context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit."
+        )
+    chosen = request.max_context or min(entry.bundle.max_context, limit)
+    if chosen < MINIMUM_CONTEXT:
+        raise BadInput(
+            f"The bundle would allow {chosen} positions (the model {limit}, the entry {entry.bundle.max_context}); "
+            f"{MINIMUM_CONTEXT} is the least."
+        )
+    return chosen
 
 
 def _bundle_name(
@@ -299,11 +314,10 @@ def _bundle_name(
 
 
 def _fill(store: WeightStore, resolved: Resolved, report: Reporter) -> Any:
-    total = sum(tensor.stored_bytes for tensor in resolved.weights.tensors)
-    with report.bytes(total) as counter:
+    with report.bytes(resolved.weights.stored_bytes) as counter:
 
-        def progress(tensor: PlannedTensor, count: int) -> None:
-            counter.advance(tensor.name, count)
+        def progress(tensor: PlannedTensor, elements: int) -> None:
+            counter.advance(tensor.name, elements * tensor.stored_bytes // tensor.parameters)
 
         return store.fill(resolved.weights, resolved.checkpoint, progress)
 
@@ -321,9 +335,9 @@ def _lower(resolved: Resolved, store: WeightStore, partial: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _write_records(resolved: Resolved, partial: Path) -> None:
+def _write_records(resolved: Resolved, store: WeightStore, partial: Path) -> None:
     bundles.copy_tokenizer(resolved.checkpoint.directory, partial / "tokenizer")
-    record = build_record(resolved)
+    record = build_record(resolved, store)
     bundles.write_json(
         partial / "metadata.json",
         bundles.metadata(
@@ -345,7 +359,7 @@ def _write_records(resolved: Resolved, partial: Path) -> None:
     bundles.write_json(partial / "build.json", {**record, "files": bundles.file_digests(partial)})
 
 
-def build_record(resolved: Resolved) -> dict[str, Any]:
+def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
     """Everything that determines the bytes of a bundle; `build.json` without the files' hashes."""
     roles: dict[str, Counter[str]] = {}
     for tensor in resolved.weights.tensors:
@@ -365,7 +379,11 @@ def build_record(resolved: Resolved) -> dict[str, Any]:
             "differences": list(resolved.differences),
         },
         "sample": resolved.sample,
-        "source": {"hf_revision": resolved.revision, **resolved.checkpoint.identity()},
+        "source": {
+            "hf_revision": resolved.revision,
+            **resolved.checkpoint.identity(),
+            "values_sha256": _values_digest(resolved, store),
+        },
         "dropped": dict(Counter(reason for _, reason in resolved.weights.dropped)),
         "overlay": {
             "name": resolved.overlay.name,
@@ -395,6 +413,12 @@ def build_record(resolved: Resolved) -> dict[str, Any]:
     }
 
 
+def _values_digest(resolved: Resolved, store: WeightStore) -> str:
+    """SHA-256 over the digests of all source values: what tells two fine-tunes of one model apart."""
+    digests = [f"{tensor.name} {store[tensor.name].source_digest}\n" for tensor in resolved.weights.tensors]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Directories: nothing half-written is ever at the output path
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,9 +426,12 @@ def build_record(resolved: Resolved) -> dict[str, Any]:
 
 def _check_output_folder(output: Path) -> None:
     """Refuse an output folder that cannot be written to, before anything is read."""
-    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    path = output.absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists() or parent.is_symlink())
     if not existing.is_dir():
-        raise BadInput(f"The output folder {output} cannot be made: {existing} is a file.")
+        raise BadInput(
+            f"The output folder {output} cannot be made: {existing} is no folder.", "Choose another with -o DIR."
+        )
     try:
         with tempfile.TemporaryDirectory(dir=existing, prefix=".zoo-"):
             pass
@@ -415,6 +442,11 @@ def _check_output_folder(output: Path) -> None:
 
 
 def _check_output(destination: Path, force: bool) -> None:
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise BadInput(
+            f"{destination} exists and is no folder, so it is never replaced.",
+            "Move it away, or choose another folder with -o DIR.",
+        )
     if destination.exists() and not force:
         raise BadInput(f"{destination} exists.", "Pass --force to replace it, or another folder with -o DIR.")
 
@@ -424,37 +456,54 @@ def _work_directory(request: BuildRequest, name: str) -> Iterator[Path]:
     """The weight store's directory: kept when a build is interrupted, so that the next one resumes; else removed."""
     given = request.work_dir is not None
     work = (request.work_dir or request.output / ".zoo-work") / name
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        yield work
-    except Exception:
-        if not given and not request.keep_weights:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_parents_of(work))
+            work.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"The work directory {work} cannot be made: {error.strerror}.", "Choose another with --work-dir DIR."
+            ) from error
+        try:
+            yield work
+        except Exception:
+            if not given and not request.keep_weights:
+                _remove_work(work)
+            raise
+        if not request.keep_weights:
             _remove_work(work)
-        raise
-    if not request.keep_weights:
-        _remove_work(work)
 
 
 def _remove_work(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
-    with contextlib.suppress(OSError):  # not empty: another build's store is beside it
-        work.parent.rmdir()
+    if work.parent.name == ".zoo-work":  # ours, also when an interrupted build made it
+        with contextlib.suppress(OSError):  # not empty: another build's store is beside it
+            work.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; afterwards remove those that were made and are empty."""
+    created = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for parent in created:
+            with contextlib.suppress(OSError):  # not empty: the build succeeded, or somebody else uses it
+                parent.rmdir()
 
 
 @contextlib.contextmanager
 def _partial_directory(destination: Path) -> Iterator[Path]:
     """A directory beside `destination` to build in; gone afterwards unless it was moved into place."""
-    created = [parent for parent in destination.parents if not parent.exists()]
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
-    partial.chmod(0o755)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in created:
-            with contextlib.suppress(OSError):  # not empty: the build succeeded, or somebody else uses it
-                parent.rmdir()
+    with _parents_of(destination):
+        partial = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
+        partial.chmod(0o755)
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _move_into_place(partial: Path, destination: Path) -> None:

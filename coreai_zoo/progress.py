@@ -32,6 +32,7 @@ class Reporter:
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
+        self._console.print(f"         [dim]{self.seconds[name]:.1f} s[/]")
 
     def note(self, text: str) -> None:
         """A remark inside a stage."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from attrs import frozen
@@ -16,6 +17,9 @@ from coreai_zoo.overlay import TensorSpec, TraceSpec
 
 # Weights up to this size are run for one step; beyond it the CPU interpreter needs minutes for a token.
 SMOKE_STEP_BYTES = 64 * 2**20
+
+# Files up to this size are hashed each time that a bundle is run, which takes a second at most.
+_HASHED_BYTES = 2**30
 
 
 @frozen
@@ -59,6 +63,33 @@ def require(checks: Sequence[Check]) -> None:
         raise CheckFailed(f"The bundle does not verify: {'; '.join(failed)}.")
 
 
+def require_asset(bundle: Bundle) -> None:
+    """Refuse an asset that is not as it was built, before it is loaded: on damaged bytecode the runtime aborts.
+
+    Sizes are always compared; of a very large file, only `verify` looks at the content.
+
+    Raises:
+        CheckFailed: naming what is missing or was changed.
+    """
+    folder = f"{bundle.asset.name}/"
+    recorded = {path: record for path, record in bundle.build["files"].items() if path.startswith(folder)}
+    damaged = [path for path, record in recorded.items() if not _is_as_recorded(bundle.directory / path, record)]
+    if damaged or not recorded:
+        raise CheckFailed(
+            f"{bundle.directory} cannot be run: {listing(damaged) or bundle.asset.name} is missing or was changed.",
+            "Build the bundle again.",
+        )
+
+
+def _is_as_recorded(path: Path, record: Any) -> bool:
+    if not isinstance(record, Mapping) or not path.is_file() or path.stat().st_size != record.get("bytes"):
+        return False
+    if path.stat().st_size > _HASHED_BYTES:
+        return True
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == record.get("sha256")
+
+
 def _files(bundle: Bundle) -> Check:
     recorded: Mapping[str, Any] = bundle.build.get("files", {})
     found = file_digests(bundle.directory)
@@ -66,7 +97,9 @@ def _files(bundle: Bundle) -> Check:
     problems += [f"{path} is not in the record" for path in sorted(set(found) - set(recorded))]
     problems += [f"{path} was changed" for path in sorted(set(found) & set(recorded)) if found[path] != recorded[path]]
     total = sum(digest["bytes"] for digest in found.values())
-    return Check("files", not problems, listing(problems) or f"{len(found)} files, {total:,} bytes, SHA-256 as recorded")
+    return Check(
+        "files", not problems, listing(problems) or f"{len(found)} files, {total:,} bytes, SHA-256 as recorded"
+    )
 
 
 def _metadata(bundle: Bundle) -> Check:
@@ -88,11 +121,14 @@ def _metadata(bundle: Bundle) -> Check:
     problems = [f"{key} is {found!r}, not {wanted!r}" for key, (found, wanted) in expected.items() if found != wanted]
     if not isinstance(language.get("tokenizer"), str):
         problems.append("language.tokenizer is not text")
-    if any(not isinstance(value, str) for value in data.get("user_data", {}).values()):
+    user_data = data.get("user_data", {})
+    if not isinstance(user_data, Mapping) or any(not isinstance(value, str) for value in user_data.values()):
         problems.append("user_data holds something other than text")
     if not bundle.asset.is_dir():
         problems.append(f"there is no asset {bundle.asset.name}")
-    return Check("metadata", not problems, listing(problems) or f"version {METADATA_VERSION}, agrees with the signature")
+    return Check(
+        "metadata", not problems, listing(problems) or f"version {METADATA_VERSION}, agrees with the signature"
+    )
 
 
 def _tokenizer(bundle: Bundle) -> Check:
@@ -140,7 +176,11 @@ def compare_signature(found: Signature, spec: TraceSpec) -> list[str]:
         return tuple(-1 if isinstance(size, str) else size for size in tensor.shape)
 
     problems = []
-    groups = (("input", found.inputs, spec.inputs), ("state", found.states, spec.states), ("output", found.outputs, spec.outputs))
+    groups = (
+        ("input", found.inputs, spec.inputs),
+        ("state", found.states, spec.states),
+        ("output", found.outputs, spec.outputs),
+    )
     for kind, saved, wanted in groups:
         if list(saved) != [tensor.name for tensor in wanted]:
             problems.append(f"{kind}s are {list(saved)}, not {[tensor.name for tensor in wanted]}")
@@ -160,4 +200,6 @@ def _smoke_step(bundle: Bundle, backend: Backend) -> Check:
     except (CheckFailed, RuntimeError) as error:
         return Check("step", False, str(error))
     finite = bool(np.isfinite(first).all() and np.isfinite(second).all())
-    return Check("step", finite and not np.array_equal(first, second), f"two tokens, logits {'' if finite else 'not '}finite")
+    return Check(
+        "step", finite and not np.array_equal(first, second), f"two tokens, logits {'' if finite else 'not '}finite"
+    )

@@ -1,5 +1,6 @@
 """The converter of `coreai_torch` with two things changed: constants are handed over by name without a copy, and each
-distinct composite is exported once instead of once per layer."""
+distinct composite is exported once instead of once per layer.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from coreai._compiler.ir import (
     Value,
 )
 from coreai_torch import TorchConverter
+from coreai_torch._validate import validate_exported_program
 from coreai_torch.converter import _StagedEntry
 from coreai_torch.externalize import (
     _ExternalizedExportedProgram,
@@ -32,7 +34,6 @@ from coreai_torch.externalize import (
     _restore_externalized,
     _torch_export_module,
 )
-from coreai_torch._validate import validate_exported_program
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -51,7 +52,7 @@ def element_type(dtype: str) -> Type:
     return IntegerType.get_unsigned(bits) if dtype.startswith("u") else IntegerType.get_signed(bits)
 
 
-class Converter(TorchConverter):
+class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no types
     """Lowers one traced program whose state is given by name."""
 
     def __init__(self, state: Mapping[str, tuple[str, Constant]]) -> None:
@@ -109,23 +110,21 @@ def _splat_zero(shape: Sequence[int], element: Type) -> Value:
 
 def _lower_dequantize(values: dict[str, Value], node: fx.Node, loc: Any) -> Value:
     """`coreai_zoo::dequantize` to `coreai.blockwise_shift_scale`; a missing zero point costs a splat, not a tensor."""
-    codes, scales = (values[argument.name] for argument in node.args[:2])  # type: ignore[union-attr]
-    zero_points = node.args[2]
+    arguments: tuple[Any, ...] = node.args
+    codes, scales, zero_points = values[arguments[0].name], values[arguments[1].name], arguments[2]
     shape = list(scales.type.shape)
     if isinstance(zero_points, fx.Node):
         offset = values[zero_points.name]
     else:
         offset = _splat_zero(shape, codes.type.element_type)
-    return coreai.blockwise_shift_scale(
-        codes, scales, offset, _splat_zero(shape, scales.type.element_type), loc=loc
-    )
+    return coreai.blockwise_shift_scale(codes, scales, offset, _splat_zero(shape, scales.type.element_type), loc=loc)
 
 
 def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list[_ExternalizedExportedProgram]:
     """Export every distinct composite of a patched `module` once, and restore the module.
 
-    Two call sites are the same composite when operation, attributes and the shapes and dtypes of their inputs agree; the
-    compiler merges their graphs in the end, so exporting one each only costs time. Names are derived from position.
+    Two call sites are the same composite when operation, attributes and the shapes and dtypes of their inputs agree;
+    the compiler merges their graphs in the end, so exporting one each only costs time. Names are derived from position.
     """
     distinct: dict[object, _ExternalizedExportedProgram] = {}
     serial = itertools.count()

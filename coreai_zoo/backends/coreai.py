@@ -20,11 +20,10 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from attrs import frozen
 
-from coreai_zoo import composites
 from coreai_zoo.backends import Signature
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.overlay import TraceSpec
@@ -137,6 +136,8 @@ def _use_toolchain_composites(module: nn.Module) -> list[Any]:
     from coreai_torch import ExternalizeSpec
     from coreai_torch.composite_ops import SDPA, GatherMM, RMSNormImpl
 
+    from coreai_zoo import composites
+
     specs: dict[str, Any] = {}
     for child in list(module.modules()):
         match child:
@@ -187,7 +188,8 @@ def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) ->
 
 def _save(program: Any, destination: Path) -> None:
     """Write the asset. What `AIProgram.save_asset` does, without reading the bytecode back whole to hash it and without
-    the time of day."""
+    the time of day.
+    """
     from coreai.authoring.asset import _COREAI_PRODUCER
     from coreai.runtime import _AIModelAsset
 
@@ -219,7 +221,7 @@ class _Loaded:
         self._asset = asset
         self._loop = asyncio.new_event_loop()
 
-    def __enter__(self) -> _Loaded:
+    def __enter__(self) -> Self:
         from coreai.authoring import AIModelAsset
 
         try:

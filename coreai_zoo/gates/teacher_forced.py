@@ -9,7 +9,7 @@ from typing import Any
 from attrs import frozen
 
 from coreai_zoo.backends import Backend
-from coreai_zoo.bundle import Bundle
+from coreai_zoo.bundle import Bundle, load_tokenizer
 from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.candidate import AssetCandidate
@@ -50,9 +50,7 @@ def tokenize(bundle: Bundle, prompt: str, positions: int) -> list[int]:
     Raises:
         BadInput: when the prompt is shorter, or longer than the bundle's context.
     """
-    from tokenizers import Tokenizer
-
-    tokens: list[int] = Tokenizer.from_file(str(bundle.tokenizer / "tokenizer.json")).encode(prompt).ids
+    tokens: list[int] = load_tokenizer(bundle.tokenizer).encode(prompt).ids
     if positions > bundle.max_context:
         raise BadInput(f"{positions} positions are more than this bundle's context of {bundle.max_context}.")
     if len(tokens) < positions:
@@ -113,7 +111,5 @@ def gate(
 
 
 def _pieces(bundle: Bundle, tokens: list[int]) -> tuple[str, ...]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(bundle.tokenizer / "tokenizer.json"))
+    tokenizer = load_tokenizer(bundle.tokenizer)
     return tuple(tokenizer.decode([token], skip_special_tokens=False) for token in tokens)

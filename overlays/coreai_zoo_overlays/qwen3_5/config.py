@@ -7,6 +7,8 @@ transformers' configuration classes.
 
 from __future__ import annotations
 
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,16 +99,19 @@ class _Reader:
         if value is None:
             self.problems.append(f"{name} is missing")
         elif not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            self.problems.append(f"{name} is {value!r}, not a positive integer")
+            self.problems.append(f"{name} is {reprlib.repr(value)}, not a positive integer")
         else:
             return value
         return 1
 
-    def number(self, name: str, default: float, fields: Mapping[str, Any] | None = None) -> float:
-        """A positive number."""
+    def number(
+        self, name: str, default: float, fields: Mapping[str, Any] | None = None, largest: float = sys.float_info.max
+    ) -> float:
+        """A positive number, at most `largest`."""
         value = (self.fields if fields is None else fields).get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            self.problems.append(f"{name} is {value!r}, not a positive number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= largest:
+            limit = "" if largest == sys.float_info.max else f" of at most {largest:g}"
+            self.problems.append(f"{name} is {reprlib.repr(value)}, not a positive number{limit}")
             return default
         return float(value)
 
@@ -119,7 +124,7 @@ class _Reader:
     def only(self, name: str, allowed: Any) -> None:
         """Refuse a variant that the overlay does not implement."""
         if self.fields.get(name, allowed) != allowed:
-            self.problems.append(f"{name} is {self.fields[name]!r}; only {allowed!r} is implemented")
+            self.problems.append(f"{name} is {reprlib.repr(self.fields[name])}; only {allowed!r} is implemented")
 
 
 def text_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +173,8 @@ def read_config(hf_config: Mapping[str, Any]) -> Qwen35Config:
         sliced_from=fields.get("zoo_sliced_from"),
     )
     if read.problems:
-        raise BadInput(f"This {hf_config.get('model_type')} config cannot be used: {listing(read.problems)}.")
+        problems = list(dict.fromkeys(read.problems))  # a field that is read twice is wrong once
+        raise BadInput(f"This {hf_config.get('model_type')} config cannot be used: {listing(problems, 40)}.")
     return config
 
 
@@ -201,14 +207,14 @@ def _rope_fields(read: _Reader) -> Mapping[str, Any]:
         return {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
-        read.problems.append(f"rope_type is {kind!r}; only 'default' is implemented")
+        read.problems.append(f"rope_type is {reprlib.repr(kind)}; only 'default' is implemented")
     return {**read.fields, **rope}
 
 
 def _rotary_dim(read: _Reader, head_dim: int) -> int:
     """How many leading dimensions of a head are rotated: `partial_rotary_factor` of them."""
-    rotary_dim = int(head_dim * read.number("partial_rotary_factor", 0.25, _rope_fields(read)))
-    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+    rotary_dim = int(head_dim * read.number("partial_rotary_factor", 0.25, _rope_fields(read), largest=1.0))
+    if rotary_dim < 2 or rotary_dim % 2:
         read.problems.append(f"partial_rotary_factor rotates {rotary_dim} of {head_dim} dimensions")
     return rotary_dim
 

@@ -77,9 +77,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: Qwen35Config, kind: str, index: int) -> None:
         super().__init__()
-        self.index = index
-        self.self_attn = Attention(config) if kind == FULL else None
-        self.linear_attn = None if kind == FULL else GatedDeltaNet(config)
+        self.kind, self.index = kind, index
+        if kind == FULL:
+            self.self_attn = Attention(config)
+        else:
+            self.linear_attn = GatedDeltaNet(config)
         self.mlp = feed_forward(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -94,7 +96,7 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """[1, S, D] to [1, S, D]; mutates this layer's part of the states."""
         normed = self.input_layernorm(x)
-        if self.self_attn is not None:
+        if self.kind == FULL:
             keys, values = kv_cache
             mixed = self.self_attn(normed, rotation, (keys[self.index], values[self.index]), length)
         else:

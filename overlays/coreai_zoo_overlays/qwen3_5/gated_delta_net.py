@@ -89,8 +89,8 @@ class GatedDeltaStep(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `GatedDeltaRule` with S = 1."""
-        token = (tensor.squeeze(1) for tensor in (query, key, value, g, beta))
-        out, state = recurrent_gated_delta_rule(*token, state)
+        query, key, value, g, beta = (tensor.squeeze(1) for tensor in (query, key, value, g, beta))
+        out, state = recurrent_gated_delta_rule(query, key, value, g, beta, state)
         return out.unsqueeze(1), state
 
 

@@ -96,9 +96,7 @@ _MLP = (
 def _expert(name: str, target: str, piece: int = 0, pieces: int = 1) -> WeightRule:
     """A row for one projection of one expert, where experts are stored one by one."""
     part = Part(index="expert", piece=piece, pieces=pieces)
-    return WeightRule(
-        LAYER + "mlp.experts.{expert}." + name, LAYER + "mlp.experts." + target, "moe.expert", part=part
-    )
+    return WeightRule(LAYER + "mlp.experts.{expert}." + name, LAYER + "mlp.experts." + target, "moe.expert", part=part)
 
 
 _MOE = (
@@ -117,7 +115,7 @@ _MOE = (
 
 
 def _drops(config: Qwen35Config) -> tuple[Drop, ...]:
-    drops = (
+    drops: tuple[Drop, ...] = (
         Drop("model.visual.**", "vision tower: the bundle is text only"),
         Drop("mtp.**", "multi-token-prediction head: the contract decodes one token per step"),
     )

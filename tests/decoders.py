@@ -1,0 +1,71 @@
+"""The overlay's decoder with a checkpoint's weights, read the way a build reads them."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import evolve
+from coreai_zoo_overlays import qwen3_5
+from torch import Tensor, nn
+
+from coreai_zoo import export
+from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.contracts import STATIC_S1, Contract
+from coreai_zoo.overlay import TraceSpec
+from coreai_zoo.quantize import find_recipe
+from coreai_zoo.store import WeightStore
+from coreai_zoo.weights import plan_weights
+
+OVERLAY = qwen3_5.Qwen35Overlay()
+
+
+def load_decoder(
+    directory: Path, work: Path, *, dtype: str = "float32", rewritten: bool = True, recipe: str = "fp16"
+) -> tuple[nn.Module, TraceSpec]:
+    """The decoder in `dtype`, in the form of the static contract or as the reference, and its signature."""
+    contract = evolve(STATIC_S1, compute_dtype=dtype)
+    checkpoint = Checkpoint.open(directory)
+    config = OVERLAY.read_config(checkpoint.config)
+    rewrites = [("qwen36", rewrite) for rewrite in qwen3_5.layer_rewrites(contract)] if rewritten else []
+    module = export.build_module(lambda: OVERLAY.decoder(config, contract), rewrites)
+    plan = plan_weights(
+        qwen3_5.weight_map(config), export.parameters_of(module), checkpoint.tensors, find_recipe(recipe)
+    )
+    store = WeightStore(work)
+    store.fill(plan, checkpoint)
+    export.bind(module, store)
+    return module, signature(config, contract)
+
+
+def signature(config: Any, contract: Contract = STATIC_S1) -> TraceSpec:
+    """The function's signature for a config."""
+    extra = qwen3_5.extra_states(config, contract)
+    return contract.trace_spec(OVERLAY.kv_cache(config), extra, config.vocab_size, 64)
+
+
+def fresh_states(spec: TraceSpec, capacity: int = 64) -> list[Tensor]:
+    """Zeroed states with room for `capacity` positions."""
+    return [
+        torch.zeros([capacity if isinstance(size, str) else size for size in s.shape], dtype=getattr(torch, s.dtype))
+        for s in spec.states
+    ]
+
+
+def feed(module: nn.Module, tokens: list[int], states: list[Tensor], *pieces: int) -> Tensor:
+    """Logits [len(tokens), V] when the tokens are fed in pieces that end at `pieces`, or one by one without any."""
+    ends = sorted({*pieces, len(tokens)}) if pieces else list(range(1, len(tokens) + 1))
+    rows, start = [], 0
+    with torch.no_grad():
+        for end in ends:
+            ids = torch.tensor([tokens[start:end]], dtype=torch.int32)
+            rows.append(module(ids, torch.arange(end, dtype=torch.int32)[None], *states)[0])
+            start = end
+    return torch.cat(rows)
+
+
+def paths(module: nn.Module, pattern: str) -> list[str]:
+    """Module paths that match a pattern."""
+    return [path for path, _ in module.named_modules() if fnmatch.fnmatchcase(path, pattern)]

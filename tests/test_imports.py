@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "coreai", "coreai_torch", "coreai_opt", "coremltools", "huggingface_hub")
+
+IMPORTED_AFTER = """
+import sys
+from coreai_zoo.cli import cli
+try:
+    cli.main(sys.argv[2:], prog_name="zoo")
+except SystemExit as stop:
+    code = stop.code
+heavy = sorted(set(sys.argv[1].split(",")) & set(sys.modules))
+print("code", code, "heavy", ",".join(heavy), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["list"], ["list", "--json"], ["show", "qwen3.6-27b"], ["doctor"]],
+    ids=" ".join,
+)
+def test_commands_that_only_look_import_no_torch(arguments: list[str]) -> None:
+    command = [sys.executable, "-c", IMPORTED_AFTER, ",".join(HEAVY), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert result.stderr.splitlines()[-1] == "code 0 heavy "
+
+
+def test_the_driver_above_sees_torch_when_it_is_imported() -> None:
+    driver = "import torch\n" + IMPORTED_AFTER
+    result = subprocess.run(
+        [sys.executable, "-c", driver, "torch,numpy", "list"], capture_output=True, text=True, check=True
+    )
+
+    assert "torch" in result.stderr.splitlines()[-1]
+
+
+# The editable installation must be out of sight: a namespace package would be read from both places.
+LINT_COPY = """
+import sys
+installed = ("", sys.argv[1], sys.argv.pop(1) + "/overlays")
+sys.path[:] = [".", "overlays", *(path for path in sys.path if path not in installed)]
+from importlinter.cli import lint_imports_command
+lint_imports_command()
+"""
+
+
+def lint_imports(root: Path, cache: Path, *config: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-logo", "--cache-dir", str(cache), *config],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_dependencies_point_one_way(root: Path, tmp_path: Path) -> None:
+    result = lint_imports(root, tmp_path)
+
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("coreai_zoo/errors.py", "import coreai_zoo.overlay", "vocabulary <- steps <- pipeline <- command line"),
+        ("coreai_zoo/checkpoint.py", "import coreai_zoo.pipeline", "vocabulary <- steps <- pipeline <- command line"),
+        ("coreai_zoo/brand_new.py", "", "vocabulary <- steps <- pipeline <- command line"),
+        ("coreai_zoo/quantize.py", "import coreai_opt", "only backends import"),
+        ("coreai_zoo/gates/rule.py", "def late():\n    import coreai.runtime", "only backends import"),
+        ("coreai_zoo/cli.py", "import coreai_zoo_qwen36", "the host imports neither"),
+        ("coreai_zoo/weights.py", "import coreai_zoo_overlays.qwen3_5", "the host imports neither"),
+        ("overlays/coreai_zoo_overlays/qwen3_5/decoder.py", "import coreai_torch", "an overlay imports only the host"),
+        ("coreai_zoo/entry.py", "import torch", "vocabulary and discovery import no torch"),
+    ],
+)
+def test_each_contract_is_broken_by_what_it_forbids(
+    root: Path, tmp_path: Path, file: str, line: str, contract: str
+) -> None:
+    copy = tmp_path / "copy"
+    for source in [*root.glob("coreai_zoo*/**/*.py"), *root.glob("overlays/**/*.py"), root / "pyproject.toml"]:
+        target = copy / source.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    with (copy / file).open("a", encoding="utf-8") as module:
+        module.write(f"\n{line}\n")
+    result = subprocess.run(
+        [sys.executable, "-c", LINT_COPY, str(root), "--no-logo", "--no-cache"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 1, result.stdout + result.stderr
+    broken = [text for text in result.stdout.splitlines() if " BROKEN" in text]
+    assert any(text.startswith(contract) for text in broken), result.stdout

@@ -1,0 +1,212 @@
+"""The `qwen3_5` overlay: one switch between dense and MoE, and everything from the config."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from checkpoints import TEXT_CONFIGS, text_config, tiny_checkpoint
+from coreai_zoo_overlays import qwen3_5
+from coreai_zoo_overlays.qwen3_5 import feed_forward, gated_delta_net
+from decoders import OVERLAY, feed, fresh_states, load_decoder, paths, signature
+from torch import nn
+
+from coreai_zoo import export
+from coreai_zoo.checkpoint import read_config
+from coreai_zoo.contracts import STATIC_S1
+from coreai_zoo.errors import BadInput
+from coreai_zoo.gates.oracle import huggingface_logits
+
+KINDS = ("dense", "moe")
+
+
+def layout(config: dict[str, Any]) -> nn.Module:
+    """The decoder on the meta device, with the rewrites of the static contract."""
+    parsed = OVERLAY.read_config(config)
+    rewrites = [("qwen36", rewrite) for rewrite in qwen3_5.layer_rewrites(STATIC_S1)]
+    return export.build_module(lambda: OVERLAY.decoder(parsed, STATIC_S1), rewrites)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dense / no-router switch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dense_module_has_no_router_no_expert_code_and_no_expert_weight() -> None:
+    dense = layout(text_config("dense"))
+    assert not [m for m in dense.modules() if isinstance(m, feed_forward.SparseMoE | feed_forward.Experts)]
+    assert not [m for m in dense.modules() if type(m).__name__ in ("GatherMM", "GatherMMImpl")]
+    assert not [name for name, _ in dense.named_parameters() if "expert" in name or name.endswith("mlp.gate.weight")]
+    rules = qwen3_5.weight_map(OVERLAY.read_config(text_config("dense"))).rules
+    assert not [rule for rule in rules if rule.role.startswith("moe.")]
+
+
+def test_a_moe_module_has_a_router_in_every_layer_and_no_dense_mlp() -> None:
+    moe = layout(text_config("moe"))
+    assert len(paths(moe, "model.layers.*.mlp.gate")) == 2
+    mlps = [path for path, module in moe.named_modules() if isinstance(module, feed_forward.MLP)]
+    assert all(path.endswith("shared_expert") for path in mlps)
+
+
+def test_dense_and_moe_differ_in_nothing_but_the_feed_forward() -> None:
+    shapes = [
+        {name: info for name, info in export.parameters_of(layout(text_config(kind))).items() if ".mlp." not in name}
+        for kind in KINDS
+    ]
+    assert shapes[0] == shapes[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrapped_and_flat_configs_are_the_same_model(kind: str) -> None:
+    flat = text_config(kind)
+    wrapped = {"model_type": flat["model_type"].removesuffix("_text"), "text_config": flat}
+    assert OVERLAY.read_config(wrapped) == OVERLAY.read_config(flat)
+
+
+def test_an_interval_says_the_same_as_a_list_of_layer_types() -> None:
+    by_list = text_config("dense", num_hidden_layers=8, layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 2)
+    silent = {key: value for key, value in by_list.items() if key != "layer_types"}
+    by_interval = silent | {"full_attention_interval": 4}
+    assert OVERLAY.read_config(by_interval) == OVERLAY.read_config(by_list)
+    assert OVERLAY.read_config(silent) == OVERLAY.read_config(by_list)
+
+
+def test_a_checkpoint_with_only_an_interval_steps_like_transformers(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(
+        tmp_path / "checkpoint",
+        dtype="float32",
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    )
+    config = read_config(directory)
+    del config["text_config"]["layer_types"]
+    config["text_config"]["full_attention_interval"] = 2
+    (directory / "config.json").write_text(json.dumps(config))
+    tokens = list(range(10, 34))
+    expected = huggingface_logits(directory, tokens, read_config(directory)).logits
+    module, spec = load_decoder(directory, tmp_path / "store")
+    assert np.abs(feed(module, tokens, fresh_states(spec)).numpy() - expected).max() <= 2e-4
+
+
+def test_rope_settings_are_read_from_old_flat_keys_too() -> None:
+    new = text_config("dense")
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    old |= {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}
+    assert OVERLAY.read_config(old) == OVERLAY.read_config(new)
+
+
+def test_every_bad_field_of_a_config_is_reported_at_once() -> None:
+    config = text_config("moe") | {
+        "hidden_size": -1,
+        "num_attention_heads": "two",
+        "hidden_act": "gelu",
+        "num_experts_per_tok": 99,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7},
+    }
+    with pytest.raises(BadInput) as caught:
+        OVERLAY.read_config(config)
+    for word in ("hidden_size", "num_attention_heads", "gelu", "num_experts_per_tok", "yarn"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["vocab_size", "hidden_size", "num_hidden_layers", "linear_num_value_heads"])
+def test_a_size_that_is_missing_is_named(missing: str) -> None:
+    config = {key: value for key, value in text_config("dense").items() if key != missing}
+    with pytest.raises(BadInput, match=missing):
+        OVERLAY.read_config(config)
+
+
+def test_reading_a_config_does_not_change_it() -> None:
+    config = {"model_type": "qwen3_5_moe", "text_config": text_config("moe")}
+    before = copy.deepcopy(config)
+    OVERLAY.read_config(config)
+    OVERLAY.with_layers(config, 2)
+    assert config == before
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_slice_has_the_first_layers_and_the_layout_it_was_given(wrapped: bool) -> None:
+    flat = text_config("dense", num_hidden_layers=8)
+    given = {"model_type": "qwen3_5", "text_config": flat} if wrapped else flat
+    sliced = OVERLAY.read_config(OVERLAY.with_layers(given, 3))
+    assert sliced.layer_types == tuple(flat["layer_types"][:3])
+    assert sliced.sliced_from == 8
+    for depth in (0, 1, 9):
+        with pytest.raises(BadInput, match="slice"):
+            OVERLAY.with_layers(given, depth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewrites, states, precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_static_contract_leaves_no_reference_rule_and_no_reference_convolution() -> None:
+    module = layout(text_config("dense", num_hidden_layers=6))
+    kinds = {type(m) for m in module.modules()}
+    assert {gated_delta_net.GatedDeltaStep, gated_delta_net.CausalConv1dStep} <= kinds
+    assert not {gated_delta_net.GatedDeltaRule, gated_delta_net.CausalConv1d} & kinds
+    assert not qwen3_5.layer_rewrites(attrs.evolve(STATIC_S1, query_length=None))
+
+
+def test_fixed_states_are_named_so_that_no_engine_takes_them_for_a_cache() -> None:
+    config = OVERLAY.read_config(text_config("dense", num_hidden_layers=6))
+    states = qwen3_5.extra_states(config, STATIC_S1)
+    assert [state.name for state in states] == ["convState", "recState"]
+    assert [state.shape for state in states] == [(3, 1, 128, 3), (3, 1, 4, 16, 16)]
+    assert {state.kind for state in states} == {"fixed"}
+
+
+def test_each_fixed_state_is_written_once_and_whole(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path / "checkpoint", num_hidden_layers=6, dtype="float32")
+    module, spec = load_decoder(directory, tmp_path / "store")
+    traced = torch.export.export(
+        module, export.example_inputs(spec), dynamic_shapes=export.dynamic_shapes(spec), strict=False
+    )
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    states = {node.name: 0 for node in placeholders if node.name in ("conv_state", "recurrent_state")}
+    for node in traced.graph.nodes:
+        if node.target == torch.ops.aten.copy_.default and node.args[0].name in states:
+            states[node.args[0].name] += 1
+    assert states == {"conv_state": 1, "recurrent_state": 1}
+
+
+def test_the_recurrence_and_the_decay_are_computed_in_fp32_in_a_half_precision_model() -> None:
+    seen: list[torch.dtype] = []
+
+    class Spy(gated_delta_net.GatedDeltaStep):
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            out, state = super().forward(*tensors)
+            seen.extend((tensors[3].dtype, tensors[4].dtype, out.dtype, state.dtype))
+            return out, state
+
+    config = OVERLAY.read_config(text_config("dense"))
+    module = OVERLAY.decoder(config, STATIC_S1)
+    assert {module.get_parameter(f"model.layers.0.linear_attn.{name}").dtype for name in ("A", "dt_bias")} == {
+        torch.float32
+    }
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    module.set_submodule("model.layers.0.linear_attn.rule", Spy())
+    feed(module, [5], fresh_states(signature(config)))
+    assert set(seen) == {torch.float32}
+
+
+def test_every_weight_has_a_role_that_fits_its_kind() -> None:
+    for kind in KINDS:
+        rules = qwen3_5.weight_map(OVERLAY.read_config(TEXT_CONFIGS[kind])).rules
+        roles = {rule.target.rsplit("}.", 1)[-1]: rule.role for rule in rules}
+        assert roles["linear_attn.A"] == "scalar"
+        assert roles["lm_head.weight"] == "head"
+        assert all(role == "norm" for name, role in roles.items() if "norm" in name)

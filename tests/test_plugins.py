@@ -1,0 +1,507 @@
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import pluggy
+import pytest
+
+from coreai_zoo import contracts, hookimpl, hookspecs
+from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError
+from coreai_zoo.overlay import (
+    HeadQuantization,
+    KVCache,
+    LayerRewrite,
+    Overlay,
+    QuantizationSpec,
+    StateSpec,
+    WeightMap,
+)
+from coreai_zoo.plugins import HOOKS, Plugins
+
+MakePlugin = Callable[..., types.ModuleType]
+
+CONTRACT = contracts.STATIC_S1
+
+
+class ToyOverlay:
+    """An overlay that is nothing but its shape."""
+
+    def __init__(self, name: str = "toy") -> None:
+        self.name = name
+
+    def read_config(self, hf_config: Mapping[str, Any]) -> Any:
+        return dict(hf_config)
+
+    def facts(self, config: Any) -> Mapping[str, Any]:
+        return dict(config)
+
+    def kv_cache(self, config: Any) -> KVCache:
+        return KVCache(1, 1, 1)
+
+    def decoder(self, config: Any, contract: contracts.Contract) -> Any:
+        raise NotImplementedError
+
+    def with_layers(self, hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        return {**hf_config, "layers": layers}
+
+
+class Thing:
+    """A backend or gate, as far as plugins go: something with a name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+TOY: Overlay = ToyOverlay()
+
+
+def host(**plugins: object) -> Plugins:
+    registered = Plugins()
+    for name, plugin in plugins.items():
+        registered.register(plugin, name)
+    return registered
+
+
+def head(reason: str) -> HeadQuantization:
+    return HeadQuantization(QuantizationSpec("int8", "symmetric"), reason)
+
+
+def rewrite(name: str) -> LayerRewrite:
+    return LayerRewrite(name, "model.layers.*", "The contract needs it.", lambda module: module)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hook specifications
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_says_since_when_it_is_there_and_what_it_takes(hook: str) -> None:
+    specification = getattr(hookspecs, hook)
+    documentation = inspect.getdoc(specification) or ""
+
+    assert re.search(r"^\.\. versionadded:: \d+\.\d+$", documentation, re.MULTILINE)
+    assert "Called" in documentation
+    for argument in inspect.signature(specification).parameters:
+        assert re.search(rf"^    {argument}: ", documentation, re.MULTILINE), f"{argument} is not described"
+
+
+def test_every_hook_is_called_through_a_method_of_its_name() -> None:
+    methods = {name for name, _method in inspect.getmembers(Plugins, inspect.isfunction)}
+
+    assert {hook.removeprefix("zoo_") for hook in HOOKS} <= methods
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_hook_names_the_plugin_and_the_nearest_hook(make_plugin: MakePlugin) -> None:
+    plugins = Plugins()
+
+    with pytest.raises(PluginError, match=r"'typo'.*zoo_layer_rewrite, .*Did you mean zoo_layer_rewrites\?"):
+        plugins.register(make_plugin(zoo_layer_rewrite=lambda overlay: []), "typo")
+    assert plugins.names() == []
+
+
+def test_a_hook_of_a_newer_host_may_be_marked_optional() -> None:
+    module = types.ModuleType("newer")
+    module.zoo_of_the_future = hookimpl(lambda: None, optionalhook=True)  # type: ignore[attr-defined]
+
+    assert host(newer=module).names() == ["newer"]
+
+
+def test_an_unknown_argument_names_the_plugin_and_the_hook(make_plugin: MakePlugin) -> None:
+    with pytest.raises(PluginError, match=r"(?s)'odd'.*zoo_weight_map.*colour"):
+        host(odd=make_plugin(zoo_weight_map=lambda colour: None))
+
+
+def test_a_hook_that_lacks_its_decorator_is_an_error_instead_of_never_called() -> None:
+    module = types.ModuleType("plain")
+    module.zoo_entries = list  # type: ignore[attr-defined]
+
+    with pytest.raises(PluginError, match=r"'plain' has a function zoo_entries that is not decorated.*hookimpl"):
+        host(plain=module)
+
+
+def test_a_wrapper_is_refused() -> None:
+    def zoo_entries() -> Iterator[None]:
+        return (yield)
+
+    module = types.ModuleType("wrapping")
+    module.zoo_entries = hookimpl(zoo_entries, wrapper=True)  # type: ignore[attr-defined]
+
+    with pytest.raises(PluginError, match="'wrapping' wraps zoo_entries"):
+        host(wrapping=module)
+
+
+def test_a_name_is_taken_once(make_plugin: MakePlugin) -> None:
+    plugins = host(one=make_plugin())
+
+    with pytest.raises(PluginError, match="'one' is registered already"):
+        plugins.register(make_plugin(), "one")
+    assert plugins.names() == ["one"]
+
+
+def test_a_plugin_may_be_an_object() -> None:
+    class Plugin:
+        @hookimpl
+        def zoo_entries(self) -> list[Path]:
+            return [Path("a.toml")]
+
+    assert host(thing=Plugin()).entries() == [("thing", Path("a.toml"))]
+
+
+def test_info_tells_which_hooks_a_plugin_implements(make_plugin: MakePlugin) -> None:
+    (info,) = host(two=make_plugin(zoo_gates=lambda: (), zoo_entries=lambda: ())).info()
+
+    assert (info.name, info.hooks, info.distribution) == ("two", ("zoo_entries", "zoo_gates"), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Discovery: real distributions on sys.path
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a distribution with one plugin where importlib.metadata and import find it, and hide the real ones."""
+    here = [str(tmp_path), *(path for path in sys.path if "lib/python" in path and "site-packages" not in path)]
+    monkeypatch.setattr(sys, "path", here)
+
+    def put(name: str, source: str, plugin: str | None = None) -> None:
+        module = f"zoo_test_{name}"
+        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+        information = tmp_path / f"{name}-1.5.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n", encoding="utf-8")
+        entry_points = f"[coreai_zoo]\n{plugin or name} = {module}\n"
+        (information / "entry_points.txt").write_text(entry_points, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return put
+
+
+GOOD = "from coreai_zoo import hookimpl\n@hookimpl\ndef zoo_entries():\n    return []\n"
+
+
+def test_plugins_are_discovered_with_their_versions_in_an_order_that_pip_does_not_decide(
+    install: Callable[..., None],
+) -> None:
+    for name in ("walnut", "almond", "cashew"):
+        install(name, GOOD)
+
+    found = [(info.name, info.distribution, info.version) for info in Plugins.discover().info()]
+
+    assert found == [(name, name, "1.5") for name in ("almond", "cashew", "walnut")]
+
+
+def test_a_plugin_that_cannot_be_imported_is_named_with_the_others(install: Callable[..., None]) -> None:
+    install("good", GOOD)
+    install("broken", "import a_module_that_is_not_there\n")
+
+    with pytest.raises(PluginError) as caught:
+        Plugins.discover()
+
+    message = str(caught.value)
+    assert "plugin 'broken' (zoo_test_broken of broken 1.5) cannot be imported: ModuleNotFoundError" in message
+    assert "Other plugins: good." in message
+
+
+def test_a_plugin_that_raises_anything_on_import_is_named(install: Callable[..., None]) -> None:
+    install("broken", "raise ValueError('two\\nlines')\n")
+
+    with pytest.raises(PluginError, match=r"'broken'.*ValueError: two lines.*There is no other plugin"):
+        Plugins.discover()
+
+
+def test_one_plugin_name_from_two_packages_names_both(install: Callable[..., None]) -> None:
+    install("first", GOOD, plugin="same")
+    install("second", GOOD, plugin="same")
+
+    with pytest.raises(PluginError, match=r"zoo_test_second of second 1\.5.*zoo_test_first of first 1\.5"):
+        Plugins.discover()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blame
+# ---------------------------------------------------------------------------------------------------------------------
+
+CALLS: dict[str, Callable[[Plugins], object]] = {
+    "zoo_entries": lambda plugins: plugins.entries(),
+    "zoo_register_commands": lambda plugins: plugins.register_commands(click.Group()),
+    "zoo_claim_overlay": lambda plugins: plugins.claim_overlay("toy", {}),
+    "zoo_layer_rewrites": lambda plugins: plugins.layer_rewrites(TOY, None, CONTRACT),
+    "zoo_extra_states": lambda plugins: plugins.extra_states(TOY, None, CONTRACT),
+    "zoo_weight_map": lambda plugins: plugins.weight_map(TOY, None),
+    "zoo_head_quantization": lambda plugins: plugins.head_quantization(TOY, None, None),
+    "zoo_backends": lambda plugins: plugins.backends(),
+    "zoo_gates": lambda plugins: plugins.gates(TOY, None),
+}
+
+
+def test_every_hook_is_among_those_tested_for_blame() -> None:
+    assert set(CALLS) == set(HOOKS)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_whatever_a_hook_raises_names_the_plugin_and_the_hook(make_plugin: MakePlugin, hook: str) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of\nluck")
+
+    with pytest.raises(PluginError, match=f"^plugin 'unlucky' failed in {hook}: RuntimeError: out of luck.$") as caught:
+        CALLS[hook](host(unlucky=make_plugin(**{hook: fail})))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_error_of_the_zoo_keeps_its_type_and_exit_code(make_plugin: MakePlugin, hook: str) -> None:
+    def fail() -> None:
+        raise EnvironmentLacks("no GPU.")
+
+    with pytest.raises(EnvironmentLacks) as caught:
+        CALLS[hook](host(poor=make_plugin(**{hook: fail})))
+    assert str(caught.value) == f"no GPU. (From plugin 'poor', {hook}.)"
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook != "zoo_register_commands"])
+@pytest.mark.parametrize("answer", [3, "text", [3]], ids=repr)
+def test_an_answer_of_the_wrong_type_names_the_plugin_and_the_hook(
+    make_plugin: MakePlugin, hook: str, answer: object
+) -> None:
+    with pytest.raises(PluginError, match=rf"^plugin 'odd' answered with .* in {hook}; the host expects "):
+        CALLS[hook](host(odd=make_plugin(**{hook: lambda: answer})))
+
+
+def test_a_generator_that_fails_half_way_is_blamed_too(make_plugin: MakePlugin) -> None:
+    def zoo_entries() -> Iterator[Path]:
+        yield Path("a.toml")
+        raise OSError("disk on fire")
+
+    with pytest.raises(PluginError, match="'lazy' failed in zoo_entries: OSError: disk on fire"):
+        host(lazy=make_plugin(zoo_entries=zoo_entries)).entries()
+
+
+def test_blame_covers_what_a_plugin_does_outside_of_its_hooks() -> None:
+    with (
+        pytest.raises(PluginError, match=r"'toy' failed in Overlay\.decoder: KeyError"),
+        Plugins().blame("toy", "Overlay.decoder"),
+    ):
+        raise KeyError("layers")
+
+
+def test_an_interruption_is_nobodys_fault(make_plugin: MakePlugin) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        host(slow=make_plugin(zoo_entries=interrupted)).entries()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def claiming(make_plugin: MakePlugin, overlay: object, model_type: str = "toy") -> types.ModuleType:
+    def zoo_claim_overlay(model_type: str) -> object:
+        return overlay if model_type == wanted else None
+
+    wanted = model_type
+    return make_plugin(zoo_claim_overlay=zoo_claim_overlay)
+
+
+def test_the_one_claim_is_taken_and_its_plugin_told(make_plugin: MakePlugin) -> None:
+    plugins = host(toy=claiming(make_plugin, TOY), other=claiming(make_plugin, ToyOverlay("other"), "other"))
+
+    assert plugins.claim_overlay("toy", {}) == (TOY, "toy")
+
+
+def test_an_architecture_that_nobody_claims_says_who_was_asked_and_which_hook_to_write(make_plugin: MakePlugin) -> None:
+    plugins = host(one=claiming(make_plugin, TOY), two=claiming(make_plugin, TOY), silent=make_plugin())
+
+    with pytest.raises(BadInput, match=r"'mamba' is claimed by no plugin\. Asked: one, two\..*zoo_claim_overlay"):
+        plugins.claim_overlay("mamba", {})
+
+
+def test_two_claims_name_both_plugins(make_plugin: MakePlugin) -> None:
+    plugins = host(one=claiming(make_plugin, TOY), two=claiming(make_plugin, ToyOverlay("twin")))
+
+    with pytest.raises(PluginError, match=r"'toy'.*plugin 'one' \(overlay 'toy'\) and plugin 'two' \(overlay 'twin'\)"):
+        plugins.claim_overlay("toy", {})
+
+
+def test_an_overlay_that_lacks_a_method_is_told_which(make_plugin: MakePlugin) -> None:
+    class Half:
+        name = "half"
+
+        def read_config(self, hf_config: object) -> None: ...
+
+    with pytest.raises(PluginError, match=r"it lacks decoder, facts, kv_cache, with_layers\."):
+        host(half=claiming(make_plugin, Half())).claim_overlay("toy", {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other hooks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plugin_takes_only_the_arguments_that_it_needs(make_plugin: MakePlugin) -> None:
+    def zoo_layer_rewrites(config: Any) -> list[LayerRewrite]:
+        return [rewrite(config)]
+
+    plugins = host(few=make_plugin(zoo_layer_rewrites=zoo_layer_rewrites))
+
+    ((_plugin, found),) = plugins.layer_rewrites(TOY, "step", CONTRACT)
+    assert found.name == "step"
+
+
+def test_rewrites_come_with_their_plugins(make_plugin: MakePlugin) -> None:
+    plugins = host(
+        one=make_plugin(zoo_layer_rewrites=lambda: [rewrite("a"), rewrite("b")]),
+        none=make_plugin(zoo_layer_rewrites=lambda: None),
+        two=make_plugin(zoo_layer_rewrites=lambda: (rewrite("c"),)),
+    )
+
+    found = [(plugin, item.name) for plugin, item in plugins.layer_rewrites(TOY, None, CONTRACT)]
+    assert found == [("one", "a"), ("one", "b"), ("two", "c")]
+
+
+def states(*names: str) -> Callable[[], list[StateSpec]]:
+    return lambda: [StateSpec(name=name, shape=(1, 2)) for name in names]
+
+
+def test_states_keep_the_order_of_registration(make_plugin: MakePlugin) -> None:
+    plugins = host(
+        zebra=make_plugin(zoo_extra_states=states("convState", "recState")),
+        ant=make_plugin(zoo_extra_states=states("ringState")),
+    )
+
+    names = [state.name for state in plugins.extra_states(TOY, None, CONTRACT)]
+    assert names == ["convState", "recState", "ringState"]
+
+
+def test_one_state_from_two_plugins_names_both(make_plugin: MakePlugin) -> None:
+    plugins = host(
+        one=make_plugin(zoo_extra_states=states("convState")), two=make_plugin(zoo_extra_states=states("convState"))
+    )
+
+    with pytest.raises(PluginError, match=r"'convState' is there twice in zoo_extra_states: .*'one'.*'two'"):
+        plugins.extra_states(TOY, None, CONTRACT)
+
+
+def test_the_last_registered_weight_map_wins(make_plugin: MakePlugin) -> None:
+    ours, theirs = WeightMap(()), WeightMap((), prefixes=(("a", "b"),))
+    plugins = host(
+        ours=make_plugin(zoo_weight_map=lambda: ours),
+        theirs=make_plugin(zoo_weight_map=lambda: theirs),
+        silent=make_plugin(zoo_weight_map=lambda: None),
+    )
+
+    assert plugins.weight_map(TOY, None) is theirs
+
+
+def test_no_weight_map_names_the_overlay_and_the_hook(make_plugin: MakePlugin) -> None:
+    plugins = host(silent=make_plugin(zoo_weight_map=lambda: None))
+
+    with pytest.raises(PluginError, match=r"overlay 'toy'\. Asked: silent\..*zoo_weight_map"):
+        plugins.weight_map(TOY, None)
+
+
+def test_the_last_registered_head_policy_wins_and_none_is_an_answer(make_plugin: MakePlugin) -> None:
+    ours, theirs = head("ours"), head("theirs")
+
+    assert Plugins().head_quantization(TOY, None, None) is None
+    plugins = host(
+        ours=make_plugin(zoo_head_quantization=lambda: ours), theirs=make_plugin(zoo_head_quantization=lambda: theirs)
+    )
+    assert plugins.head_quantization(TOY, None, None) is theirs
+
+
+def test_backends_are_known_by_name(make_plugin: MakePlugin) -> None:
+    one: Any = Thing("coreai")
+    two: Any = Thing("coreml")
+    plugins = host(a=make_plugin(zoo_backends=lambda: [one]), b=make_plugin(zoo_backends=lambda: [two]))
+
+    assert plugins.backends() == {"coreai": one, "coreml": two}
+
+
+@pytest.mark.parametrize("hook", ["zoo_backends", "zoo_gates"])
+def test_one_name_from_two_plugins_names_both(make_plugin: MakePlugin, hook: str) -> None:
+    plugins = host(
+        a=make_plugin(**{hook: lambda: [Thing("same")]}),
+        b=make_plugin(**{hook: lambda: [Thing("same")]}),
+    )
+
+    with pytest.raises(PluginError, match=f"'same' is there twice in {hook}: from plugin 'a' and from plugin 'b'"):
+        CALLS[hook](plugins)
+
+
+def test_gates_come_with_their_plugins(make_plugin: MakePlugin) -> None:
+    gate: Any = Thing("long_context")
+
+    assert host(a=make_plugin(zoo_gates=lambda: [gate])).gates(TOY, None) == [("a", gate)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def adding(name: str) -> Callable[[click.Group], None]:
+    def zoo_register_commands(cli: click.Group) -> None:
+        cli.add_command(click.Command(name))
+
+    return zoo_register_commands
+
+
+def test_plugins_add_commands(make_plugin: MakePlugin) -> None:
+    group = click.Group(commands=[click.Command("list")])
+
+    host(a=make_plugin(zoo_register_commands=adding("bench"))).register_commands(group)
+
+    assert sorted(group.commands) == ["bench", "list"]
+
+
+def test_replacing_a_command_names_the_plugin_and_changes_nothing(make_plugin: MakePlugin) -> None:
+    listing = click.Command("list")
+    group = click.Group(commands=[listing])
+
+    with pytest.raises(PluginError, match="'rude' replaces the command list in zoo_register_commands"):
+        host(rude=make_plugin(zoo_register_commands=adding("list"))).register_commands(group)
+    assert group.commands == {"list": listing}
+
+
+def test_two_plugins_cannot_add_one_command(make_plugin: MakePlugin) -> None:
+    plugins = host(
+        first=make_plugin(zoo_register_commands=adding("bench")),
+        second=make_plugin(zoo_register_commands=adding("bench")),
+    )
+
+    with pytest.raises(PluginError, match="'second' replaces the command bench"):
+        plugins.register_commands(click.Group())
+
+
+def test_removing_a_command_is_replacing_it(make_plugin: MakePlugin) -> None:
+    group = click.Group(commands=[click.Command("list")])
+
+    def zoo_register_commands(cli: click.Group) -> None:
+        cli.commands.pop("list")
+
+    with pytest.raises(PluginError, match="'rude' replaces the command list"):
+        host(rude=make_plugin(zoo_register_commands=zoo_register_commands)).register_commands(group)
+    assert list(group.commands) == ["list"]
+
+
+def test_the_marker_is_plugged_into_the_hosts_project() -> None:
+    assert isinstance(hookimpl, pluggy.HookimplMarker)
+    assert hookimpl.project_name == hookspecs.hookspec.project_name == "coreai_zoo"

@@ -1,0 +1,301 @@
+"""The row quantizer against coreai-opt itself, bit for bit; recipes; 4-bit packing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from coreai_opt.config.spec import CompressionTargetTensor
+from coreai_opt.quantization import ModuleQuantizerConfig, Quantizer, QuantizerConfig
+from coreai_opt.quantization import QuantizationSpec as AppleSpec
+from coreai_opt.quantization.spec import PerBlockGranularity, PerChannelGranularity
+from coreai_opt.quantization.spec.factory import QuantizationComponentFactory
+from coreai_torch._compression._intx import IntxTensor, UintxTensor
+from hypothesis import example, given, settings
+
+from coreai_zoo.errors import BadInput
+from coreai_zoo.overlay import ROLES, HeadQuantization, QuantizationSpec
+from coreai_zoo.quantize import (
+    CHUNK_ELEMENTS,
+    RECIPES,
+    Recipe,
+    dequantize_rows,
+    find_recipe,
+    has_zero_points,
+    pack_int4,
+    quantize_rows,
+    unpack_int4,
+)
+
+INTEGERS: tuple[Any, ...] = ("int4", "int8", "uint4", "uint8")
+SCHEMES: tuple[Any, ...] = ("symmetric", "symmetric_with_clipping", "asymmetric")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def apple_spec(spec: QuantizationSpec) -> AppleSpec:
+    granularity = (
+        PerChannelGranularity(axis=0)
+        if spec.block_size is None
+        else PerBlockGranularity(axis=1, block_size=spec.block_size)
+    )
+    return AppleSpec(dtype=getattr(torch, spec.dtype), qscheme=spec.scheme, granularity=granularity)
+
+
+def apple_end_to_end(weight: torch.Tensor, spec: QuantizationSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and zero points of a finalized nn.Linear."""
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    config = ModuleQuantizerConfig(op_state_spec={"weight": apple_spec(spec)}, op_input_spec=None, op_output_spec=None)
+    quantizer = Quantizer(torch.nn.Sequential(linear), QuantizerConfig(global_config=config, execution_mode="eager"))
+    quantizer.prepare((torch.zeros(1, weight.shape[1], dtype=weight.dtype),))
+    final: Any = quantizer.finalize()
+    stored = final[0].parametrizations.weight[0]
+    return stored.quantized_data, stored.scale, stored.zero_point
+
+
+def apple_directly(weight: torch.Tensor, spec: QuantizationSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same from coreai-opt's fake-quantize object, without a model around it."""
+    fake_quantize = QuantizationComponentFactory.create_fake_quantizer(apple_spec(spec), CompressionTargetTensor.WEIGHT)
+    with torch.no_grad():
+        fake_quantize(weight)
+        scale, zero_point, minval = fake_quantize.calculate_qparams()
+        zero_point = zero_point.to(fake_quantize.target_dtype)
+        codes = fake_quantize.quantize(weight, scale.to(weight.dtype), zero_point, minval)
+    return codes, scale.to(weight.dtype), zero_point
+
+
+def assert_same_bits(weight: torch.Tensor, spec: QuantizationSpec, theirs: tuple[torch.Tensor, ...]) -> None:
+    ours = quantize_rows(weight, spec)
+    codes, scales, zero_points = theirs
+    assert ours.codes.dtype == codes.dtype and ours.scales.dtype == scales.dtype == weight.dtype
+    assert torch.equal(ours.codes, codes)
+    assert torch.equal(ours.scales, scales.reshape(ours.scales.shape))
+    if ours.zero_points is None:
+        assert not zero_points.any()
+    else:
+        assert ours.zero_points.dtype == zero_points.dtype
+        assert torch.equal(ours.zero_points, zero_points.reshape(ours.zero_points.shape))
+
+
+def make_weight(rows: int, columns: int, dtype: torch.dtype, kind: str, seed: int) -> torch.Tensor:
+    random = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    info = torch.finfo(dtype)
+    match kind:
+        case "normal":
+            values = random * 0.02
+        case "zero blocks":
+            values = random * (torch.arange(columns) >= columns // 2)
+        case "subnormal":
+            values = random * info.smallest_normal
+        case "huge":
+            values = random.clamp(-1, 1) * info.max * 0.49  # the range of a block of both signs still fits
+        case "negative":
+            values = -random.abs() - 1e-3
+        case "positive":
+            values = random.abs() + 1e-3
+        case "outliers":
+            values = torch.where(random > 2, random * 300, random * 0.01)
+        case "halves":
+            values = (random * 254).round() / 2  # every quotient at or near a tie
+        case _:
+            raise AssertionError(kind)
+    return values.to(dtype)
+
+
+KINDS = ("normal", "zero blocks", "subnormal", "huge", "negative", "positive", "outliers", "halves")
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[torch.Tensor, QuantizationSpec]:
+    block = draw(st.sampled_from([None, 2, 4, 6, 16, 32, 64, 128]))
+    blocks = draw(st.integers(1, 5))
+    columns = 2 * draw(st.integers(1, 70)) if block is None else block * blocks
+    spec = QuantizationSpec(draw(st.sampled_from(INTEGERS)), draw(st.sampled_from(SCHEMES)), block)
+    kind, dtype = draw(st.sampled_from(KINDS)), draw(st.sampled_from(FLOATS))
+    return make_weight(draw(st.integers(1, 9)), columns, dtype, kind, draw(st.integers(0, 2**32))), spec
+
+
+@settings(max_examples=600, deadline=None)
+@given(cases())
+def test_every_bit_equals_coreai_opts_for_any_shape_dtype_and_scheme(
+    case: tuple[torch.Tensor, QuantizationSpec],
+) -> None:
+    weight, spec = case
+    assert_same_bits(weight, spec, apple_directly(weight, spec))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(0, 0x7BFF) | st.integers(0x8000, 0xFBFF), min_size=32, max_size=32),
+    st.sampled_from(INTEGERS),
+    st.sampled_from(SCHEMES),
+)
+@example([0x7BFF, 0xFBFF] * 16, "int8", "symmetric")
+@example([0x8000] * 32, "uint4", "asymmetric")
+@example([0x0001] * 32, "int8", "symmetric_with_clipping")
+def test_every_bit_equals_coreai_opts_for_arbitrary_float16_bits(bits: list[int], dtype: Any, scheme: Any) -> None:
+    weight = torch.tensor(bits, dtype=torch.uint16).view(torch.float16).view(2, 16)
+    spec = QuantizationSpec(dtype, scheme, 8)
+    assert_same_bits(weight, spec, apple_directly(weight, spec))
+
+
+@pytest.mark.parametrize("block", [32, None])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("integer", INTEGERS)
+def test_every_bit_equals_a_finalized_linear(integer: Any, scheme: Any, block: int | None) -> None:
+    spec = QuantizationSpec(integer, scheme, block)
+    for seed, dtype in enumerate(FLOATS):
+        weight = make_weight(6, 96, dtype, "outliers", seed)
+        assert_same_bits(weight, spec, apple_end_to_end(weight, spec))
+
+
+def test_chunks_and_workers_do_not_change_a_bit() -> None:
+    rows = 3 * CHUNK_ELEMENTS // 1024 + 5
+    weight = make_weight(rows, 1024, torch.float16, "outliers", 1)
+    spec = QuantizationSpec("uint4", "asymmetric", 32)
+    whole = quantize_rows(weight, spec)
+    assert_same_bits(weight, spec, apple_directly(weight, spec))
+    for start in (0, 7, rows - 3):
+        part = quantize_rows(weight[start : start + 3], spec)
+        assert torch.equal(part.codes, whole.codes[start : start + 3])
+        assert torch.equal(part.scales, whole.scales[start : start + 3])
+
+
+def test_the_workers_leave_torchs_thread_count_alone() -> None:
+    before = torch.get_num_threads()
+    quantize_rows(torch.ones(2, 2 * CHUNK_ELEMENTS), QuantizationSpec("int8", "symmetric", 32))
+    assert torch.get_num_threads() == before
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_dequantized_values_equal_coreai_opts(case: tuple[torch.Tensor, QuantizationSpec]) -> None:
+    weight, spec = case
+    fake_quantize = QuantizationComponentFactory.create_fake_quantizer(apple_spec(spec), CompressionTargetTensor.WEIGHT)
+    with torch.no_grad():
+        expected = fake_quantize(weight)
+    assert torch.equal(dequantize_rows(quantize_rows(weight, spec), spec).to(weight.dtype), expected)
+
+
+def test_dequantizing_needs_the_zero_points_of_the_scheme() -> None:
+    quantized = quantize_rows(torch.ones(2, 32), QuantizationSpec("int8", "asymmetric"))
+    with pytest.raises(ValueError, match="does not fit rows with zero points"):
+        dequantize_rows(quantized, QuantizationSpec("int8", "symmetric"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_shows_in_the_scale_of_its_block(value: float) -> None:
+    weight = torch.ones(2, 64, dtype=torch.float16)
+    weight[1, 40] = value
+    for scheme in ("symmetric", "asymmetric"):
+        scales = quantize_rows(weight, QuantizationSpec("int8", scheme, 32)).scales
+        assert scales.isfinite().tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "spec", "message"),
+    [
+        (torch.ones(2, 48), QuantizationSpec("int8", "symmetric", 32), "48 columns are not divisible by the block"),
+        (torch.ones(2, 5), QuantizationSpec("int4", "symmetric", None), "5 columns are odd"),
+        (torch.ones(2, 0), QuantizationSpec("int8", "symmetric", 32), "0 columns"),
+        (torch.ones(64), QuantizationSpec("int8", "symmetric", 32), r"must be \[R, C\]"),
+        (torch.ones(2, 32, dtype=torch.float64), QuantizationSpec("int8", "symmetric", 32), "float64"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows: torch.Tensor, spec: QuantizationSpec, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize_rows(rows, spec)
+
+
+def test_zero_points_are_left_out_exactly_where_they_are_all_zero() -> None:
+    weight = make_weight(4, 64, torch.float16, "normal", 3)
+    for integer in INTEGERS:
+        for scheme in SCHEMES:
+            spec = QuantizationSpec(integer, scheme, 32)
+            _, _, theirs = apple_directly(weight, spec)
+            assert (quantize_rows(weight, spec).zero_points is not None) == has_zero_points(spec) == bool(theirs.any())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4-bit packing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**32), st.booleans())
+def test_packing_is_coreai_torchs_and_can_be_undone(rows: int, pairs: int, seed: int, signed: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, 2 * pairs), generator=generator, dtype=torch.uint8)
+    if signed:
+        codes = (codes.to(torch.int8) - 8).to(torch.int8)
+    apple = (IntxTensor if signed else UintxTensor).from_unpacked(codes, 4)
+    packed = pack_int4(codes)
+    assert packed.shape == (rows, pairs)
+    assert torch.equal(packed.flatten(), apple.elem)
+    assert torch.equal(unpack_int4(packed, signed=signed), codes)
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 4, dtype=torch.int16)])
+def test_what_cannot_be_packed_is_refused(codes: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="cannot pack"):
+        pack_int4(codes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_built_in_recipes_are_these() -> None:
+    assert {name: recipe.published_name for name, recipe in RECIPES.items()} == {
+        "fp16": "fp16",
+        "int8lin": "int8lin_block32",
+        "int8hu": "int8hu_block32_sym",
+        "int4lin": "int4lin_block32",
+    }
+    body = {"attention", "gdn.in", "gdn.out", "mlp", "moe.expert"}
+    quantized = {name: {role for role, spec in recipe.roles.items() if spec} for name, recipe in RECIPES.items()}
+    assert quantized == {"fp16": set(), "int8lin": body, "int8hu": body | {"head"}, "int4lin": body}
+    assert str(RECIPES["int8hu"].roles["head"]) == "int8 block 32 symmetric"
+    assert str(RECIPES["int8hu"].roles["mlp"]) == "int8 block 32 symmetric_with_clipping"
+    assert str(RECIPES["int4lin"].roles["mlp"]) == "int4 block 32 symmetric_with_clipping"
+
+
+def test_a_recipe_must_decide_every_role() -> None:
+    roles = dict.fromkeys(ROLES)
+    del roles["moe.router"]
+    with pytest.raises(ValueError, match=r"undecided \['moe\.router'\]"):
+        Recipe("half", "half", "", roles)
+    with pytest.raises(ValueError, match=r"unknown \['vision'\]"):
+        Recipe("more", "more", "", {**dict.fromkeys(ROLES), "vision": None})
+
+
+def test_a_recipe_cannot_be_changed_through_the_mapping_that_made_it() -> None:
+    roles: dict[str, QuantizationSpec | None] = dict.fromkeys(ROLES)
+    recipe = Recipe("r", "r", "", roles)
+    roles["head"] = QuantizationSpec("int8", "symmetric")
+    assert recipe.roles["head"] is None
+
+
+def test_the_head_policy_decides_how_and_the_recipe_whether() -> None:
+    policy = HeadQuantization(QuantizationSpec("uint8", "asymmetric", 64), "a reason")
+    assert RECIPES["int8hu"].with_head(policy).roles["head"] == policy.spec
+    assert RECIPES["int8hu"].with_head(None) == RECIPES["int8hu"]
+    assert RECIPES["int8lin"].with_head(policy) is RECIPES["int8lin"]
+
+
+def test_a_per_channel_head_needs_force() -> None:
+    policy = HeadQuantization(QuantizationSpec("int8", "symmetric", None), "a reason")
+    with pytest.raises(BadInput, match="per-channel int8 weights give garbage on the GPU"):
+        RECIPES["int8hu"].with_head(policy)
+    assert RECIPES["int8hu"].with_head(policy, allow_per_channel=True).roles["head"] == policy.spec
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest_names() -> None:
+    assert find_recipe("int8hu") is RECIPES["int8hu"]
+    with pytest.raises(BadInput, match=r"no recipe 'int8hy'\. Did you mean int8hu"):
+        find_recipe("int8hy")
+    with pytest.raises(BadInput, match="There are fp16, int8lin, int8hu, int4lin"):
+        find_recipe("zzz")

@@ -1,0 +1,572 @@
+"""The weight store: right bits, bounded memory, resumption after any interruption, reuse of what is unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from coreai_zoo import store as store_module
+from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.errors import BadInput
+from coreai_zoo.overlay import Part, QuantizationSpec, Transform, WeightMap, WeightRule
+from coreai_zoo.quantize import (
+    CHUNK_ELEMENTS,
+    QUANTIZER_VERSION,
+    Recipe,
+    find_recipe,
+    has_zero_points,
+    pack_int4,
+    quantize_rows,
+)
+from coreai_zoo.store import JOURNAL, PARTIAL, FillReport, WeightStore
+from coreai_zoo.weights import ParameterInfo, PlannedTensor, WeightPlan, plan_weights
+
+INT8 = find_recipe("int8hu")
+# Files of the same sizes as int8hu's, with other bits in them.
+ABSMAX = Recipe("absmax", "absmax", "", {**INT8.roles, "mlp": INT8.roles["head"], "moe.expert": INT8.roles["head"]})
+RULES = (
+    WeightRule("norm", "norm", "norm", Transform("1 + weight", lambda weight: weight + 1)),
+    WeightRule("decay", "decay", "scalar", Transform("-exp", lambda weight: -weight.exp())),
+    WeightRule("l.{n}.w", "l.{n}.w", "mlp"),
+    WeightRule("conv", "conv", "gdn.conv", source_shape=lambda shape: (shape[0], 1, shape[1])),
+    WeightRule("e.{i}.a", "experts", "moe.expert", part=Part("i", 0, 2)),
+    WeightRule("e.{i}.b", "experts", "moe.expert", part=Part("i", 1, 2)),
+)
+PARAMETERS = {
+    "norm": ParameterInfo((64,), "float16"),
+    "decay": ParameterInfo((6,), "float32"),
+    "l.0.w": ParameterInfo((10, 96), "float16"),
+    "l.1.w": ParameterInfo((10, 96), "float16"),
+    "conv": ParameterInfo((8, 4), "float16"),
+    "experts": ParameterInfo((3, 4, 32), "float16"),
+}
+
+
+def values(seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    shapes = {"norm": (64,), "decay": (6,), "l.0.w": (10, 96), "l.1.w": (10, 96), "conv": (8, 1, 4)}
+    shapes |= {f"e.{i}.{p}": (2, 32) for i in range(3) for p in "ab"}
+    return {key: (torch.randn(shape) * 0.1).bfloat16() for key, shape in shapes.items()}
+
+
+def write(directory: Path, tensors: dict[str, torch.Tensor] | None = None) -> Checkpoint:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text("{}")
+    save_file(tensors or values(), directory / "model.safetensors")
+    return Checkpoint.open(directory)
+
+
+def plan(checkpoint: Checkpoint, recipe: Recipe = INT8, rules: tuple[WeightRule, ...] = RULES) -> WeightPlan:
+    return plan_weights(WeightMap(rules), PARAMETERS, checkpoint.tensors, recipe)
+
+
+def one(checkpoint: Checkpoint, shape: tuple[int, ...], spec: QuantizationSpec | None, dtype: str) -> WeightPlan:
+    """A plan for the one tensor `w`."""
+    roles = {**find_recipe("fp16").roles, "mlp": spec}
+    parameters = {"w": ParameterInfo(shape, dtype)}
+    rules = WeightMap((WeightRule("w", "w", "mlp"),))
+    return plan_weights(rules, parameters, checkpoint.tensors, Recipe("test", "test", "", roles))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != JOURNAL}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return write(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> WeightStore:
+    return WeightStore(tmp_path / "store")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is stored
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_tensor_comes_back_as_planned(checkpoint: Checkpoint, store: WeightStore) -> None:
+    assert store.fill(plan(checkpoint), checkpoint) == FillReport(6, 0, plan(checkpoint).stored_bytes)
+    source = values()
+    assert torch.equal(torch.from_numpy(store["norm"].data()), (source["norm"].float() + 1).half())
+    decay = store["decay"].data()
+    assert str(decay.dtype) == "float32" and torch.equal(torch.from_numpy(decay), -source["decay"].float().exp())
+    assert torch.equal(torch.from_numpy(store["conv"].data()), source["conv"].half().view(8, 4))
+    experts = torch.stack([torch.cat([source[f"e.{i}.a"], source[f"e.{i}.b"]]) for i in range(3)])
+    for name, whole in (("l.1.w", source["l.1.w"]), ("experts", experts)):
+        stored = store[name]
+        assert stored.quantization is not None and (stored.role, stored.shape) != ("", ())
+        expected = quantize_rows(whole.half().view(-1, whole.shape[-1]), stored.quantization)
+        assert torch.equal(torch.from_numpy(stored.data()), expected.codes.view(whole.shape))
+        assert torch.equal(torch.from_numpy(stored.scales()), expected.scales.view(*whole.shape[:-1], -1))
+        assert stored.zero_points() is None
+
+
+@pytest.mark.parametrize("shape", [(7, 96), (3, 5, 96), (96,)])
+@pytest.mark.parametrize("block", [32, None])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("integer", ["int8", "uint8", "int4", "uint4"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_integers_scales_and_zero_points_are_the_quantizers(
+    tmp_path: Path, dtype: str, integer: Any, scheme: Any, block: int | None, shape: tuple[int, ...]
+) -> None:
+    spec = QuantizationSpec(integer, scheme, block)
+    tensor = torch.randn(shape)
+    checkpoint, store = write(tmp_path / "c", {"w": tensor}), WeightStore(tmp_path / "s")
+    planned = one(checkpoint, shape, spec, dtype)
+    assert store.fill(planned, checkpoint).bytes_written == planned.stored_bytes
+    expected = quantize_rows(tensor.to(getattr(torch, dtype)).view(-1, 96), spec)
+    stored = store["w"]
+    codes = expected.codes.view(shape) if spec.bits == 8 else pack_int4(expected.codes)
+    assert torch.equal(torch.from_numpy(stored.data()), codes)
+    assert torch.equal(torch.from_numpy(stored.scales()), expected.scales.view(*shape[:-1], -1))
+    zero_points = stored.zero_points()
+    assert (zero_points is not None) == has_zero_points(spec)
+    if zero_points is not None and expected.zero_points is not None:
+        flat = expected.zero_points.flatten()
+        if spec.bits == 4:
+            flat = pack_int4(torch.cat((flat, torch.zeros(flat.numel() % 2, dtype=flat.dtype))))
+        assert torch.equal(torch.from_numpy(zero_points).flatten(), flat)
+
+
+@pytest.mark.parametrize("spec", [None, QuantizationSpec("uint4", "asymmetric", None)])
+def test_a_tensor_of_many_chunks_is_the_same_as_in_one(tmp_path: Path, spec: QuantizationSpec | None) -> None:
+    # 3 chunks with an odd number of rows each, so that packed zero points end within a byte.
+    columns = CHUNK_ELEMENTS // 5 // 2 * 2
+    tensor = torch.randn(13, columns).bfloat16()
+    checkpoint, store = write(tmp_path / "c", {"w": tensor}), WeightStore(tmp_path / "s")
+    calls: list[int] = []
+    store.fill(one(checkpoint, (13, columns), spec, "float16"), checkpoint, lambda _, count: calls.append(count))
+    assert calls == [5 * columns, 5 * columns, 3 * columns]
+    if spec is None:
+        assert torch.equal(torch.from_numpy(store["w"].data()), tensor.half())
+        return
+    expected = quantize_rows(tensor.half(), spec)
+    assert torch.equal(torch.from_numpy(store["w"].data()), pack_int4(expected.codes))
+    assert expected.zero_points is not None
+    flat = torch.cat((expected.zero_points.flatten(), torch.zeros(1, dtype=torch.uint8)))
+    assert torch.equal(torch.from_numpy(store["w"].zero_points()), pack_int4(flat))
+
+
+def test_memory_maps_can_be_given_to_torch_without_a_warning_or_a_write(
+    checkpoint: Checkpoint, store: WeightStore
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    before = contents(store.directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in PARAMETERS:
+            torch.from_numpy(store[name].data()).zero_()
+    assert contents(store.directory) == before
+
+
+def test_sizes_and_hashes_in_the_journal_are_those_of_the_files(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    files = {file.path.name: file for name in PARAMETERS for file in store[name].files.values()}
+    on_disk = contents(store.directory)
+    assert set(files) == set(on_disk)
+    for name, content in on_disk.items():
+        assert (files[name].bytes, files[name].sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_two_stores_hold_the_same_bytes(checkpoint: Checkpoint, store: WeightStore, tmp_path: Path) -> None:
+    other = WeightStore(tmp_path / "other")
+    for each in (store, other):
+        each.fill(plan(checkpoint), checkpoint)
+    assert contents(store.directory) == contents(other.directory)
+
+
+def test_a_tensor_that_is_not_there_is_a_key_error(store: WeightStore) -> None:
+    assert "w" not in store
+    with pytest.raises(KeyError):
+        store["w"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reuse
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def computed(store: WeightStore, planned: WeightPlan, checkpoint: Checkpoint) -> list[str]:
+    """Names of the tensors whose files a fill replaced; its report must agree."""
+    before = {path.name: path.stat().st_ino for path in store.directory.glob("*.data")}
+    report = WeightStore(store.directory).fill(planned, checkpoint)
+    names = [
+        tensor.name
+        for tensor in planned.tensors
+        if before.get(f"{tensor.name}.data") != (store.directory / f"{tensor.name}.data").stat().st_ino
+    ]
+    assert (report.computed, report.reused) == (len(names), len(planned.tensors) - len(names))
+    return names
+
+
+def test_a_second_fill_computes_nothing_and_reports_all_progress(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    assert computed(store, plan(checkpoint), checkpoint) == []
+    seen: dict[str, int] = {}
+
+    def progress(tensor: PlannedTensor, count: int) -> None:
+        seen[tensor.name] = seen.get(tensor.name, 0) + count
+
+    assert WeightStore(store.directory).fill(plan(checkpoint), checkpoint, progress).bytes_written == 0
+    assert seen == {tensor.name: tensor.parameters for tensor in plan(checkpoint).tensors}
+
+
+def test_another_recipe_computes_again_what_it_stores_differently(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    assert computed(store, plan(checkpoint, find_recipe("fp16")), checkpoint) == ["l.0.w", "l.1.w", "experts"]
+    assert not (store.directory / "l.0.w.scales").exists()
+    assert computed(store, plan(checkpoint), checkpoint) == ["l.0.w", "l.1.w", "experts"]
+
+
+def test_another_transform_computes_its_tensor_again(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    rules = (WeightRule("norm", "norm", "norm"), *RULES[1:])
+    assert computed(store, plan(checkpoint, rules=rules), checkpoint) == ["norm"]
+
+
+def test_changed_values_are_noticed_although_header_and_size_are_the_same(
+    checkpoint: Checkpoint, store: WeightStore
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    changed = values()
+    changed["l.1.w"][9, 95] += 1
+    changed["e.2.b"][1, 31] += 1
+    other = write(checkpoint.directory, changed)
+    assert other.identity() == checkpoint.identity()
+    assert computed(store, plan(other), other) == ["l.1.w", "experts"]
+    assert computed(store, plan(other), other) == []
+
+
+def test_a_checkpoint_that_was_moved_or_touched_is_recognised_by_its_values(
+    checkpoint: Checkpoint, store: WeightStore, tmp_path: Path
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    shutil.copytree(checkpoint.directory, tmp_path / "moved")
+    moved = Checkpoint.open(tmp_path / "moved")
+    assert computed(store, plan(moved), moved) == []
+
+
+def test_another_version_of_the_quantizer_computes_everything_again(
+    checkpoint: Checkpoint, store: WeightStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    monkeypatch.setattr(store_module, "QUANTIZER_VERSION", QUANTIZER_VERSION + 1)
+    assert len(computed(store, plan(checkpoint), checkpoint)) == 6
+
+
+@pytest.mark.parametrize("file", ["l.0.w.data", "l.0.w.scales"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 5)])
+def test_a_missing_or_short_file_is_computed_again(
+    checkpoint: Checkpoint, store: WeightStore, file: str, damage: Callable[[Path], None]
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    before = contents(store.directory)
+    damage(store.directory / file)
+    assert computed(store, plan(checkpoint), checkpoint) == ["l.0.w"]
+    assert contents(store.directory) == before
+
+
+def test_a_flipped_byte_is_found_by_the_full_check(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    before = contents(store.directory)
+    path = store.directory / "experts.data"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    damaged = [name for name in PARAMETERS if store.damaged(name)]
+    assert damaged == ["experts"]
+    store.discard("experts")
+    assert computed(store, plan(checkpoint), checkpoint) == ["experts"]
+    assert contents(store.directory) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruption
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_any_torn_journal_costs_only_the_tensors_whose_lines_are_lost(
+    checkpoint: Checkpoint, store: WeightStore
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    whole = (store.directory / JOURNAL).read_bytes()
+    ends = [index for index, byte in enumerate(whole, 1) if byte == 10]
+    for length in (0, 1, *(end + offset for end in ends for offset in (-30, -1, 0, 1) if end + offset <= len(whole))):
+        (store.directory / JOURNAL).write_bytes(whole[:length])
+        kept = sum(end <= length for end in ends)
+        assert WeightStore(store.directory).fill(plan(checkpoint), checkpoint).reused == kept
+        assert WeightStore(store.directory).fill(plan(checkpoint), checkpoint).computed == 0
+
+
+def test_any_flipped_byte_in_the_journal_costs_at_most_two_tensors(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    whole = (store.directory / JOURNAL).read_bytes()
+    before = contents(store.directory)
+    for position in range(0, len(whole), max(1, len(whole) // 60)):
+        raw = bytearray(whole)
+        raw[position] ^= 4
+        (store.directory / JOURNAL).write_bytes(raw)
+        assert WeightStore(store.directory).fill(plan(checkpoint), checkpoint).computed in (1, 2)
+        assert contents(store.directory) == before
+
+
+def test_an_interrupted_fill_leaves_nothing_half_written_and_goes_on(
+    checkpoint: Checkpoint, store: WeightStore, tmp_path: Path
+) -> None:
+    for stop in range(8):
+        directory = tmp_path / f"store {stop}"
+        left = stop
+
+        def interrupt(_tensor: PlannedTensor, _count: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            WeightStore(directory).fill(plan(checkpoint), checkpoint, interrupt)
+        assert not list(directory.glob(f"*{PARTIAL}"))
+        done = sum(1 for name in PARAMETERS if name in WeightStore(directory))
+        assert done == min(stop, 5)  # `experts` comes in six pieces, the others in one
+        assert WeightStore(directory).fill(plan(checkpoint), checkpoint).reused == done
+
+
+KILLED_FILLS = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_store import ABSMAX, INT8, plan
+from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.store import WeightStore
+
+def fill(store, left):
+    # Audit events are raised before files are opened, renamed and removed: each is a place to be killed at.
+    def count(event, arguments):
+        nonlocal left
+        if event in ("open", "os.rename", "os.remove") and store in str(arguments[0]):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    checkpoint = Checkpoint.open(Path(sys.argv[2]))
+    WeightStore(Path(store)).fill(plan(checkpoint, {"int8hu": INT8, "absmax": ABSMAX}[sys.argv[3]]), checkpoint)
+
+for store in sys.argv[4:]:
+    child = os.fork()  # torch is imported once and has started no thread yet
+    if not child:
+        fill(store, int(store.rpartition("-")[2]))
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == -signal.SIGKILL, (store, status)
+"""
+
+
+def kill_fills(checkpoint: Checkpoint, recipe: str, stores: list[Path]) -> None:
+    """Fill each store in a process that kills itself after as many file operations as the store's name says."""
+    arguments = [Path(__file__).parent, checkpoint.directory, recipe, *stores]
+    subprocess.run([sys.executable, "-c", KILLED_FILLS, *map(str, arguments)], check=True)
+
+
+def test_a_killed_fill_goes_on_to_the_same_bytes_wherever_it_was_killed(
+    checkpoint: Checkpoint, store: WeightStore, tmp_path: Path
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    expected = contents(store.directory)
+    stores = [tmp_path / f"killed-{after}" for after in range(30)]
+    kill_fills(checkpoint, "int8hu", stores)
+    reused = []
+    for directory in stores:
+        reused.append(WeightStore(directory).fill(plan(checkpoint), checkpoint).reused)
+        assert contents(directory) == expected
+    assert reused == sorted(reused) and reused[0] == 0 and reused[-1] >= 3
+
+
+def test_a_killed_fill_with_another_recipe_is_never_taken_for_the_first(
+    checkpoint: Checkpoint, store: WeightStore, tmp_path: Path
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    expected = contents(store.directory)
+    stores = [tmp_path / f"killed-{after}" for after in range(20)]
+    for directory in stores:
+        shutil.copytree(store.directory, directory)
+    kill_fills(checkpoint, "absmax", stores)
+    for directory in stores:
+        WeightStore(directory).fill(plan(checkpoint), checkpoint)
+        assert contents(directory) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be stored
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [None, QuantizationSpec("int8", "symmetric", 32)])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"holds nan in w at row 8, column 40\. Download it again"),
+        (float("-inf"), r"holds -inf in w at row 8, column 40\. Download it again"),
+        (70000.0, r"value 70144 of w at row 8, column 40 overflows float16, whose largest value is 65504"),
+    ],
+)
+def test_a_value_that_is_not_finite_is_refused_by_place(
+    tmp_path: Path, spec: QuantizationSpec | None, value: float, message: str
+) -> None:
+    tensor = torch.ones(11, 64, dtype=torch.bfloat16)
+    tensor[8, 40] = value
+    checkpoint, store = write(tmp_path / "c", {"w": tensor}), WeightStore(tmp_path / "s")
+    with pytest.raises(BadInput, match=message):
+        store.fill(one(checkpoint, (11, 64), spec, "float16"), checkpoint)
+    assert "w" not in store and contents(store.directory) == {}
+
+
+def test_a_row_is_counted_from_the_start_of_its_tensor_and_not_of_its_chunk(tmp_path: Path) -> None:
+    tensor = torch.ones(7, CHUNK_ELEMENTS // 2, dtype=torch.float16)
+    tensor[5, 3] = float("inf")
+    checkpoint = write(tmp_path / "c", {"w": tensor})
+    with pytest.raises(BadInput, match="row 5, column 3"):
+        WeightStore(tmp_path / "s").fill(one(checkpoint, tuple(tensor.shape), None, "float16"), checkpoint)
+
+
+def test_a_transform_that_leaves_the_finite_numbers_is_named(tmp_path: Path, store: WeightStore) -> None:
+    changed = values() | {"decay": torch.tensor([0.0, 0, 0, 0, 0, 1000.0])}
+    checkpoint = write(tmp_path / "checkpoint", changed)
+    with pytest.raises(BadInput, match=r"transform '-exp' turns 1000\.0 of decay at row 0, column 5 into -inf"):
+        store.fill(plan(checkpoint), checkpoint)
+
+
+def test_a_range_that_overflows_is_refused(tmp_path: Path, store: WeightStore) -> None:
+    checkpoint = write(tmp_path / "c", {"w": torch.tensor([[-60000.0, 60000.0] * 16])})
+    with pytest.raises(BadInput, match="both signs in one block whose distance overflows float16"):
+        store.fill(one(checkpoint, (1, 32), QuantizationSpec("int8", "asymmetric", 32), "float16"), checkpoint)
+
+
+@pytest.mark.parametrize("name", ["../w", "a/w", ".w", "w" * 300])
+def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, store: WeightStore, name: str) -> None:
+    checkpoint = write(tmp_path / "c", {"w": torch.ones(2, 4)})
+    weights = WeightMap((WeightRule("w", name, "mlp"),))
+    planned = plan_weights(weights, {name: ParameterInfo((2, 4), "float16")}, checkpoint.tensors, find_recipe("fp16"))
+    with pytest.raises(BadInput, match="cannot be a file name"):
+        store.fill(planned, checkpoint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "store"]
+
+
+def test_a_store_where_no_directory_can_be_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BadInput, match="Choose a work directory that you may write to"):
+            WeightStore(place).fill(plan(checkpoint), checkpoint)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_store_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(BadInput, match="cannot be used: Permission denied"):
+        WeightStore(tmp_path / "locked").fill(plan(checkpoint), checkpoint)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], check=False, capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+def test_a_full_disk_is_explained_and_finished_tensors_are_kept(small_disk: Path, tmp_path: Path) -> None:
+    check_no_space(small_disk, tmp_path, limit="")
+
+
+def test_a_limit_on_file_sizes_is_explained_too(tmp_path: Path) -> None:
+    check_no_space(tmp_path / "store", tmp_path, limit="resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000));")
+
+
+NO_SPACE = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_store import *
+{limit}
+checkpoint = Checkpoint.open(Path(sys.argv[1]))
+try:
+    WeightStore(Path(sys.argv[2])).fill(two(checkpoint), checkpoint)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def two(checkpoint: Checkpoint) -> WeightPlan:
+    """A plan for a small tensor and a large one."""
+    rules = WeightMap((WeightRule("{n}", "w.{n}", "mlp"),))
+    parameters = {f"w.{n}": ParameterInfo(tuple(checkpoint.tensors[str(n)].shape), "float16") for n in (0, 1)}
+    return plan_weights(rules, parameters, checkpoint.tensors, find_recipe("fp16"))
+
+
+def check_no_space(directory: Path, tmp_path: Path, limit: str) -> None:
+    checkpoint = write(tmp_path / "c", {"0": torch.ones(10, 100), "1": torch.ones(1000, 100)})
+    code = NO_SPACE.format(limit=limit)
+    command = [sys.executable, "-c", code, str(checkpoint.directory), str(directory), str(Path(__file__).parent)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said.startswith("EnvironmentLacks There is no space left for the weight store"), said
+    assert "finished tensors are kept" in said and str(directory) in said
+    assert sorted(path.name for path in directory.iterdir()) == [JOURNAL, "w.0.data"]
+    if not limit:
+        return
+    assert WeightStore(directory).fill(two(checkpoint), checkpoint).reused == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEASURED_FILL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_store import *
+checkpoint = Checkpoint.open(Path(sys.argv[1]))
+spec = QuantizationSpec("int8", "symmetric", 32)
+peak = 0
+def measure(_tensor, _count):
+    global peak
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    peak = max(peak, int(line.split()[1]))
+planned = one(checkpoint, checkpoint.tensors["w"].shape, spec, "float16")
+WeightStore(Path(sys.argv[2])).fill(planned, checkpoint, measure)
+print(peak)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory")
+def test_anonymous_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
+    peaks = []
+    for rows in (4096, 65536):  # 16 and 256 MiB in float16
+        checkpoint = write(tmp_path / f"c{rows}", {"w": torch.ones(rows, 2048, dtype=torch.float16)})
+        command = [sys.executable, "-c", MEASURED_FILL, str(checkpoint.directory), str(tmp_path / f"s{rows}")]
+        output = subprocess.run([*command, str(Path(__file__).parent)], check=True, capture_output=True, text=True)
+        peaks.append(int(output.stdout))
+    assert peaks[1] < peaks[0] + 16 * 1024  # KiB
+
+
+def test_every_journal_line_is_a_json_object_of_its_own(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    lines = [json.loads(line) for line in (store.directory / JOURNAL).read_text().splitlines()]
+    assert [line["name"] for line in lines] == list(PARAMETERS)
