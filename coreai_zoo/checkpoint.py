@@ -196,7 +196,7 @@ def _member(directory: Path, name: object, where: str) -> Path:
     path = directory / name
     target = path.resolve()
     outside = not any(target.is_relative_to(folder) for folder in inside)
-    if os.path.isabs(name) or ".." in Path(name).parts or outside:
+    if Path(name).is_absolute() or ".." in Path(name).parts or outside:
         raise BadInput(
             f"{where} names {name!r}, which leads outside of {directory}.", "Only files of the checkpoint are read."
         )

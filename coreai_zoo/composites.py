@@ -26,7 +26,7 @@ class RMSNormImpl(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm whose parameter `weight` [D] is the gain itself: a checkpoint's `1 + weight` is folded when it is read."""
+    """RMSNorm whose parameter `weight` [D] is the gain itself: a checkpoint's `1 + weight` is folded when read."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

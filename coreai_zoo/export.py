@@ -81,7 +81,12 @@ def parameters_of(module: nn.Module) -> dict[str, ParameterInfo]:
 
 
 @torch.library.custom_op("coreai_zoo::dequantize", mutates_args=())
-def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: str) -> Tensor:
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    dtype: str,  # noqa: ARG001  # for the backend
+) -> Tensor:
     """(codes - zero_points) * scales, blockwise along the last axis; a backend lowers it to its own operation.
 
     Args:
@@ -97,7 +102,7 @@ def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor | None, dtype:
 
 
 @dequantize.register_fake
-def _(codes: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: str) -> Tensor:
+def _(codes: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: str) -> Tensor:  # noqa: ARG001  # shapes only
     return torch.empty(codes.shape, dtype=scales.dtype, device=codes.device)
 
 
@@ -214,7 +219,7 @@ def example_inputs(spec: TraceSpec) -> tuple[Tensor, ...]:
 
 def dynamic_shapes(spec: TraceSpec) -> tuple[dict[int, Any], ...]:
     """The dynamic axes in the form that `torch.export.export` takes."""
-    # torch.export specialises sizes 0 and 1, so a range that it is told begins at 2; a single position runs all the same.
+    # torch.export specialises sizes 0 and 1, so the range that it is told begins at 2; 1 runs all the same.
     dims = {
         name: torch.export.Dim(name, min=max(2, axis.minimum), max=max(2, axis.maximum))
         for name, axis in spec.axes.items()

@@ -224,7 +224,7 @@ class Drop:
 
 @frozen
 class WeightMap:
-    """The whole table. A checkpoint key that no rule takes and no drop names is an error, and so is an unfilled parameter.
+    """The whole table. A key that no rule takes and no drop names is an error, as is an unfilled parameter.
 
     Attributes:
         rules: keys to parameters. One key may fill several parameters.
@@ -253,8 +253,8 @@ class QuantizationSpec:
 
     Attributes:
         dtype: `int4`, `int8`, `uint4` or `uint8`.
-        scheme: `symmetric` uses the whole integer range, `symmetric_with_clipping` leaves out the lowest integer so that
-            both signs have as many, `asymmetric` has a zero point. The names and the arithmetic are coreai-opt's.
+        scheme: `symmetric` uses the whole integer range; `symmetric_with_clipping` not its lowest signed integer,
+            so that both signs have as many; `asymmetric` has a zero point. Names and arithmetic are coreai-opt's.
         block_size: inputs per scale; None for one scale per row ("per channel").
     """
 

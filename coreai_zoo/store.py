@@ -200,7 +200,8 @@ class _Journal:
 
     def forget(self, name: str) -> None:
         """Withdraw the entry of `name`, before its files are replaced: else a crash between the replacement and the new
-        entry would leave the old entry vouching for new files."""
+        entry would leave the old entry vouching for new files.
+        """
         if name in self.entries:
             self.append({"name": name, "forgotten": True})
             del self.entries[name]

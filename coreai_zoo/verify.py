@@ -138,7 +138,7 @@ def _tokenizer(bundle: Bundle) -> Check:
         from tokenizers import Tokenizer
 
         size = Tokenizer.from_file(str(bundle.tokenizer / "tokenizer.json")).get_vocab_size()
-    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
+    except Exception as error:  # noqa: BLE001  # what tokenizers raises for a file that it cannot parse
         return Check("tokenizer", False, f"cannot be loaded: {error}")
     width = int(bundle.signature.outputs[0].shape[-1])
     passed = name in TOKENIZER_CLASSES and size <= width
@@ -185,9 +185,11 @@ def compare_signature(found: Signature, spec: TraceSpec) -> list[str]:
         if list(saved) != [tensor.name for tensor in wanted]:
             problems.append(f"{kind}s are {list(saved)}, not {[tensor.name for tensor in wanted]}")
             continue
-        for tensor in wanted:
-            if saved[tensor.name] != (shape(tensor), tensor.dtype):
-                problems.append(f"{kind} {tensor.name} is {saved[tensor.name]}, not {(shape(tensor), tensor.dtype)}")
+        problems += [
+            f"{kind} {tensor.name} is {saved[tensor.name]}, not {(shape(tensor), tensor.dtype)}"
+            for tensor in wanted
+            if saved[tensor.name] != (shape(tensor), tensor.dtype)
+        ]
     return problems
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from coreai_zoo_overlays import qwen3_5
 
 from coreai_zoo import hookimpl
 from coreai_zoo.contracts import Contract
 from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, StateSpec, WeightMap
+from coreai_zoo_overlays import qwen3_5
 
 
 @hookimpl
@@ -20,13 +19,13 @@ def zoo_entries() -> Iterable[Path]:
 
 
 @hookimpl
-def zoo_claim_overlay(model_type: str, hf_config: Mapping[str, Any]) -> Overlay | None:
+def zoo_claim_overlay(model_type: str) -> Overlay | None:
     """Dense and MoE, wrapped and flat."""
     return qwen3_5.Qwen35Overlay() if model_type in qwen3_5.MODEL_TYPES else None
 
 
 @hookimpl
-def zoo_layer_rewrites(overlay: Overlay, config: Any, contract: Contract) -> Iterable[LayerRewrite]:
+def zoo_layer_rewrites(overlay: Overlay, contract: Contract) -> Iterable[LayerRewrite]:
     """The loop-free step and the convolution as shifts, where the contract has one token per call."""
     return qwen3_5.layer_rewrites(contract) if _ours(overlay) else ()
 

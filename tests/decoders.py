@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from attrs import evolve
-from coreai_zoo_overlays import qwen3_5
 from torch import Tensor, nn
 
 from coreai_zoo import export
@@ -18,6 +17,7 @@ from coreai_zoo.overlay import TraceSpec
 from coreai_zoo.quantize import find_recipe
 from coreai_zoo.store import WeightStore
 from coreai_zoo.weights import plan_weights
+from coreai_zoo_overlays import qwen3_5
 
 OVERLAY = qwen3_5.Qwen35Overlay()
 

@@ -20,15 +20,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import read_weights, text_config, tiny_checkpoint, write_json, write_weights
 from click.testing import CliRunner, Result
-from coreai_zoo_overlays import qwen3_5
 from safetensors.torch import save_file
 
+from checkpoints import read_weights, text_config, tiny_checkpoint, write_json, write_weights
 from coreai_zoo.backends import builtin
 from coreai_zoo.cli import cli
 from coreai_zoo.overlay import LayerRewrite, WeightMap
 from coreai_zoo.plugins import Plugins
+from coreai_zoo_overlays import qwen3_5
 
 MakePlugin = Callable[..., types.ModuleType]
 DENSE, MOE = "qwen3.6-27b", "qwen3.6-35b-a3b"

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toy_plugin
 from attrs import evolve, frozen
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import toy_plugin
 from coreai_zoo import composites, export
 from coreai_zoo.backends import drain
 from coreai_zoo.backends.coreai import _REQUIRED, CoreAIBackend

@@ -11,17 +11,17 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from checkpoints import TEXT_CONFIGS, text_config, tiny_checkpoint
-from coreai_zoo_overlays import qwen3_5
-from coreai_zoo_overlays.qwen3_5 import feed_forward, gated_delta_net
-from decoders import OVERLAY, feed, fresh_states, load_decoder, paths, signature
 from torch import nn
 
+from checkpoints import TEXT_CONFIGS, text_config, tiny_checkpoint
 from coreai_zoo import export
 from coreai_zoo.checkpoint import read_config
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.oracle import huggingface_logits
+from coreai_zoo_overlays import qwen3_5
+from coreai_zoo_overlays.qwen3_5 import feed_forward, gated_delta_net
+from decoders import OVERLAY, feed, fresh_states, load_decoder, paths, signature
 
 KINDS = ("dense", "moe")
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
-from decoders import feed, fresh_states, load_decoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checkpoints import tiny_checkpoint
 from coreai_zoo.checkpoint import read_config
 from coreai_zoo.gates.oracle import huggingface_logits, quiet_transformers
+from decoders import feed, fresh_states, load_decoder
 
 LINEAR, FULL = "linear_attention", "full_attention"
 POSITIONS = 24

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import tiny_checkpoint
-from decoders import OVERLAY
 
+from checkpoints import tiny_checkpoint
 from coreai_zoo import export, pipeline
 from coreai_zoo.bundle import Bundle
 from coreai_zoo.checkpoint import TensorInfo
@@ -18,6 +17,7 @@ from coreai_zoo.plugins import default_plugins
 from coreai_zoo.quantize import find_recipe
 from coreai_zoo.weights import plan_weights
 from coreai_zoo_overlays import qwen3_5
+from decoders import OVERLAY
 
 PUBLISHED_27B_INT8HU = 29_774_040_281  # bytes of main.mlirb, FACTS section 4
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toy_plugin
 from attrs import evolve, frozen
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor, nn
 
+import toy_plugin
 from coreai_zoo import hookimpl
 from coreai_zoo.backends import builtin, drain
 from coreai_zoo.backends.coreai import CoreAIBackend

@@ -237,7 +237,7 @@ def test_rules_that_fill_one_parameter_must_agree_on_role_and_transform() -> Non
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 0), "float16"), ((2, 2), "int8"), ((2, 2), "bfloat16")])
 def test_a_parameter_that_cannot_be_stored_is_refused(shape: tuple[int, ...], dtype: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"shape|dtype"):
         ParameterInfo(shape, dtype)
 
 

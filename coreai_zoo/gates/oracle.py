@@ -63,7 +63,7 @@ def _router_margins(layers: Sequence[Any], chosen: int) -> np.ndarray[Any, Any]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Import and run transformers without its advice: progress bars, missing fast kernels, torchao's optional libraries."""
+    """Import and run transformers without its progress bars and its advice on kernels that are not installed."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     noisy = [logging.getLogger(name) for name in ("torchao", "transformers", "torch.utils._pytree")]
     levels = [logger.level for logger in noisy]

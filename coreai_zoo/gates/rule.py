@@ -1,7 +1,8 @@
 """The margin rule: a disagreement counts only where the oracle was sure.
 
 Where the oracle's two largest logits are closer than `CONFIDENT_MARGIN`, either answer is right within the noise of any
-half-precision implementation, and a flip is a tie. Above it a flip is an error of the candidate, and one fails the gate.
+half-precision implementation, and a flip is a tie. From there on a flip is an error of the candidate, and one fails the
+gate.
 """
 
 from __future__ import annotations

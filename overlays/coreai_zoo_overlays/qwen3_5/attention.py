@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.sdpa = SDPA(scale=self.head_dim**-0.5)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], length: int) -> Tensor:
-        """`x` [1, S, D], `rotation` cos and sin [S, R], `cache` K and V [1, Hkv, capacity, Dh], `length` T; [1, S, D]."""
+        """`x` [1, S, D], `rotation` cos and sin [S, R], `cache` K and V [1, Hkv, capacity, Dh], `length` T; as `x`."""
         # q_proj interleaves per head: [query | gate] of head 0, then of head 1, and so on.
         query, gate = self.q_proj(x).unflatten(-1, (self.heads, 2 * self.head_dim)).chunk(2, dim=-1)  # [1, S, Hq, Dh]
         key = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [1, S, Hkv, Dh]
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 
 def write(store: Tensor, new: Tensor, length: int) -> Tensor:
-    """Put `new` [1, Hkv, S, Dh] at the end of the first `length` positions of `store`; those positions, [1, Hkv, T, Dh]."""
+    """Put `new` [1, Hkv, S, Dh] at the end of the first T = `length` positions of `store`; return those positions."""
     store[:, :, length - new.shape[2] : length] = new
     return store[:, :, :length]
 

@@ -1,8 +1,8 @@
 """The text half of a `qwen3_5` or `qwen3_5_moe` config, checked.
 
-Differs from transformers' `Qwen3_5TextConfig` in that it is one class for both: `moe` is None in a dense model, and that
-is the only switch between them. Nothing is assumed about sizes; where `config.json` is silent, the defaults are those of
-transformers' configuration classes.
+Differs from transformers' `Qwen3_5TextConfig` in that it is one class for both: `moe` is None in a dense model, and
+that is the only switch between them. Nothing is assumed about sizes; where `config.json` is silent, the defaults are
+those of transformers' configuration classes.
 """
 
 from __future__ import annotations
@@ -250,8 +250,8 @@ def with_layers(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     kinds = config.layer_types[:layers]
     if not 0 < layers <= len(config.layer_types) or {LINEAR, FULL} - set(kinds):
         raise BadInput(
-            f"A slice of {layers} layers is not a model: this checkpoint has {len(config.layer_types)} layers and a slice "
-            f"needs at least one {LINEAR} and one {FULL} layer."
+            f"A slice of {layers} layers is not a model: this checkpoint has {len(config.layer_types)} layers, and a "
+            f"slice needs at least one {LINEAR} and one {FULL} layer."
         )
     text = {
         **text_fields(hf_config),

@@ -1,8 +1,8 @@
 """GatedDeltaNet: linear attention with a decaying, error-correcting fast-weight memory.
 
-Differs from transformers' `Qwen3_5GatedDeltaNet` in that states are arguments and results instead of entries of a cache,
-`A` holds `-exp(A_log)` (folded when the checkpoint is read), and the two parts that an engine contract may want in
-another form, the convolution and the delta rule, are modules of their own that a rewrite can replace.
+Differs from transformers' `Qwen3_5GatedDeltaNet` in that states are arguments and results instead of entries of a
+cache, `A` holds `-exp(A_log)` (folded when the checkpoint is read), and the two parts that an engine contract may want
+in another form, the convolution and the delta rule, are modules of their own that a rewrite can replace.
 
 Shapes: S tokens, D hidden, Hk key heads serving Hv value heads (GVA), Dk and Dv head widths, K taps,
 C = 2 Hk Dk + Hv Dv convolution channels. Batch is always 1.
@@ -74,7 +74,7 @@ class GatedDeltaRule(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`query`, `key` [1, S, Hk, Dk], `value` [1, S, Hv, Dv], `g`, `beta` [1, S, Hv]; output [1, S, Hv, Dv] and state."""
+        """`query`, `key` [1, S, Hk, Dk], `value` [1, S, Hv, Dv], `g`, `beta` [1, S, Hv]; output as `value`, state."""
         outputs = []
         for t in range(query.shape[1]):
             out, state = recurrent_gated_delta_rule(query[:, t], key[:, t], value[:, t], g[:, t], beta[:, t], state)
@@ -97,7 +97,7 @@ class GatedDeltaStep(nn.Module):
 def recurrent_gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: `query`, `key` [1, Hk, Dk], `value` [1, Hv, Dv], `g`, `beta` [1, Hv], `state` [1, Hv, Dk, Dv], fp32."""
+    """One token: `query`, `key` [1, Hk, Dk], `value` [1, Hv, Dv], `g`, `beta` [1, Hv], fp32 `state` [1, Hv, Dk, Dv]."""
     groups = value.shape[1] // key.shape[1]
     query, key = (repeat_heads(l2_norm(x.float()), groups) for x in (query, key))  # [1, Hv, Dk]
     query = query * query.shape[-1] ** -0.5
@@ -115,7 +115,7 @@ def l2_norm(x: Tensor) -> Tensor:
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """[1, Hk, Dk] to [1, Hk * groups, Dk]: head i serves the consecutive value heads i * groups .. (i + 1) * groups - 1."""
+    """[1, Hk, Dk] to [1, Hk * groups, Dk]: each key head serves `groups` consecutive value heads."""
     return x.unsqueeze(2).expand(-1, -1, groups, -1).flatten(1, 2)
 
 
