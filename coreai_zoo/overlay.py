@@ -341,6 +341,13 @@ class Overlay(Protocol):
         an unquantized weight is stored in; the caller decides the device (the host uses `meta`).
         """
 
+    def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """A `config.json` with the sizes that `facts` states: what an entry's checkpoint looks like, without one.
+
+        Raises:
+            BadInput: naming the facts that are not known.
+        """
+
     def with_layers(self, hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
         """The config of a slice that keeps the first `layers` layers.
 

@@ -148,7 +148,8 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor], shards: int = 
     if shards == 1:
         save_file(dict(tensors), directory / "model.safetensors", metadata={"format": "pt"})
         return
-    keys, files = sorted(tensors), {}
+    keys = sorted(tensors)
+    files: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = {key: tensors[key] for key in keys[shard::shards]}

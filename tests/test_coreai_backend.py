@@ -114,16 +114,20 @@ def toy(**changes: int) -> Model:
     return Model(overlay, config, tuple(plugin.zoo_layer_rewrites(overlay, STATIC_S1)), spec)
 
 
+_LINEAR_LAYERS = {"dense": 2, "moe": 1}
+
+
 def hybrid(kind: str) -> Model:
-    """A small decoder of the shipped overlay, `dense` or `moe`: two linear layers, then one of full attention."""
+    """A small decoder of the shipped overlay: two linear layers (`dense`) or one (`moe`), and one of full attention."""
     from coreai_zoo_overlays import qwen3_5
 
+    kinds = ["linear_attention"] * _LINEAR_LAYERS[kind] + ["full_attention"]
     fields = {
         "model_type": "qwen3_5_text" if kind == "dense" else "qwen3_5_moe_text",
         "vocab_size": 72,
         "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "num_hidden_layers": len(kinds),
+        "layer_types": kinds,
         "max_position_embeddings": 64,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -218,7 +222,7 @@ def compiled(model: Model, recipe: Recipe, directory: Path) -> Compiled:
 
 @pytest.fixture(scope="module")
 def toy_asset(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return compiled(toy(layers=2, intermediate_size=512), recipe_of(INT8), tmp_path_factory.mktemp("toy"))
+    return compiled(toy(intermediate_size=512), recipe_of(INT8), tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")
@@ -339,9 +343,9 @@ def test_the_saved_asset_has_the_same_kinds_of_constants_as_the_public_path(
         key: count for key, count in theirs.items() if key not in small
     }
     resources = Counter({type_: count for (kind, type_), count in ours.items() if kind == "resource"})
-    assert sum(count for type_, count in resources.items() if type_.endswith("xsi8")) == 2 * 6 + 1  # linears, and head
-    assert sum(count for type_, count in resources.items() if type_.endswith("xf16")) == (2 * 6 + 1) + (1 + 2 * 3 + 1)
-    assert resources["512x2xf16"] == theirs["resource", "512x2xf16"] == 2  # scales, where they are not small
+    assert sum(count for type_, count in resources.items() if type_.endswith("xsi8")) == 6 + 1  # linears, and head
+    assert sum(count for type_, count in resources.items() if type_.endswith("xf16")) == (6 + 1) + (1 + 3 + 1)
+    assert resources["512x2xf16"] == theirs["resource", "512x2xf16"] == 1  # scales, where they are not small
     assert resources["72x64xf16"] == theirs["resource", "72x64xf16"] == 1  # a weight that is not quantized
     assert ours["splat", "512x2xsi8"] == 1  # zero points of zero, shared
 
@@ -587,10 +591,11 @@ def test_composites_survive_lowering_under_their_names(kind: str, hybrid_program
     declared = set(re.findall(r'composite_declaration<"(\w+)"', program))
     expected = {"rms_norm", "scaled_dot_product_attention"}
     assert declared == (expected | {"gather_mm"} if kind == "moe" else expected)
-    # Three layers with two norms each, the last norm, one gated norm per linear layer, q and k norms of the other.
+    # Two norms per layer and the last norm; one gated norm per linear layer; q and k norms of the other; two products.
     calls = Counter(re.sub(r"_\d+$", "", name) for name in re.findall(r"coreai\.invoke @(\w+)", program))
-    counted = {"rms_norm": 3 * 2 + 1 + 2 + 2, "scaled_dot_product_attention": 1}
-    assert calls == (counted | {"gather_mm": 2 * 3} if kind == "moe" else counted)
+    linear = _LINEAR_LAYERS[kind]
+    counted = {"rms_norm": 2 * (linear + 1) + 1 + linear + 2, "scaled_dot_product_attention": 1}
+    assert calls == (counted | {"gather_mm": 2 * (linear + 1)} if kind == "moe" else counted)
 
 
 def test_a_dense_program_holds_nothing_of_a_router(hybrid_programs: Mapping[str, str]) -> None:
@@ -672,25 +677,33 @@ STORAGE = {
 }
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_weights_lower_and_step_however_they_are_stored(storage: str, tmp_path: Path) -> None:
-    spec = STORAGE[storage]
+@pytest.fixture(scope="module")
+def stored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[QuantizationSpec, Compiled]:
+    spec = STORAGE[request.param]
     # 73 rows of one block each: an odd number of zero points, which at 4 bits end in the middle of a byte.
-    model, recipe = toy(vocab_size=73), recipe_of(spec, head=evolve(spec, block_size=64))
-    asset = compiled(model, recipe, tmp_path)
-    head = "head.parametrizations.weight."
+    recipe = recipe_of(spec, head=evolve(spec, block_size=64))
+    return spec, compiled(toy(vocab_size=73), recipe, tmp_path_factory.mktemp("stored"))
+
+
+@pytest.mark.parametrize("stored", STORAGE, indirect=True)
+def test_weights_lower_and_step_however_they_are_stored(
+    stored: tuple[QuantizationSpec, Compiled], tmp_path: Path
+) -> None:
+    (spec, asset), head = stored, "head.parametrizations.weight."
     assert asset.constants[head + "original"].dtype == spec.dtype
     assert (head + "0.zero_points" in asset.constants) == has_zero_points(spec)
     assert asset.constants[head + "original"].data.nbytes == 73 * 64 * spec.bits // 8
 
-    module, _ = model.bound(asset.store, values=True)
-    expected = model.stepped_in_torch(module)
-    found = model.stepped(asset.path).astype(np.float32)
+    module, _ = asset.model.bound(asset.store, values=True)
+    expected = asset.model.stepped_in_torch(module)
+    found = asset.model.stepped(asset.path).astype(np.float32)
     assert np.abs(found - expected).max() < 2e-2
 
     # The same weights unquantized are further away than that: it is the integers that were run.
-    plain, _ = model.bound(filled(model, find_recipe("fp16"), tmp_path / "plain"), values=True)
-    unquantized = model.stepped_in_torch(plain)
+    plain, _ = asset.model.bound(filled(asset.model, find_recipe("fp16"), tmp_path / "plain"), values=True)
+    unquantized = asset.model.stepped_in_torch(plain)
     assert np.abs(found - expected).mean() < np.abs(unquantized - expected).mean() / 4
 
     suffix = {"int4": "xsi4", "uint4": "xui4", "int8": "xsi8"}[spec.dtype]
@@ -699,14 +712,14 @@ def test_weights_lower_and_step_however_they_are_stored(storage: str, tmp_path: 
     assert integers == 7 * (2 if has_zero_points(spec) else 1)  # codes, and zero points where there are any
 
 
-def test_tracing_needs_no_unpacked_copy_of_a_4_bit_weight(tmp_path: Path) -> None:
-    """`values=False` and `values=True` make the same asset; only the former is used for one."""
-    model = toy()
-    store = filled(model, recipe_of(STORAGE["int4"]), tmp_path / "weights")
-    for values in (False, True):
-        module, constants = model.bound(store, values=values)
-        BACKEND.compile(module, model.spec, constants, tmp_path / f"{values}.aimodel")
-    assert contents(tmp_path / "False.aimodel") == contents(tmp_path / "True.aimodel")
+@pytest.mark.parametrize("stored", ["uint4 with zero points"], indirect=True)
+def test_tracing_needs_no_unpacked_copy_of_a_4_bit_weight(
+    stored: tuple[QuantizationSpec, Compiled], tmp_path: Path
+) -> None:
+    _, asset = stored  # bound with values=False, which leaves the unpacked integers uninitialised
+    module, constants = asset.model.bound(asset.store, values=True)
+    BACKEND.compile(module, asset.model.spec, constants, tmp_path / "again.aimodel")
+    assert contents(tmp_path / "again.aimodel") == contents(asset.path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

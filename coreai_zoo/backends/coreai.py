@@ -220,17 +220,18 @@ class _Loaded:
     def __init__(self, asset: Path) -> None:
         self._asset = asset
         self._loop = asyncio.new_event_loop()
+        self._open = contextlib.AsyncExitStack()
 
     def __enter__(self) -> Self:
         from coreai.authoring import AIModelAsset
 
         try:
+            _require_intact(self._asset)
             with _toolchain(), _native_output_captured():
-                self._executable = AIModelAsset.load(str(self._asset)).executable()
-                model = self.run(self._executable.__aenter__())
+                model = self.run(self._open.enter_async_context(AIModelAsset.load(str(self._asset)).executable()))
                 self.function = model.load_function("main")
         except (RuntimeError, KeyError, OSError) as error:
-            self._loop.close()
+            self.__exit__()
             raise CheckFailed(
                 f"{self._asset} cannot be loaded on the Core AI runtime: {str(error).strip()[:300]}.",
                 "Build the bundle again.",
@@ -239,7 +240,7 @@ class _Loaded:
 
     def __exit__(self, *exc: object) -> None:
         self.function = None
-        self.run(self._executable.__aexit__(None, None, None))
+        self.run(self._open.aclose())
         self._loop.close()
 
     def run(self, coroutine: Any) -> Any:
@@ -254,6 +255,19 @@ class _Loaded:
             return {name: (tuple(descriptor(name).shape), str(descriptor(name).dtype)) for name in names}
 
         return Signature(inputs=read("input"), states=read("state"), outputs=read("output"))
+
+
+def _require_intact(asset: Path) -> None:
+    """Compare the bytecode with its hash before the toolchain sees it: what it cannot parse ends the whole process.
+
+    Raises:
+        OSError: when a file is missing.
+        RuntimeError: when the bytecode is not what was written.
+    """
+    with (asset / "main.mlirb").open("rb") as bytecode:
+        digest = hashlib.file_digest(bytecode, "sha256").digest()
+    if digest != (asset / "main.hash").read_bytes():
+        raise RuntimeError("main.mlirb is not what main.hash says")
 
 
 class CoreAIStepper:

@@ -14,7 +14,7 @@ from attrs import frozen
 from coreai_zoo.contracts import Contract
 from coreai_zoo.overlay import KVCache
 
-from .config import MODEL_TYPES, Qwen35Config, read_config, with_layers
+from .config import MODEL_TYPES, Qwen35Config, config_of_facts, facts_of, read_config, with_layers
 from .quantization import HEAD
 from .rewrites import layer_rewrites
 from .states import extra_states, kv_cache
@@ -42,34 +42,11 @@ class Qwen35Overlay:
 
     def facts(self, config: Qwen35Config) -> Mapping[str, Any]:
         """What an entry states of a config and a card prints."""
-        facts: dict[str, Any] = {
-            "ffn": "dense" if config.moe is None else "moe",
-            "layers": len(config.layer_types),
-            "linear_attention_layers": config.linear_layers,
-            "full_attention_layers": config.full_layers,
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "max_context_length": config.max_position_embeddings,
-            "tied_head": config.tie_word_embeddings,
-            "attention_heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "rotary_dim": config.rotary_dim,
-            "gdn_key_heads": config.linear_num_key_heads,
-            "gdn_value_heads": config.linear_num_value_heads,
-            "gdn_key_head_dim": config.linear_key_head_dim,
-            "gdn_value_head_dim": config.linear_value_head_dim,
-            "conv_kernel": config.linear_conv_kernel_dim,
-        }
-        if config.moe is None:
-            return {**facts, "intermediate_size": config.intermediate_size}
-        return {
-            **facts,
-            "experts": config.moe.num_experts,
-            "experts_per_token": config.moe.top_k,
-            "expert_intermediate_size": config.moe.intermediate_size,
-            "shared_expert_intermediate_size": config.moe.shared_intermediate_size,
-        }
+        return facts_of(config)
+
+    def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """A `config.json` with these facts."""
+        return config_of_facts(facts)
 
     def kv_cache(self, config: Qwen35Config) -> KVCache:
         """Geometry of the key / value pair."""

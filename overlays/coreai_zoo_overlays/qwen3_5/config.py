@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 from attrs import frozen
 
 from coreai_zoo.errors import BadInput, listing
@@ -181,7 +182,7 @@ def read_config(hf_config: Mapping[str, Any]) -> Qwen35Config:
 def _layer_types(read: _Reader) -> tuple[str, ...]:
     """`layer_types` as given, or every `full_attention_interval`-th layer with full attention."""
     layers = read.size("num_hidden_layers")
-    if layers > 10_000:
+    if layers > 1_000:
         read.problems.append(f"num_hidden_layers is {layers}")
         return (LINEAR, FULL)
     given = read.fields.get("layer_types")
@@ -260,3 +261,92 @@ def with_layers(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
         "zoo_sliced_from": len(config.layer_types),
     }
     return {**hf_config, "text_config": text} if "text_config" in hf_config else text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Facts: what an entry states of a model and a card prints
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Fact to the field of config.json that holds it; layer counts and rotary_dim are derived.
+_FIELDS = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "vocab_size": "vocab_size",
+    "max_context_length": "max_position_embeddings",
+    "tied_head": "tie_word_embeddings",
+    "attention_heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "gdn_key_heads": "linear_num_key_heads",
+    "gdn_value_heads": "linear_num_value_heads",
+    "gdn_key_head_dim": "linear_key_head_dim",
+    "gdn_value_head_dim": "linear_value_head_dim",
+    "conv_kernel": "linear_conv_kernel_dim",
+}
+_DENSE_FIELDS = {"intermediate_size": "intermediate_size"}
+_MOE_FIELDS = {
+    "experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_intermediate_size": "moe_intermediate_size",
+    "shared_expert_intermediate_size": "shared_expert_intermediate_size",
+}
+_OPTIONAL_FACTS = {"max_context_length"}
+
+
+def facts_of(config: Qwen35Config) -> dict[str, Any]:
+    """The facts of a config."""
+    flat = {
+        **attrs.asdict(config, recurse=False),
+        "num_hidden_layers": len(config.layer_types),
+        **({} if config.moe is None else _moe_fields(config.moe)),
+    }
+    names = {**_FIELDS, **(_DENSE_FIELDS if config.moe is None else _MOE_FIELDS)}
+    return {
+        "ffn": "dense" if config.moe is None else "moe",
+        **{fact: flat[name] for fact, name in names.items()},
+        "linear_attention_layers": config.linear_layers,
+        "full_attention_layers": config.full_layers,
+        "rotary_dim": config.rotary_dim,
+    }
+
+
+def _moe_fields(moe: MoEConfig) -> dict[str, int]:
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.intermediate_size,
+        "shared_expert_intermediate_size": moe.shared_intermediate_size,
+    }
+
+
+def config_of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A wrapped `config.json` of the model that `facts` describes; full attention comes at regular intervals.
+
+    Raises:
+        BadInput: naming the facts that are not known.
+    """
+    moe = facts.get("ffn") == "moe"
+    names = {**_FIELDS, **(_MOE_FIELDS if moe else _DENSE_FIELDS)}
+    needed = [*names, "full_attention_layers", "rotary_dim"]
+    unknown = [fact for fact in needed if fact not in facts and fact not in _OPTIONAL_FACTS]
+    if unknown:
+        raise BadInput(f"No config follows from these facts: {listing(unknown)} not known.")
+    text = {name: facts[fact] for fact, name in names.items() if fact in facts}
+    text |= {
+        "model_type": "qwen3_5_moe_text" if moe else "qwen3_5_text",
+        "full_attention_interval": facts["layers"] // facts["full_attention_layers"],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000,
+            "partial_rotary_factor": facts["rotary_dim"] / facts["head_dim"],
+            # Three planes that share the rotated pairs; equal for text, so only their sum matters.
+            "mrope_section": _thirds(facts["rotary_dim"] // 2),
+            "mrope_interleaved": True,
+        },
+    }
+    wrapper = "qwen3_5_moe" if moe else "qwen3_5"
+    return {"model_type": wrapper, "text_config": text, "tie_word_embeddings": facts["tied_head"]}
+
+
+def _thirds(pairs: int) -> list[int]:
+    return [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]

@@ -2,7 +2,7 @@
 
 Names on the left are those of a flat checkpoint; the prefixes say how else they are spelled. The right-hand side is
 left out where it is the same. Three things change values or shapes: RMSNorm gains are stored minus one (but not the
-gated output norm of a GatedDeltaNet), the decay is stored as a logarithm, and the convolution has an axis of length one.
+gated output norm of a GatedDeltaNet), the decay is stored as a logarithm, and the convolution has one axis more.
 """
 
 from __future__ import annotations

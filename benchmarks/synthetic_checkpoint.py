@@ -1,0 +1,165 @@
+"""Make a checkpoint of an entry's true shapes without its weights.
+
+    python benchmarks/synthetic_checkpoint.py qwen3.6-27b --fill sparse -o /tmp/27b
+    python benchmarks/synthetic_checkpoint.py qwen3.6-27b --layers 4 --vocab 8192 --fill random -o /tmp/27b-4
+    python benchmarks/synthetic_checkpoint.py --config DIR_OR_FILE --fill random -o /tmp/other
+
+Sharded bf16 safetensors with an index, keys and layout as released (text under ``model.language_model.``, experts
+packed). ``random`` holds seeded normal values; ``sparse`` files are holes that read as zeros and take no disk. Norm gains
+are zero (gain one), so that a random model of any depth stays finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import evolve, frozen
+
+from coreai_zoo import export
+from coreai_zoo.contracts import find_contract
+from coreai_zoo.entry import find_entry
+from coreai_zoo.overlay import WeightMap
+from coreai_zoo.plugins import Plugins, default_plugins
+
+SHARD_BYTES = 4 * 2**30
+CHUNK = 1 << 22  # values written at a time
+SEED = 20260
+
+
+@frozen
+class Tensor:
+    """A tensor to write: its key in the checkpoint, shape, and whether its values are drawn or zero."""
+
+    key: str
+    shape: tuple[int, ...]
+    random: bool
+
+    @property
+    def values(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape))
+
+
+def tensors_of(hf_config: Mapping[str, Any], plugins: Plugins) -> list[Tensor]:
+    """Every text tensor of a released checkpoint with this config, by running the overlay's weight map backwards."""
+    overlay, _ = plugins.claim_overlay(str(hf_config["model_type"]), hf_config)
+    config = overlay.read_config(hf_config)
+    module = export.build_module(lambda: overlay.decoder(config, find_contract("static-s1")), [])
+    table = plugins.weight_map(overlay, config)
+    parameters = export.parameters_of(module)
+    tensors = {tensor.key: tensor for name, info in parameters.items() for tensor in _sources(name, info.shape, table)}
+    return list(tensors.values())
+
+
+def _sources(name: str, shape: tuple[int, ...], table: WeightMap) -> Iterator[Tensor]:
+    import re
+
+    for rule in table.rules:
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(rule.target))
+        match = re.fullmatch(pattern, name)
+        if match and rule.part is None:
+            found, spelled = table.prefixes[0] if table.prefixes else ("", "")
+            key = rule.source.format(**match.groupdict())
+            key = found + key.removeprefix(spelled) if spelled and key.startswith(spelled) else key
+            stored = rule.source_shape(shape) if rule.source_shape else shape
+            yield Tensor(key, stored, random=rule.role != "norm")
+            return
+    raise LookupError(f"no rule of the weight map fills {name}")
+
+
+def shards_of(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """The tensors in files of about `SHARD_BYTES`."""
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(2 * other.values for other in shards[-1]) + 2 * tensor.values > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def write_shard(path: Path, tensors: list[Tensor], fill: str, rng: np.random.Generator) -> None:
+    """Write one safetensors file; with `sparse` nothing but the header touches the disk."""
+    header, offset = {}, 0
+    for tensor in tensors:
+        end = offset + 2 * tensor.values
+        header[tensor.key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        start = file.tell()
+        file.truncate(start + offset)
+        for tensor in tensors:
+            if fill == "random" and tensor.random:
+                file.seek(start + header[tensor.key]["data_offsets"][0])
+                _write_random(file, tensor, rng)
+
+
+def _write_random(file: Any, tensor: Tensor, rng: np.random.Generator) -> None:
+    """Normal values, truncated to bf16, at the scale that keeps a linear layer's output near its input's."""
+    scale = np.float32(1.0 / np.sqrt(tensor.shape[-1]) if len(tensor.shape) > 1 else 0.5)
+    for begin in range(0, tensor.values, CHUNK):
+        count = min(CHUNK, tensor.values - begin)
+        values = rng.standard_normal(count, dtype=np.float32) * scale
+        file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
+
+
+def write_checkpoint(hf_config: Mapping[str, Any], tokenizer: Path, fill: str, output: Path, plugins: Plugins) -> int:
+    """Write the whole checkpoint; the bytes of its tensors."""
+    output.mkdir(parents=True)
+    rng, shards = np.random.default_rng(SEED), shards_of(tensors_of(hf_config, plugins))
+    names = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_shard(output / name, shard, fill, rng)
+        names |= {tensor.key: name for tensor in shard}
+    total = sum(2 * tensor.values for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (output / "model.safetensors.index.json").write_text(json.dumps(index))
+    (output / "config.json").write_text(json.dumps(hf_config, indent=2))
+    for file in tokenizer.iterdir():
+        if file.name.startswith("tokenizer") or file.name == "chat_template.jinja":
+            shutil.copyfile(file, output / file.name)
+    return total
+
+
+def main() -> None:
+    """Parse the command line and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entry", nargs="?", help="whose shapes")
+    parser.add_argument("--config", type=Path, help="a config.json, or a folder with one, instead of an entry")
+    parser.add_argument("--layers", type=int, help="only the first N layers")
+    parser.add_argument("--vocab", type=int, help="another vocabulary size")
+    parser.add_argument("--fill", choices=("random", "sparse"), default="random")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    plugins = default_plugins()
+    tokenizer = find_entry(arguments.entry or "qwen3.6-27b", plugins)[0].sample_directory()
+    if arguments.config:
+        file = arguments.config / "config.json" if arguments.config.is_dir() else arguments.config
+        hf_config = json.loads(file.read_text())
+    elif arguments.entry:
+        entry, _ = find_entry(arguments.entry, plugins)
+        facts = evolve(entry.facts, vocab_size=arguments.vocab or entry.facts.vocab_size).stated
+        overlay, _ = plugins.claim_overlay(entry.model_type[0], {})
+        hf_config = overlay.config_of_facts(facts)
+    else:
+        parser.error("name an entry, or give --config")
+    if arguments.layers:
+        overlay, _ = plugins.claim_overlay(str(hf_config["model_type"]), hf_config)
+        hf_config = overlay.with_layers(hf_config, arguments.layers)
+        # The result is a checkpoint of its own, not a slice of a larger one.
+        hf_config.get("text_config", hf_config).pop("zoo_sliced_from", None)
+    total = write_checkpoint(hf_config, tokenizer, arguments.fill, arguments.output, plugins)
+    print(f"{arguments.output}: {total:,} bytes of tensors")
+
+
+if __name__ == "__main__":
+    main()
