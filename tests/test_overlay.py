@@ -135,6 +135,15 @@ def test_reading_a_config_does_not_change_it() -> None:
     assert config == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_facts_lead_back_to_a_config_with_the_same_facts(kind: str) -> None:
+    config = text_config(kind, num_hidden_layers=8, layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 2)
+    facts = OVERLAY.facts(OVERLAY.read_config(config))
+    assert OVERLAY.facts(OVERLAY.read_config(OVERLAY.config_of_facts(facts))) == facts
+    with pytest.raises(BadInput, match="hidden_size"):
+        OVERLAY.config_of_facts({name: value for name, value in facts.items() if name != "hidden_size"})
+
+
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_slice_has_the_first_layers_and_the_layout_it_was_given(wrapped: bool) -> None:
     flat = text_config("dense", num_hidden_layers=8)

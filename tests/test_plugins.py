@@ -48,6 +48,9 @@ class ToyOverlay:
     def decoder(self, config: Any, contract: contracts.Contract) -> Any:
         raise NotImplementedError
 
+    def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(facts)
+
     def with_layers(self, hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
         return {**hf_config, "layers": layers}
 
@@ -346,7 +349,7 @@ def test_an_overlay_that_lacks_a_method_is_told_which(make_plugin: MakePlugin) -
 
         def read_config(self, hf_config: object) -> None: ...
 
-    with pytest.raises(PluginError, match=r"it lacks decoder, facts, kv_cache, with_layers\."):
+    with pytest.raises(PluginError, match=r"it lacks config_of_facts, decoder, facts, kv_cache, with_layers\."):
         host(half=claiming(make_plugin, Half())).claim_overlay("toy", {})
 
 

@@ -57,33 +57,12 @@ def test_the_bytecode_is_within_two_percent_of_parameters_and_recipe(
 
 def test_the_true_size_plan_of_the_27b_is_within_a_thousandth_of_the_published_bundle() -> None:
     facts = find_entry("qwen3.6-27b", default_plugins())[0].facts.stated
-    config = OVERLAY.read_config(config_from(facts))
+    config = OVERLAY.read_config(OVERLAY.config_of_facts(facts))
     module = export.build_module(lambda: OVERLAY.decoder(config, STATIC_S1), [])
     parameters = export.parameters_of(module)
     plan = plan_weights(qwen3_5.weight_map(config), parameters, released_tensors(parameters), find_recipe("int8hu"))
     assert sum(tensor.parameters for tensor in plan.tensors) == facts["parameters"]
     assert abs(plan.stored_bytes / PUBLISHED_27B_INT8HU - 1) <= 0.001
-
-
-def config_from(facts: dict[str, Any]) -> dict[str, Any]:
-    """`config.json` of the released 27B as far as its entry states it."""
-    return {
-        "model_type": "qwen3_5_text",
-        "vocab_size": facts["vocab_size"],
-        "hidden_size": facts["hidden_size"],
-        "num_hidden_layers": facts["layers"],
-        "full_attention_interval": 4,
-        "intermediate_size": facts["intermediate_size"],
-        "num_attention_heads": facts["attention_heads"],
-        "num_key_value_heads": facts["kv_heads"],
-        "head_dim": facts["head_dim"],
-        "linear_num_key_heads": facts["gdn_key_heads"],
-        "linear_num_value_heads": facts["gdn_value_heads"],
-        "linear_key_head_dim": facts["gdn_key_head_dim"],
-        "linear_value_head_dim": facts["gdn_value_head_dim"],
-        "linear_conv_kernel_dim": facts["conv_kernel"],
-        "tie_word_embeddings": facts["tied_head"],
-    }
 
 
 def released_tensors(parameters: dict[str, Any]) -> dict[str, TensorInfo]:

@@ -180,6 +180,10 @@ class ToyOverlay:
         """The decoder in the contract's dtype."""
         return ToyDecoder(config).to(getattr(torch, contract.compute_dtype))
 
+    def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The config is its facts."""
+        return {"model_type": "toy", **{name: size for name, size in facts.items() if name != "ffn"}}
+
     def with_layers(self, hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
         """The first layers."""
         return {**hf_config, "layers": layers}
