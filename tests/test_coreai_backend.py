@@ -36,7 +36,7 @@ from coreai_zoo.backends.coreai import _REQUIRED, CoreAIBackend
 from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
-from coreai_zoo.overlay import LayerRewrite, QuantizationSpec, TensorSpec, TraceSpec, WeightMap, WeightRule
+from coreai_zoo.overlay import KVCache, LayerRewrite, QuantizationSpec, TensorSpec, TraceSpec, WeightMap, WeightRule
 from coreai_zoo.quantize import Recipe, find_recipe, has_zero_points
 from coreai_zoo.store import StoredFile, StoredTensor, WeightStore
 from coreai_zoo.weights import plan_weights
@@ -763,12 +763,14 @@ def test_the_required_versions_are_those_of_the_package(root: Path) -> None:
 
 
 def load_damaged(directory: Path) -> None:
-    """In a process of its own, which the toolchain might end: load every asset of `directory`, print what is said."""
+    """In a process of its own, which the toolchain might end: read and run every asset, and print what is said."""
+    spec = STATIC_S1.trace_spec(KVCache(layers=1, heads=1, head_dim=1), (), vocab_size=8, max_context=8)
     for asset in sorted(directory.iterdir()):
-        try:
-            BACKEND.signature(asset)
-        except CheckFailed as error:
-            print(f"{asset.stem}: {error}")  # the answer to the parent
+        for use in (BACKEND.signature, lambda path: BACKEND.stepper(path, spec, capacity=2).__enter__()):
+            try:
+                use(asset)
+            except CheckFailed as error:
+                print(f"{asset.stem}: {error}")  # the answer to the parent
 
 
 def test_a_damaged_asset_is_an_error_and_not_the_end_of_the_process(toy_asset: Compiled, tmp_path: Path) -> None:
@@ -785,10 +787,12 @@ def test_a_damaged_asset_is_an_error_and_not_the_end_of_the_process(toy_asset: C
     shutil.copytree(toy_asset.path, tmp_path / "assets" / "absent.aimodel")
     (tmp_path / "assets" / "absent.aimodel" / "main.mlirb").unlink()
     said = answer(run_here("load_damaged(Path('assets'))", directory=tmp_path)).splitlines()
-    assert [line.partition(":")[0] for line in said] == ["absent", *sorted(damages)]
-    for line in said:
-        assert "cannot be loaded on the Core AI runtime" in line
-        assert "Build the bundle again." in line
+    assert [line.partition(":")[0] for line in said] == [name for name in ("absent", *sorted(damages)) for _ in "12"]
+    for read, run in zip(said[::2], said[1::2], strict=True):
+        assert "cannot be read" in read
+        assert "cannot be loaded on the Core AI runtime" in run
+        assert "Build the bundle again." in read
+        assert "Build the bundle again." in run
 
 
 def test_a_full_context_is_said_and_a_reset_empties_it(toy_asset: Compiled) -> None:

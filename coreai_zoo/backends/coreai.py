@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -62,8 +63,7 @@ class CoreAIBackend:
     def signature(self, asset: Path) -> Signature:
         """See `Backend.signature`."""
         _checked_versions()
-        with _Loaded(asset) as loaded:
-            return loaded.signature()
+        return _read_signature(asset)
 
     @contextlib.contextmanager
     def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[CoreAIStepper]:
@@ -214,6 +214,39 @@ def _save(program: Any, destination: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _read_signature(asset: Path) -> Signature:
+    """The signature of `main` from the asset's own summary, which maps the weights instead of reading them.
+
+    Raises:
+        CheckFailed: when the asset is damaged, or describes a tensor in words that are not known.
+    """
+    from coreai.authoring import AIModelAsset
+
+    try:
+        _require_intact(asset)
+        with _toolchain(), _native_output_captured():
+            summary = AIModelAsset.load(str(asset)).summary(include_statistics=False)
+        if summary is None or "main" not in summary.function_names:
+            raise RuntimeError("it has no function main")
+        described = (summary.function_inputs, summary.function_states, summary.function_outputs)
+        inputs, states, outputs = ({name: _tensor(text) for name, text in of("main")} for of in described)
+    except (RuntimeError, OSError) as error:
+        raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
+    return Signature(inputs, states, outputs)
+
+
+_TIMES = " \N{MULTIPLICATION SIGN} "
+
+
+def _tensor(description: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype from a description such as `NDArray (Float16, 2 x ? x 64)` with times signs; dynamic is -1."""
+    match = re.fullmatch(rf"NDArray \((\w+), ([\d?]+(?:{_TIMES}[\d?]+)*)\)", description)
+    if match is None:
+        raise RuntimeError(f"a tensor is described as {description!r}")
+    sizes = tuple(-1 if size == "?" else int(size) for size in match[2].split(_TIMES))
+    return sizes, match[1].lower()
+
+
 class _Loaded:
     """An asset loaded on the runtime, behind a private event loop: the runtime's calls are coroutines."""
 
@@ -245,16 +278,6 @@ class _Loaded:
 
     def run(self, coroutine: Any) -> Any:
         return self._loop.run_until_complete(coroutine)
-
-    def signature(self) -> Signature:
-        described = self.function.desc
-
-        def read(kind: str) -> dict[str, tuple[tuple[int, ...], str]]:
-            descriptor = getattr(described, f"{kind}_descriptor")
-            names = getattr(described, f"{kind}_names")
-            return {name: (tuple(descriptor(name).shape), str(descriptor(name).dtype)) for name in names}
-
-        return Signature(inputs=read("input"), states=read("state"), outputs=read("output"))
 
 
 def _require_intact(asset: Path) -> None:
