@@ -427,7 +427,7 @@ def _abilities(system: str, macos: str, *, toolchain: bool) -> dict[str, tuple[b
     elif system == "Darwin":
         gpu = (False, f"needs macOS 27, this is {macos}")
     else:
-        gpu = (False, f"needs a Mac with macOS 27, this is {system}; bundles made here run there")
+        gpu = (False, f"needs a Mac with macOS 27, this is {system}; bundles made here are meant for it")
     known = system in ("Linux", "Darwin")
     return {
         "build": (toolchain and known, "converts and writes bundles" if toolchain else lacking),

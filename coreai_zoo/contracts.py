@@ -62,7 +62,7 @@ class Contract:
         )
         axes = {
             "positions": Axis(1, max_context, _TRACED_POSITIONS),
-            "capacity": Axis(1, max(max_context, _TRACED_CAPACITY), _TRACED_CAPACITY),
+            "capacity": Axis(1, _largest_capacity(max_context), _TRACED_CAPACITY),
         }
         if self.query_length is None:
             axes["query"] = Axis(1, max_context, _TRACED_POSITIONS - 2)
@@ -75,6 +75,14 @@ class Contract:
             outputs=(TensorSpec("logits", (1, length, vocab_size), self.compute_dtype),),
             axes=axes,
         )
+
+
+def _largest_capacity(max_context: int) -> int:
+    """What an engine that starts with 256 positions and doubles has allocated when `max_context` fit."""
+    capacity = _TRACED_CAPACITY
+    while capacity < max_context:
+        capacity *= 2
+    return capacity
 
 
 STATIC_S1 = Contract(

@@ -72,7 +72,7 @@ class TensorSpec:
 def _engine_safe_name(instance: StateSpec, _attribute: Any, name: str) -> None:
     if not name:
         raise ValueError("a state needs a name")
-    # Engines take any state with "cache" or "kv" in its name for a truncatable cache (FACTS, engine rules).
+    # Engines take any state with "cache" or "kv" in its name for a truncatable cache (rules of the pipelined engine).
     if instance.kind == "fixed" and re.search("cache|kv", name, re.IGNORECASE):
         raise ValueError(f"fixed state {name!r} must not have 'cache' or 'kv' in its name: engines would truncate it")
 
@@ -199,6 +199,7 @@ class WeightRule:
         transform: change of values, or None.
         source_shape: the checkpoint's shape from the parameter's, when they hold the same rows in another shape.
         part: which slab of the target this source fills, or None for all of it.
+        fallback: take this source only when no other rule fills the target.
     """
 
     source: str
@@ -207,6 +208,7 @@ class WeightRule:
     transform: Transform | None = None
     source_shape: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
     part: Part | None = None
+    fallback: bool = False
 
 
 @frozen

@@ -378,6 +378,12 @@ class _Planner:
                 placed = True
         return placed
 
+    def drop_fallbacks(self) -> None:
+        """Let go of sources that only stand in for others, where the others are there."""
+        for target in self.targets.values():
+            first = [match for match in target.matches if not match.rule.fallback]
+            target.matches = first or target.matches
+
     # -- one target
 
     def plan(self, target: _Target, recipe: Recipe) -> PlannedTensor | None:
@@ -487,6 +493,7 @@ def plan_weights(
     """
     planner = _Planner(weight_map, parameters, tensors)
     planner.place_keys()
+    planner.drop_fallbacks()
     planned = [planner.plan(target, recipe) for target in planner.targets.values()]
     planner.problems.raise_if_any()
     return WeightPlan(tuple(tensor for tensor in planned if tensor is not None), tuple(planner.dropped))

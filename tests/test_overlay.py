@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoints import TEXT_CONFIGS, text_config, tiny_checkpoint
+from checkpoints import TEXT_CONFIGS, read_weights, text_config, tiny_checkpoint, write_weights
 from coreai_zoo import export
 from coreai_zoo.checkpoint import read_config
 from coreai_zoo.contracts import STATIC_S1
@@ -120,6 +120,43 @@ def test_every_bad_field_of_a_config_is_reported_at_once() -> None:
         assert word in str(caught.value)
 
 
+def test_null_in_a_config_is_silence() -> None:
+    config = text_config("dense")
+    nulls = {"head_dim": None, "rms_norm_eps": None, "attention_bias": None, "tie_word_embeddings": None}
+    spoken = {"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    assert OVERLAY.read_config(config | nulls) == OVERLAY.read_config(config | spoken)
+    assert OVERLAY.read_config(config | {"text_config": None}) == OVERLAY.read_config(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attn_output_gate", False),
+        ("tie_word_embeddings", "yes"),
+        ("rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e7}}),
+    ],
+)
+def test_what_is_not_implemented_is_refused_rather_than_ignored(field: str, value: Any) -> None:
+    with pytest.raises(BadInput, match=field):
+        OVERLAY.read_config(text_config("dense") | {field: value})
+
+
+@pytest.mark.parametrize("stored", ["embedding", "head", "both", "both different"])
+def test_a_tied_checkpoint_is_read_as_transformers_reads_it(stored: str, tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path / "checkpoint", dtype="float32", tie_word_embeddings=True)
+    weights = read_weights(directory)
+    embedding = next(key for key in weights if key.endswith("embed_tokens.weight"))
+    if stored != "embedding":
+        weights["lm_head.weight"] = weights[embedding] * (-1.0 if stored == "both different" else 1.0)
+    if stored == "head":
+        del weights[embedding]
+    write_weights(directory, weights)
+    tokens = list(range(40, 52))
+    expected = huggingface_logits(directory, tokens, read_config(directory)).logits
+    module, spec = load_decoder(directory, tmp_path / "store")
+    assert np.abs(feed(module, tokens, fresh_states(spec)).numpy() - expected).max() <= 2e-4
+
+
 @pytest.mark.parametrize("missing", ["vocab_size", "hidden_size", "num_hidden_layers", "linear_num_value_heads"])
 def test_a_size_that_is_missing_is_named(missing: str) -> None:
     config = {key: value for key, value in text_config("dense").items() if key != missing}
@@ -131,7 +168,8 @@ def test_reading_a_config_does_not_change_it() -> None:
     config = {"model_type": "qwen3_5_moe", "text_config": text_config("moe")}
     before = copy.deepcopy(config)
     OVERLAY.read_config(config)
-    OVERLAY.with_layers(config, 2)
+    with pytest.raises(BadInput):
+        OVERLAY.with_layers(config, 2)
     assert config == before
 
 
@@ -151,7 +189,7 @@ def test_a_slice_has_the_first_layers_and_the_layout_it_was_given(wrapped: bool)
     sliced = OVERLAY.read_config(OVERLAY.with_layers(given, 3))
     assert sliced.layer_types == tuple(flat["layer_types"][:3])
     assert sliced.sliced_from == 8
-    for depth in (0, 1, 9):
+    for depth in (0, 1, 8, 9):
         with pytest.raises(BadInput, match="slice"):
             OVERLAY.with_layers(given, depth)
 
@@ -219,3 +257,9 @@ def test_every_weight_has_a_role_that_fits_its_kind() -> None:
         assert roles["linear_attn.A"] == "scalar"
         assert roles["lm_head.weight"] == "head"
         assert all(role == "norm" for name, role in roles.items() if "norm" in name)
+
+
+def test_a_slice_leaves_out_the_layers_beyond_it_and_nothing_else() -> None:
+    config = OVERLAY.read_config(OVERLAY.with_layers(text_config("dense", num_hidden_layers=8), 3))
+    dropped = {drop.source for drop in qwen3_5.weight_map(config).drops if drop.source.startswith("model.layers.")}
+    assert dropped == {f"model.layers.{layer}.**" for layer in range(3, 8)}

@@ -19,7 +19,8 @@ from coreai_zoo.weights import plan_weights
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY
 
-PUBLISHED_27B_INT8HU = 29_774_040_281  # bytes of main.mlirb, FACTS section 4
+# Bytes of main.mlirb in the published Qwen3.6-27B bundle, int8hu_block32_sym.
+PUBLISHED_27B_INT8HU = 29_774_040_281
 
 WIDE = {
     "vocab_size": 8192,

@@ -55,8 +55,11 @@ def _router_margins(layers: Sequence[Any], chosen: int) -> np.ndarray[Any, Any]:
     """Smallest gap over layers between the last chosen and the first rejected expert, [positions]."""
     gaps = []
     for logits in layers:
-        ranked = logits.float().reshape(-1, logits.shape[-1]).topk(min(chosen + 1, logits.shape[-1]), dim=-1).values
-        gaps.append((ranked[:, chosen - 1] - ranked[:, -1]).numpy())
+        experts = logits.float().reshape(-1, logits.shape[-1])
+        if chosen == experts.shape[-1]:  # all are chosen: nothing can be swapped
+            return np.full(len(experts), np.inf, dtype=np.float32)
+        ranked = experts.topk(chosen + 1, dim=-1).values
+        gaps.append((ranked[:, chosen - 1] - ranked[:, chosen]).numpy())
     margins: np.ndarray[Any, Any] = np.min(gaps, axis=0)
     return margins
 

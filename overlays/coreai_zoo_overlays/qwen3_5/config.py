@@ -97,6 +97,7 @@ class _Reader:
     def size(self, name: str, default: int | None = None) -> int:
         """A positive integer; `default` where the config is silent, required if there is none."""
         value = self.fields.get(name, default)
+        value = default if value is None else value
         if value is None:
             self.problems.append(f"{name} is missing")
         elif not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
@@ -109,7 +110,8 @@ class _Reader:
         self, name: str, default: float, fields: Mapping[str, Any] | None = None, largest: float = sys.float_info.max
     ) -> float:
         """A positive number, at most `largest`."""
-        value = (self.fields if fields is None else fields).get(name, default)
+        value = (self.fields if fields is None else fields).get(name)
+        value = default if value is None else value
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= largest:
             limit = "" if largest == sys.float_info.max else f" of at most {largest:g}"
             self.problems.append(f"{name} is {reprlib.repr(value)}, not a positive number{limit}")
@@ -124,17 +126,20 @@ class _Reader:
 
     def only(self, name: str, allowed: Any) -> None:
         """Refuse a variant that the overlay does not implement."""
-        if self.fields.get(name, allowed) != allowed:
+        if self.fields.get(name) not in (allowed, None):
             self.problems.append(f"{name} is {reprlib.repr(self.fields[name])}; only {allowed!r} is implemented")
 
 
 def text_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The text config, whether wrapped (`text_config`) or flat."""
-    text = hf_config.get("text_config", hf_config)
+    text = hf_config.get("text_config")
+    text = hf_config if text is None else text
     if not isinstance(text, Mapping):
         raise BadInput("text_config in config.json is not an object.")
-    # Released wrappers carry the tie flag at the top; a text config of its own wins.
-    return {"tie_word_embeddings": hf_config.get("tie_word_embeddings", False), **text}
+    # Released wrappers carry the tie flag at the top; a text config's own wins. Null is silence.
+    tied = text.get("tie_word_embeddings")
+    tied = hf_config.get("tie_word_embeddings") if tied is None else tied
+    return {**text, "tie_word_embeddings": False if tied is None else tied}
 
 
 def read_config(hf_config: Mapping[str, Any]) -> Qwen35Config:
@@ -147,7 +152,9 @@ def read_config(hf_config: Mapping[str, Any]) -> Qwen35Config:
     read = _Reader(fields)
     read.only("hidden_act", "silu")
     read.only("attention_bias", False)
-    read.only("tie_word_embeddings", bool(fields["tie_word_embeddings"]))
+    read.only("attn_output_gate", True)
+    if not isinstance(fields["tie_word_embeddings"], bool):
+        read.problems.append(f"tie_word_embeddings is {reprlib.repr(fields['tie_word_embeddings'])}, not true or false")
     read.divides("num_key_value_heads", "num_attention_heads")
     read.divides("linear_num_key_heads", "linear_num_value_heads")
     head_dim = read.size("head_dim", 256)
@@ -206,6 +213,9 @@ def _rope_fields(read: _Reader) -> Mapping[str, Any]:
     if not isinstance(rope, Mapping):
         read.problems.append("rope_parameters is not an object")
         return {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        read.problems.append("rope_parameters differ by layer type, which is not implemented")
+        return {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         read.problems.append(f"rope_type is {reprlib.repr(kind)}; only 'default' is implemented")
@@ -241,6 +251,11 @@ def _moe(read: _Reader) -> MoEConfig:
     return moe
 
 
+def _shortest(config: Qwen35Config) -> int:
+    """The smallest number of first layers with one of each kind."""
+    return max(config.layer_types.index(kind) for kind in (LINEAR, FULL)) + 1
+
+
 def with_layers(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The config of a slice that keeps the first `layers` layers, wrapped or flat as it was given.
 
@@ -249,10 +264,10 @@ def with_layers(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """
     config = read_config(hf_config)
     kinds = config.layer_types[:layers]
-    if not 0 < layers <= len(config.layer_types) or {LINEAR, FULL} - set(kinds):
+    if not 0 < layers < len(config.layer_types) or {LINEAR, FULL} - set(kinds):
         raise BadInput(
-            f"A slice of {layers} layers is not a model: this checkpoint has {len(config.layer_types)} layers, and a "
-            f"slice needs at least one {LINEAR} and one {FULL} layer."
+            f"A slice of {layers} layers is not possible: this checkpoint has {len(config.layer_types)}, and a slice "
+            f"has fewer and at least one {LINEAR} and one {FULL} layer (so {_shortest(config)} or more)."
         )
     text = {
         **text_fields(hf_config),

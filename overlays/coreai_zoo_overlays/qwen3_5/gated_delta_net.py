@@ -2,7 +2,9 @@
 
 Differs from transformers' `Qwen3_5GatedDeltaNet` in that states are arguments and results instead of entries of a
 cache, `A` holds `-exp(A_log)` (folded when the checkpoint is read), and the two parts that an engine contract may want
-in another form, the convolution and the delta rule, are modules of their own that a rewrite can replace.
+in another form, the convolution and the delta rule, are modules of their own that a rewrite can replace. In half
+precision the rule runs in fp32 as theirs does; `silu(z)` and the norm's gain stay in half, where theirs take a detour
+through fp32, and between steps the state is stored in the contract's dtype (fp16 for `static-s1`, fp32 in theirs).
 
 Shapes: S tokens, D hidden, Hk key heads serving Hv value heads (GVA), Dk and Dv head widths, K taps,
 C = 2 Hk Dk + Hv Dv convolution channels. Batch is always 1.
@@ -33,7 +35,7 @@ class GatedDeltaNet(nn.Module):
         self.in_proj_b = nn.Linear(config.hidden_size, self.value_heads, bias=False)
         self.in_proj_a = nn.Linear(config.hidden_size, self.value_heads, bias=False)
         self.conv1d: nn.Module = CausalConv1d(config.conv_dim, config.linear_conv_kernel_dim)
-        # The decay is exponentiated twice on its way into the state: kept in fp32, as in the released configs.
+        # The decay is exponentiated on its way into the state: its constants are fp32 in any decoder.
         self.A = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
         self.rule: nn.Module = GatedDeltaRule()

@@ -8,6 +8,7 @@ tensor whose first axis is the layer:
     recState               [L_lin, 1, Hv, Dk, Dv]          the fast weights of each gated delta rule
 
 The two fixed states are written once per step, whole: chained writes of single layers are dropped by one GPU delegate.
+The KV pair is written layer by layer, as in Apple's own exporters: each write is a slice along T, which engines know.
 """
 
 from __future__ import annotations

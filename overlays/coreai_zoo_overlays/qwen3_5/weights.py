@@ -40,11 +40,11 @@ LAYER = "model.layers.{layer}."
 
 
 def weight_map(config: Qwen35Config) -> WeightMap:
-    """The table for one config: the head's row depends on whether it is tied, the feed-forward's on the switch."""
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    """The table for one config: a tied head may stand in for what is not stored; the switch decides the rest."""
     rules = (
         WeightRule("model.embed_tokens.weight", "model.embed_tokens.weight", "embedding"),
-        WeightRule(head, "lm_head.weight", "head"),
+        WeightRule("lm_head.weight", "lm_head.weight", "head"),
+        *(_TIED if config.tie_word_embeddings else ()),
         WeightRule("model.norm.weight", "model.norm.weight", "norm", ONE_PLUS),
         _rule("input_layernorm.weight", "norm", ONE_PLUS),
         _rule("post_attention_layernorm.weight", "norm", ONE_PLUS),
@@ -59,6 +59,12 @@ def _rule(name: str, role: str, transform: Transform | None = None, *, target: s
     """A row for a tensor of every layer."""
     return WeightRule(LAYER + name, LAYER + (target or name), role, transform)
 
+
+# A tied checkpoint stores one of the two. Where it stores both, transformers uses both, and so do we.
+_TIED = (
+    WeightRule("model.embed_tokens.weight", "lm_head.weight", "head", fallback=True),
+    WeightRule("lm_head.weight", "model.embed_tokens.weight", "embedding", fallback=True),
+)
 
 _ATTENTION = (
     _rule("self_attn.q_proj.weight", "attention"),
@@ -115,12 +121,9 @@ _MOE = (
 
 
 def _drops(config: Qwen35Config) -> tuple[Drop, ...]:
-    drops: tuple[Drop, ...] = (
+    drops = (
         Drop("model.visual.**", "vision tower: the bundle is text only"),
         Drop("mtp.**", "multi-token-prediction head: the contract decodes one token per step"),
     )
-    if config.tie_word_embeddings:
-        drops += (Drop("lm_head.weight", "tied: the embedding is the head"),)
-    if config.sliced_from is not None:
-        drops += (Drop("model.layers.**", "layer beyond the slice that was asked for"),)
-    return drops
+    beyond = range(len(config.layer_types), config.sliced_from or 0)
+    return drops + tuple(Drop(f"model.layers.{layer}.**", "layer beyond the slice") for layer in beyond)
