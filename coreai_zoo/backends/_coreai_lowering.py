@@ -29,9 +29,7 @@ from coreai_torch.converter import _StagedEntry
 from coreai_torch.externalize import (
     _ExternalizedExportedProgram,
     _finalize_module_export,
-    _find_marked_submodules,
     _PreparedModules,
-    _restore_externalized,
     _torch_export_module,
 )
 from torch import fx
@@ -121,30 +119,43 @@ def _lower_dequantize(values: dict[str, Value], node: fx.Node, loc: Any) -> Valu
 
 
 def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list[_ExternalizedExportedProgram]:
-    """Export every distinct composite of a patched `module` once, and restore the module.
+    """Export every distinct composite of a patched `module` once.
 
     Two call sites are the same composite when operation, attributes and the shapes and dtypes of their inputs agree;
     the compiler merges their graphs in the end, so exporting one each only costs time. Names are derived from position.
     """
     distinct: dict[object, _ExternalizedExportedProgram] = {}
     serial = itertools.count()
-    try:
-        for prepared in _PreparedModules(module, program):
-            key = (
-                prepared.composite_op_name,
-                repr(sorted(prepared.composite_decl_attrs.items())),
-                tuple((tuple(map(str, t.shape)), t.dtype) for t in _node_values(prepared.source_nodes[0])),
-            )
-            if key not in distinct:
-                prepared.name = f"{prepared.composite_op_name}_{next(serial)}"
-                exported = _torch_export_module(prepared).run_decompositions()
-                distinct[key] = _finalize_module_export(prepared, exported)
-            else:
-                distinct[key].source_nodes.extend(node.name for node in prepared.source_nodes)
-    finally:
-        _restore_externalized(_find_marked_submodules(module))
+    for prepared in _PreparedModules(module, program):
+        key = (
+            prepared.composite_op_name,
+            repr(sorted(prepared.composite_decl_attrs.items())),
+            _input_types(prepared.source_nodes[0]),
+        )
+        if key not in distinct:
+            prepared.name = f"{prepared.composite_op_name}_{next(serial)}"
+            exported = _torch_export_module(prepared).run_decompositions()
+            distinct[key] = _finalize_module_export(prepared, exported)
+            distinct[key].source_nodes = []
+        distinct[key].source_nodes.extend(prepared.source_nodes)
     return list(distinct.values())
 
 
-def _node_values(node: fx.Node) -> list[torch.Tensor]:
-    return [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
+def add_call_sites(composites: Sequence[_ExternalizedExportedProgram], program: ExportedProgram) -> None:
+    """Replace the call sites that each composite was found at by all those in `program`, which calls no others."""
+    known = {_call(node): composite for composite in composites for node in composite.source_nodes}
+    targets = {target for target, _ in known}
+    for composite in composites:
+        composite.source_nodes = []
+    for node in program.graph.nodes:
+        if node.target in targets:
+            known[_call(node)].source_nodes.append(node.name)
+
+
+def _call(node: fx.Node) -> tuple[object, object]:
+    return node.target, _input_types(node)
+
+
+def _input_types(node: fx.Node) -> tuple[object, ...]:
+    values = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
+    return tuple((tuple(map(str, value.shape)), value.dtype) for value in values)

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import tempfile
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from coreai_zoo.export import Constant
+
+_log = logging.getLogger(__name__)
 
 _REQUIRED = MappingProxyType({"coreai-core": "1.0.0b3", "coreai-torch": "0.4.3"})
 
@@ -107,16 +110,11 @@ def _toolchain() -> Iterator[None]:
 
 def _lower(module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant]) -> Any:
     """Trace `module` with its composites kept whole, and lower it; an `AIProgram`."""
-    from coreai_torch import get_decomp_table
-    from coreai_torch.externalize import _patch_model_for_externalization
-
-    from coreai_zoo import export
-    from coreai_zoo.backends._coreai_lowering import Converter, export_composites
+    from coreai_zoo.backends._coreai_lowering import Converter, add_call_sites
 
     present = _use_toolchain_composites(module)
-    _patch_model_for_externalization(module, present)
-    program = export.trace(module, spec, get_decomp_table())
-    composite_programs = export_composites(module, program)
+    program, composite_programs = _traced(module, spec, present)
+    add_call_sites(composite_programs, program)
     converter = Converter(_named_state(program, constants))
     return converter.convert(
         program,
@@ -125,6 +123,48 @@ def _lower(module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant]
         output_names=[tensor.name for tensor in spec.outputs],
         state_names=[state.name for state in spec.states],
     )
+
+
+def _traced(module: nn.Module, spec: TraceSpec, present: list[Any]) -> tuple[ExportedProgram, list[Any]]:
+    """The traced `module` and its composites, from its first layers where the others are like them."""
+    from coreai_zoo import export
+    from coreai_zoo.extension import extend
+    from coreai_zoo.repetition import find_repetition, short_signature, shortened
+
+    repetition = find_repetition(module)
+    if repetition is not None:
+        try:
+            short = short_signature(spec, repetition)
+            with shortened(module, repetition):
+                program, composite_programs = _traced_with_composites(module, short, present)
+            program = extend(program, module, repetition, short, spec)
+        except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
+            _log.warning("Every layer is traced, because the first ones cannot be continued: %s", reason)
+        else:
+            export.check_traced(program, spec)
+            return program, composite_programs
+    return _traced_with_composites(module, spec, present)
+
+
+def _traced_with_composites(
+    module: nn.Module, spec: TraceSpec, present: list[Any]
+) -> tuple[ExportedProgram, list[Any]]:
+    from coreai_torch import get_decomp_table
+    from coreai_torch.externalize import (
+        _find_marked_submodules,
+        _patch_model_for_externalization,
+        _restore_externalized,
+    )
+
+    from coreai_zoo import export
+    from coreai_zoo.backends._coreai_lowering import export_composites
+
+    _patch_model_for_externalization(module, present)
+    try:
+        program = export.trace(module, spec, get_decomp_table())
+        return program, export_composites(module, program)
+    finally:
+        _restore_externalized(_find_marked_submodules(module))
 
 
 def _use_toolchain_composites(module: nn.Module) -> list[Any]:
