@@ -250,6 +250,9 @@ def workers() -> ThreadPoolExecutor:
 
     def alone() -> None:
         torch.set_num_threads(1)
+        # A thread takes over the process's number of threads when it first computes, and asking counts as that. Unless
+        # it is asked while the number is 1, every worker would start as many threads again as there are cores.
+        torch.get_num_threads()
         ready.wait()
 
     # The setting is per thread, and also the default of threads that torch has not seen yet: put that back.
