@@ -197,26 +197,29 @@ class QuantizedRows:
     zero_points: torch.Tensor | None
 
 
-def quantize_rows(rows: torch.Tensor, spec: QuantizationSpec) -> QuantizedRows:
+def quantize_rows(rows: torch.Tensor, spec: QuantizationSpec, dtype: torch.dtype | None = None) -> QuantizedRows:
     """Quantize rows of a weight.
 
     Args:
-        rows: [R, C] float16, bfloat16 or float32, finite. A value that is not makes the scale of its block not finite,
-            and so does a range that overflows the dtype.
+        rows: [R, C] floating point, finite. A value that is not makes the scale of its block not finite, and so does a
+            value or a range that overflows the dtype.
         spec: how.
+        dtype: float16, bfloat16 or float32: what the weight is in, to which the rows are rounded first; theirs by
+            default.
 
     Raises:
         ValueError: for another dtype or rank, or a block size that does not divide C.
     """
     import torch
 
-    if rows.ndim != 2 or str(rows.dtype).removeprefix("torch.") not in FLOAT_DTYPES:
+    dtype = dtype or rows.dtype
+    if rows.ndim != 2 or str(dtype).removeprefix("torch.") not in FLOAT_DTYPES or not rows.is_floating_point():
         raise ValueError(f"rows must be [R, C] in one of {FLOAT_DTYPES}, not {tuple(rows.shape)} {rows.dtype}")
     count, columns = rows.shape
     blocks = blocks_per_row(columns, spec)
     integer = torch.int8 if spec.signed else torch.uint8
     codes = torch.empty(count, columns, dtype=integer)
-    scales = torch.empty(count, blocks, dtype=rows.dtype)
+    scales = torch.empty(count, blocks, dtype=dtype)
     offsets = torch.empty(count, blocks, dtype=integer) if has_zero_points(spec) else None
 
     def quantize(part: slice) -> None:
@@ -267,8 +270,11 @@ def workers() -> ThreadPoolExecutor:
 _scratch = local()
 
 
-def _buffers(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two float32 tensors of `shape` that belong to this thread until it asks again."""
+def scratch(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two float32 tensors of `shape` that belong to this thread until it asks again, as quantizing does.
+
+    Fresh memory costs a page fault per 4 KiB, which is more than most operations on its values.
+    """
     import torch
 
     size = max(shape.numel(), CHUNK_ELEMENTS)
@@ -287,15 +293,19 @@ def _quantize_chunk(
 ) -> None:
     """Quantize `rows` into `codes`, `scales` and `offsets`."""
     low, high = integer_range(spec)
-    values, other = _buffers(rows.shape)
+    values, other = scratch(rows.shape)
     blocked = (*scales.shape, -1)  # [R, N, B]
     values.copy_(rows)
+    if rows.dtype != scales.dtype:
+        # Through float32, which holds every value of the others: torch has no fast way from bfloat16 to float16.
+        rounded = other.view(-1).view(scales.dtype)[: values.numel()].view(values.shape)
+        values.copy_(rounded.copy_(values))
     if offsets is not None and spec.scheme == "asymmetric":
-        scale, zero = _asymmetric_scales(values, blocked, rows.dtype, low, high)
+        scale, zero = _asymmetric_scales(values, blocked, scales.dtype, low, high)
         scales.copy_(scale)
         offsets.copy_(zero)
     else:
-        scales.copy_(_symmetric_scales(values, other, blocked, rows.dtype, high - low))
+        scales.copy_(_symmetric_scales(values, other, blocked, scales.dtype, high - low))
         if offsets is not None:
             offsets.fill_((low + high + 1) // 2)
     in_blocks = values.view(blocked)

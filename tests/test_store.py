@@ -262,12 +262,12 @@ def test_a_checkpoint_that_was_moved_or_touched_is_recognised_by_its_values(
     assert computed(store, plan(moved), moved) == []
 
 
-def test_another_version_of_the_quantizer_computes_everything_again(
+def test_another_version_of_the_quantizer_computes_again_what_is_quantized(
     checkpoint: Checkpoint, store: WeightStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.fill(plan(checkpoint), checkpoint)
     monkeypatch.setattr(store_module, "QUANTIZER_VERSION", QUANTIZER_VERSION + 1)
-    assert len(computed(store, plan(checkpoint), checkpoint)) == 6
+    assert computed(store, plan(checkpoint), checkpoint) == ["l.0.w", "l.1.w", "experts"]
 
 
 @pytest.mark.parametrize("file", ["l.0.w.data", "l.0.w.scales"])
@@ -371,7 +371,8 @@ for store in sys.argv[4:]:
         fill(store, int(store.rpartition("-")[2]))
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == -signal.SIGKILL, (store, status)
+    # How many operations there are depends on how many tensors happen to be committed together.
+    assert status in (-signal.SIGKILL, 0), (store, status)
 """
 
 
@@ -386,13 +387,15 @@ def test_a_killed_fill_goes_on_to_the_same_bytes_wherever_it_was_killed(
 ) -> None:
     store.fill(plan(checkpoint), checkpoint)
     expected = contents(store.directory)
-    stores = [tmp_path / f"killed-{after}" for after in range(30)]
+    stores = [tmp_path / f"killed-{after}" for after in range(50)]
     kill_fills(checkpoint, "int8hu", stores)
     reused = []
     for directory in stores:
+        finished = sum(name in WeightStore(directory) for name in PARAMETERS)
         reused.append(WeightStore(directory).fill(plan(checkpoint), checkpoint).reused)
+        assert reused[-1] == finished
         assert contents(directory) == expected
-    assert reused == sorted(reused) and reused[0] == 0 and reused[-1] >= 3
+    assert reused[0] == 0 and len(set(reused)) > 2 and reused[-1] == 6
 
 
 def test_a_killed_fill_with_another_recipe_is_never_taken_for_the_first(
