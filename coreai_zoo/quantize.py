@@ -277,11 +277,14 @@ def scratch(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
     """
     import torch
 
-    size = max(shape.numel(), CHUNK_ELEMENTS)
-    if getattr(_scratch, "buffers", torch.empty(0)).numel() < 2 * size:
-        _scratch.buffers = torch.empty(2, size, dtype=torch.float32)
-    first, second = _scratch.buffers
-    return first[: shape.numel()].view(shape), second[: shape.numel()].view(shape)
+    if getattr(_scratch, "shape", None) != shape:  # most chunks of a tensor have one shape
+        size = max(shape.numel(), CHUNK_ELEMENTS)
+        if not hasattr(_scratch, "memory") or _scratch.memory.numel() < 2 * size:
+            _scratch.memory = torch.empty(2, size, dtype=torch.float32)
+        _scratch.pair = tuple(half[: shape.numel()].view(shape) for half in _scratch.memory)
+        _scratch.shape = shape
+    first, second = _scratch.pair
+    return first, second
 
 
 def _quantize_chunk(
