@@ -197,26 +197,29 @@ class QuantizedRows:
     zero_points: torch.Tensor | None
 
 
-def quantize_rows(rows: torch.Tensor, spec: QuantizationSpec) -> QuantizedRows:
+def quantize_rows(rows: torch.Tensor, spec: QuantizationSpec, dtype: torch.dtype | None = None) -> QuantizedRows:
     """Quantize rows of a weight.
 
     Args:
-        rows: [R, C] float16, bfloat16 or float32, finite. A value that is not makes the scale of its block not finite,
-            and so does a range that overflows the dtype.
+        rows: [R, C] floating point, finite. A value that is not makes the scale of its block not finite, and so does a
+            value or a range that overflows the dtype.
         spec: how.
+        dtype: float16, bfloat16 or float32: what the weight is in, to which the rows are rounded first; theirs by
+            default.
 
     Raises:
         ValueError: for another dtype or rank, or a block size that does not divide C.
     """
     import torch
 
-    if rows.ndim != 2 or str(rows.dtype).removeprefix("torch.") not in FLOAT_DTYPES:
+    dtype = dtype or rows.dtype
+    if rows.ndim != 2 or str(dtype).removeprefix("torch.") not in FLOAT_DTYPES or not rows.is_floating_point():
         raise ValueError(f"rows must be [R, C] in one of {FLOAT_DTYPES}, not {tuple(rows.shape)} {rows.dtype}")
     count, columns = rows.shape
     blocks = blocks_per_row(columns, spec)
     integer = torch.int8 if spec.signed else torch.uint8
     codes = torch.empty(count, columns, dtype=integer)
-    scales = torch.empty(count, blocks, dtype=rows.dtype)
+    scales = torch.empty(count, blocks, dtype=dtype)
     offsets = torch.empty(count, blocks, dtype=integer) if has_zero_points(spec) else None
 
     def quantize(part: slice) -> None:
@@ -250,6 +253,9 @@ def workers() -> ThreadPoolExecutor:
 
     def alone() -> None:
         torch.set_num_threads(1)
+        # A thread takes over the process's number of threads when it first computes, and asking counts as that. Unless
+        # it is asked while the number is 1, every worker would start as many threads again as there are cores.
+        torch.get_num_threads()
         ready.wait()
 
     # The setting is per thread, and also the default of threads that torch has not seen yet: put that back.
@@ -264,15 +270,21 @@ def workers() -> ThreadPoolExecutor:
 _scratch = local()
 
 
-def _buffers(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two float32 tensors of `shape` that belong to this thread until it asks again."""
+def scratch(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two float32 tensors of `shape` that belong to this thread until it asks again, as quantizing does.
+
+    Fresh memory costs a page fault per 4 KiB, which is more than most operations on its values.
+    """
     import torch
 
-    size = max(shape.numel(), CHUNK_ELEMENTS)
-    if getattr(_scratch, "buffers", torch.empty(0)).numel() < 2 * size:
-        _scratch.buffers = torch.empty(2, size, dtype=torch.float32)
-    first, second = _scratch.buffers
-    return first[: shape.numel()].view(shape), second[: shape.numel()].view(shape)
+    if getattr(_scratch, "shape", None) != shape:  # most chunks of a tensor have one shape
+        size = max(shape.numel(), CHUNK_ELEMENTS)
+        if not hasattr(_scratch, "memory") or _scratch.memory.numel() < 2 * size:
+            _scratch.memory = torch.empty(2, size, dtype=torch.float32)
+        _scratch.pair = tuple(half[: shape.numel()].view(shape) for half in _scratch.memory)
+        _scratch.shape = shape
+    first, second = _scratch.pair
+    return first, second
 
 
 def _quantize_chunk(
@@ -284,15 +296,19 @@ def _quantize_chunk(
 ) -> None:
     """Quantize `rows` into `codes`, `scales` and `offsets`."""
     low, high = integer_range(spec)
-    values, other = _buffers(rows.shape)
+    values, other = scratch(rows.shape)
     blocked = (*scales.shape, -1)  # [R, N, B]
     values.copy_(rows)
+    if rows.dtype != scales.dtype:
+        # Through float32, which holds every value of the others: torch has no fast way from bfloat16 to float16.
+        rounded = other.view(-1).view(scales.dtype)[: values.numel()].view(values.shape)
+        values.copy_(rounded.copy_(values))
     if offsets is not None and spec.scheme == "asymmetric":
-        scale, zero = _asymmetric_scales(values, blocked, rows.dtype, low, high)
+        scale, zero = _asymmetric_scales(values, blocked, scales.dtype, low, high)
         scales.copy_(scale)
         offsets.copy_(zero)
     else:
-        scales.copy_(_symmetric_scales(values, other, blocked, rows.dtype, high - low))
+        scales.copy_(_symmetric_scales(values, other, blocked, scales.dtype, high - low))
         if offsets is not None:
             offsets.fill_((low + high + 1) // 2)
     in_blocks = values.view(blocked)

@@ -2,11 +2,14 @@
 
 A tensor `name` is the files `name.data`, `name.scales` and `name.zero_points` (the last two when it is quantized), raw
 little-endian values in row order, and one line in `journal.jsonl`. Files are written under another name, synced and
-renamed; the line follows, synced as well. So a line vouches for its files, and a crash costs at most one tensor.
+renamed; the line follows, synced as well. So a line vouches for its files. Syncing goes on while the next tensors are
+computed: a crash costs the tensor being computed and those few that wait for the disk (`IN_FLIGHT` at most).
+
+The directory is the store's own: tensors that a plan does not name are removed from it.
 
 A tensor is computed again when its recipe, its transform or the values of its sources changed. Values are hashed while
 they are read; later a source counts as unchanged while its file has the same path, header, size and times, and is
-hashed again, without computing anything, when it has not.
+hashed again, without computing anything, when it has not (or when a full check is asked for).
 """
 
 from __future__ import annotations
@@ -18,18 +21,20 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from threading import BoundedSemaphore, Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, TypeVar
 
 from attrs import asdict, define, evolve, field, frozen
 
 from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.errors import BadInput, EnvironmentLacks
-from coreai_zoo.overlay import QuantizationSpec
+from coreai_zoo.overlay import QuantizationSpec, Transform
 from coreai_zoo.quantize import (
     QUANTIZER_VERSION,
     QuantizedRows,
@@ -38,6 +43,7 @@ from coreai_zoo.quantize import (
     has_zero_points,
     pack_int4,
     quantize_rows,
+    scratch,
     workers,
 )
 from coreai_zoo.weights import PlannedTensor, WeightPlan
@@ -50,6 +56,8 @@ JOURNAL = "journal.jsonl"
 PARTIAL = ".partial"
 STORE_VERSION = 1
 """Raised when the layout of the files changes."""
+IN_FLIGHT = 8
+"""Computed tensors that may wait to be synced."""
 
 _KINDS = ("data", "scales", "zero_points")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
@@ -141,11 +149,15 @@ class FillReport:
         computed: tensors that were read, converted and written.
         reused: tensors that were there already.
         bytes_written: of the computed tensors.
+        repaired: names of those among the computed that were there, but damaged.
+        removed: names of tensors that the plan does not name and that were removed.
     """
 
     computed: int
     reused: int
     bytes_written: int
+    repaired: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,8 +181,11 @@ class _Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lock = Lock()
         self.entries: dict[str, dict[str, Any]] = {}
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        self._lines = len(lines)
+        for line in lines:
             entry = self._parse(line)
             if entry is None:
                 continue
@@ -188,23 +203,48 @@ class _Journal:
             return None
         return entry if intact else None
 
-    def append(self, entry: dict[str, Any]) -> None:
-        """Add a line and wait until it is on disk."""
-        line = _canonical({**entry, "check": _digest(entry)}) + b"\n"
+    def append(self, *entries: dict[str, Any]) -> None:
+        """Add lines and wait until they are on disk."""
+        with self._lock:
+            self._write(entries)
+            self.entries |= {entry["name"]: entry for entry in entries}
+
+    def forget(self, *names: str) -> None:
+        """Withdraw entries, before their files are replaced: else a crash between the replacement and the new entry
+        would leave the old entry vouching for new files.
+        """
+        with self._lock:
+            known = [name for name in names if name in self.entries]
+            if known:
+                self._write([{"name": name, "forgotten": True} for name in known])
+                for name in known:
+                    del self.entries[name]
+
+    def compact(self) -> None:
+        """Rewrite the file without the lines that no longer count, when they are the greater part."""
+        with self._lock:
+            if self._lines <= 100 + 2 * len(self.entries):
+                return
+            shorter = self._path.with_name(self._path.name + PARTIAL)
+            with shorter.open("wb") as file:
+                file.writelines(map(self._line, self.entries.values()))
+                _sync(file)
+            os.replace(shorter, self._path)
+            _sync_directory(self._path.parent)
+            self._lines = len(self.entries)
+
+    @staticmethod
+    def _line(entry: dict[str, Any]) -> bytes:
+        return _canonical({**entry, "check": _digest(entry)}) + b"\n"
+
+    def _write(self, entries: Sequence[dict[str, Any]]) -> None:
+        lines = b"".join(map(self._line, entries))
         with self._path.open("ab") as file:
             if file.tell() and not self._ends_in_newline():
-                line = b"\n" + line  # closes a torn line, which stays damaged and is ignored
-            file.write(line)
+                lines = b"\n" + lines  # closes a torn line, which stays damaged and is ignored
+            file.write(lines)
             _sync(file)
-        self.entries[entry["name"]] = entry
-
-    def forget(self, name: str) -> None:
-        """Withdraw the entry of `name`, before its files are replaced: else a crash between the replacement and the new
-        entry would leave the old entry vouching for new files.
-        """
-        if name in self.entries:
-            self.append({"name": name, "forgotten": True})
-            del self.entries[name]
+        self._lines += len(entries)
 
     def _ends_in_newline(self) -> bool:
         with self._path.open("rb") as file:
@@ -278,12 +318,25 @@ class _TensorWriter:
     # A zero point that waits for its pair: rows with an odd number of blocks end within a byte.
     carry: torch.Tensor | None = None
 
-    def open(self, stack: ExitStack) -> None:
-        for kind in self.kinds:
-            path = self.directory / f"{self.name}.{kind}"
-            unfinished = path.with_name(path.name + PARTIAL)
-            stack.callback(unfinished.unlink, missing_ok=True)
-            self.outputs[kind] = _Output(path, stack.enter_context(unfinished.open("wb")))
+    @classmethod
+    def open(cls, directory: Path, planned: PlannedTensor) -> _TensorWriter:
+        """Begin the files of a tensor.
+
+        Raises:
+            BadInput: when its name is no file name.
+        """
+        if not _SAFE_NAME.fullmatch(planned.name):
+            raise BadInput(f"The parameter name {planned.name!r} cannot be a file name.", "Rename it in the overlay.")
+        spec = planned.quantization
+        writer = cls(directory, planned.name, _KINDS[: 1 if spec is None else 3 if has_zero_points(spec) else 2])
+        try:
+            for kind in writer.kinds:
+                path = directory / f"{planned.name}.{kind}"
+                writer.outputs[kind] = _Output(path, path.with_name(path.name + PARTIAL).open("wb"))
+        except BaseException:
+            writer.discard()
+            raise
+        return writer
 
     def write(self, kind: str, values: torch.Tensor) -> None:
         self.outputs[kind].write(_bytes_of(values))
@@ -306,20 +359,107 @@ class _TensorWriter:
         self.write("zero_points", values)
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Put the files in place; the sizes and hashes for the journal."""
+        """All rows are written; the sizes and hashes for the journal."""
         import torch
 
         if self.carry is not None:
             self.write("zero_points", pack_int4(torch.cat((self.carry, torch.zeros_like(self.carry)))))
-        for output in self.outputs.values():
-            _sync(output.file)
-            os.replace(output.file.name, output.path)
-        for kind in set(_KINDS) - set(self.kinds):
-            (self.directory / f"{self.name}.{kind}").unlink(missing_ok=True)
-        _sync_directory(self.directory)
         return {
             kind: {"bytes": output.size, "sha256": output.sha256.hexdigest()} for kind, output in self.outputs.items()
         }
+
+    def sync(self) -> None:
+        """Wait until the files are on disk."""
+        for output in self.outputs.values():
+            _sync(output.file)
+
+    def put_in_place(self) -> None:
+        """Rename the files, and remove those that the tensor no longer has; `_sync_directory` is still to be called."""
+        for output in self.outputs.values():
+            output.file.close()
+            os.replace(output.file.name, output.path)
+        for kind in set(_KINDS) - set(self.kinds):
+            (self.directory / f"{self.name}.{kind}").unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Leave nothing behind of what is not in place."""
+        for output in self.outputs.values():
+            with suppress(OSError):  # closing writes what is buffered: the disk may be full
+                output.file.close()
+            Path(output.file.name).unlink(missing_ok=True)
+
+
+@frozen
+class _Computed:
+    """A tensor whose files are complete, but not synced and in place yet."""
+
+    writer: _TensorWriter
+    entry: dict[str, Any]
+
+
+class _Committer:
+    """Puts computed tensors in place while the next ones are computed.
+
+    Whatever has come up while the disk was busy is committed together, so that many small tensors share the waiting.
+    When the block is left, all that was submitted is in place, also when it is left by an exception.
+    """
+
+    def __init__(self, directory: Path, journal: _Journal) -> None:
+        self._directory, self._journal = directory, journal
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._room = BoundedSemaphore(IN_FLIGHT)
+        self._waiting: deque[_Computed] = deque()
+        self._commits: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self._raise_failure()
+
+    def submit(self, computed: _Computed) -> None:
+        """Take over a computed tensor; waits while too many are waiting.
+
+        Raises:
+            OSError: when an earlier one could not be written.
+        """
+        self._room.acquire()
+        try:
+            self._raise_failure()
+        except BaseException:
+            self._room.release()
+            raise
+        self._waiting.append(computed)
+        self._commits.append(self._pool.submit(self._commit))
+
+    def _raise_failure(self) -> None:
+        while self._commits and self._commits[0].done():
+            self._commits.popleft().result()
+
+    def _commit(self) -> None:
+        """Commit all that is waiting."""
+        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not batch:
+            return  # an earlier call took it along
+        try:
+            for computed in batch:
+                computed.writer.sync()
+            self._journal.forget(*(computed.writer.name for computed in batch))
+            for computed in batch:
+                computed.writer.put_in_place()
+            _sync_directory(self._directory)
+            self._journal.append(*(computed.entry for computed in batch))
+        except BaseException:
+            for computed in batch:
+                computed.writer.discard()
+            raise
+        finally:
+            for _ in batch:
+                self._room.release()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -333,9 +473,11 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 class _Chunk:
     """Rows `start` to `stop` of the checkpoint tensor `key`; their elements are handled by one worker."""
 
+    planned: PlannedTensor
     key: str
     start: int
     stop: int
+    last: bool
 
 
 def _chunks(planned: PlannedTensor) -> Iterator[_Chunk]:
@@ -344,27 +486,33 @@ def _chunks(planned: PlannedTensor) -> Iterator[_Chunk]:
     for source in planned.sources:
         rows = source.stop - source.start
         for start in range(0, rows, step):
-            yield _Chunk(source.key, start, min(start + step, rows))
+            last = source is planned.sources[-1] and start + step >= rows
+            yield _Chunk(planned, source.key, start, min(start + step, rows), last)
 
 
 @frozen
 class _Result:
     """What became of a chunk: the hash of its source, and plain values or integers (at 4 bits in pairs)."""
 
+    chunk: _Chunk
     source: bytes
     plain: torch.Tensor | None = None
     quantized: QuantizedRows | None = None
 
 
-def _process(planned: PlannedTensor, checkpoint: Checkpoint, chunk: _Chunk) -> _Result:
+def _process(checkpoint: Checkpoint, chunk: _Chunk) -> _Result:
     """Read, hash, convert and quantize a chunk."""
+    import torch
+
+    planned = chunk.planned
     rows = checkpoint.read_rows(chunk.key, chunk.start, chunk.stop)
     source = hashlib.sha256(_bytes_of(rows)).digest()
-    values = _convert(planned, rows, chunk)
     if planned.quantization is None:
-        return _Result(source, plain=values)
-    quantized = quantize_rows(values, planned.quantization)
+        return _Result(chunk, source, plain=_convert(rows, chunk))
+    values = rows if planned.transform is None else _transform(rows, planned.transform)
+    quantized = quantize_rows(values, planned.quantization, getattr(torch, planned.dtype))
     if not quantized.scales.isfinite().all():
+        _convert(rows, chunk)  # raises when it is a value that is not finite
         raise BadInput(
             f"{chunk.key} has values of both signs in one block whose distance overflows {planned.dtype} "
             f"(rows {chunk.start} to {chunk.stop}).",
@@ -372,10 +520,10 @@ def _process(planned: PlannedTensor, checkpoint: Checkpoint, chunk: _Chunk) -> _
         )
     if planned.quantization.bits == 4:
         quantized = evolve(quantized, codes=pack_int4(quantized.codes))
-    return _Result(source, quantized=quantized)
+    return _Result(chunk, source, quantized=quantized)
 
 
-def _in_order(jobs: Iterable[Callable[[], _T]]) -> Iterator[_T]:
+def _in_order(jobs: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
     """The results of jobs that the workers run, in order, with only a few of them waiting at a time."""
     pool, ahead = workers(), 2 * max(2, os.cpu_count() or 1)
     waiting: deque[Future[_T]] = deque()
@@ -392,7 +540,18 @@ def _in_order(jobs: Iterable[Callable[[], _T]]) -> Iterator[_T]:
         wait(waiting)
 
 
-def _convert(planned: PlannedTensor, rows: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
+def _transform(rows: torch.Tensor, transform: Transform) -> torch.Tensor:
+    """The transform of checkpoint values, in float32."""
+    import torch
+
+    # A transform may work in place, and a float32 source is a view of the checkpoint.
+    values = transform.apply(rows.to(torch.float32, copy=True))
+    if values.shape != rows.shape or values.dtype != torch.float32:
+        raise ValueError(f"transform {transform.name!r} gave {tuple(values.shape)} {values.dtype}")
+    return values
+
+
+def _convert(rows: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
     """Checkpoint values to values of the parameter: float32, transform, cast.
 
     Raises:
@@ -400,25 +559,20 @@ def _convert(planned: PlannedTensor, rows: torch.Tensor, chunk: _Chunk) -> torch
     """
     import torch
 
-    transform = planned.transform
-    # A transform may work in place, and a float32 source is a view of the checkpoint.
-    values = rows.to(torch.float32, copy=transform is not None)
-    if transform is not None:
-        values = transform.apply(values)
-        if values.shape != rows.shape or values.dtype != torch.float32:
-            raise ValueError(f"transform {transform.name!r} gave {tuple(values.shape)} {values.dtype}")
-    cast = values.to(getattr(torch, planned.dtype))
+    transform = chunk.planned.transform
+    values = scratch(rows.shape)[0].copy_(rows) if transform is None else _transform(rows, transform)
+    cast = values.to(getattr(torch, chunk.planned.dtype), copy=True)  # the scratch is used again
     low, high = torch.aminmax(cast)
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise _not_finite(planned, rows, values, cast, chunk)
+        raise _not_finite(rows, values, cast, chunk)
     return cast
 
 
-def _not_finite(
-    planned: PlannedTensor, rows: torch.Tensor, values: torch.Tensor, cast: torch.Tensor, chunk: _Chunk
-) -> BadInput:
+def _not_finite(rows: torch.Tensor, values: torch.Tensor, cast: torch.Tensor, chunk: _Chunk) -> BadInput:
     """Says which value is not finite, and whether the checkpoint, the transform or the narrower dtype made it so."""
     import torch
+
+    planned = chunk.planned
 
     def first(tensor: torch.Tensor) -> tuple[int, int]:
         row, column = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
@@ -461,7 +615,7 @@ def _fingerprint(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
     ]
     return _digest(
         {
-            "versions": [STORE_VERSION, QUANTIZER_VERSION],
+            "versions": [STORE_VERSION, QUANTIZER_VERSION if planned.quantization else None],
             "shape": list(planned.shape),
             "dtype": planned.dtype,
             "quantization": asdict(planned.quantization) if planned.quantization else None,
@@ -477,7 +631,7 @@ def _stamps(planned: PlannedTensor, checkpoint: Checkpoint) -> list[list[Any]]:
 
 
 def _hash_sources(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
-    """The digest of the source values, as `WeightStore._stream` makes it."""
+    """The digest of the source values, as `WeightStore._stream` makes it while computing."""
 
     def hash_chunk(chunk: _Chunk) -> bytes:
         return hashlib.sha256(_bytes_of(checkpoint.read_rows(chunk.key, chunk.start, chunk.stop))).digest()
@@ -500,19 +654,33 @@ class WeightStore:
         self._loaded: _Journal | None = None
 
     @property
-    def _journal(self) -> _Journal:
+    def journal(self) -> _Journal:
+        """What is in the store; for this module alone."""
         if self._loaded is None:
             with _explained(self.directory):
                 self._loaded = _Journal(self.directory / JOURNAL)
         return self._loaded
 
-    def fill(self, plan: WeightPlan, checkpoint: Checkpoint, progress: Progress | None = None) -> FillReport:
+    def fill(
+        self,
+        plan: WeightPlan,
+        checkpoint: Checkpoint,
+        progress: Progress | None = None,
+        *,
+        check: Literal["quick", "full"] = "quick",
+        keep_others: bool = False,
+    ) -> FillReport:
         """Make every tensor of `plan` present, computing only those that are not.
 
         Args:
             plan: what to store.
             checkpoint: where the values are.
             progress: called with a tensor and the number of its elements that were finished since the last call.
+            check: how a tensor that is there already is checked. `quick` reads no values: it notices a missing file,
+                another size, and every checkpoint file whose path, header, size or times have changed. It does not
+                notice bytes that changed in the store within the same size, nor values that changed in a checkpoint
+                file behind its time stamps. `full` reads all of both, hashes it, and notices those too.
+            keep_others: leave tensors that `plan` does not name in the store, where they are otherwise removed.
 
         Raises:
             BadInput: for a value that is not finite or overflows, an unreadable checkpoint, or a directory that cannot
@@ -523,16 +691,25 @@ class WeightStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             for stale in self.directory.glob(f"*{PARTIAL}"):
                 stale.unlink()
-        computed = written = 0
-        for planned in plan.tensors:
-            if self._is_current(planned, checkpoint):
-                if progress:
-                    progress(planned, planned.parameters)
-                continue
-            with _explained(self.directory):
-                written += self._compute(planned, checkpoint, progress)
-            computed += 1
-        return FillReport(computed, len(plan.tensors) - computed, written)
+            removed = () if keep_others else self._remove_others(plan)
+            self.journal.compact()
+            work = _Work(self, checkpoint, progress or (lambda _tensor, _count: None), full=check == "full")
+            work.run(plan)
+        return FillReport(
+            work.computed, len(plan.tensors) - work.computed, work.bytes_written, tuple(work.repaired), removed
+        )
+
+    def _remove_others(self, plan: WeightPlan) -> tuple[str, ...]:
+        """Remove what is stored under names that `plan` does not have; these names."""
+        planned = {tensor.name for tensor in plan.tensors}
+        others = sorted(set(self.journal.entries) - planned)
+        self.journal.forget(*others)
+        # Not only the files of `others`: a crash leaves files that the journal does not know.
+        for path in self.directory.iterdir():
+            name, _, kind = path.name.rpartition(".")
+            if kind in _KINDS and name not in planned and _SAFE_NAME.fullmatch(name):
+                path.unlink()
+        return tuple(others)
 
     def __getitem__(self, name: str) -> StoredTensor:
         """The finished tensor called `name`.
@@ -540,7 +717,7 @@ class WeightStore:
         Raises:
             KeyError: when the store does not hold it.
         """
-        entry = self._journal.entries[name]
+        entry = self.journal.entries[name]
         spec = entry["quantization"]
         return StoredTensor(
             name,
@@ -556,7 +733,7 @@ class WeightStore:
         )
 
     def __contains__(self, name: object) -> bool:
-        return name in self._journal.entries
+        return name in self.journal.entries
 
     def damaged(self, name: str) -> bool:
         """Read the files of `name` in full; whether one differs from what was written."""
@@ -574,69 +751,94 @@ class WeightStore:
     def discard(self, name: str) -> None:
         """Forget `name`, so that the next `fill` computes it again."""
         with _explained(self.directory):
-            self._journal.forget(name)
+            self.journal.forget(name)
 
-    # -- one tensor
+    def intact(self, name: str) -> bool:
+        """Whether the files of `name` are there in the sizes that were written."""
+        files = self[name].files.values()
+        return all(file.path.is_file() and file.path.stat().st_size == file.bytes for file in files)
 
-    def _is_current(self, planned: PlannedTensor, checkpoint: Checkpoint) -> bool:
+
+@define
+class _Work:
+    """One `WeightStore.fill`: finds the tensors that are not current, computes them and counts."""
+
+    store: WeightStore
+    checkpoint: Checkpoint
+    progress: Progress
+    full: bool
+    computed: int = 0
+    bytes_written: int = 0
+    repaired: list[str] = field(factory=list)
+
+    def run(self, plan: WeightPlan) -> None:
+        """Compute what is not current, chunk by chunk and without a pause between tensors."""
+        chunks = (chunk for planned in plan.tensors if not self._is_current(planned) for chunk in _chunks(planned))
+        results = _in_order(partial(_process, self.checkpoint, chunk) for chunk in chunks)
+        with _Committer(self.store.directory, self.store.journal) as committer, closing(results):
+            for result in results:
+                self._write_tensor(result, results, committer)
+
+    def _write_tensor(self, first: _Result, results: Iterator[_Result], committer: _Committer) -> None:
+        """Write the tensor that begins with `first` and hand it to the committer."""
+        planned = first.chunk.planned
+        writer = _TensorWriter.open(self.store.directory, planned)
+        try:
+            digest, result = hashlib.sha256(), first
+            while True:
+                digest.update(result.source)
+                self.progress(planned, self._write_chunk(result, writer))
+                if result.chunk.last:
+                    break
+                result = next(results)
+            entry = self._entry(planned, digest.hexdigest(), writer.finish())
+            committer.submit(_Computed(writer, entry))
+        except BaseException:
+            writer.discard()
+            raise
+        self.computed += 1
+        self.bytes_written += sum(int(file["bytes"]) for file in entry["files"].values())
+
+    @staticmethod
+    def _write_chunk(result: _Result, writer: _TensorWriter) -> int:
+        """Write a chunk; the number of its elements."""
+        spec = result.chunk.planned.quantization
+        if result.plain is not None:
+            writer.write("data", result.plain)
+            return result.plain.numel()
+        assert result.quantized is not None and spec is not None
+        writer.write_quantized(result.quantized, spec)
+        return result.quantized.codes.numel() * (8 // spec.bits)
+
+    def _entry(self, planned: PlannedTensor, source_digest: str, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "name": planned.name,
+            "fingerprint": _fingerprint(planned, self.checkpoint),
+            "stamps": _stamps(planned, self.checkpoint),
+            "source_digest": source_digest,
+            "role": planned.role,
+            "shape": list(planned.shape),
+            "dtype": planned.dtype,
+            "quantization": asdict(planned.quantization) if planned.quantization else None,
+            "files": files,
+        }
+
+    def _is_current(self, planned: PlannedTensor) -> bool:
         """Whether the store holds what computing `planned` would give."""
-        entry = self._journal.entries.get(planned.name)
-        if entry is None or entry["fingerprint"] != _fingerprint(planned, checkpoint):
+        entry = self.store.journal.entries.get(planned.name)
+        if entry is None or entry["fingerprint"] != _fingerprint(planned, self.checkpoint):
             return False
-        for kind, file in entry["files"].items():
-            path = self.directory / f"{planned.name}.{kind}"
-            if not path.is_file() or path.stat().st_size != file["bytes"]:
-                return False
-        stamps = _stamps(planned, checkpoint)
-        if entry["stamps"] == stamps and entry["role"] == planned.role:
-            return True
-        if entry["source_digest"] != _hash_sources(planned, checkpoint):
+        if not self._is_undamaged(planned.name):
+            self.repaired.append(planned.name)
             return False
-        with _explained(self.directory):
-            self._journal.append({**entry, "stamps": stamps, "role": planned.role})
+        stamps = _stamps(planned, self.checkpoint)
+        known = entry["stamps"] == stamps and not self.full
+        if not known and entry["source_digest"] != _hash_sources(planned, self.checkpoint):
+            return False
+        if entry["stamps"] != stamps or entry["role"] != planned.role:
+            self.store.journal.append({**entry, "stamps": stamps, "role": planned.role})
+        self.progress(planned, planned.parameters)
         return True
 
-    def _compute(self, planned: PlannedTensor, checkpoint: Checkpoint, progress: Progress | None) -> int:
-        """Compute and store one tensor; the bytes written."""
-        if not _SAFE_NAME.fullmatch(planned.name):
-            raise BadInput(f"The parameter name {planned.name!r} cannot be a file name.", "Rename it in the overlay.")
-        spec = planned.quantization
-        kinds = _KINDS[: 1 if spec is None else 3 if has_zero_points(spec) else 2]
-        with ExitStack() as stack:
-            writer = _TensorWriter(self.directory, planned.name, kinds)
-            writer.open(stack)
-            source_digest = self._stream(planned, checkpoint, writer, progress)
-            self._journal.forget(planned.name)
-            files = writer.finish()
-        self._journal.append(
-            {
-                "name": planned.name,
-                "fingerprint": _fingerprint(planned, checkpoint),
-                "stamps": _stamps(planned, checkpoint),
-                "source_digest": source_digest,
-                "role": planned.role,
-                "shape": list(planned.shape),
-                "dtype": planned.dtype,
-                "quantization": asdict(planned.quantization) if planned.quantization else None,
-                "files": files,
-            }
-        )
-        return sum(int(file["bytes"]) for file in files.values())
-
-    def _stream(
-        self, planned: PlannedTensor, checkpoint: Checkpoint, writer: _TensorWriter, progress: Progress | None
-    ) -> str:
-        """Compute and write a tensor chunk by chunk; the digest of its source values."""
-        digest = hashlib.sha256()
-        for result in _in_order(partial(_process, planned, checkpoint, chunk) for chunk in _chunks(planned)):
-            digest.update(result.source)
-            if result.plain is not None:
-                writer.write("data", result.plain)
-                elements = result.plain.numel()
-            else:
-                assert result.quantized is not None and planned.quantization is not None
-                writer.write_quantized(result.quantized, planned.quantization)
-                elements = result.quantized.codes.numel() * (8 // planned.quantization.bits)
-            if progress:
-                progress(planned, elements)
-        return digest.hexdigest()
+    def _is_undamaged(self, name: str) -> bool:
+        return self.store.intact(name) and not (self.full and self.store.damaged(name))

@@ -253,6 +253,75 @@ def test_changed_values_are_noticed_although_header_and_size_are_the_same(
     assert computed(store, plan(other), other) == []
 
 
+TARGETS = {key: "experts" if key.startswith("e.") else key for key in values()}
+
+
+@pytest.mark.parametrize("key", TARGETS)
+def test_one_changed_value_computes_exactly_the_tensor_that_it_fills(
+    checkpoint: Checkpoint, store: WeightStore, key: str
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    changed = values()
+    changed[key].view(-1)[-1] += 1
+    other = write(checkpoint.directory, changed)
+    assert computed(store, plan(other), other) == [TARGETS[key]]
+
+
+def test_another_spec_for_one_role_computes_exactly_that_role(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    other = Recipe("other", "other", "", {**INT8.roles, "moe.expert": INT8.roles["head"]})
+    assert computed(store, plan(checkpoint, other), checkpoint) == ["experts"]
+    kept = Recipe("kept", "kept", "", {**other.roles, "mlp": None})
+    assert computed(store, plan(checkpoint, kept), checkpoint) == ["l.0.w", "l.1.w"]
+
+
+def test_a_transform_of_another_name_computes_exactly_its_tensor(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    renamed = Transform("-exp, revised", lambda weight: -weight.exp())
+    rules = (RULES[0], WeightRule("decay", "decay", "scalar", renamed), *RULES[2:])
+    assert computed(store, plan(checkpoint, rules=rules), checkpoint) == ["decay"]
+
+
+def test_another_role_with_the_same_spec_is_noted_without_computing(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    rules = tuple(WeightRule("l.{n}.w", "l.{n}.w", "attention") if rule.role == "mlp" else rule for rule in RULES)
+    assert computed(store, plan(checkpoint, rules=rules), checkpoint) == []
+    assert WeightStore(store.directory)["l.1.w"].role == "attention"
+
+
+FILL_SAMPLE = """
+import sys
+from pathlib import Path
+from coreai_zoo.pipeline import BuildRequest, resolve
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.store import WeightStore
+resolved = resolve(BuildRequest("qwen3.6-27b", sample=True), Plugins.discover())
+report = WeightStore(Path(sys.argv[1])).fill(resolved.weights, resolved.checkpoint)
+print(sys.modules[type(resolved.module).__module__].__file__, report.computed, report.reused)
+"""
+
+
+def test_an_edit_of_an_overlays_code_computes_nothing(tmp_path: Path) -> None:
+    """The overlay is copied, then edited in the copy, and each time a process of its own fills the same store."""
+    overlays = Path(__file__).parents[1] / "overlays"
+    shutil.copytree(overlays, tmp_path / "overlays")
+
+    def fill() -> tuple[str, int, int]:
+        path = os.pathsep.join([str(tmp_path / "overlays"), *sys.path])
+        command = [sys.executable, "-c", FILL_SAMPLE, str(tmp_path / "store")]
+        result = subprocess.run(
+            command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path
+        )
+        file, computed, reused = result.stdout.split()
+        return file, int(computed), int(reused)
+
+    file, everything, reused = fill()
+    assert Path(file).is_relative_to(tmp_path) and everything > 20 and reused == 0
+    for source in (tmp_path / "overlays").rglob("*.py"):
+        source.write_text(source.read_text() + "\n\nEDITED = True\n")
+    assert fill() == (file, 0, everything)
+
+
 def test_a_checkpoint_that_was_moved_or_touched_is_recognised_by_its_values(
     checkpoint: Checkpoint, store: WeightStore, tmp_path: Path
 ) -> None:
@@ -262,12 +331,12 @@ def test_a_checkpoint_that_was_moved_or_touched_is_recognised_by_its_values(
     assert computed(store, plan(moved), moved) == []
 
 
-def test_another_version_of_the_quantizer_computes_everything_again(
+def test_another_version_of_the_quantizer_computes_again_what_is_quantized(
     checkpoint: Checkpoint, store: WeightStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.fill(plan(checkpoint), checkpoint)
     monkeypatch.setattr(store_module, "QUANTIZER_VERSION", QUANTIZER_VERSION + 1)
-    assert len(computed(store, plan(checkpoint), checkpoint)) == 6
+    assert computed(store, plan(checkpoint), checkpoint) == ["l.0.w", "l.1.w", "experts"]
 
 
 @pytest.mark.parametrize("file", ["l.0.w.data", "l.0.w.scales"])
@@ -282,16 +351,91 @@ def test_a_missing_or_short_file_is_computed_again(
     assert contents(store.directory) == before
 
 
-def test_a_flipped_byte_is_found_by_the_full_check(checkpoint: Checkpoint, store: WeightStore) -> None:
+def flip(path: Path, position: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("norm", "data"), ("l.1.w", "scales"), ("experts", "data")])
+def test_a_flipped_byte_is_found_by_the_full_check_which_redoes_that_tensor_only(
+    checkpoint: Checkpoint, store: WeightStore, name: str, kind: str
+) -> None:
     store.fill(plan(checkpoint), checkpoint)
     before = contents(store.directory)
-    path = store.directory / "experts.data"
-    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    damaged = [name for name in PARAMETERS if store.damaged(name)]
-    assert damaged == ["experts"]
-    store.discard("experts")
-    assert computed(store, plan(checkpoint), checkpoint) == ["experts"]
+    flip(store.directory / f"{name}.{kind}", -1)
+    assert [each for each in PARAMETERS if store.damaged(each)] == [name]
+    assert computed(store, plan(checkpoint), checkpoint) == []  # the quick check does not read values
+    report = WeightStore(store.directory).fill(plan(checkpoint), checkpoint, check="full")
+    assert (report.computed, report.reused, report.repaired) == (1, 5, (name,))
     assert contents(store.directory) == before
+
+
+def test_a_full_check_of_a_sound_store_computes_nothing_and_adds_no_line(
+    checkpoint: Checkpoint, store: WeightStore
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    journal = (store.directory / JOURNAL).read_bytes()
+    assert WeightStore(store.directory).fill(plan(checkpoint), checkpoint, check="full") == FillReport(0, 6, 0)
+    assert (store.directory / JOURNAL).read_bytes() == journal
+
+
+def test_a_full_check_reads_the_sources_although_their_files_look_the_same(
+    checkpoint: Checkpoint, store: WeightStore
+) -> None:
+    # Nobody can set a file's change time back, so the store is told instead that other values were stored.
+    store.fill(plan(checkpoint), checkpoint)
+    store.journal.append({**store.journal.entries["decay"], "source_digest": "of other values"})
+    assert computed(store, plan(checkpoint), checkpoint) == []
+    report = WeightStore(store.directory).fill(plan(checkpoint), checkpoint, check="full")
+    assert (report.computed, report.reused, report.repaired) == (1, 5, ())
+
+
+def test_a_discarded_tensor_is_computed_again(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    store.discard("experts")
+    assert "experts" not in WeightStore(store.directory)
+    assert computed(store, plan(checkpoint), checkpoint) == ["experts"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the plan does not name
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def without_layers(checkpoint: Checkpoint) -> WeightPlan:
+    whole = plan(checkpoint)
+    return WeightPlan(tuple(tensor for tensor in whole.tensors if not tensor.name.startswith("l.")), whole.dropped)
+
+
+def test_tensors_that_the_plan_does_not_name_are_removed(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    before = contents(store.directory)
+    (store.directory / "notes.txt").write_text("")
+    (store.directory / "never.journalled.data").write_text("left by a crash before its line was written")
+    report = WeightStore(store.directory).fill(without_layers(checkpoint), checkpoint)
+    assert report == FillReport(0, 4, 0, removed=("l.0.w", "l.1.w"))
+    left = contents(store.directory)
+    assert left.pop("notes.txt") == b""
+    assert left == {name: content for name, content in before.items() if not name.startswith("l.")}
+    assert "l.0.w" not in WeightStore(store.directory)
+    assert computed(store, plan(checkpoint), checkpoint) == ["l.0.w", "l.1.w"]
+
+
+def test_tensors_that_the_plan_does_not_name_stay_when_told(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    report = WeightStore(store.directory).fill(without_layers(checkpoint), checkpoint, keep_others=True)
+    assert report == FillReport(0, 4, 0)
+    assert computed(store, plan(checkpoint), checkpoint) == []
+
+
+def test_the_journal_does_not_grow_for_ever(checkpoint: Checkpoint, store: WeightStore) -> None:
+    lengths = []
+    for turn in range(30):
+        assert store.fill(plan(checkpoint, (INT8, ABSMAX)[turn % 2]), checkpoint).reused == (3 if turn else 0)
+        lengths.append(len((store.directory / JOURNAL).read_bytes().splitlines()))
+    assert max(lengths) <= 100 + 2 * 6 + 6 and lengths != sorted(lengths)
+    assert computed(store, plan(checkpoint, ABSMAX), checkpoint) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +515,8 @@ for store in sys.argv[4:]:
         fill(store, int(store.rpartition("-")[2]))
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == -signal.SIGKILL, (store, status)
+    # How many operations there are depends on how many tensors happen to be committed together.
+    assert status in (-signal.SIGKILL, 0), (store, status)
 """
 
 
@@ -386,13 +531,15 @@ def test_a_killed_fill_goes_on_to_the_same_bytes_wherever_it_was_killed(
 ) -> None:
     store.fill(plan(checkpoint), checkpoint)
     expected = contents(store.directory)
-    stores = [tmp_path / f"killed-{after}" for after in range(30)]
+    stores = [tmp_path / f"killed-{after}" for after in range(50)]
     kill_fills(checkpoint, "int8hu", stores)
     reused = []
     for directory in stores:
+        finished = sum(name in WeightStore(directory) for name in PARAMETERS)
         reused.append(WeightStore(directory).fill(plan(checkpoint), checkpoint).reused)
+        assert reused[-1] == finished
         assert contents(directory) == expected
-    assert reused == sorted(reused) and reused[0] == 0 and reused[-1] >= 3
+    assert reused[0] == 0 and len(set(reused)) > 2 and reused[-1] == 6
 
 
 def test_a_killed_fill_with_another_recipe_is_never_taken_for_the_first(

@@ -1,0 +1,206 @@
+"""One at a time: a lock on a path, which a process cannot leave locked by dying.
+
+The kernel holds the lock (`flock`) and drops it when the holder ends, however it ends; a pid that another process got
+since then means nothing to it. What is written in the lock file only tells the others whom they wait for. It decides in
+one case: when it was left by another machine, whose locks this one may not see, since some network file systems keep
+locks to themselves.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from attrs import asdict, field, frozen
+from attrs.validators import instance_of
+
+from coreai_zoo.errors import BadInput, EnvironmentLacks
+
+_BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+_POLL_SECONDS = 0.1
+_MAX_BYTES = 4096  # of a lock file: more than is ever written to one
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@frozen
+class Holder:
+    """Who holds a lock, as written in its file.
+
+    Attributes:
+        pid: of the process.
+        host: name of its machine (or container).
+        boot: what tells one running kernel from another, empty where there is no such thing.
+        started: local date and time when the lock was taken.
+        what: what it does.
+    """
+
+    pid: int = field(validator=instance_of(int))
+    host: str = field(validator=instance_of(str))
+    boot: str = field(validator=instance_of(str))
+    started: str = field(validator=instance_of(str))
+    what: str = field(validator=instance_of(str))
+
+    def __str__(self) -> str:
+        where = "" if self.host == socket.gethostname() else f" on {self.host}"
+        return f"process {self.pid}{where} ({self.what}, since {self.started})"
+
+    @classmethod
+    def this(cls, what: str) -> Holder:
+        """This process, now."""
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        return cls(os.getpid(), socket.gethostname(), _boot(), started, what)
+
+    @property
+    def may_be_elsewhere(self) -> bool:
+        """Whether it was written by another machine, so that the kernel's answer here may not count there."""
+        return self.host != socket.gethostname() and not (self.boot and self.boot == _boot())
+
+
+def _boot() -> str:
+    with suppress(OSError):
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    return ""
+
+
+def lock_file(path: Path) -> Path:
+    """The lock file of `path`: hidden and beside it, so that `path` itself may be made, renamed and removed."""
+    path = path.absolute()
+    return path.with_name(f".zoo-lock-{path.name}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def exclusive(path: Path, what: str, *, wait: bool = False, say: Callable[[str], None] = _say) -> Iterator[None]:
+    """Keep every other user of `exclusive` out of `path` while the block runs, in this process and in others.
+
+    The folder of `path` must exist, `path` need not. The lock file is gone afterwards; one that a dead process left
+    behind is taken over.
+
+    Args:
+        path: what is locked.
+        what: what is done with it, for the message that others get, for example `building qwen3.6-27b`.
+        wait: wait for the holder to end instead of refusing.
+        say: called with a line that says whom it waits for, once per holder.
+
+    Raises:
+        BadInput: when it is held and `wait` is false, when another machine left the lock file, or when the file cannot
+            be made.
+        EnvironmentLacks: when there are no locks, on this system or on this file system.
+    """
+    file = lock_file(path)
+    descriptor = _acquire(file, path, say if wait else None)
+    try:
+        _write(descriptor, Holder.this(what), file)
+        yield
+    finally:
+        # While it is still held: whoever has opened it meanwhile sees that it is gone and opens another.
+        if _is(descriptor, file):
+            file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(file: Path, path: Path, say: Callable[[str], None] | None) -> int:
+    """Lock `file`, waiting for it when there is someone to `say` it to; the open descriptor."""
+    told = None
+    while True:
+        descriptor = _open(file, path)
+        try:
+            locked, holder = _try(descriptor, path), _read(descriptor)
+            current = _is(descriptor, file)
+            if locked and current and holder and holder.may_be_elsewhere:
+                raise _left_elsewhere(file, path, holder)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if locked and current:
+            return descriptor
+        os.close(descriptor)
+        if not current:
+            continue  # its holder ended and removed it meanwhile
+        if say is None:
+            raise BadInput(
+                f"{path} is in use by {holder or 'another process'}.",
+                "Wait until that has ended, or choose another folder.",
+            )
+        if holder and holder != told:
+            say(f"waiting for {holder}, which uses {path}")
+            told = holder
+        time.sleep(_POLL_SECONDS)
+
+
+def _open(file: Path, path: Path) -> int:
+    try:
+        # Not through a link: the file is written to, and others may have put it there.
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be locked: {file} cannot be made or opened ({error.strerror}).",
+            "Choose a folder that exists and that you may write to.",
+        ) from error
+
+
+def _try(descriptor: int, path: Path) -> bool:
+    """Take the kernel's lock; False when another has it."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise EnvironmentLacks(
+            "This system has no flock, which keeps two builds apart.", "Build on Linux or macOS."
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _BUSY:
+            return False
+        raise EnvironmentLacks(
+            f"{path} cannot be locked: its file system has no locks ({error.strerror}), so two builds there could not "
+            "be kept apart.",
+            "Choose a folder on a local disk; --work-dir and -o say where a build writes.",
+        ) from error
+    return True
+
+
+def _is(descriptor: int, file: Path) -> bool:
+    """Whether the open file is the one that is there."""
+    opened = os.fstat(descriptor)
+    try:
+        there = file.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    return (opened.st_dev, opened.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _read(descriptor: int) -> Holder | None:
+    """The holder as written in the file; None when that is nothing or nonsense."""
+    try:
+        return Holder(**json.loads(os.pread(descriptor, _MAX_BYTES, 0)))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _write(descriptor: int, holder: Holder, file: Path) -> None:
+    text = json.dumps(asdict(holder)).encode()
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text[:_MAX_BYTES], 0)
+    except OSError as error:
+        raise EnvironmentLacks(
+            f"The lock file {file} cannot be written ({error.strerror}).", "Free some space on its disk."
+        ) from error
+
+
+def _left_elsewhere(file: Path, path: Path, holder: Holder) -> BadInput:
+    return BadInput(
+        f"{path} was in use by {holder}, and from here it cannot be seen whether it still is.",
+        f"If nothing runs there any more, delete {file} and try again.",
+    )
