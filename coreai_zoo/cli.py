@@ -177,7 +177,10 @@ def new_table(*columns: str, title: str | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    if table.columns:
+        table.columns[0].no_wrap = True  # the name that the row is about is never cut
+    return table
 
 
 def print_table(table: Table) -> None:

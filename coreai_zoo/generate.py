@@ -10,7 +10,11 @@ from attrs import frozen
 
 from coreai_zoo.backends import Backend
 from coreai_zoo.bundle import Bundle, load_tokenizer, read_object
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, CheckFailed
+
+
+# Dividing by less than this would overflow, and the most probable token is all that is left anyway.
+_GREEDY = 1e-6
 
 
 @frozen
@@ -24,6 +28,10 @@ class Sampling:
 
     temperature: float = 0.0
     seed: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise BadInput(f"A temperature is a number of at least 0, not {self.temperature}.")
 
 
 def generate(
@@ -91,7 +99,9 @@ def _chooser(sampling: Sampling) -> Any:
     generator = np.random.default_rng(sampling.seed)
 
     def choose(logits: np.ndarray[Any, Any]) -> int:
-        if sampling.temperature == 0:
+        if not np.isfinite(logits).all():
+            raise CheckFailed("The bundle computed logits that are not finite.", "Gate it: `zoo gate BUNDLE`.")
+        if sampling.temperature < _GREEDY:
             return int(logits.argmax())
         scaled = logits.astype(np.float64) / sampling.temperature
         weights = np.exp(scaled - scaled.max())
