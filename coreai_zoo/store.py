@@ -525,7 +525,8 @@ def _process(checkpoint: Checkpoint, chunk: _Chunk) -> _Result:
 
 def _in_order(jobs: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
     """The results of jobs that the workers run, in order, with only a few of them waiting at a time."""
-    pool, ahead = workers(), 2 * max(2, os.cpu_count() or 1)
+    # Enough that the workers go on through a pause of the disk, and only some MB.
+    pool, ahead = workers(), 4 * max(2, os.cpu_count() or 1)
     waiting: deque[Future[_T]] = deque()
     try:
         for job in jobs:

@@ -27,6 +27,7 @@ from coreai_zoo.quantize import (
     pack_int4,
     quantize_rows,
     unpack_int4,
+    workers,
 )
 
 INTEGERS: tuple[Any, ...] = ("int4", "int8", "uint4", "uint8")
@@ -167,6 +168,27 @@ def test_the_workers_leave_torchs_thread_count_alone() -> None:
     before = torch.get_num_threads()
     quantize_rows(torch.ones(2, 2 * CHUNK_ELEMENTS), QuantizationSpec("int8", "symmetric", 32))
     assert torch.get_num_threads() == before
+
+
+def test_each_worker_computes_on_one_core() -> None:
+    def threads() -> int:
+        torch.ones(2 * CHUNK_ELEMENTS).half()  # a thread settles on a number when it first computes
+        return torch.get_num_threads()
+
+    assert {workers().submit(threads).result() for _ in range(8)} == {1}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("source", [*FLOATS, torch.float64])
+def test_rows_are_rounded_to_the_dtype_of_the_weight_first(
+    source: torch.dtype, dtype: torch.dtype, scheme: Any
+) -> None:
+    rows = make_weight(5, 96, torch.float16, "subnormal", 4).to(source) * 1.37
+    spec = QuantizationSpec("int8", scheme, 32)
+    direct, stepwise = quantize_rows(rows, spec, dtype), quantize_rows(rows.float().to(dtype), spec)
+    assert torch.equal(direct.codes, stepwise.codes) and torch.equal(direct.scales, stepwise.scales)
+    assert direct.scales.dtype == dtype
 
 
 @settings(max_examples=200, deadline=None)
