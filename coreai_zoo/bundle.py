@@ -54,13 +54,24 @@ _TOKENIZER_FILES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_date() -> str:
-    """The date that a bundle carries: SOURCE_DATE_EPOCH if set, else the epoch, so that rebuilds are equal."""
+def source_date_epoch() -> int:
+    """Seconds since 1970 that a bundle carries as its date: SOURCE_DATE_EPOCH, else 0, so that rebuilds are equal.
+
+    Raises:
+        BadInput: when SOURCE_DATE_EPOCH is no such number.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH", "0")
     try:
-        seconds = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
-        return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        seconds = int(given)
+        build_date(seconds)
     except (ValueError, OverflowError, OSError) as error:
-        raise BadInput(f"SOURCE_DATE_EPOCH is {os.environ['SOURCE_DATE_EPOCH']!r}, not seconds since 1970.") from error
+        raise BadInput(f"SOURCE_DATE_EPOCH is {given!r}, not seconds since 1970.") from error
+    return seconds
+
+
+def build_date(seconds: int) -> str:
+    """Seconds since 1970 as the date that `metadata.json` carries."""
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
@@ -123,6 +134,7 @@ class Description:
     hf_revision: str | None
     compression: str
     states: Mapping[str, str]
+    date: str
     user_data: Mapping[str, str] = field(factory=dict)
 
 
@@ -144,7 +156,7 @@ def metadata(description: Description) -> dict[str, Any]:
         },
         "source": {key: value for key, value in source.items() if value is not None},
         "compression": description.compression,
-        "compilation": {"date": build_date(), "targets": []},
+        "compilation": {"date": description.date, "targets": []},
         "user_data": dict(description.user_data),
     }
 
