@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import field, frozen
 
+from coreai_zoo.checkpoint import member
 from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.overlay import Axis, StateSpec, TensorSpec, TraceSpec
 
@@ -74,6 +75,15 @@ def build_date(seconds: int) -> str:
     return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def tokenizer_files(checkpoint: Path) -> list[Path]:
+    """The checkpoint's tokenizer files: names that we know, never names that a file gives.
+
+    Raises:
+        BadInput: when one is a link that leads out of the checkpoint: what it points to would be published.
+    """
+    return [member(checkpoint, name, str(checkpoint)) for name in _TOKENIZER_FILES if (checkpoint / name).is_file()]
+
+
 def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
     """Read the checkpoint's `tokenizer_config.json` and check that an engine can use the tokenizer.
 
@@ -83,6 +93,7 @@ def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
     missing = [name for name, required in _TOKENIZER_FILES.items() if required and not (checkpoint / name).is_file()]
     if missing:
         raise BadInput(f"{checkpoint} has no {' and no '.join(missing)}.", "A bundle needs the checkpoint's tokenizer.")
+    tokenizer_files(checkpoint)
     config = read_object(checkpoint / "tokenizer_config.json")
     name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     if name not in TOKENIZER_CLASSES:
@@ -117,9 +128,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def copy_tokenizer(checkpoint: Path, destination: Path) -> None:
     """Copy the checkpoint's tokenizer files to `destination`."""
     destination.mkdir()
-    for name in _TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, destination / name)
+    for path in tokenizer_files(checkpoint):
+        shutil.copyfile(path, destination / path.name)
 
 
 @frozen

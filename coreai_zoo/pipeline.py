@@ -11,6 +11,7 @@ from attrs import frozen
 
 from coreai_zoo.bundle import Bundle
 from coreai_zoo.plugins import Plugins
+from coreai_zoo.preflight import Preflight, preflight
 from coreai_zoo.progress import Reporter
 from coreai_zoo.record import write_records
 from coreai_zoo.resolve import DEFAULT_OUTPUT, BuildRequest, Resolved, resolve
@@ -33,6 +34,7 @@ class BuildResult:
         reused: weights that an earlier run had left in the work directory.
         seconds: time of each stage.
         checks: what verification found.
+        preflight: what was expected to be read and written, and what there was for it.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class BuildResult:
     reused: int
     seconds: Mapping[str, float]
     checks: tuple[Check, ...]
+    preflight: Preflight
 
 
 def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = None) -> BuildResult:
@@ -60,6 +63,9 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
                 report.note(f"differs from the entry: {difference}")
             workspace = Workspace.of(request.output, resolved.name, request.work_dir, keep=request.keep_weights)
             stack.enter_context(workspace.opened(force=request.force))
+            needs = preflight(resolved, workspace)
+            report.note(str(needs))
+            needs.require()
         store, partial = WeightStore(workspace.work), workspace.partial
         with report.stage("weights", f"{len(resolved.weights.tensors)} tensors as {resolved.recipe.name}"):
             filled = _fill(store, resolved, report)
@@ -74,7 +80,9 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         workspace.publish()
     path = workspace.destination
     total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return BuildResult(path, resolved.name, total, filled.computed, filled.reused, dict(report.seconds), tuple(checks))
+    return BuildResult(
+        path, resolved.name, total, filled.computed, filled.reused, dict(report.seconds), tuple(checks), needs
+    )
 
 
 def _fill(store: WeightStore, resolved: Resolved, report: Reporter) -> FillReport:
@@ -102,6 +110,7 @@ def request_json(request: BuildRequest, result: BuildResult) -> str:
             "path": str(result.path),
             "bytes": result.bytes,
             "weights": {"computed": result.computed, "reused": result.reused},
+            "preflight": result.preflight.as_json(),
             "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
             "checks": [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in result.checks],
         },

@@ -14,6 +14,7 @@ import attrs
 
 from coreai_zoo import bundle as bundles
 from coreai_zoo import card
+from coreai_zoo.backends import Backend
 from coreai_zoo.quantize import QUANTIZER_VERSION
 from coreai_zoo.resolve import Resolved
 from coreai_zoo.store import WeightStore
@@ -45,8 +46,15 @@ def write_records(resolved: Resolved, store: WeightStore, partial: Path) -> None
     bundles.write_json(partial / "build.json", {**record, "files": bundles.file_digests(partial)})
 
 
+def versions(backend: Backend) -> dict[str, str]:
+    """Installed versions of everything whose code determines a bundle's bytes, this zoo among them."""
+    torch = distributions.version("torch").split("+")[0]  # "+cpu" and the like say where it runs
+    return {**backend.versions, "torch": torch, "coreai-zoo": distributions.version("coreai-zoo")}
+
+
 def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
     """Everything that determines the bytes of a bundle; `build.json` without the files' hashes."""
+    made_with = versions(resolved.backend)
     roles: dict[str, Counter[str]] = {}
     for tensor in resolved.weights.tensors:
         counts = roles.setdefault(tensor.role, Counter())
@@ -54,8 +62,8 @@ def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
     return {
         "schema": bundles.BUILD_SCHEMA,
         "name": resolved.name,
-        "zoo": distributions.version("coreai-zoo"),
-        "versions": {**resolved.backend.versions, "torch": distributions.version("torch").split("+")[0]},
+        "zoo": made_with.pop("coreai-zoo"),
+        "versions": made_with,
         "quantizer": QUANTIZER_VERSION,
         "entry": {
             "name": resolved.entry.name,

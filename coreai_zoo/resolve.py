@@ -100,6 +100,7 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
     contract = find_contract(request.contract or entry.contract)
     recipe = find_recipe(request.recipe or entry.recipe)
     backend = _find_backend(request.backend, plugins)
+    _ = backend.versions  # another version of the toolchain is refused now, not after the weights
     source_date_epoch = bundles.source_date_epoch()
     check_output_folder(request.output)
     directory, revision = locate_checkpoint(entry, request.checkpoint, sample=request.sample)
