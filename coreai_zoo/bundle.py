@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import field, frozen
 
+from coreai_zoo.checkpoint import member
 from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.overlay import Axis, StateSpec, TensorSpec, TraceSpec
 
@@ -54,13 +55,33 @@ _TOKENIZER_FILES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_date() -> str:
-    """The date that a bundle carries: SOURCE_DATE_EPOCH if set, else the epoch, so that rebuilds are equal."""
+def source_date_epoch() -> int:
+    """Seconds since 1970 that a bundle carries as its date: SOURCE_DATE_EPOCH, else 0, so that rebuilds are equal.
+
+    Raises:
+        BadInput: when SOURCE_DATE_EPOCH is no such number.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH", "0")
     try:
-        seconds = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
-        return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        seconds = int(given)
+        build_date(seconds)
     except (ValueError, OverflowError, OSError) as error:
-        raise BadInput(f"SOURCE_DATE_EPOCH is {os.environ['SOURCE_DATE_EPOCH']!r}, not seconds since 1970.") from error
+        raise BadInput(f"SOURCE_DATE_EPOCH is {given!r}, not seconds since 1970.") from error
+    return seconds
+
+
+def build_date(seconds: int) -> str:
+    """Seconds since 1970 as the date that `metadata.json` carries."""
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def tokenizer_files(checkpoint: Path) -> list[Path]:
+    """The checkpoint's tokenizer files: names that we know, never names that a file gives.
+
+    Raises:
+        BadInput: when one is a link that leads out of the checkpoint: what it points to would be published.
+    """
+    return [member(checkpoint, name, str(checkpoint)) for name in _TOKENIZER_FILES if (checkpoint / name).is_file()]
 
 
 def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
@@ -72,6 +93,7 @@ def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
     missing = [name for name, required in _TOKENIZER_FILES.items() if required and not (checkpoint / name).is_file()]
     if missing:
         raise BadInput(f"{checkpoint} has no {' and no '.join(missing)}.", "A bundle needs the checkpoint's tokenizer.")
+    tokenizer_files(checkpoint)
     config = read_object(checkpoint / "tokenizer_config.json")
     name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     if name not in TOKENIZER_CLASSES:
@@ -106,9 +128,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def copy_tokenizer(checkpoint: Path, destination: Path) -> None:
     """Copy the checkpoint's tokenizer files to `destination`."""
     destination.mkdir()
-    for name in _TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, destination / name)
+    for path in tokenizer_files(checkpoint):
+        shutil.copyfile(path, destination / path.name)
 
 
 @frozen
@@ -123,6 +144,7 @@ class Description:
     hf_revision: str | None
     compression: str
     states: Mapping[str, str]
+    date: str
     user_data: Mapping[str, str] = field(factory=dict)
 
 
@@ -144,7 +166,7 @@ def metadata(description: Description) -> dict[str, Any]:
         },
         "source": {key: value for key, value in source.items() if value is not None},
         "compression": description.compression,
-        "compilation": {"date": build_date(), "targets": []},
+        "compilation": {"date": description.date, "targets": []},
         "user_data": dict(description.user_data),
     }
 

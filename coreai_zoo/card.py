@@ -12,7 +12,7 @@ def render(record: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     """The card as Markdown.
 
     Args:
-        record: of the build, as `pipeline.build_record` makes it.
+        record: of the build, as `record.build_record` makes it.
         sizes: bytes by relative path of the files so far.
     """
     sections = (

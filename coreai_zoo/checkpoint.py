@@ -182,7 +182,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _read_json(path)
 
 
-def _member(directory: Path, name: object, where: str) -> Path:
+def member(directory: Path, name: object, where: str) -> Path:
     """The file called `name` in `directory`.
 
     Raises:
@@ -336,9 +336,9 @@ def _read_index(directory: Path) -> dict[str, str]:
     for name in weight_map.values():
         unique[name if isinstance(name, str) else repr(name)] = None
         if not isinstance(name, str):
-            _member(directory, name, str(path))
+            member(directory, name, str(path))
     names = sorted(str(name) for name in unique)
-    files = {name: _member(directory, name, str(path)) for name in names}
+    files = {name: member(directory, name, str(path)) for name in names}
     wrong = [name for name in names if not name.endswith(".safetensors")]
     if wrong:
         raise BadInput(f"{path} names {listing(wrong)}: only .safetensors files are read.")
@@ -380,7 +380,7 @@ def _open_headers(directory: Path) -> list[Header]:
             f"{directory} has both {SINGLE} and {INDEX}: it is not clear which one is meant.", "Keep one of them."
         )
     if single:
-        return [read_header(_member(directory, SINGLE, str(directory)))]
+        return [read_header(member(directory, SINGLE, str(directory)))]
     if not index:
         raise _no_weights(directory)
     weight_map = _read_index(directory)

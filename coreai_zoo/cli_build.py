@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.entry import find_entry
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.progress import Reporter
+from coreai_zoo.progress import EventReporter, Reporter
 from coreai_zoo.quantize import RECIPES
 
 _EXISTING = click.Path(path_type=Path)
@@ -44,9 +45,16 @@ _EXISTING = click.Path(path_type=Path)
 @click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where weights are kept during the build.")
 @click.option("--keep-weights", is_flag=True, help="Keep them afterwards: a rebuild quantizes nothing again.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "json"]),
+    default="auto",
+    show_default=True,
+    help="On stderr: a bar or plain lines (with --json nothing), or one JSON object per event.",
+)
 @json_option
 @click.pass_context
-def build(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
+def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -> None:
     """Build a bundle.
 
     Without --checkpoint or --sample the entry's checkpoint is fetched from the Hugging Face hub. The output path is
@@ -59,9 +67,11 @@ def build(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     """
     request = pipeline.BuildRequest(**options)
     try:
-        result = pipeline.build(request, plugins_of(ctx), Reporter(silent=as_json))
+        report = EventReporter() if progress == "json" else Reporter(silent=as_json)
+        result = pipeline.build(request, plugins_of(ctx), report)
     except KeyboardInterrupt:
-        click.echo("\nInterrupted. Finished weights are kept: run the same command again to resume.", err=True)
+        command = shlex.join([str(ctx.find_root().info_name), *sys.argv[1:]])
+        click.echo(f"\nFinished weights are kept. To resume, run:\n    {command}", err=True)
         raise
     if as_json:
         click.echo(pipeline.request_json(request, result))
@@ -71,9 +81,11 @@ def build(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
 
 @click.command("verify")
 @click.argument("bundle", type=_EXISTING)
+@click.option("--rebuild", is_flag=True, help="Also build it again as recorded, and compare every byte.")
+@click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="For --rebuild. Default: as for a build.")
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, bundle: Path, as_json: bool) -> None:
+def verify(ctx: click.Context, bundle: Path, rebuild: bool, checkpoint: Path | None, as_json: bool) -> None:
     """Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.
 
     Exits with 1 if anything is not as recorded.
@@ -81,11 +93,18 @@ def verify(ctx: click.Context, bundle: Path, as_json: bool) -> None:
     \b
     Example:
         zoo verify exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
+        zoo verify exports/qwen3_6_27b_decode_int8hu_block32_sym --rebuild --checkpoint ~/Qwen3.6-27B
     """
+    from coreai_zoo.rebuild import rebuild as rebuild_bundle
     from coreai_zoo.verify import require
     from coreai_zoo.verify import verify as verify_bundle
 
-    checks = verify_bundle(Bundle.open(bundle), plugins_of(ctx).backends())
+    if checkpoint is not None and not rebuild:
+        raise BadInput("--checkpoint is for --rebuild.")
+    opened, plugins = Bundle.open(bundle), plugins_of(ctx)
+    checks = verify_bundle(opened, plugins.backends())
+    if rebuild:
+        checks.append(rebuild_bundle(opened, checkpoint, plugins, Reporter(silent=as_json)))
     if as_json:
         print_json([{"name": check.name, "passed": check.passed, "detail": check.detail} for check in checks])
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 # Seconds between two plain lines of one stage, so that a log of a long build stays readable.
 _PLAIN_INTERVAL = 10.0
+# The same between two events, which a program may draw.
+_EVENT_INTERVAL = 0.2
 
 
 class Reporter:
@@ -55,6 +58,49 @@ class Reporter:
             yield BarCounter(bar, total)
 
 
+class EventReporter(Reporter):
+    """Tells a program: one JSON object per line on stderr.
+
+    `{"event": "stage", "stage", "state": "start" | "end" | "failed", "detail" or "seconds"}`,
+    `{"event": "note", "stage", "text"}`, and while bytes are counted
+    `{"event": "bytes", "stage", "what", "done", "total", "rate", "left"}`, rate in bytes a second, left in seconds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(silent=True)
+        self._stage = ""
+
+    def emit(self, event: str, **fields: object) -> None:
+        """Write one event."""
+        line = json.dumps({"event": event, "stage": self._stage, **fields})
+        print(line, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def stage(self, name: str, detail: str = "") -> Iterator[None]:
+        """See `Reporter.stage`."""
+        self._stage = name
+        self.emit("stage", state="start", detail=detail)
+        started = time.monotonic()
+        try:
+            yield
+        except BaseException:
+            self.emit("stage", state="failed", seconds=round(time.monotonic() - started, 3))
+            raise
+        self.seconds[name] = time.monotonic() - started
+        self.emit("stage", state="end", seconds=round(self.seconds[name], 3))
+
+    def note(self, text: str) -> None:
+        """See `Reporter.note`."""
+        self.emit("note", text=text)
+
+    @contextmanager
+    def bytes(self, total: int) -> Iterator[ByteCounter]:
+        """See `Reporter.bytes`."""
+        counter = EventCounter(self, total)
+        yield counter
+        counter.emit()
+
+
 class ByteCounter:
     """Counts bytes against a total."""
 
@@ -94,3 +140,25 @@ class PlainCounter(ByteCounter):
                 f"         {self._done / 2**20:,.0f} of {self._total / 2**20:,.0f} MiB, {rate / 2**20:,.0f} MiB/s, "
                 f"{left:.0f} s left: {what}"
             )
+
+
+class EventCounter(ByteCounter):
+    """Events: the first at once, then a few a second, and one at the end."""
+
+    def __init__(self, report: EventReporter, total: int) -> None:
+        self._report, self._total, self._done, self._what = report, total, 0, ""
+        self._started, self._emitted = time.monotonic(), 0.0
+
+    def advance(self, what: str, count: int) -> None:
+        """Add `count` bytes, now working on `what`."""
+        self._done += count
+        self._what = what
+        if time.monotonic() - self._emitted >= _EVENT_INTERVAL:
+            self.emit()
+
+    def emit(self) -> None:
+        """Tell how far it is."""
+        self._emitted = time.monotonic()
+        rate = self._done / max(self._emitted - self._started, 1e-9)
+        left = (self._total - self._done) / rate if rate else None
+        self._report.emit("bytes", what=self._what, done=self._done, total=self._total, rate=round(rate), left=left)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 from attrs import frozen
 
 from coreai_zoo.backends import Signature
+from coreai_zoo.bundle import source_date_epoch
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.overlay import TraceSpec
 
@@ -238,7 +239,7 @@ def _save(program: Any, destination: Path) -> None:
     program._save_bytecode(asset._program_bytecode_path)
 
     def stamp(fields: Any) -> None:
-        fields.creation_date = float(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+        fields.creation_date = float(source_date_epoch())
         fields._producer = _COREAI_PRODUCER
 
     asset.update_metadata(updates=stamp)

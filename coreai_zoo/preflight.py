@@ -1,0 +1,133 @@
+"""What a build will read, write and need, held against what this machine has, before a weight is read."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from coreai_zoo.bundle import tokenizer_files
+from coreai_zoo.errors import EnvironmentLacks
+from coreai_zoo.resolve import Resolved
+from coreai_zoo.workspace import Workspace, existing_parent
+
+_BYTES = MappingProxyType({"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8})  # the dtypes that weights may have
+
+# torch and the toolchain, imported and idle, take this much; no build gets by with less.
+LEAST_MEMORY = 384 * 2**20
+
+
+@frozen
+class Disk:
+    """A file system that a build writes to.
+
+    Attributes:
+        path: where on it.
+        needs: bytes that will be written at least.
+        free: bytes that are free.
+    """
+
+    path: Path
+    needs: int
+    free: int
+
+
+@frozen
+class Preflight:
+    """Bytes that a build handles at least.
+
+    Attributes:
+        read: of the checkpoint.
+        scratch: of the weight store, which goes when the build is done; less what is there already.
+        written: of the bundle.
+        disks: the file systems that hold the two.
+        memory: bytes of memory that are available, None where that is not known.
+    """
+
+    read: int
+    scratch: int
+    written: int
+    disks: tuple[Disk, ...]
+    memory: int | None
+
+    def __str__(self) -> str:
+        free = ", ".join(f"{_size(disk.free)} free at {disk.path}" for disk in self.disks)
+        memory = "" if self.memory is None else f"; {_size(self.memory)} of memory available"
+        return (
+            f"reads {_size(self.read)}, writes {_size(self.written)} and {_size(self.scratch)} of scratch; "
+            f"{free}{memory}"
+        )
+
+    def require(self) -> None:
+        """Refuse a build that cannot fit.
+
+        Raises:
+            EnvironmentLacks: with the numbers; it is the machine that has to change, not the input.
+        """
+        for disk in self.disks:
+            if disk.needs > disk.free:
+                raise EnvironmentLacks(
+                    f"The build needs {_size(disk.needs)} of disk space at {disk.path}, where {_size(disk.free)} are "
+                    f"free: {_size(self.written)} for the bundle and {_size(self.scratch)} of scratch in all.",
+                    "Free some, or put one of the two on another disk with -o DIR or --work-dir DIR.",
+                )
+        if self.memory is not None and self.memory < LEAST_MEMORY:
+            raise EnvironmentLacks(
+                f"The build needs {_size(LEAST_MEMORY)} of memory at least, and {_size(self.memory)} are available.",
+                "Close other programs.",
+            )
+
+    def as_json(self) -> Mapping[str, Any]:
+        """For programs."""
+        return {**attrs.asdict(self), "disks": [{**attrs.asdict(disk), "path": str(disk.path)} for disk in self.disks]}
+
+
+def preflight(resolved: Resolved, workspace: Workspace) -> Preflight:
+    """Add up what the plan says and ask the machine what there is."""
+    stored = resolved.weights.stored_bytes
+    scratch = max(0, stored - _bytes_below(workspace.work))
+    tokenizer = sum(file.stat().st_size for file in tokenizer_files(resolved.checkpoint.directory))
+    written = stored + tokenizer  # the asset holds every stored byte; its graph comes on top
+    needs: dict[int, Disk] = {}
+    for path, size in ((workspace.destination, written), (workspace.work, scratch)):
+        existing = existing_parent(path.parent)
+        device = existing.stat().st_dev
+        before = needs[device].needs if device in needs else 0
+        needs.setdefault(device, Disk(existing, 0, shutil.disk_usage(existing).free))
+        needs[device] = attrs.evolve(needs[device], needs=before + size)
+    return Preflight(_bytes_read(resolved), scratch, written, tuple(needs.values()), available_memory())
+
+
+def _bytes_read(resolved: Resolved) -> int:
+    tensors = resolved.checkpoint.tensors
+    return sum(
+        (source.stop - source.start) * tensors[source.key].columns * _BYTES[tensors[source.key].dtype]
+        for planned in resolved.weights.tensors
+        for source in planned.sources
+    )
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+
+
+def available_memory() -> int | None:
+    """Bytes that programs may still take without swapping, where Linux tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest binary unit that leaves a number of one or more."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = min(len(units) - 1, int(math.log2(count) // 10)) if count else 0
+    return f"{count:,} bytes" if not power else f"{count / 1024**power:,.1f} {units[power]}"

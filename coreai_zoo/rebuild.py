@@ -1,0 +1,111 @@
+"""Does a bundle come out the same again: `zoo verify --rebuild`."""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from coreai_zoo import pipeline, record
+from coreai_zoo.bundle import GATE_FOLDER, Bundle
+from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
+from coreai_zoo.verify import Check
+
+
+def rebuild(bundle: Bundle, checkpoint: Path | None, plugins: Plugins, report: Reporter) -> Check:
+    """Build `bundle` again from what its record says and compare every byte.
+
+    Args:
+        bundle: the bundle.
+        checkpoint: the one it was built from; None for a sample's, or to fetch it.
+        plugins: as for a build.
+        report: of the build's progress.
+
+    Raises:
+        EnvironmentLacks: when something else than the recorded versions is installed: the bytes would differ.
+        BadInput: when the record does not say how the bundle was built.
+    """
+    require_versions(bundle, plugins)
+    with tempfile.TemporaryDirectory(prefix="zoo-rebuild-") as folder:
+        request, date = recorded_request(bundle, checkpoint, Path(folder))
+        with _date(date):
+            again = pipeline.build(request, plugins, report).path
+        differing = differences(bundle.directory, again)
+    total = len(bundle.build["files"]) + 1
+    return Check("rebuild", not differing, listing(differing) or f"{total} files, every byte the same")
+
+
+def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> tuple[pipeline.BuildRequest, int]:
+    """What was asked for when `bundle` was built, to be built in `output`, and the date that it carries."""
+    build: Mapping[str, Any] = bundle.build
+    try:
+        request = pipeline.BuildRequest(
+            entry=build["entry"]["name"],
+            checkpoint=checkpoint,
+            sample=bool(build["sample"]) and checkpoint is None,
+            recipe=build["recipe"]["name"],
+            contract=build["contract"]["name"],
+            backend=build["backend"],
+            output=output,
+            max_context=build["max_context"],
+            layers=build["request"]["layers"],
+        )
+        return request, int(build["source_date_epoch"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"build.json of {bundle.directory} does not say how it was built: {error!r}.") from error
+
+
+def require_versions(bundle: Bundle, plugins: Plugins) -> None:
+    """Refuse to rebuild with other versions than the recorded ones.
+
+    Raises:
+        EnvironmentLacks: naming each with both versions.
+    """
+    backend = plugins.backends().get(bundle.build["backend"])
+    if backend is None:
+        raise BadInput(f"{bundle.directory} was written by the backend {bundle.build['backend']!r}, not installed.")
+    recorded = {**bundle.build.get("versions", {}), "coreai-zoo": bundle.build.get("zoo")}
+    installed = record.versions(backend)
+    differing = [
+        f"{name} is {installed.get(name)}, the bundle was built with {version}"
+        for name, version in recorded.items()
+        if installed.get(name) != version
+    ]
+    if differing:
+        raise EnvironmentLacks(
+            f"{bundle.directory} cannot be rebuilt here: {listing(differing)}.",
+            "Install the versions it was built with.",
+        )
+
+
+def differences(bundle: Path, again: Path) -> list[str]:
+    """Files that only one of two bundles has, or whose bytes differ."""
+    files = {
+        path.relative_to(folder).as_posix()
+        for folder in (bundle, again)
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).parts[0] != GATE_FOLDER
+    }
+    return [name for name in sorted(files) if not _same(bundle / name, again / name)]
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+@contextlib.contextmanager
+def _date(seconds: int) -> Iterator[None]:
+    before = os.environ.get("SOURCE_DATE_EPOCH")
+    os.environ["SOURCE_DATE_EPOCH"] = str(seconds)
+    try:
+        yield
+    finally:
+        del os.environ["SOURCE_DATE_EPOCH"]
+        if before is not None:
+            os.environ["SOURCE_DATE_EPOCH"] = before

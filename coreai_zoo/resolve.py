@@ -1,0 +1,270 @@
+"""From what the user asked for to everything that a build does, decided on metadata: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+
+from coreai_zoo import bundle as bundles
+from coreai_zoo.backends import Backend
+from coreai_zoo.checkpoint import Checkpoint, read_config
+from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract, find_contract
+from coreai_zoo.entry import Entry, find_entry
+from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
+from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, TraceSpec
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.quantize import Recipe, find_recipe
+from coreai_zoo.weights import WeightPlan, plan_weights
+from coreai_zoo.workspace import check_output_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DEFAULT_OUTPUT = Path("exports")
+
+
+@frozen
+class BuildRequest:
+    """What the user asked for; see `zoo build --help`."""
+
+    entry: str
+    checkpoint: Path | None = None
+    sample: bool = False
+    recipe: str | None = None
+    contract: str | None = None
+    backend: str = "coreai"
+    output: Path = DEFAULT_OUTPUT
+    max_context: int | None = None
+    layers: int | None = None
+    work_dir: Path | None = None
+    keep_weights: bool = False
+    force: bool = False
+
+
+@frozen
+class Resolved:
+    """Everything that is decided before a weight is read.
+
+    Attributes:
+        name: of the bundle.
+        request: what was asked for.
+        differences: facts of the entry that this checkpoint does not have (another size of the same architecture).
+        revision: commit of the checkpoint on the hub, where that is known.
+        overlay_plugin: name of the plugin that brought the overlay.
+        source_date_epoch: the date that the bundle carries, in seconds since 1970.
+    """
+
+    name: str
+    request: BuildRequest
+    entry: Entry
+    checkpoint: Checkpoint
+    revision: str | None
+    hf_config: Mapping[str, Any]
+    overlay: Overlay
+    overlay_plugin: str
+    config: Any
+    facts: Mapping[str, Any]
+    differences: tuple[str, ...]
+    contract: Contract
+    backend: Backend
+    recipe: Recipe
+    head: HeadQuantization | None
+    rewrites: tuple[tuple[str, LayerRewrite], ...]
+    signature: TraceSpec
+    module: nn.Module = field(eq=False)
+    weights: WeightPlan
+    max_context: int
+    source_date_epoch: int
+
+    @property
+    def sample(self) -> bool:
+        """Whether this is the entry's miniature."""
+        return self.request.sample
+
+    @property
+    def asset(self) -> str:
+        """Name of the asset in the bundle."""
+        return f"{self.name}{self.backend.asset_suffix}"
+
+
+def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
+    """Decide everything, on metadata only.
+
+    Raises:
+        ZooError: for every input that cannot be built from.
+    """
+    entry, _ = find_entry(request.entry, plugins)
+    contract = find_contract(request.contract or entry.contract)
+    recipe = find_recipe(request.recipe or entry.recipe)
+    backend = _find_backend(request.backend, plugins)
+    _ = backend.versions  # another version of the toolchain is refused now, not after the weights
+    source_date_epoch = bundles.source_date_epoch()
+    check_output_folder(request.output)
+    directory, revision = locate_checkpoint(entry, request.checkpoint, sample=request.sample)
+    model = _read_model(request, entry, directory, plugins)
+    # A sample and a slice are other sizes on purpose.
+    differences = () if request.sample or request.layers else compare_facts(entry, model.facts)
+    max_context = _max_context(request, entry, model.facts)
+    bundles.check_tokenizer(directory, model.facts["vocab_size"])
+    checkpoint = Checkpoint.open(directory)
+    head = plugins.head_quantization(model.overlay, entry, model.config)
+    recipe = recipe.with_head(head)
+    module, rewrites, weights = _plan(model, contract, checkpoint, recipe, plugins)
+    return Resolved(
+        name=_bundle_name(request, entry, recipe, contract, differences),
+        request=request,
+        entry=entry,
+        checkpoint=checkpoint,
+        revision=revision,
+        hf_config=model.hf_config,
+        overlay=model.overlay,
+        overlay_plugin=model.plugin,
+        config=model.config,
+        facts=model.facts,
+        differences=differences,
+        contract=contract,
+        backend=backend,
+        recipe=recipe,
+        head=head if recipe.roles["head"] is not None else None,
+        rewrites=rewrites,
+        signature=_signature(model, contract, max_context, plugins),
+        module=module,
+        weights=weights,
+        max_context=max_context,
+        source_date_epoch=source_date_epoch,
+    )
+
+
+@frozen
+class _Model:
+    """What the overlay makes of a `config.json`."""
+
+    hf_config: Mapping[str, Any]
+    overlay: Overlay
+    plugin: str
+    config: Any
+    facts: Mapping[str, Any]
+    kv_cache: Any
+
+
+def _read_model(request: BuildRequest, entry: Entry, directory: Path, plugins: Plugins) -> _Model:
+    """Read the checkpoint's config with the overlay that claims it, cut to the layers that were asked for."""
+    hf_config: Mapping[str, Any] = read_config(directory)
+    model_type = str(hf_config.get("model_type"))
+    overlay, plugin = plugins.claim_overlay(model_type, hf_config)
+    if model_type not in entry.model_type:
+        raise BadInput(
+            f"{directory} is a {model_type} checkpoint, but entry {entry.name} is for {' or '.join(entry.model_type)} "
+            f"({entry.facts.ffn} feed-forward).",
+            "Choose the entry that fits the checkpoint: `zoo list` shows the feed-forward kind of each.",
+        )
+    with plugins.blame(plugin, f"overlay {overlay.name!r}"):
+        if request.layers is not None:
+            hf_config = overlay.with_layers(hf_config, request.layers)
+        config = overlay.read_config(hf_config)
+        return _Model(hf_config, overlay, plugin, config, overlay.facts(config), overlay.kv_cache(config))
+
+
+def _signature(model: _Model, contract: Contract, max_context: int, plugins: Plugins) -> TraceSpec:
+    states = plugins.extra_states(model.overlay, model.config, contract)
+    return contract.trace_spec(model.kv_cache, states, model.facts["vocab_size"], max_context)
+
+
+def _plan(
+    model: _Model, contract: Contract, checkpoint: Checkpoint, recipe: Recipe, plugins: Plugins
+) -> tuple[nn.Module, tuple[tuple[str, LayerRewrite], ...], WeightPlan]:
+    """The decoder without weights, what rewrote its layers, and where each of its weights comes from."""
+    from coreai_zoo import export
+
+    def decoder() -> nn.Module:
+        with plugins.blame(model.plugin, f"overlay {model.overlay.name!r}"):
+            return model.overlay.decoder(model.config, contract)
+
+    rewrites = tuple(plugins.layer_rewrites(model.overlay, model.config, contract))
+    module = export.build_module(decoder, rewrites)
+    weight_map = plugins.weight_map(model.overlay, model.config)
+    return module, rewrites, plan_weights(weight_map, export.parameters_of(module), checkpoint.tensors, recipe)
+
+
+def locate_checkpoint(entry: Entry, directory: Path | None, *, sample: bool) -> tuple[Path, str | None]:
+    """Where the checkpoint is, and its commit on the hub where that is known.
+
+    Raises:
+        BadInput: for both a directory and the sample.
+        EnvironmentLacks: when it would have to be fetched and cannot be.
+    """
+    if directory is not None and sample:
+        raise BadInput("--checkpoint and --sample exclude each other.")
+    if directory is not None:
+        return directory, None
+    if sample:
+        return entry.sample_directory(), None
+    return _fetch(entry)
+
+
+def _fetch(entry: Entry) -> tuple[Path, str]:
+    """Download the entry's revision, or the newest if the entry pins none; (directory, commit)."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        directory = huggingface_hub.snapshot_download(
+            entry.hf_id,
+            revision=entry.hf_revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise EnvironmentLacks(
+            f"The checkpoint {entry.hf_id} is not on this machine and cannot be fetched: {reason}",
+            "Pass --checkpoint DIR with a local copy, or --sample to build the miniature that ships with the entry.",
+        ) from error
+    return Path(directory), Path(directory).name
+
+
+def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the entry states and the checkpoint is not, one phrase each."""
+    return tuple(
+        f"{name} is {facts[name]}, the entry says {stated}"
+        for name, stated in entry.facts.stated.items()
+        if name in facts and facts[name] != stated
+    )
+
+
+def _find_backend(name: str, plugins: Plugins) -> Backend:
+    backends = plugins.backends()
+    if name not in backends:
+        raise BadInput(f"There is no backend {name!r}.", f"There is {listing(sorted(backends))}.")
+    return backends[name]
+
+
+def _max_context(request: BuildRequest, entry: Entry, facts: Mapping[str, Any]) -> int:
+    limit = int(facts["max_context_length"])
+    if request.max_context is not None and not MINIMUM_CONTEXT <= request.max_context <= limit:
+        raise BadInput(
+            f"--max-context {request.max_context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit."
+        )
+    chosen = request.max_context or min(entry.bundle.max_context, limit)
+    if chosen < MINIMUM_CONTEXT:
+        raise BadInput(
+            f"The bundle would allow {chosen} positions (the model {limit}, the entry {entry.bundle.max_context}); "
+            f"{MINIMUM_CONTEXT} is the least."
+        )
+    return chosen
+
+
+def _bundle_name(
+    request: BuildRequest, entry: Entry, recipe: Recipe, contract: Contract, differences: tuple[str, ...]
+) -> str:
+    parts = [entry.slug]
+    if request.sample:
+        parts.append("sample")
+    if differences:
+        parts.append("custom")
+    if request.layers is not None:
+        parts.append(f"{request.layers}layers")
+    parts.append("decode" if contract.query_length == 1 else "dynamic")
+    return "_".join([*parts, recipe.published_name])

@@ -1,0 +1,190 @@
+"""A build may die at any moment: the next one goes on from there, ends with the same bytes, and nothing is left over.
+
+Each chain kills one build again and again, each time further on, and then lets it finish. Where: at file operations,
+which are what a kill can fall between; after cutting off the end of the file that was being written, which is what a
+kill inside of a write leaves; and at times while the toolchain lowers and writes, where Python sees no operations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import attrs
+import pytest
+
+from checkpoints import tiny_checkpoint
+from coreai_zoo.store import JOURNAL, WeightStore
+from killing import Job, Outcome, Zoo
+
+NAME = "qwen3_6_27b_custom_decode_int8hu_block32_sym"
+CHAINS = 11
+
+
+@attrs.frozen
+class Undisturbed:
+    """A build that nothing happened to: its files, and how many file operations its two halves took."""
+
+    files: dict[str, bytes]
+    tensors: int
+    before_lowering: int
+    from_lowering: int
+
+
+@attrs.frozen
+class Place:
+    """Where a chain builds."""
+
+    zoo: Zoo
+    checkpoint: Path
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "it's out"  # a name that a shell has to quote
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["build", "qwen3.6-27b", "--checkpoint", str(self.checkpoint), "-o", str(self.output), "--json"]
+
+    @property
+    def partial(self) -> Path:
+        return self.output / f".{NAME}.partial"
+
+    def run(self, **kill: object) -> Outcome:
+        self.folder.mkdir(exist_ok=True)
+        return self.zoo.run(Job(self.arguments, str(self.folder / "log"), str(self.output), **kill))  # type: ignore[arg-type]
+
+    def log(self, suffix: str) -> str:
+        return (self.folder / f"log{suffix}").read_text()
+
+    def finished(self) -> int:
+        """How many tensors the weight stores on disk vouch for."""
+        lines = [file.read_text(errors="replace") for file in self.output.rglob(JOURNAL)]
+        names = set(re.findall(r'"name":"([^"]+)"', "".join(lines)))
+        stores = [WeightStore(file.parent) for file in self.output.rglob(JOURNAL)]
+        return sum(name in store for store in stores for name in names)
+
+    def left_over(self) -> list[str]:
+        return sorted(path.name for path in self.output.iterdir() if path.name != NAME)
+
+    def bundle(self) -> dict[str, bytes]:
+        return contents(self.output / NAME)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def zoos() -> Iterator[tuple[Zoo, Zoo]]:
+    with Zoo() as first, Zoo() as second:
+        yield first, second
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("resume") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zoos: tuple[Zoo, Zoo], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    def build(number: int, after: str) -> tuple[Place, int]:
+        place = Place(zoos[number], checkpoint, tmp_path_factory.mktemp("undisturbed"))
+        outcome = place.run(after=after)
+        assert outcome.status == 0, place.log(".err")
+        return place, outcome.operations
+
+    with ThreadPoolExecutor(2) as pool:
+        (place, total), (again, late) = pool.map(build, (0, 1), ("", ".aimodel"))
+    assert place.bundle() == again.bundle()
+    weights = json.loads(place.log(".out"))["weights"]
+    assert weights["reused"] == 0
+    return Undisturbed(place.bundle(), weights["computed"], total - late, late)
+
+
+def kills_of(chain: int, place: Place, whole: Undisturbed) -> Iterator[dict[str, object]]:
+    """Where the builds of a chain are killed; the chains together cover the whole build."""
+    first = whole.before_lowering * chain // (2 * CHAINS)
+    yield {"survive": first, "tear": chain % 2 == 1}
+    # Of the second build, which has fewer tensors left: at its very first operations, or well on.
+    yield {"survive": chain if chain < 6 else first // 2 + 11, "tear": chain % 2 == 0}
+    lowering = {0: 0.1, 3: 1.0, 6: 2.0}
+    if chain in lowering:
+        yield {"appears": str(place.output / ".zoo-work" / NAME / "lm_head.weight.data"), "seconds": lowering[chain]}
+    if chain == 9:
+        yield {"appears": str(place.partial / f"{NAME}.aimodel" / "main.mlirb")}  # while the toolchain writes it
+    # The first operations from the asset on write the bundle and move it, the many after that remove the store.
+    late = [*range(0, 8 * 3, 3), whole.from_lowering // 2, whole.from_lowering - 2, whole.from_lowering - 1][chain]
+    yield {"after": ".aimodel", "survive": late, "tear": chain % 3 == 1}
+
+
+def run_chain(chain: int, place: Place, whole: Undisturbed) -> int:
+    """Kill builds, finish one, check it; how many were killed."""
+    killed = finished = 0
+    for kill in kills_of(chain, place, whole):
+        outcome = place.run(**kill)
+        assert outcome.status == -signal.SIGKILL, (kill, outcome, place.log(".err"))
+        killed += 1
+        in_place = (place.output / NAME).exists()
+        # What one build finished, the next did not lose; a line that was torn is one tensor.
+        assert in_place or place.finished() >= finished - bool(kill.get("tear")), (kill, outcome)
+        finished = place.finished()
+    final = place.run()
+    if in_place:
+        assert final.status == 2 and f"{NAME} exists" in place.log(".err"), (chain, outcome)
+    else:
+        assert final.status == 0, (chain, outcome, place.log(".err"))
+        weights = json.loads(place.log(".out"))["weights"]
+        assert weights == {"computed": whole.tensors - finished, "reused": finished}, (chain, outcome)
+    assert place.bundle() == whole.files, (chain, outcome)
+    assert place.left_over() == [], (chain, outcome)
+    return killed
+
+
+@pytest.mark.slow
+def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(
+    zoos: tuple[Zoo, Zoo], checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    assert undisturbed.before_lowering > 100 and undisturbed.from_lowering > 30
+
+    def run(number: int) -> list[int]:
+        places = {chain: Place(zoos[number], checkpoint, tmp_path / str(chain)) for chain in range(number, CHAINS, 2)}
+        return [run_chain(chain, place, undisturbed) for chain, place in places.items()]
+
+    with ThreadPoolExecutor(2) as pool:
+        killed = sum(sum(part) for part in pool.map(run, (0, 1)))
+    assert killed >= 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["weights", "lower"])
+def test_an_interrupted_build_says_how_to_resume_and_does(
+    zoos: tuple[Zoo, Zoo], checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed, stage: str
+) -> None:
+    place = Place(zoos[0], checkpoint, tmp_path / "build")
+    if stage == "weights":
+        outcome = place.run(survive=undisturbed.before_lowering // 2, signal=int(signal.SIGINT))
+    else:
+        last = place.output / ".zoo-work" / NAME / "lm_head.weight.data"
+        outcome = place.run(appears=str(last), seconds=0.5, signal=int(signal.SIGINT))
+
+    assert outcome.status == 130
+    said = place.log(".err").splitlines()
+    assert "Finished weights are kept. To resume, run:" in said
+    command = said[said.index("Finished weights are kept. To resume, run:") + 1]
+    assert shlex.split(command) == ["zoo", *place.arguments]
+    assert not any("Traceback" in line for line in said)
+    assert place.left_over() == [".zoo-work"]
+    finished = place.finished()
+    assert 0 < finished < undisturbed.tensors if stage == "weights" else finished == undisturbed.tensors
+
+    assert place.run().status == 0
+    assert json.loads(place.log(".out"))["weights"]["reused"] == finished
+    assert place.bundle() == undisturbed.files
+    assert place.left_over() == []
