@@ -1,9 +1,10 @@
 """The program of all layers, from the program of the first few; see `repetition`.
 
 The graph is told apart into layers and what follows the last of them. The layers of each kind, but for the first of
-each, are compared node by node, which shows what changes from layer to layer: its own parameters; integers that count, such as its slot of a state; and values that an earlier layer computed.
-The last of these are handed from layer to layer, like the hidden state or a cache, or gathered at the end, like the new
-slots of a fixed state. The last traced layer of each kind is then copied for every layer that was not traced.
+each, are compared node by node, which shows what changes from layer to layer: its own parameters; integers that count,
+such as its slot of a state; and values that an earlier layer computed. Those are handed from layer to layer, like the
+hidden state or a cache, or gathered at the end, like the new slots of a fixed state. The last traced layer of each kind
+is then copied for every layer that was not traced.
 
 Nothing is taken on trust. The rules that are learnt are first applied to the traced layers, and have to give what was
 traced. A layer that differs from the others, an integer that no count explains, a value that is handed on in another
@@ -13,14 +14,16 @@ way, a shape that does not fit: each raises `NotRepeated`, and the caller traces
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from attrs import Factory, define, frozen
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 
@@ -162,7 +165,7 @@ class _Traced:
         return indices
 
     def computed_in(self, node: fx.Node) -> tuple[int, int] | fx.Node:
-        """Kind and index of what a compared layer computes; the node itself if it comes from elsewhere, or is a size."""
+        """Kind and index of what a compared layer computes; the node itself if it is from elsewhere, or a size."""
         layer = self.owner.get(node, 0)
         if layer in self.repetition.compared and node in self.places[layer]:
             return self.kind(layer), self.places[layer][node]
@@ -320,7 +323,7 @@ def _variables(traced: _Traced, references: Mapping[Role, Mapping[int, fx.Node]]
                     raise NotRepeated(f"{item} is read in places where another value is read as well")
             case ("role", _):
                 pass
-            case (kind, int(index)):
+            case (int(kind), int(index)):
                 # What is renewed twice in a layer is handed on as it was last.
                 variable.renewed[kind] = max(index, variable.renewed.get(kind, index))
     return {role: variables[id(find(("role", role)))] for role in references}
@@ -361,14 +364,12 @@ def _count(repetition: Repetition, role: Role, seen: Mapping[int, int]) -> tuple
 class _Extension:
     """Writes the graph of all layers, first to last."""
 
-    def __init__(
-        self, traced: _Traced, learnt: _Learnt, module: nn.Module, short: TraceSpec, spec: TraceSpec
-    ) -> None:
+    def __init__(self, traced: _Traced, learnt: _Learnt, module: nn.Module, short: TraceSpec, spec: TraceSpec) -> None:
         self._traced, self._learnt, self._module = traced, learnt, module
         before, after = (*short.inputs, *short.states), (*spec.inputs, *spec.states)
         self._shapes = {old.shape: new.shape for old, new in zip(before, after, strict=True) if old.shape != new.shape}
         self._lengthened = {
-            str(name): new.shape
+            str(name): [size for size in new.shape if isinstance(size, int)]  # no dynamic one: the state is fixed
             for name, old, new in zip(traced.program.graph_signature.user_inputs, before, after, strict=True)
             if old.shape != new.shape
         }
@@ -386,14 +387,14 @@ class _Extension:
         specs = self._placeholders()
         for layer, stretch in enumerate(traced.stretches[:-1]):
             for node in stretch:
-                self._new[node] = self._copy(node, lambda _, leaf: self._new[leaf] if _node(leaf) else _kept(leaf))
+                self._new[node] = self._copy(node, self._same)
             self._made[layer] = [self._new[node] for node in traced.places[layer]]
         for layer in traced.repetition.copied:
             self._copy_layer(layer)
         output = traced.program.graph.output_node()
         for index, node in enumerate((*traced.stretches[-1], output)):
-            self._new[node] = self._copy(node, lambda where, leaf, index=index: self._at_end(index, where, leaf))
-        return self._assembled(specs, list(self._new[output].args[0]))
+            self._new[node] = self._copy(node, functools.partial(self._at_end, index))
+        return self._assembled(specs, [leaf for _, leaf in _leaves(self._new[output])])
 
     # Inputs ----------------------------------------------------------------------------------------------------------
 
@@ -406,15 +407,16 @@ class _Extension:
         by_layer: dict[tuple[int, InputKind], list[InputSpec]] = {}
         for index, spec in enumerate(old):
             node = nodes[spec.arg.name]
-            specs.append(self._input(node, spec, node.name, spec.target))
+            self._new[node], made = self._input(node, spec, node.name, spec.target)
+            specs.append(made)
             if node in traced.own:
                 by_layer.setdefault((traced.own[node][0], spec.kind), []).append(spec)
                 self._own[traced.own[node]] = self._new[node]
             if last.get(spec.kind) == index:
                 for layer in traced.repetition.copied:
                     template = self._learnt.templates[traced.repetition.kinds[layer]]
-                    for like in by_layer.get((template, spec.kind), []):
-                        specs.append(self._own_input(nodes[like.arg.name], like, layer))
+                    likes = by_layer.get((template, spec.kind), [])
+                    specs += [self._own_input(nodes[like.arg.name], like, layer) for like in likes]
         return specs
 
     def _own_input(self, like: fx.Node, spec: InputSpec, layer: int) -> InputSpec:
@@ -422,26 +424,27 @@ class _Extension:
         path, (template, name) = self._traced.repetition.path, self._traced.own[like]
         flat = path.replace(".", "_")
         called = re.sub(rf"{re.escape(flat)}_{template}_", f"{flat}_{layer}_", like.name, count=1, flags=re.IGNORECASE)
-        made = self._input(None, spec, called, f"{path}.{layer}.{name}", like.meta)
-        self._own[layer, name] = next(reversed(self._graph.nodes))
+        placeholder, made = self._input(like, spec, called, f"{path}.{layer}.{name}")
+        self._own[layer, name] = placeholder
         return made
 
-    def _input(
-        self, node: fx.Node | None, spec: InputSpec, name: str, target: str | None, meta: Mapping[str, Any] | None = None
-    ) -> InputSpec:
+    def _input(self, like: fx.Node, spec: InputSpec, name: str, target: str | None) -> tuple[fx.Node, InputSpec]:
+        """A placeholder like another one, and what it stands for."""
         placeholder = self._graph.placeholder(name)
-        placeholder.meta = dict(meta if node is None else node.meta)
+        placeholder.meta = dict(like.meta)
         if placeholder.name != name:
             raise NotRepeated(f"there are two inputs called {name}")
-        if node is not None:
-            self._new[node] = placeholder
         if name in self._lengthened:
             value = placeholder.meta["val"]
             with value.fake_mode:
                 placeholder.meta["val"] = torch.empty(self._lengthened[name], dtype=value.dtype, device=value.device)
-        return dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=name), target=target)
+        return placeholder, dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=name), target=target)
 
     # Operations ------------------------------------------------------------------------------------------------------
+
+    def _same(self, _where: Where, leaf: Any) -> Any:
+        """An argument of a traced layer."""
+        return self._new[leaf] if isinstance(leaf, fx.Node) else _kept(leaf)
 
     def _copy_layer(self, layer: int) -> None:
         traced, learnt = self._traced, self._learnt
@@ -529,8 +532,8 @@ class _Extension:
         for spec, node in zip(program.graph_signature.output_specs, results, strict=True):
             outputs.append(dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name)))
         self._check(specs, results)
-        missing = {spec.target for spec in specs if spec.kind is InputKind.BUFFER and not spec.persistent}
-        buffers = dict(self._module.named_buffers())
+        unsaved = {spec.target for spec in specs if spec.kind is InputKind.BUFFER and not spec.persistent}
+        buffers = {name: buffer for name, buffer in self._module.named_buffers() if name in unsaved}
         return ExportedProgram(
             root=program.graph_module,
             graph=self._graph,
@@ -538,17 +541,21 @@ class _Extension:
             state_dict=self._module.state_dict(keep_vars=True),
             range_constraints=program.range_constraints,
             module_call_graph=program.module_call_graph,
-            constants={**program.constants, **{name: buffers[name] for name in missing}},
+            constants={**program.constants, **buffers},
             verifiers=program.verifiers,
         )
 
     def _check(self, specs: list[InputSpec], results: list[fx.Node]) -> None:
         """Compare what was written with what the traced program and the module say there should be."""
-        for kind, tensors in ((InputKind.PARAMETER, self._module.named_parameters(remove_duplicate=False)),
-                              (InputKind.BUFFER, self._module.named_buffers(remove_duplicate=False))):
+        for kind, tensors in (
+            (InputKind.PARAMETER, self._module.named_parameters(remove_duplicate=False)),
+            (InputKind.BUFFER, self._module.named_buffers(remove_duplicate=False)),
+        ):
             wanted, found = {name for name, _ in tensors}, {spec.target for spec in specs if spec.kind is kind}
             if wanted != found:
-                raise NotRepeated(f"{sorted(wanted ^ found)[:3]} are not both in the module and in the program")
+                raise NotRepeated(
+                    f"{sorted(map(str, wanted ^ found))[:3]} are not both in the module and in the program"
+                )
         for layer in self._traced.repetition.copied:
             template = self._made[self._learnt.templates[self._traced.repetition.kinds[layer]]]
             for node, like in zip(self._made[layer], template, strict=True):
@@ -559,10 +566,6 @@ class _Extension:
         for node, spec in zip(results, signature.output_specs, strict=True):
             if spec.target in inputs and _shape(node.meta["val"]) != _shape(inputs[spec.target].meta["val"]):
                 raise NotRepeated(f"state {spec.target} is written with another shape")
-
-
-def _node(leaf: Any) -> bool:
-    return isinstance(leaf, fx.Node)
 
 
 def _kept(leaf: Any) -> Any:
@@ -580,8 +583,8 @@ def _shape(value: Any) -> str:
 def _evaluated(node: fx.Node) -> Any:
     """The value of a node, from its arguments' values."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-    mode = next(argument.meta["val"].fake_mode for argument in node.all_input_nodes
-                if isinstance(argument.meta["val"], torch.Tensor))
+    values: list[Any] = [argument.meta["val"] for argument in node.all_input_nodes]
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     try:
         with mode, torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function

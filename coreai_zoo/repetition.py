@@ -1,9 +1,9 @@
 """Layers that repeat are traced a few times and copied, so that the time of a trace does not grow with depth.
 
-A decoder is a list of layers of few kinds. `find_repetition` tells the kinds apart by everything that their modules hold:
-classes, shapes and dtypes of parameters, attributes. Only an integer that counts up from layer to layer, such as the
-layer's place in a state, may differ. `shortened` cuts the list to the first few layers; `extension.extend` turns the
-program that is traced from those into the one that all layers would have given.
+A decoder is a list of layers of few kinds. `find_repetition` tells the kinds apart by everything that their modules
+hold: classes, shapes and dtypes of parameters, attributes. Only an integer that counts up from layer to layer, such as
+the layer's place in a state, may differ. `shortened` cuts the list to the first few layers; `extension.extend` makes of
+the program that is traced from those the one that all layers would have given.
 
 What cannot be seen from outside is a layer that computes something else because of its count alone, as in
 `if self.index % 2`: a decoder whose layers differ says so by a class, or by an attribute that is not a count.
@@ -87,11 +87,10 @@ def _described(layer: nn.Module) -> tuple[object, dict[str, int]]:
     for path, child in layer.named_modules():
         # A parametrized module has a class of its own, made on the fly; its bases say what it is.
         structure.append((path, [f"{base.__module__}.{base.__qualname__}" for base in type(child).__mro__]))
-        for kind, tensors in (("parameter", child._parameters), ("buffer", child._buffers)):
-            structure += [
-                (kind, name, None if tensor is None else (tuple(tensor.shape), str(tensor.dtype)))
-                for name, tensor in tensors.items()
-            ]
+        structure += [
+            (type(tensor).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
+            for name, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
+        ]
         for name, value in sorted(vars(child).items()):
             if name in _MODULE_ATTRIBUTES:
                 continue

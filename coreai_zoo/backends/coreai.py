@@ -48,10 +48,15 @@ _ALIGNMENT = 16
 
 @frozen
 class CoreAIBackend:
-    """Writes `.aimodel` assets and runs them on the Core AI runtime (on Linux, its CPU interpreter)."""
+    """Writes `.aimodel` assets and runs them on the Core AI runtime (on Linux, its CPU interpreter).
+
+    Attributes:
+        every_layer: trace every layer, even where layers repeat. Slow; what a copied graph is compared with.
+    """
 
     name: str = "coreai"
     asset_suffix: str = ".aimodel"
+    every_layer: bool = False
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -62,7 +67,7 @@ class CoreAIBackend:
         """See `Backend.compile`."""
         _checked_versions()
         with _toolchain():
-            _save(_lower(module, spec, constants), destination)
+            _save(_lower(module, spec, constants, every_layer=self.every_layer), destination)
 
     def signature(self, asset: Path) -> Signature:
         """See `Backend.signature`."""
@@ -109,12 +114,13 @@ def _toolchain() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _lower(module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant]) -> Any:
+def _lower(module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant], *, every_layer: bool = False) -> Any:
     """Trace `module` with its composites kept whole, and lower it; an `AIProgram`."""
     from coreai_zoo.backends._coreai_lowering import Converter, add_call_sites
 
     present = _use_toolchain_composites(module)
-    program, composite_programs = _traced(module, spec, present)
+    traced = _traced_with_composites if every_layer else _traced
+    program, composite_programs = traced(module, spec, present)
     add_call_sites(composite_programs, program)
     converter = Converter(_named_state(program, constants))
     return converter.convert(

@@ -1,0 +1,414 @@
+"""A graph that was continued from the first layers is the graph that tracing every layer gives."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from checkpoints import tiny_checkpoint
+from coreai_zoo import export
+from coreai_zoo.backends import drain
+from coreai_zoo.backends.coreai import CoreAIBackend
+from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.contracts import STATIC_S1
+from coreai_zoo.extension import extend
+from coreai_zoo.overlay import LayerRewrite, StateSpec, TensorSpec, TraceSpec
+from coreai_zoo.quantize import find_recipe
+from coreai_zoo.repetition import NotRepeated, Repetition, find_repetition, short_signature, shortened
+from coreai_zoo.store import WeightStore
+from coreai_zoo.weights import plan_weights
+from coreai_zoo_overlays import qwen3_5
+from decoders import OVERLAY, signature
+from test_coreai_backend import INT8, Model, filled, recipe_of, toy
+
+TOKENS = [5, 17, 3, 3, 60, 41]
+KINDS = {"F": "full_attention", "L": "linear_attention"}
+BOTH = (CoreAIBackend(), CoreAIBackend(every_layer=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shipped overlay, with layers in any order
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Checkpointed:
+    """A tiny checkpoint whose weights are in a store."""
+
+    config: Any
+    store: WeightStore
+    rewrites: tuple[LayerRewrite, ...]
+
+    @property
+    def spec(self) -> TraceSpec:
+        return signature(self.config)
+
+    def module(self) -> nn.Module:
+        rewrites = [("test", rewrite) for rewrite in self.rewrites]
+        return export.build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), rewrites)
+
+    def bound(self, store: WeightStore, *, values: bool) -> tuple[nn.Module, dict[str, export.Constant]]:
+        module = self.module()
+        return module, export.bind(module, store, values=values)
+
+
+def checkpointed(directory: Path, kind: Any, layers: str, *rewrites: LayerRewrite) -> Checkpointed:
+    """A decoder with layers such as `FLLF`; `rewrites` come on top of the overlay's own."""
+    types = [KINDS[letter] for letter in layers]
+    tiny_checkpoint(directory, kind, num_hidden_layers=len(layers), layer_types=types)
+    checkpoint = Checkpoint.open(directory)
+    config = OVERLAY.read_config(checkpoint.config)
+    store = WeightStore(directory / "store")
+    made = Checkpointed(config, store, (*qwen3_5.layer_rewrites(STATIC_S1), *rewrites))
+    parameters = export.parameters_of(made.module())
+    store.fill(
+        plan_weights(qwen3_5.weight_map(config), parameters, checkpoint.tensors, find_recipe("int8hu")), checkpoint
+    )
+    return made
+
+
+def compiled_both_ways(
+    model: Checkpointed | Model, store: WeightStore, directory: Path, caplog: pytest.LogCaptureFixture
+) -> tuple[Path, Path]:
+    """The asset that is continued from a few layers, and the one of which every layer is traced."""
+    assets = (directory / "continued.aimodel", directory / "whole.aimodel")
+    with caplog.at_level(logging.WARNING):
+        for backend, asset in zip(BOTH, assets, strict=True):
+            module, constants = model.bound(store, values=False)
+            backend.compile(module, model.spec, constants, asset)
+    assert caplog.messages == []  # nothing had to be traced after all
+    return assets
+
+
+def assert_same_program(continued: Path, whole: Path) -> None:
+    """Byte by byte, hence in every operation, constant, name and order."""
+    one, other = ((asset / "main.mlirb").read_bytes() for asset in (continued, whole))
+    assert len(one) == len(other)
+    assert one == other
+
+
+def stepped(asset: Path, spec: TraceSpec) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Logits of `TOKENS`, and the states after them."""
+    with BOTH[0].stepper(asset, spec, capacity=len(TOKENS)) as stepper:
+        logits = np.stack(list(drain(stepper, TOKENS)))
+        return logits, {state.name: stepper.state(state.name) for state in spec.states}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "layers", "depth"),
+    [
+        ("dense", "FLLFLFLF", 6),
+        ("dense", "LLFLLFLLFLLF", 9),
+        ("moe", "FLLFLFLF", 6),
+        ("moe", "LLLFLLLFLLLFLLLF", 12),
+    ],
+)
+def test_a_continued_program_is_the_whole_one(
+    kind: str, layers: str, depth: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = checkpointed(tmp_path / "checkpoint", kind, layers)
+    repetition = find_repetition(model.module())
+    assert repetition is not None
+    assert repetition.depth == depth
+    assert repetition.path == "model.layers"
+    assert ["FL"[number] if layers[0] == "F" else "LF"[number] for number in repetition.kinds] == list(layers)
+    continued, whole = compiled_both_ways(model, model.store, tmp_path, caplog)
+    assert_same_program(continued, whole)
+
+
+class Halved(nn.Module):
+    """A feed-forward of half the weight, with the parameters where they were."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        halved: Tensor = self.down_proj(torch.relu(self.gate_proj(x)) * self.up_proj(x)) * 0.5  # type: ignore[operator]
+        return halved
+
+
+def halved(pattern: str) -> LayerRewrite:
+    return LayerRewrite(name="halved", pattern=pattern, reason="to tell one layer from the others", apply=Halved)
+
+
+@pytest.mark.slow
+def test_a_layer_that_a_rewrite_changed_is_not_like_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = "FLLFLFLFLFLF"
+    model = checkpointed(tmp_path / "checkpoint", "dense", layers, halved("model.layers.2.mlp"))
+    repetition = find_repetition(model.module())
+    assert repetition is not None
+    assert repetition.kinds == (0, 1, 2, 0, 1, 0, 1, 0, 1, 0, 1, 0)
+    assert 2 not in {repetition.kinds[layer] for layer in repetition.copied}
+    continued, whole = compiled_both_ways(model, model.store, tmp_path, caplog)
+    assert_same_program(continued, whole)
+    logits, states = stepped(continued, model.spec)
+    for name, state in states.items():
+        assert np.abs(state.astype(np.float32)).reshape(len(state), -1).max(-1).min() > 0, f"a slot of {name} is empty"
+    # And they are the decoder's, with the rewrite: float16 in another order of summation.
+    expected = in_torch(model)
+    assert np.abs(logits.astype(np.float32) - expected).max() < 2e-2
+    plain = Checkpointed(model.config, model.store, qwen3_5.layer_rewrites(STATIC_S1))
+    assert np.abs(in_torch(plain) - expected).max() > 0.1
+
+
+def in_torch(model: Checkpointed) -> np.ndarray[Any, Any]:
+    module, _ = model.bound(model.store, values=True)
+    return Model.stepped_in_torch(model, module)  # type: ignore[arg-type]  # all that it needs is `spec`
+
+
+@pytest.mark.parametrize("changed", [5, 6, 7])
+def test_a_late_layer_that_differs_is_traced_or_all_are(changed: int, tmp_path: Path) -> None:
+    model = checkpointed(tmp_path / "checkpoint", "dense", "FLLFLFLF", halved(f"model.layers.{changed}.mlp"))
+    repetition = find_repetition(model.module())
+    assert repetition is None or changed < repetition.depth
+
+
+@pytest.mark.slow
+def test_a_decoder_whose_forward_hands_out_the_slots_is_continued(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The toy's layers do not know their place: its decoder selects the slots, between the layers."""
+    model = toy(layers=6)
+    repetition = find_repetition(model.module())
+    assert repetition is not None
+    assert (repetition.kinds, repetition.depth) == ((0,) * 6, 3)
+    store = filled(model, recipe_of(INT8), tmp_path / "weights")
+    assert_same_program(*compiled_both_ways(model, store, tmp_path, caplog))
+
+
+def test_a_decoder_of_one_layer_has_nothing_to_continue() -> None:
+    assert find_repetition(toy().module()) is None
+    assert find_repetition(nn.Linear(2, 2)) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What makes layers differ
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Adds a matrix product and a slot of a state."""
+
+    def __init__(self, index: int = 0, width: int = 4, **attributes: object) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 4)
+        self.index = index
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.linear(x) + slot
+        return x, x * 2
+
+
+class Stack(nn.Module):
+    """Layers, and a state with a slot for each."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        slots = []
+        for position, layer in enumerate(self.layers):
+            x, slot = layer(x, state[position])
+            slots.append(slot)
+        state.copy_(torch.stack(slots))
+        return self.last(x, slots)
+
+    def last(self, x: Tensor, slots: list[Tensor]) -> Tensor:
+        return x
+
+
+def kinds_of(*layers: Layer) -> tuple[int, ...] | None:
+    repetition = find_repetition(Stack(list(layers)))
+    return repetition and repetition.kinds
+
+
+def test_layers_that_differ_in_an_index_only_are_alike() -> None:
+    assert kinds_of(*(Layer(index) for index in range(8))) == (0,) * 8
+    assert kinds_of(*(Layer(index, eps=1e-6, name="a", sizes=[1, 2]) for index in range(8))) == (0,) * 8
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"eps": (1e-5, 1e-6)},
+        {"name": ("a", "b")},
+        {"window": (128, 0)},
+        {"flag": (True, False)},
+        {"sizes": ([1, 2], [1, 3])},
+        {"table": ({"a": 1}, {"a": 2})},
+        {"config": (object(), object())},
+        {"act": (torch.relu, torch.sigmoid)},
+    ],
+    ids=lambda attributes: next(iter(attributes)),
+)
+def test_layers_that_differ_in_anything_else_are_not(attributes: dict[str, tuple[object, object]]) -> None:
+    layers = [Layer(i, **{name: values[i % 2] for name, values in attributes.items()}) for i in range(12)]
+    assert kinds_of(*layers) == (0, 1) * 6
+
+
+def test_layers_that_differ_in_the_shape_or_dtype_of_a_parameter_are_not_alike() -> None:
+    assert kinds_of(*(Layer(i, width=4 + i % 2) for i in range(12))) == (0, 1) * 6
+    layers = [Layer(i) for i in range(12)]
+    for layer in layers[1::2]:
+        layer.half()
+    assert kinds_of(*layers) == (0, 1) * 6
+
+
+def test_as_many_layers_are_traced_as_show_every_kind_often_enough() -> None:
+    def depth(pattern: str) -> int | None:
+        layers = [Layer(pattern[:i].count(letter), name=letter) for i, letter in enumerate(pattern)]
+        repetition = find_repetition(Stack(layers))
+        return repetition and repetition.depth
+
+    assert depth("L" * 64) == 3
+    assert depth("LLLF" * 16) == 12
+    assert depth("L" + "LLLF" * 16) == 13
+    assert depth("LLLLLLLL" + "F" * 8) == 11  # F comes once more than is compared
+    assert depth("LF") is None
+    assert depth("L" * 20 + "F" * 2) is None  # what follows is not seen often enough
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be continued is not
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stack_spec(slots: int) -> TraceSpec:
+    return TraceSpec(
+        inputs=(TensorSpec("x", (2, 4), "float32"),),
+        states=(StateSpec(name="state", shape=(slots, 2, 4), dtype="float32"),),
+        outputs=(TensorSpec("y", (2, 4), "float32"),),
+        axes={},
+    )
+
+
+def continued(module: nn.Module, slots: int = 8) -> torch.export.ExportedProgram:
+    spec = stack_spec(slots)
+    repetition = find_repetition(module)
+    assert repetition is not None
+    short = short_signature(spec, repetition)
+    with shortened(module, repetition):
+        program = export.trace(module, short, {})
+    return extend(program, module, repetition, short, spec)
+
+
+def test_a_continued_program_computes_what_the_module_does() -> None:
+    module = Stack([Layer(index) for index in range(8)]).eval()
+    program = continued(module)
+    export.check_traced(program, stack_spec(8))
+    x, state = torch.randn(2, 4), torch.randn(8, 2, 4)
+    expected_state, found_state = state.clone(), state.clone()
+    with torch.no_grad():
+        expected = module(x, expected_state)
+        found = program.module()(x, found_state)
+    assert torch.equal(found, expected)
+    assert torch.equal(found_state, expected_state)
+    assert len(module.layers) == 8  # whole again
+
+
+class SkipsOne(Stack):
+    """Every layer also sees what the layer before the last one computed."""
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        before, slots = x, []
+        for position, layer in enumerate(self.layers):
+            following, slot = layer(x + before, state[position])
+            before, x = x, following
+            slots.append(slot)
+        state.copy_(torch.stack(slots))
+        return x
+
+
+class Squares(Stack):
+    """An integer that is no count."""
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        slots = []
+        for position, layer in enumerate(self.layers):
+            x, slot = layer(x + position * position, state[position])
+            slots.append(slot)
+        state.copy_(torch.stack(slots))
+        return x
+
+
+class Backwards(Stack):
+    """The new slots in reverse."""
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        slots = []
+        for position, layer in enumerate(self.layers):
+            x, slot = layer(x, state[position])
+            slots.append(slot)
+        state.copy_(torch.stack(slots[::-1]))
+        return x
+
+
+class Taps(Stack):
+    """The output also depends on a layer in the middle."""
+
+    def last(self, x: Tensor, slots: list[Tensor]) -> Tensor:
+        return x + slots[1]
+
+
+class Scaled(Stack):
+    """The output is divided by the number of layers."""
+
+    def last(self, x: Tensor, slots: list[Tensor]) -> Tensor:
+        return torch.stack(slots).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (SkipsOne, "not handed on like others|read in places"),
+        (Squares, "no count of the layers explains"),
+        (Backwards, "not handed on like others"),
+        (Taps, "not handed on like others"),
+    ],
+)
+def test_what_cannot_be_continued_is_said(decoder: type[Stack], message: str) -> None:
+    module = decoder([Layer(index) for index in range(8)])
+    with pytest.raises(NotRepeated, match=message):
+        continued(module)
+    assert len(module.layers) == 8
+
+
+def test_a_list_that_is_gathered_for_the_output_is_continued_too() -> None:
+    module = Scaled([Layer(index) for index in range(8)]).eval()
+    x, state = torch.randn(2, 4), torch.randn(8, 2, 4)
+    with torch.no_grad():
+        found, expected = continued(module).module()(x, state.clone()), module(x, state.clone())
+    assert torch.equal(found, expected)
+
+
+def test_a_state_whose_slots_belong_to_no_kinds_is_refused() -> None:
+    repetition = Repetition("layers", (0,) * 8, tuple({"position": p} for p in range(8)), 3)
+    with pytest.raises(NotRepeated, match="the 5 slots of state state"):
+        short_signature(stack_spec(5), repetition)
+    assert short_signature(stack_spec(8), repetition).states[0].shape == (3, 2, 4)
+
+
+@pytest.mark.slow
+def test_a_decoder_that_cannot_be_continued_is_traced_whole_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = SkipsOne([Layer(index) for index in range(8)]).eval()
+    with caplog.at_level(logging.WARNING):
+        BOTH[0].compile(module, stack_spec(8), {}, tmp_path / "skips.aimodel")
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("Every layer is traced, because the first ones cannot be continued: ")
+    assert BOTH[0].signature(tmp_path / "skips.aimodel").states == {"state": ((8, 2, 4), "float32")}
