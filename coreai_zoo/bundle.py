@@ -35,8 +35,12 @@ BUILD_SCHEMA = 1
 # Written after the build, by gates: outside the digest, so that a gated bundle still verifies.
 GATE_FOLDER = "gate"
 
-# Registered in swift-transformers, so that a Mac can load them (FACTS section 3).
+# Registered in swift-transformers, so that a Mac can load them.
 TOKENIZER_CLASSES = ("Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+
+# Classes of newer transformers that engines do not know yet, and the one that the same tokenizer.json works as: the
+# engine reads everything else from that file.
+_TOKENIZER_ALIASES = {"Qwen3_5Tokenizer": "Qwen2Tokenizer"}
 
 _TOKENIZER_FILES = {
     "tokenizer.json": True,
@@ -96,7 +100,7 @@ def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
     tokenizer_files(checkpoint)
     config = read_object(checkpoint / "tokenizer_config.json")
     name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-    if name not in TOKENIZER_CLASSES:
+    if name not in (*TOKENIZER_CLASSES, *_TOKENIZER_ALIASES):
         raise BadInput(
             f"tokenizer_class in {checkpoint / 'tokenizer_config.json'} is {config.get('tokenizer_class')!r}, which "
             f"the runtime does not know.",
@@ -126,10 +130,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def copy_tokenizer(checkpoint: Path, destination: Path) -> None:
-    """Copy the checkpoint's tokenizer files to `destination`."""
+    """Copy the checkpoint's tokenizer files to `destination`, its class under a name that engines know."""
     destination.mkdir()
     for path in tokenizer_files(checkpoint):
         shutil.copyfile(path, destination / path.name)
+    config = read_object(destination / "tokenizer_config.json")
+    alias = _TOKENIZER_ALIASES.get(str(config.get("tokenizer_class", "")).removesuffix("Fast"))
+    if alias is not None:
+        write_json(destination / "tokenizer_config.json", {**config, "tokenizer_class": alias})
 
 
 @frozen
@@ -140,7 +148,7 @@ class Description:
     asset: str
     vocab_size: int
     max_context_length: int
-    hf_id: str
+    hf_id: str | None
     hf_revision: str | None
     compression: str
     states: Mapping[str, str]
@@ -157,7 +165,7 @@ def metadata(description: Description) -> dict[str, Any]:
         "name": description.name,
         "assets": {"main": description.asset},
         "language": {
-            "tokenizer": description.hf_id,
+            "tokenizer": description.hf_id or description.name,
             "vocab_size": description.vocab_size,
             "max_context_length": description.max_context_length,
             "embedded_tokenizer": True,
@@ -174,6 +182,11 @@ def metadata(description: Description) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as indented UTF-8 JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_sizes(bundle: Path) -> dict[str, int]:
+    """Size of every file that `file_digests` looks at, by relative path, without reading one."""
+    return {path.relative_to(bundle).as_posix(): path.stat().st_size for path in sorted(_files(bundle))}
 
 
 def file_digests(bundle: Path) -> dict[str, dict[str, Any]]:

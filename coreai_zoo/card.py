@@ -34,11 +34,14 @@ def _head(record: Mapping[str, Any]) -> str:
             f"**A sample, not {title}.** A miniature with the topology of {title}, trained on a few megabytes of text, "
             "that exercises the same build. It is useful for trying the tools and for nothing else."
         )
+    elif record["entry"]["differences"]:
+        differences = "; ".join(record["entry"]["differences"])
+        lines.append(f"**Not {title}, but a model of its architecture.** {differences}.")
     else:
         hf_id = record["entry"]["hf_id"]
         lines.append(f"{title} ([{hf_id}](https://huggingface.co/{hf_id})) for Core AI.")
-    if record["entry"]["differences"]:
-        lines.append("**Not the published size.** " + "; ".join(record["entry"]["differences"]) + ".")
+    if record["layers"] != record["whole_layers"]:
+        lines.append(f"**A slice: the first {record['layers']} of {record['whole_layers']} layers**, for tests only.")
     return "\n\n".join(lines)
 
 
@@ -98,7 +101,7 @@ def _run(record: Mapping[str, Any]) -> str:
         "## Running it\n\n"
         f"On a Mac, with an engine for the `{record['contract']['name']}` contract. It needs:\n\n{needs}\n\n"
         "On Linux, on the Core AI CPU interpreter (slow; for checking):\n\n"
-        f'```\nzoo run {record["name"]} -p "def main(" -n 40\n```'
+        f'```\nzoo run PATH/TO/{record["name"]} -p "def main(" -n 40\n```'
     )
 
 

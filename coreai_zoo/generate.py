@@ -12,7 +12,6 @@ from coreai_zoo.backends import Backend
 from coreai_zoo.bundle import Bundle, load_tokenizer, read_object
 from coreai_zoo.errors import BadInput, CheckFailed
 
-
 # Dividing by less than this would overflow, and the most probable token is all that is left anyway.
 _GREEDY = 1e-6
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.bundle import Bundle
+from coreai_zoo.errors import listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.preflight import Preflight, preflight
 from coreai_zoo.progress import Reporter
@@ -70,6 +71,10 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         with report.stage("weights", f"{len(resolved.weights.tensors)} tensors as {resolved.recipe.name}"):
             filled = _fill(store, resolved, report)
             report.note(f"{filled.computed} computed, {filled.reused} reused")
+            if filled.repaired:
+                report.note(f"damaged and redone: {listing(list(filled.repaired))}")
+            if filled.removed:
+                report.note(f"removed {len(filled.removed)} tensors that this build does not use")
         with report.stage("lower", f"{resolved.backend.name}, contract {resolved.contract.name}"):
             _lower(resolved, store, partial)
         with report.stage("bundle", resolved.name):

@@ -168,14 +168,21 @@ class Plugins:
         return infos
 
     @contextmanager
-    def blame(self, plugin: str, what: str) -> Iterator[None]:
+    def blame(self, plugin: str, what: str, *, except_input: bool = False) -> Iterator[None]:
         """Make every exception of the block name `plugin` and `what` it was doing, a hook for example.
 
         An error of the zoo keeps its type and exit code and gets a note; anything else becomes a PluginError.
+
+        Args:
+            plugin: its name.
+            what: what it was doing.
+            except_input: let BadInput pass as it is, where judging what the user gave is the plugin's task.
         """
         try:
             yield
         except ZooError as error:
+            if except_input and isinstance(error, BadInput):
+                raise
             error.add_note(f"(From plugin {plugin!r}, {what}.)")
             raise
         except Exception as error:

@@ -25,17 +25,18 @@ class Reporter:
     """
 
     def __init__(self, *, silent: bool = False) -> None:
-        self._console = Console(file=sys.stderr, quiet=silent, highlight=False)
+        # No markup: names and paths are printed as they are.
+        self._console = Console(file=sys.stderr, quiet=silent, highlight=False, markup=False, emoji=False)
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
         """Announce a stage and, when it is done, how long it took (also kept in `seconds`)."""
-        self._console.print(f"[bold]{name:<8}[/] {detail}", soft_wrap=True)
+        self._console.print(f"{name:<8} {detail}".rstrip(), soft_wrap=True)
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
-        self._console.print(f"         [dim]{self.seconds[name]:.1f} s[/]")
+        self._console.print(f"         {self.seconds[name]:.1f} s", style="dim")
 
     def note(self, text: str) -> None:
         """A remark inside a stage."""

@@ -32,7 +32,7 @@ def write_records(resolved: Resolved, store: WeightStore, partial: Path) -> None
                 asset=resolved.asset,
                 vocab_size=resolved.facts["vocab_size"],
                 max_context_length=resolved.max_context,
-                hf_id=resolved.entry.hf_id,
+                hf_id=resolved.hf_id,
                 hf_revision=resolved.revision,
                 compression=resolved.recipe.published_name,
                 states={state.name: state.kind for state in resolved.signature.states},
@@ -41,8 +41,7 @@ def write_records(resolved: Resolved, store: WeightStore, partial: Path) -> None
             )
         ),
     )
-    sizes = {path: digest["bytes"] for path, digest in bundles.file_digests(partial).items()}
-    (partial / "README.md").write_text(card.render(record, sizes), encoding="utf-8")
+    (partial / "README.md").write_text(card.render(record, bundles.file_sizes(partial)), encoding="utf-8")
     bundles.write_json(partial / "build.json", {**record, "files": bundles.file_digests(partial)})
 
 
@@ -68,7 +67,7 @@ def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
         "entry": {
             "name": resolved.entry.name,
             "title": resolved.entry.title,
-            "hf_id": resolved.entry.hf_id,
+            "hf_id": resolved.hf_id,
             "status": resolved.entry.status,
             "sha256": _digest(attrs.asdict(resolved.entry)),
             "differences": list(resolved.differences),
@@ -94,6 +93,7 @@ def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
         },
         "facts": dict(resolved.facts),
         "layers": resolved.facts["layers"],
+        "whole_layers": resolved.whole_layers,
         "contract": {"name": resolved.contract.name, "prerequisites": list(resolved.contract.prerequisites)},
         "backend": resolved.backend.name,
         "recipe": {

@@ -67,6 +67,7 @@ class Resolved:
     overlay_plugin: str
     config: Any
     facts: Mapping[str, Any]
+    whole_layers: int
     differences: tuple[str, ...]
     contract: Contract
     backend: Backend
@@ -83,6 +84,11 @@ class Resolved:
     def sample(self) -> bool:
         """Whether this is the entry's miniature."""
         return self.request.sample
+
+    @property
+    def hf_id(self) -> str | None:
+        """The entry's repository on the hub, if this checkpoint can be what is there."""
+        return None if self.sample or self.differences else self.entry.hf_id
 
     @property
     def asset(self) -> str:
@@ -105,8 +111,8 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
     check_output_folder(request.output)
     directory, revision = locate_checkpoint(entry, request.checkpoint, sample=request.sample)
     model = _read_model(request, entry, directory, plugins)
-    # A sample and a slice are other sizes on purpose.
-    differences = () if request.sample or request.layers else compare_facts(entry, model.facts)
+    # A sample is another size on purpose; of a slice, the whole is compared.
+    differences = () if request.sample else compare_facts(entry, model.whole_facts)
     max_context = _max_context(request, entry, model.facts)
     bundles.check_tokenizer(directory, model.facts["vocab_size"])
     checkpoint = Checkpoint.open(directory)
@@ -124,6 +130,7 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
         overlay_plugin=model.plugin,
         config=model.config,
         facts=model.facts,
+        whole_layers=model.whole_facts["layers"],
         differences=differences,
         contract=contract,
         backend=backend,
@@ -147,6 +154,7 @@ class _Model:
     plugin: str
     config: Any
     facts: Mapping[str, Any]
+    whole_facts: Mapping[str, Any]
     kv_cache: Any
 
 
@@ -161,11 +169,13 @@ def _read_model(request: BuildRequest, entry: Entry, directory: Path, plugins: P
             f"({entry.facts.ffn} feed-forward).",
             "Choose the entry that fits the checkpoint: `zoo list` shows the feed-forward kind of each.",
         )
-    with plugins.blame(plugin, f"overlay {overlay.name!r}"):
+    with plugins.blame(plugin, f"overlay {overlay.name!r}", except_input=True):
+        whole_facts = overlay.facts(overlay.read_config(hf_config))
         if request.layers is not None:
             hf_config = overlay.with_layers(hf_config, request.layers)
         config = overlay.read_config(hf_config)
-        return _Model(hf_config, overlay, plugin, config, overlay.facts(config), overlay.kv_cache(config))
+        facts, kv_cache = overlay.facts(config), overlay.kv_cache(config)
+    return _Model(hf_config, overlay, plugin, config, facts, whole_facts, kv_cache)
 
 
 def _signature(model: _Model, contract: Contract, max_context: int, plugins: Plugins) -> TraceSpec:
@@ -219,7 +229,7 @@ def _fetch(entry: Entry) -> tuple[Path, str]:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise EnvironmentLacks(
-            f"The checkpoint {entry.hf_id} is not on this machine and cannot be fetched: {reason}",
+            f"The checkpoint {entry.hf_id} is not on this machine and cannot be fetched ({reason.removesuffix('.')}).",
             "Pass --checkpoint DIR with a local copy, or --sample to build the miniature that ships with the entry.",
         ) from error
     return Path(directory), Path(directory).name

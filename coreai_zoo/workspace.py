@@ -22,6 +22,7 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.errors import BadInput, EnvironmentLacks
+from coreai_zoo.lock import exclusive
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEFAULT_WORK = ".zoo-work"
@@ -100,7 +101,7 @@ class Workspace:
             EnvironmentLacks: when the disk is full.
         """
         with contextlib.ExitStack() as stack:
-            # A lock on `destination` and one on `work` belong here: all below assumes that no other build is at them.
+            stack.enter_context(self._locked())
             self._recover()
             self._check_destination(force)
             stack.enter_context(self._directories())
@@ -146,7 +147,6 @@ class Workspace:
             os.rename(self._spent, self.work)  # killed before the bundle was in place
         for left in (self._spent, self._aside, self.partial):
             shutil.rmtree(left, ignore_errors=True)
-        self._remove_default_parent()
 
     def _check_destination(self, force: bool) -> None:
         if self.destination.is_symlink() or (self.destination.exists() and not self.destination.is_dir()):
@@ -158,25 +158,39 @@ class Workspace:
             raise BadInput(f"{self.destination} exists.", "Pass --force to replace it, or another folder with -o DIR.")
 
     @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other builds away from the output and from the weight store, in this order; their folders are made."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._remove_default_parent)  # last, when no lock file is in it any more
+            stack.enter_context(_parents_of(self.destination))
+            stack.enter_context(exclusive(self.destination, f"building {self.destination.name}"))
+            with self._work_explained():
+                stack.enter_context(_parents_of(self.work))
+            stack.enter_context(exclusive(self.work, f"building {self.destination.name}"))
+            yield
+
+    @contextlib.contextmanager
     def _directories(self) -> Iterator[None]:
         """Make the partial bundle's directory and the weight store's; afterwards remove the former, and empty ones."""
-        with _parents_of(self.destination), contextlib.ExitStack() as stack:
-            self.partial.mkdir()
-            try:
-                try:
-                    stack.enter_context(_parents_of(self.work))
-                    self.work.mkdir(exist_ok=True)
-                except OSError as error:
-                    raise BadInput(
-                        f"The work directory {self.work} cannot be made: {error.strerror}.",
-                        "Choose another with --work-dir DIR.",
-                    ) from error
-                yield
-            finally:
-                shutil.rmtree(self.partial, ignore_errors=True)
-                with contextlib.suppress(OSError):  # not empty: to be resumed from
-                    self.work.rmdir()
-                self._remove_default_parent()
+        self.partial.mkdir()
+        try:
+            with self._work_explained():
+                self.work.mkdir(exist_ok=True)
+            yield
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: to be resumed from
+                self.work.rmdir()
+
+    @contextlib.contextmanager
+    def _work_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BadInput(
+                f"The work directory {self.work} cannot be made: {error.strerror}.",
+                "Choose another with --work-dir DIR.",
+            ) from error
 
     def _remove_work(self) -> None:
         if not self.keep:

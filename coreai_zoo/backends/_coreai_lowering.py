@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import coreai.authoring  # before the dialects, which import each other through it
 import torch
 from coreai._compiler.dialects import coreai
 from coreai._compiler.ir import (
