@@ -514,7 +514,7 @@ class _Extension:
         copy.meta = dict(node.meta)
         if reshaped:
             value = _evaluated(copy)
-            if _shape(value) != _shape(node.meta["val"]):  # the same object otherwise, which is quick to compare
+            if _shape(value) != _shape(node.meta.get("val")):  # the same object otherwise, which is quick to compare
                 copy.meta["val"] = value
         return copy
 

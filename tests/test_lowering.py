@@ -144,22 +144,21 @@ def halved(pattern: str) -> LayerRewrite:
 def test_a_layer_that_a_rewrite_changed_is_not_like_the_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layers = "FLLFLFLFLFLF"
+    layers = "FLLFLLFLLFLL"
     model = checkpointed(tmp_path / "checkpoint", "dense", layers, halved("model.layers.2.mlp"))
     repetition = find_repetition(model.module())
     assert repetition is not None
-    assert repetition.kinds == (0, 1, 2, 0, 1, 0, 1, 0, 1, 0, 1, 0)
+    assert repetition.kinds == (0, 1, 2, 0, 1, 1, 0, 1, 1, 0, 1, 1)
     assert 2 not in {repetition.kinds[layer] for layer in repetition.copied}
     continued, whole = compiled_both_ways(model, model.store, tmp_path, caplog)
     assert_same_program(continued, whole)
     logits, states = stepped(continued, model.spec)
     for name, state in states.items():
         assert np.abs(state.astype(np.float32)).reshape(len(state), -1).max(-1).min() > 0, f"a slot of {name} is empty"
-    # And they are the decoder's, with the rewrite: float16 in another order of summation.
+    # And they are the decoder's, with the rewrite: what differs is rounding, in another order of summation.
     expected = in_torch(model)
-    assert np.abs(logits.astype(np.float32) - expected).max() < 2e-2
-    plain = Checkpointed(model.config, model.store, qwen3_5.layer_rewrites(STATIC_S1))
-    assert np.abs(in_torch(plain) - expected).max() > 0.1
+    plain = in_torch(Checkpointed(model.config, model.store, qwen3_5.layer_rewrites(STATIC_S1)))
+    assert np.abs(logits.astype(np.float32) - expected).mean() < np.abs(plain - expected).mean() / 10
 
 
 def in_torch(model: Checkpointed) -> np.ndarray[Any, Any]:

@@ -116,6 +116,8 @@ def _toolchain() -> Iterator[None]:
 
 def _lower(module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant], *, every_layer: bool = False) -> Any:
     """Trace `module` with its composites kept whole, and lower it; an `AIProgram`."""
+    import coreai_torch  # noqa: F401  # before the compiler's dialects, which import each other in a circle otherwise
+
     from coreai_zoo.backends._coreai_lowering import Converter, add_call_sites
 
     present = _use_toolchain_composites(module)
