@@ -41,7 +41,8 @@ def demo(entry: str, output: Path) -> None:
     backend, checkpoint = backend_of(bundle, plugins), checkpoint_of(bundle, plugins, None)
     with report.stage("gate", f"{POSITIONS} positions against Hugging Face in fp32"):
         config = config_of(bundle, plugins, checkpoint)
-        verdict = teacher_forced.gate(bundle, backend, checkpoint, config, positions=POSITIONS).verdict
+        tokens = teacher_forced.tokenize(bundle, teacher_forced.DEFAULT_PROMPT, POSITIONS)
+        verdict = teacher_forced.gate(bundle, backend, checkpoint, config, tokens).verdict
     with report.stage("generate", f"{NEW_TOKENS} tokens on the {backend.name} runtime"):
         text = "".join(generate(bundle, backend, PROMPT, NEW_TOKENS))
     _print_result(bundle, result, verdict, time.monotonic() - started)

@@ -14,6 +14,7 @@ from attrs import frozen
 
 from coreai_zoo.bundle import tokenizer_files
 from coreai_zoo.errors import EnvironmentLacks
+from coreai_zoo.machine import available_memory
 from coreai_zoo.resolve import Resolved
 from coreai_zoo.workspace import Workspace, existing_parent
 
@@ -115,15 +116,6 @@ def _bytes_read(resolved: Resolved) -> int:
 
 def _bytes_below(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-
-
-def available_memory() -> int | None:
-    """Bytes that programs may still take without swapping, where Linux tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _size(count: int) -> str:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 # Seconds between two plain lines of one stage, so that a log of a long build stays readable.
 _PLAIN_INTERVAL = 10.0
@@ -41,6 +49,18 @@ class Reporter:
     def note(self, text: str) -> None:
         """A remark inside a stage."""
         self._console.print(f"         {text}", soft_wrap=True)
+
+    @contextmanager
+    def steps(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """Count equal steps up to `total`: a bar on a terminal, a line elsewhere; yields what to call after each."""
+        if not self._console.is_terminal or self._console.quiet:
+            self._console.print(what, soft_wrap=True)
+            yield lambda: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
 
     @contextmanager
     def bytes(self, total: int) -> Iterator[ByteCounter]:

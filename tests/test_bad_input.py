@@ -210,7 +210,7 @@ def test_a_model_with_room_for_fewer_positions_than_are_traced_is_refused(tmp_pa
 def test_a_slice_that_is_no_model_is_refused(tmp_path: Path, dense: Path, layers: int) -> None:
     text = refusal(tmp_path, DENSE, "--checkpoint", dense, "--layers", layers)
 
-    assert f"A slice of {layers} layers is not a model: this checkpoint has 2 layers" in text
+    assert f"A slice of {layers} layers is not possible: this checkpoint has 2 layers" in text
     assert "at least one linear_attention and one full_attention" in text
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.gates import OracleOutput
+from coreai_zoo.machine import available_memory
 
 
 def huggingface_logits(checkpoint: Path, tokens: Sequence[int], hf_config: Mapping[str, Any]) -> OracleOutput:
@@ -26,9 +27,11 @@ def huggingface_logits(checkpoint: Path, tokens: Sequence[int], hf_config: Mappi
 
     Raises:
         BadInput: when transformers cannot load the checkpoint, or finds a parameter that it does not fill.
+        EnvironmentLacks: when the model in fp32 does not fit into memory.
     """
     import torch
 
+    _require_memory(checkpoint)
     with quiet_transformers():
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,6 +52,18 @@ def huggingface_logits(checkpoint: Path, tokens: Sequence[int], hf_config: Mappi
             outputs = model.eval()(input_ids=ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
     margins = _router_margins(outputs.router_logits, routed) if routed else None
     return OracleOutput(outputs.logits[0].float().numpy(), margins)
+
+
+def _require_memory(checkpoint: Path) -> None:
+    """Refuse a model that fp32 makes too large, before the machine swaps or kills: weights are stored in two bytes."""
+    needed = 2 * sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    available = available_memory()
+    if available is not None and needed > available:
+        raise EnvironmentLacks(
+            f"The oracle needs {needed / 2**30:.0f} GiB of memory for {checkpoint} in fp32, and "
+            f"{available / 2**30:.0f} GiB are available.",
+            "Gate a slice of the model: `zoo build ENTRY --checkpoint DIR --layers N`, then gate that.",
+        )
 
 
 def _router_margins(layers: Sequence[Any], chosen: int) -> np.ndarray[Any, Any]:

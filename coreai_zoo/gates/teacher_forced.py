@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,22 @@ if __name__ == "__main__":
 class GateReport:
     """Verdict of one prompt with what is needed to read it."""
 
-    prompt: str
     candidate: str
     pieces: tuple[str, ...]
     verdict: Verdict
 
 
-def tokenize(bundle: Bundle, prompt: str, positions: int) -> list[int]:
-    """The first `positions` tokens of `prompt` by the bundle's own tokenizer.
+def tokenize(bundle: Bundle, prompt: str, positions: int | None = None) -> list[int]:
+    """The first `positions` tokens of `prompt` by the bundle's own tokenizer; without a number, at most 64.
 
     Raises:
         BadInput: when the prompt is shorter, or longer than the bundle's context.
     """
     tokens: list[int] = load_tokenizer(bundle.tokenizer).encode(prompt).ids
+    if not tokens:
+        raise BadInput("The prompt is empty.", 'Give one with -p "...", or leave it out for the default.')
+    if positions is None:
+        positions = min(DEFAULT_POSITIONS, len(tokens), bundle.max_context)
     if positions > bundle.max_context:
         raise BadInput(f"{positions} positions are more than this bundle's context of {bundle.max_context}.")
     if len(tokens) < positions:
@@ -83,33 +86,31 @@ def gate(
     backend: Backend,
     checkpoint: Path,
     hf_config: Mapping[str, Any],
-    prompt: str = DEFAULT_PROMPT,
-    positions: int = DEFAULT_POSITIONS,
+    tokens: Sequence[int],
     on_step: Callable[[], None] = lambda: None,
 ) -> GateReport:
-    """Teacher-force `prompt` through oracle and bundle.
+    """Teacher-force `tokens` through oracle and bundle.
 
     Args:
         bundle: what is judged.
         backend: that it was written by.
         checkpoint: that it was built from.
         hf_config: the checkpoint's config, or that of the slice that was built.
-        prompt: text.
-        positions: how many of its tokens.
+        tokens: see `tokenize`.
         on_step: called after each step of the candidate.
 
     Raises:
-        BadInput: for a checkpoint or prompt that does not fit the bundle.
+        BadInput: for a checkpoint that does not fit the bundle.
+        EnvironmentLacks: when there is not the memory for the oracle.
         CheckFailed: when the asset cannot be run.
     """
     check_checkpoint(bundle, checkpoint)
-    tokens = tokenize(bundle, prompt, positions)
     oracle = huggingface_logits(checkpoint, tokens, hf_config)
     candidate = AssetCandidate(bundle, backend, on_step)
     verdict = judge(tokens, oracle.logits, candidate.logits(tokens), oracle.router_margins)
-    return GateReport(prompt, candidate.name, _pieces(bundle, tokens), verdict)
+    return GateReport(candidate.name, _pieces(bundle, tokens), verdict)
 
 
-def _pieces(bundle: Bundle, tokens: list[int]) -> tuple[str, ...]:
+def _pieces(bundle: Bundle, tokens: Sequence[int]) -> tuple[str, ...]:
     tokenizer = load_tokenizer(bundle.tokenizer)
     return tuple(tokenizer.decode([token], skip_special_tokens=False) for token in tokens)

@@ -133,7 +133,8 @@ class _Reader:
 def text_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The text config, whether wrapped (`text_config`) or flat."""
     text = hf_config.get("text_config")
-    text = hf_config if text is None else text
+    if text is None and ("text_config" not in hf_config or "hidden_size" in hf_config):
+        text = hf_config
     if not isinstance(text, Mapping):
         raise BadInput("text_config in config.json is not an object.")
     # Released wrappers carry the tie flag at the top; a text config's own wins. Null is silence.
@@ -251,11 +252,6 @@ def _moe(read: _Reader) -> MoEConfig:
     return moe
 
 
-def _shortest(config: Qwen35Config) -> int:
-    """The smallest number of first layers with one of each kind."""
-    return max(config.layer_types.index(kind) for kind in (LINEAR, FULL)) + 1
-
-
 def with_layers(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The config of a slice that keeps the first `layers` layers, wrapped or flat as it was given.
 
@@ -263,17 +259,19 @@ def with_layers(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
         BadInput: when the slice would not have a layer of each kind, or is not shorter.
     """
     config = read_config(hf_config)
-    kinds = config.layer_types[:layers]
-    if not 0 < layers < len(config.layer_types) or {LINEAR, FULL} - set(kinds):
+    total = len(config.layer_types)
+    shortest = max(config.layer_types.index(kind) for kind in (LINEAR, FULL)) + 1
+    if not shortest <= layers < total:
+        sizes = f"{shortest} to {total - 1}" if shortest < total else "none"
         raise BadInput(
-            f"A slice of {layers} layers is not possible: this checkpoint has {len(config.layer_types)}, and a slice "
-            f"has fewer and at least one {LINEAR} and one {FULL} layer (so {_shortest(config)} or more)."
+            f"A slice of {layers} layers is not possible: this checkpoint has {total} layers, and a slice has fewer, "
+            f"with at least one {LINEAR} and one {FULL} layer among them (possible here: {sizes})."
         )
     text = {
         **text_fields(hf_config),
         "num_hidden_layers": layers,
-        "layer_types": list(kinds),
-        "zoo_sliced_from": len(config.layer_types),
+        "layer_types": list(config.layer_types[:layers]),
+        "zoo_sliced_from": total,
     }
     return {**hf_config, "text_config": text} if "text_config" in hf_config else text
 
