@@ -70,6 +70,8 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         with report.stage("weights", f"{len(resolved.weights.tensors)} tensors as {resolved.recipe.name}"):
             filled = _fill(store, resolved, report)
             report.note(f"{filled.computed} computed, {filled.reused} reused")
+        # The disk may have filled meanwhile, and the toolchain's writer ends the whole process when it meets its end.
+        preflight(resolved, workspace).require()
         with report.stage("lower", f"{resolved.backend.name}, contract {resolved.contract.name}"):
             _lower(resolved, store, partial)
         with report.stage("bundle", resolved.name):
