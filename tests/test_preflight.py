@@ -75,20 +75,22 @@ def test_scratch_that_does_not_fit_on_its_own_disk_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("size", "words"), [("212k", "no space left"), ("500k", "needs 145.1 KiB of disk space")])
 def test_a_disk_that_fills_up_is_an_error_from_which_a_build_goes_on_when_there_is_space(
-    checkpoint: Path, tmp_path: Path, small_disk: Disk
+    checkpoint: Path, tmp_path: Path, small_disk: Disk, size: str, words: str
 ) -> None:
-    # It takes whole pages of 4 KiB for each small file, which is more than the bytes that were counted beforehand.
-    output = small_disk("500k")
+    # Small files take whole pages of 4 KiB, more than was counted beforehand. The smaller disk is full while weights
+    # are written; on the larger, a quarter of a megabyte of another program's, there is no room for the asset then.
+    output = small_disk(size)
     filler = output / "filler"
-    filler.write_bytes(bytes(250_000))
+    filler.write_bytes(bytes(250_000 if size == "500k" else 0))
 
     full = build(checkpoint, output)
 
     assert full.returncode == 3, full.stderr
     error = full.stderr.splitlines()[-1]
-    assert "weights " in full.stderr and error.startswith("error: ")
-    assert "no space left" in error and f"Finished weights are kept in {output / '.zoo-work'}" in error
+    assert "weights " in full.stderr and "lower " not in full.stderr
+    assert words in error and f"Finished weights are kept in {output / '.zoo-work'}" in error
     assert sorted(path.name for path in output.iterdir()) == [".zoo-work", "filler"]
 
     filler.unlink()
@@ -96,9 +98,9 @@ def test_a_disk_that_fills_up_is_an_error_from_which_a_build_goes_on_when_there_
     again = build(checkpoint, output, "--json")
 
     assert again.returncode == 0, again.stderr
-    weights = json.loads(again.stdout)["weights"]
-    assert 0 < weights["reused"] and 0 < weights["computed"]
-    assert [path.name for path in output.iterdir()] == [json.loads(again.stdout)["name"]]
+    answer = json.loads(again.stdout)
+    assert answer["weights"]["reused"] >= (5 if size == "212k" else 28)
+    assert [path.name for path in output.iterdir()] == [answer["name"]]
 
 
 @pytest.mark.slow
