@@ -23,6 +23,9 @@ _BYTES = MappingProxyType({"float16": 2, "bfloat16": 2, "float32": 4, "float64":
 # torch and the toolchain, imported and idle, take this much; no build gets by with less.
 LEAST_MEMORY = 384 * 2**20
 
+# The graph around the weights: 45 KiB were measured for two layers.
+_GRAPH_BYTES, _GRAPH_BYTES_PER_LAYER = 32 * 2**10, 24 * 2**10
+
 
 @frozen
 class Disk:
@@ -94,7 +97,8 @@ def preflight(resolved: Resolved, workspace: Workspace) -> Preflight:
     stored = resolved.weights.stored_bytes
     scratch = max(0, stored - _bytes_below(workspace.work))
     tokenizer = sum(file.stat().st_size for file in tokenizer_files(resolved.checkpoint.directory))
-    written = stored + tokenizer  # the asset holds every stored byte; its graph comes on top
+    graph = _GRAPH_BYTES + _GRAPH_BYTES_PER_LAYER * int(resolved.facts["layers"])
+    written = stored + graph + tokenizer  # the asset holds every stored byte
     needs: dict[int, Disk] = {}
     for path, size in ((workspace.destination, written), (workspace.work, scratch)):
         existing = existing_parent(path.parent)

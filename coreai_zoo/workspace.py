@@ -224,8 +224,9 @@ def _space_explained() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
+        file = error.filename2 or error.filename  # of a copy, the second is the one that was written
         raise EnvironmentLacks(
-            f"There is no space left{f' for {error.filename}' if error.filename else ''} ({error.strerror}).",
+            f"There is no space left{f' for {file}' if file else ''} ({error.strerror}).",
             "Free some, then run the same command again to go on.",
         ) from error
 

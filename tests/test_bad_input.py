@@ -39,7 +39,7 @@ NORM = LAYER + "input_layernorm.weight"
 HEAD = "lm_head.weight"
 
 # What a build says on stderr while all is well: a stage at the start of a line, remarks indented.
-PROGRESS = re.compile(r"(resolve|weights|lower|bundle|verify) |         \S")
+PROGRESS = re.compile(r"(resolve|weights|lower|bundle|verify|gate) |         \S")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -598,6 +598,72 @@ def test_a_checkpoint_without_its_tokenizer_is_refused(tmp_path: Path, checkpoin
 
     assert f"{checkpoint} has no {name}" in text
     assert "needs the checkpoint's tokenizer" in text
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_tokenizer_file_that_is_a_link_out_of_the_checkpoint_is_refused(
+    tmp_path: Path, checkpoint: Path, name: str
+) -> None:
+    # A bundle is published: it must not carry what a link in a downloaded folder points to on this machine.
+    secret = tmp_path / "secret"
+    (checkpoint / name).replace(secret) if (checkpoint / name).exists() else secret.write_text("secret")
+    (checkpoint / name).symlink_to(secret)
+
+    text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
+
+    assert f"names '{name}', which leads outside of {checkpoint}" in text
+
+
+def test_a_file_name_that_a_tokenizer_config_gives_is_never_followed(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "secret.jinja").write_text("secret")
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    config |= {"vocab_file": "../secret.jinja", "chat_template_file": str(tmp_path / "secret.jinja")}
+    write_json(checkpoint / "tokenizer_config.json", config | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    (checkpoint / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+
+    result = zoo("build", DENSE, "--checkpoint", checkpoint, "-o", tmp_path / "out")
+
+    assert result.exit_code == 0, result.stderr
+    found = contents(tmp_path / "out" / NAME / "tokenizer")
+    assert set(found) <= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"}
+    assert hashlib.sha256(b"secret").hexdigest() not in found.values()
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"a": "\xff"}', b"[" * 100_000, b'{"a": ' + b"9" * 10_000 + b"}", b"\x80\x04."],
+    ids=["not UTF-8", "deep", "a long number", "a pickle"],
+)
+def test_a_tokenizer_config_that_is_hostile_is_refused(tmp_path: Path, checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "tokenizer_config.json").write_bytes(content)
+
+    text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
+
+    assert "tokenizer_config.json cannot be read as JSON" in text
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": "\xff"}', b"[" * 100_000, b'{"a": ' + b"9" * 10_000 + b"}"])
+def test_a_config_that_is_hostile_is_refused(tmp_path: Path, checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "config.json").write_bytes(content)
+
+    assert "config.json is not" in refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
+
+
+@pytest.mark.parametrize("size", [2**62, 10**30, -1, 0])
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size", "head_dim"])
+def test_a_size_that_no_model_has_is_refused(tmp_path: Path, checkpoint: Path, field: str, size: int) -> None:
+    change_config(checkpoint, **{field: size})
+
+    refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
+
+
+def test_an_index_that_leads_out_of_the_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(tmp_path / "out.safetensors")
+    index = {"weight_map": dict.fromkeys(read_weights(tmp_path), "../out.safetensors")}
+    write_json(checkpoint / "model.safetensors.index.json", index)
+
+    assert "leads outside of" in refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizer", None])

@@ -23,7 +23,7 @@ from coreai_zoo.store import JOURNAL, WeightStore
 from killing import Job, Outcome, Zoo
 
 NAME = "qwen3_6_27b_custom_decode_int8hu_block32_sym"
-CHAINS = 11
+CHAINS = 7
 
 
 @attrs.frozen
@@ -112,15 +112,17 @@ def kills_of(chain: int, place: Place, whole: Undisturbed) -> Iterator[dict[str,
     """Where the builds of a chain are killed; the chains together cover the whole build."""
     first = whole.before_lowering * chain // (2 * CHAINS)
     yield {"survive": first, "tear": chain % 2 == 1}
-    # Of the second build, which has fewer tensors left: at its very first operations, or well on.
-    yield {"survive": chain if chain < 6 else first // 2 + 11, "tear": chain % 2 == 0}
-    lowering = {0: 0.1, 3: 1.0, 6: 2.0}
+    # Of the next, which have fewer tensors left: at their very first operations, and somewhat further on.
+    yield {"survive": chain, "tear": chain % 2 == 0}
+    yield {"survive": 11 + 9 * chain, "tear": chain % 2 == 1}
+    lowering = {0: 0.1, 3: 1.0, 5: 2.0}
     if chain in lowering:
         yield {"appears": str(place.output / ".zoo-work" / NAME / "lm_head.weight.data"), "seconds": lowering[chain]}
-    if chain == 9:
+    if chain == 4:
         yield {"appears": str(place.partial / f"{NAME}.aimodel" / "main.mlirb")}  # while the toolchain writes it
-    # The first operations from the asset on write the bundle and move it, the many after that remove the store.
-    late = [*range(0, 8 * 3, 3), whole.from_lowering // 2, whole.from_lowering - 2, whole.from_lowering - 1][chain]
+    # The asset, the tokenizer, the renames that move the bundle and the store, then the removal of the store; a build
+    # that did not make the work directory does not remove it, so the last operations are fewer.
+    late = [0, 4, 11, 12, 13, whole.from_lowering // 2, whole.from_lowering - 6][chain]
     yield {"after": ".aimodel", "survive": late, "tear": chain % 3 == 1}
 
 

@@ -1,0 +1,130 @@
+"""What a build says that it needs, what it does when there is too little, and what it tells programs on the way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoints import tiny_checkpoint
+
+ZOO = (sys.executable, "-c", "from coreai_zoo.cli import main; main()")
+Disk = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("preflight") / "checkpoint")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Disk]:
+    """Mounts a small file system, or changes its size."""
+    mount = tmp_path / "disk"
+
+    def make(size: str) -> Path:
+        again = mount.exists()
+        mount.mkdir(exist_ok=True)
+        options = f"remount,size={size}" if again else f"size={size}"
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount], check=False, capture_output=True, text=True
+        )
+        if made.returncode:
+            pytest.skip(f"a small file system cannot be mounted here: {made.stderr.strip()}")
+        return mount
+
+    yield make
+    if mount.is_mount():
+        subprocess.run(["umount", mount], check=True)
+
+
+def build(checkpoint: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    arguments = ("build", "qwen3.6-27b", "--checkpoint", checkpoint, "-o", output, *more)
+    return subprocess.run([*ZOO, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_a_bundle_that_does_not_fit_on_its_disk_is_refused_with_the_numbers(
+    checkpoint: Path, tmp_path: Path, small_disk: Disk
+) -> None:
+    output = small_disk("64k")
+
+    result = build(checkpoint, output, "--work-dir", tmp_path / "work")
+
+    assert result.returncode == 3
+    error = result.stderr.splitlines()[-1]
+    assert f"KiB of disk space at {output}, where 64.0 KiB are free" in error
+    assert "--work-dir DIR" in error
+    assert "weights " not in result.stderr, "refused before a weight was read"
+    assert list(output.iterdir()) == [] and not (tmp_path / "work").exists()
+
+
+def test_scratch_that_does_not_fit_on_its_own_disk_is_refused(
+    checkpoint: Path, tmp_path: Path, small_disk: Disk
+) -> None:
+    work = small_disk("32k")
+
+    result = build(checkpoint, tmp_path / "out", "--work-dir", work)
+
+    assert result.returncode == 3
+    assert f"59.1 KiB of disk space at {work}, where 32.0 KiB are free" in result.stderr
+    assert list(work.iterdir()) == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "words"), [("212k", "no space left"), ("500k", "needs 145.1 KiB of disk space")])
+def test_a_disk_that_fills_up_is_an_error_from_which_a_build_goes_on_when_there_is_space(
+    checkpoint: Path, tmp_path: Path, small_disk: Disk, size: str, words: str
+) -> None:
+    # Small files take whole pages of 4 KiB, more than was counted beforehand. The smaller disk is full while weights
+    # are written; on the larger, a quarter of a megabyte of another program's, there is no room for the asset then.
+    output = small_disk(size)
+    filler = output / "filler"
+    filler.write_bytes(bytes(250_000 if size == "500k" else 0))
+
+    full = build(checkpoint, output)
+
+    assert full.returncode == 3, full.stderr
+    error = full.stderr.splitlines()[-1]
+    assert "weights " in full.stderr and "lower " not in full.stderr
+    assert words in error and f"Finished weights are kept in {output / '.zoo-work'}" in error
+    assert sorted(path.name for path in output.iterdir()) == [".zoo-work", "filler"]
+
+    filler.unlink()
+    small_disk("2m")
+    again = build(checkpoint, output, "--json")
+
+    assert again.returncode == 0, again.stderr
+    answer = json.loads(again.stdout)
+    assert answer["weights"]["reused"] >= (5 if size == "212k" else 28)
+    assert [path.name for path in output.iterdir()] == [answer["name"]]
+
+
+@pytest.mark.slow
+def test_progress_as_json_is_one_event_a_line_that_adds_up(checkpoint: Path, tmp_path: Path) -> None:
+    result = build(checkpoint, tmp_path / "out", "--json", "--progress", "json")
+
+    assert result.returncode == 0, result.stderr
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    stages = [(event["stage"], event["state"]) for event in events if event["event"] == "stage"]
+    names = ("resolve", "weights", "lower", "bundle", "verify")
+    assert stages == [(name, state) for name in names for state in ("start", "end")]
+    counted = [event for event in events if event["event"] == "bytes"]
+    assert [event["done"] for event in counted] == sorted(event["done"] for event in counted)
+    assert counted[-1]["done"] == counted[-1]["total"] and counted[-1]["left"] == 0
+    assert all(event["stage"] == "weights" and event["rate"] > 0 and event["what"] for event in counted)
+    needs = json.loads(result.stdout)["preflight"]
+    assert needs["scratch"] == counted[-1]["total"]
+    assert needs["read"] > 0 and needs["written"] > needs["scratch"]
+    assert sum(disk["needs"] for disk in needs["disks"]) == needs["written"] + needs["scratch"]
+
+
+def test_progress_as_json_says_which_stage_failed(checkpoint: Path, tmp_path: Path) -> None:
+    result = build(checkpoint, tmp_path / "out", "--progress", "json", "--max-context", "1")
+
+    *events, error = result.stderr.splitlines()
+    assert result.returncode == 2 and error.startswith("error: ")
+    assert [json.loads(line)["state"] for line in events] == ["start", "failed"]
