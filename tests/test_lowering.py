@@ -106,9 +106,7 @@ def stepped(asset: Path, spec: TraceSpec) -> tuple[np.ndarray[Any, Any], dict[st
     ("kind", "layers", "depth"),
     [
         ("dense", "FLLFLFLF", 6),
-        ("dense", "LLFLLFLLFLLF", 9),
         ("moe", "FLLFLFLF", 6),
-        ("moe", "LLLFLLLFLLLFLLLF", 12),
     ],
 )
 def test_a_continued_program_is_the_whole_one(
