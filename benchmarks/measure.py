@@ -3,8 +3,8 @@
     python benchmarks/measure.py [--limit-gib 2] -- zoo build qwen3.6-27b --checkpoint DIR -o OUT --json
 
 Prints a JSON line: wall seconds; peak resident set (RSS, VmHWM: anonymous and mapped files); peak anonymous memory
-(RssAnon, sampled every 20 ms); exit code; and the command's own last line if that is JSON. With `--limit-gib` the command
-runs in a cgroup whose memory.max is that, page cache included (needs root).
+(RssAnon, sampled every 20 ms); exit code; and what the command printed, if that is JSON. With `--limit-gib` the command
+runs in a cgroup with that memory limit, page cache included (needs root).
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def measure(command: Sequence[str], limit_gib: float | None = None) -> dict[str,
                 group[0].write_text(str(os.getpid()))
 
         started = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=enter, text=True)
+        # The child has to enter the group before it becomes the command; this process has one thread.
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=enter, text=True)  # noqa: PLW1509
         while process.poll() is None:
             for name, value in memory_of(process.pid).items():
                 peak[name] = max(peak[name], value)
