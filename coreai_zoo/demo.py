@@ -46,7 +46,7 @@ def demo(entry: str, output: Path) -> None:
     with report.stage("generate", f"{NEW_TOKENS} tokens on the {backend.name} runtime"):
         text = "".join(generate(bundle, backend, PROMPT, NEW_TOKENS))
     _print_result(bundle, result, verdict, time.monotonic() - started)
-    click.echo(f"What the bundle wrote:\n\n{PROMPT}{text}\n")
+    click.echo(f"\nWhat the bundle wrote:\n\n{PROMPT}{text}\n")
     if not verdict.passed:
         sys.exit(1)
 

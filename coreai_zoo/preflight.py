@@ -61,7 +61,7 @@ class Preflight:
     memory: int | None
 
     def __str__(self) -> str:
-        free = ", ".join(f"{_size(disk.free)} free at {disk.path}" for disk in self.disks)
+        free = ", ".join(f"{_size(disk.free)} free at {_shown(disk.path)}" for disk in self.disks)
         memory = "" if self.memory is None else f"; {_size(self.memory)} of memory available"
         return (
             f"reads {_size(self.read)}, writes {_size(self.written)} and {_size(self.scratch)} of scratch; "
@@ -120,6 +120,11 @@ def _bytes_read(resolved: Resolved) -> int:
 
 def _bytes_below(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+
+
+def _shown(path: Path) -> Path:
+    """`path` as seen from here, where it is below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _size(count: int) -> str:
