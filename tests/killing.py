@@ -161,6 +161,8 @@ def _serve() -> None:
     for line in sys.stdin:
         job = Job(**json.loads(line))
         reader, writer = os.pipe()
+        # A shell that starts the tests in the background has them ignore Ctrl-C, and a child would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         child = os.fork()
         if not child:
             _run_zoo(job, writer)
