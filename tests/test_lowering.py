@@ -105,8 +105,7 @@ def stepped(asset: Path, spec: TraceSpec) -> tuple[np.ndarray[Any, Any], dict[st
 @pytest.mark.parametrize(
     ("kind", "layers", "depth"),
     [
-        ("dense", "FLLFLFLF", 6),
-        ("moe", "FLLFLFLF", 6),
+        ("moe", "FLLFLFLF", 6),  # a dense one is in the test of a rewritten layer
     ],
 )
 def test_a_continued_program_is_the_whole_one(

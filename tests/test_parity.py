@@ -87,11 +87,11 @@ def test_any_architecture_steps_to_the_logits_of_transformers(options: dict[str,
         expected = torch.from_numpy(huggingface_logits(directory, tokens, read_config(directory)).logits)
         assert expected.std() > 1e-3, "the reference computes nothing"
 
-        stepped, spec = load_decoder(directory, Path(folder) / "step")
+        stepped, spec = load_decoder(directory, Path(folder) / "store")
         one_by_one = feed(stepped, tokens, fresh_states(spec))
         assert (one_by_one - expected).abs().max() <= TOLERANCE
 
-        reference, _ = load_decoder(directory, Path(folder) / "reference", rewritten=False)
+        reference, _ = load_decoder(directory, Path(folder) / "store", rewritten=False)
         in_two = feed(reference, tokens, fresh_states(spec), split)
         assert (in_two - expected).abs().max() <= TOLERANCE
 
