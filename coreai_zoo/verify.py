@@ -38,7 +38,7 @@ class Check:
 
 
 def verify(bundle: Bundle, backends: Mapping[str, Backend]) -> list[Check]:
-    """Check a bundle, most telling failure first; checks that depend on a failed one are left out.
+    """Check a bundle: files, records, tokenizer, then the asset; which is not opened when a file is not as recorded.
 
     Raises:
         BadInput: when the bundle was written by a backend that is not installed.
@@ -66,7 +66,7 @@ def require(checks: Sequence[Check]) -> None:
 def require_asset(bundle: Bundle) -> None:
     """Refuse an asset that is not as it was built, before it is loaded: on damaged bytecode the runtime aborts.
 
-    Sizes are always compared; of a very large file, only `verify` looks at the content.
+    Sizes are always compared; content here up to a gibibyte, and by the backend, which hashes whatever it loads.
 
     Raises:
         CheckFailed: naming what is missing or was changed.
