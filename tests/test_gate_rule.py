@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, judge
+from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, judge, router_margins
 
 Logits = np.ndarray[Any, Any]
 
@@ -190,6 +190,13 @@ def test_ties_alone_pass() -> None:
     verdict = Verdict((position(0, 0.0999, flipped=True), position(1, 0.0, flipped=True)))
 
     assert (verdict.passed, verdict.ties, verdict.confident_positions) == (True, 2, 0)
+
+
+def test_the_router_margin_is_the_smallest_gap_over_layers_between_the_last_chosen_and_the_first_rejected() -> None:
+    first = np.array([[4.0, 1.0, 3.0, 2.5], [0.0, 9.0, 8.0, 1.0]], dtype=np.float32)
+    second = np.array([[1.0, 2.0, 3.0, 0.0], [5.0, 5.0, 4.0, 4.0]], dtype=np.float32)
+    assert router_margins([first, second], chosen=2).tolist() == [0.5, 1.0]
+    assert np.isinf(router_margins([first, second], chosen=4)).all()
 
 
 def test_positions_carry_their_index_token_and_router_margin() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from checkpoints import tiny_checkpoint
 from coreai_zoo.checkpoint import read_config
-from coreai_zoo.gates.oracle import huggingface_logits, quiet_transformers
+from coreai_zoo.gates.oracle import quiet_transformers, run_huggingface
 from decoders import feed, fresh_states, load_decoder
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -84,7 +84,7 @@ def test_any_architecture_steps_to_the_logits_of_transformers(options: dict[str,
     with tempfile.TemporaryDirectory() as folder:
         directory = tiny_checkpoint(Path(folder) / "checkpoint", **options)
         tokens = tokens_of(options["seed"])
-        expected = torch.from_numpy(huggingface_logits(directory, tokens, read_config(directory)).logits)
+        expected = torch.from_numpy(run_huggingface(directory, tokens, read_config(directory)).logits)
         assert expected.std() > 1e-3, "the reference computes nothing"
 
         stepped, spec = load_decoder(directory, Path(folder) / "store")

@@ -17,9 +17,9 @@ from coreai_zoo.bundle import Bundle
 from coreai_zoo.cli import cli
 from coreai_zoo.cli_build import backend_of
 from coreai_zoo.entry import find_entry
-from coreai_zoo.gates import OracleOutput
-from coreai_zoo.gates.oracle import huggingface_logits
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict, judge
+from coreai_zoo.gates import Activations
+from coreai_zoo.gates.oracle import run_huggingface
+from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict, judge, router_margins
 from coreai_zoo.gates.teacher_forced import DEFAULT_PROMPT, tokenize
 from coreai_zoo.generate import chat_prompt, generate
 from coreai_zoo.plugins import Plugins, default_plugins
@@ -57,15 +57,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bund
 
 
 @pytest.fixture(scope="module")
-def oracle(plugins: Plugins, built: Callable[[str, str], Bundle]) -> Callable[[str], tuple[list[int], OracleOutput]]:
+def oracle(plugins: Plugins, built: Callable[[str, str], Bundle]) -> Callable[[str], tuple[list[int], Activations]]:
     """Tokens of the gate prompt and the oracle's logits on them."""
 
     @functools.cache
-    def run(entry: str) -> tuple[list[int], OracleOutput]:
+    def run(entry: str) -> tuple[list[int], Activations]:
         directory = find_entry(entry, plugins)[0].sample_directory()
         tokens = tokenize(built(entry, "int8hu"), DEFAULT_PROMPT, POSITIONS)
         config = json.loads((directory / "config.json").read_text())
-        return tokens, huggingface_logits(directory, tokens, config)
+        return tokens, run_huggingface(directory, tokens, config)
 
     return run
 
@@ -103,7 +103,7 @@ def test_the_sample_is_small_says_what_it_is_made_of_and_has_the_topology_of_its
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_the_oracle_is_sure_of_itself_on_the_gate_prompt(
-    entry: str, oracle: Callable[[str], tuple[list[int], OracleOutput]]
+    entry: str, oracle: Callable[[str], tuple[list[int], Activations]]
 ) -> None:
     logits = np.sort(oracle(entry)[1].logits[:16], axis=-1)
     assert (logits[:, -1] - logits[:, -2] >= CONFIDENT_MARGIN).sum() >= 14
@@ -117,12 +117,15 @@ def test_the_bundle_on_the_runtime_computes_what_transformers_computes(
     recipe: str,
     plugins: Plugins,
     built: Callable[[str, str], Bundle],
-    oracle: Callable[[str], tuple[list[int], OracleOutput]],
+    oracle: Callable[[str], tuple[list[int], Activations]],
 ) -> None:
     bundle, (tokens, expected) = built(entry, recipe), oracle(entry)
     with backend_of(bundle, plugins).stepper(bundle.asset, bundle.signature, POSITIONS) as stepper:
         found = np.stack(list(drain(stepper, tokens)))
-    verdict = judge(tokens, expected.logits, found, expected.router_margins)
+    gaps = None
+    if expected.router_logits is not None:
+        gaps = router_margins(expected.router_logits, bundle.build["facts"]["experts_per_token"])
+    verdict = judge(tokens, expected.logits, found, gaps)
     assert verdict.confident_flips == ()
     below = [position for position in verdict.positions if position.cosine < COSINE[recipe]]
     # Where a router is nearly undecided, rounding swaps an expert: such a position is held to the argmax only.

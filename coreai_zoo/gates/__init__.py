@@ -1,7 +1,8 @@
 """Gates: does a bundle compute what its checkpoint computes?
 
 An oracle gives reference logits (Hugging Face's own modules), a candidate gives the bundle's, a rule compares them
-position by position. The three know nothing of each other; `teacher_forced` puts them together.
+position by position. Oracle and candidate are both a `Model`; the three know nothing of each other; `teacher_forced`
+puts them together.
 """
 
 from __future__ import annotations
@@ -20,28 +21,31 @@ if TYPE_CHECKING:
 
 
 @frozen
-class OracleOutput:
-    """What the reference computed.
+class Activations:
+    """What a model computed over a prompt: P positions, V tokens in the vocabulary, D hidden, L layers.
 
     Attributes:
-        logits: float32 [positions, V].
-        router_margins: per position the smallest gap, over all layers, between the router logits of the last chosen and
-            the first rejected expert, float32 [positions]; None for a model without a router.
+        logits: [P, V] float32 or float16.
+        hidden: the residual stream, L + 1 arrays [P, D]: after the embedding, then after each layer. None where the
+            model runs as one function that does not show it.
+        router_logits: before any softmax, one array [P, experts] for each layer with a router, first layer first; None
+            where there is no router or the model does not show it.
     """
 
     logits: np.ndarray[Any, Any]
-    router_margins: np.ndarray[Any, Any] | None
+    hidden: Sequence[np.ndarray[Any, Any]] | None = None
+    router_logits: Sequence[np.ndarray[Any, Any]] | None = None
 
 
-class Candidate(Protocol):
-    """Something that turns tokens into logits and is to be judged."""
+class Model(Protocol):
+    """Something that turns tokens into logits: an oracle, a candidate that is judged against it, or a control."""
 
     @property
     def name(self) -> str:
-        """For the report."""
+        """For the report: what computes, on what."""
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
-        """Teacher-forced logits after each token, [positions, V]."""
+    def run(self, tokens: Sequence[int]) -> Activations:
+        """Teacher-forced: what follows each token, given all up to it."""
 
 
 @frozen

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from attrs import frozen
 
 from coreai_zoo.backends import Backend, drain
 from coreai_zoo.bundle import Bundle
+from coreai_zoo.gates import Activations
 
 
 @frozen
@@ -25,11 +25,11 @@ class AssetCandidate:
         """Which runtime."""
         return f"{self.bundle.asset.name} on the {self.backend.name} runtime"
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
-        """Teacher-forced logits, float16 [positions, V]."""
+    def run(self, tokens: Sequence[int]) -> Activations:
+        """Teacher-forced logits in float16."""
         rows = []
         with self.backend.stepper(self.bundle.asset, self.bundle.signature, capacity=len(tokens)) as stepper:
             for row in drain(stepper, tokens):
                 rows.append(row)
                 self.on_step()
-        return np.stack(rows)
+        return Activations(np.stack(rows))

@@ -10,15 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from coreai_zoo.errors import BadInput, EnvironmentLacks
-from coreai_zoo.gates import OracleOutput
+from coreai_zoo.gates import Activations
 from coreai_zoo.machine import available_memory
 
 
-def huggingface_logits(checkpoint: Path, tokens: Sequence[int], hf_config: Mapping[str, Any]) -> OracleOutput:
-    """Teacher-forced logits of the whole model, loaded in fp32.
+def run_huggingface(checkpoint: Path, tokens: Sequence[int], hf_config: Mapping[str, Any]) -> Activations:
+    """Teacher-forced logits of the whole model, loaded in fp32; `hidden` is left out.
 
     Args:
         checkpoint: directory of the checkpoint.
@@ -50,8 +48,8 @@ def huggingface_logits(checkpoint: Path, tokens: Sequence[int], hf_config: Mappi
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)])
             outputs = model.eval()(input_ids=ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
-    margins = _router_margins(outputs.router_logits, routed) if routed else None
-    return OracleOutput(outputs.logits[0].float().numpy(), margins)
+    routers = [layer.float().reshape(len(tokens), -1).numpy() for layer in outputs.router_logits] if routed else None
+    return Activations(outputs.logits[0].float().numpy(), router_logits=routers)
 
 
 def _require_memory(checkpoint: Path) -> None:
@@ -64,19 +62,6 @@ def _require_memory(checkpoint: Path) -> None:
             f"{available / 2**30:.0f} GiB are available.",
             "Gate a slice of the model: `zoo build ENTRY --checkpoint DIR --layers N`, then gate that.",
         )
-
-
-def _router_margins(layers: Sequence[Any], chosen: int) -> np.ndarray[Any, Any]:
-    """Smallest gap over layers between the last chosen and the first rejected expert, [positions]."""
-    gaps = []
-    for logits in layers:
-        experts = logits.float().reshape(-1, logits.shape[-1])
-        if chosen == experts.shape[-1]:  # all are chosen: nothing can be swapped
-            return np.full(len(experts), np.inf, dtype=np.float32)
-        ranked = experts.topk(chosen + 1, dim=-1).values
-        gaps.append((ranked[:, chosen - 1] - ranked[:, chosen]).numpy())
-    margins: np.ndarray[Any, Any] = np.min(gaps, axis=0)
-    return margins
 
 
 @contextlib.contextmanager

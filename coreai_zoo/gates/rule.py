@@ -30,7 +30,7 @@ class Position:
         cosine: between the two logit vectors.
         max_abs_logit_error: largest absolute difference of a logit.
         kl_divergence: KL(oracle || candidate) of the two distributions, in nats.
-        router_margin: see `OracleOutput.router_margins`; None without a router.
+        router_margin: of the oracle, see `router_margins`; None without a router.
     """
 
     index: int
@@ -137,3 +137,23 @@ def _kl(oracle: np.ndarray[Any, Any], candidate: np.ndarray[Any, Any]) -> float:
     p, q = (logits - logits.max() for logits in (oracle, candidate))
     p, q = (logits - np.log(np.exp(logits).sum()) for logits in (p, q))
     return float((np.exp(p) * (p - q)).sum())
+
+
+def router_margins(router_logits: Sequence[np.ndarray[Any, Any]], chosen: int) -> np.ndarray[Any, Any]:
+    """Smallest gap over all layers between the router logits of the last chosen and the first rejected expert.
+
+    Args:
+        router_logits: one array [positions, experts] per layer.
+        chosen: experts per token.
+
+    Returns:
+        float32 [positions]; infinite where every expert is chosen, for then nothing can be swapped.
+    """
+    gaps = []
+    for logits in router_logits:
+        if chosen == logits.shape[-1]:
+            return np.full(len(logits), np.inf, dtype=np.float32)
+        ranked = -np.partition(-logits.astype(np.float32), (chosen - 1, chosen), axis=-1)
+        gaps.append(ranked[:, chosen - 1] - ranked[:, chosen])
+    smallest: np.ndarray[Any, Any] = np.min(gaps, axis=0)
+    return smallest

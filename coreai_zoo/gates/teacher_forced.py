@@ -13,8 +13,8 @@ from coreai_zoo.bundle import Bundle, load_tokenizer
 from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.candidate import AssetCandidate
-from coreai_zoo.gates.oracle import huggingface_logits
-from coreai_zoo.gates.rule import Verdict, judge
+from coreai_zoo.gates.oracle import run_huggingface
+from coreai_zoo.gates.rule import Verdict, judge, router_margins
 
 DEFAULT_POSITIONS = 64
 
@@ -105,9 +105,12 @@ def gate(
         CheckFailed: when the asset cannot be run.
     """
     check_checkpoint(bundle, checkpoint)
-    oracle = huggingface_logits(checkpoint, tokens, hf_config)
+    oracle = run_huggingface(checkpoint, tokens, hf_config)
     candidate = AssetCandidate(bundle, backend, on_step)
-    verdict = judge(tokens, oracle.logits, candidate.logits(tokens), oracle.router_margins)
+    margins = None
+    if oracle.router_logits is not None:
+        margins = router_margins(oracle.router_logits, bundle.build["facts"]["experts_per_token"])
+    verdict = judge(tokens, oracle.logits, candidate.run(tokens).logits, margins)
     return GateReport(candidate.name, _pieces(bundle, tokens), verdict)
 
 
