@@ -11,7 +11,6 @@ build.json          everything that determined the bytes, and the SHA-256 of eve
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ import attrs
 from attrs import field, frozen
 
 from coreai_zoo.checkpoint import member
+from coreai_zoo.digest import file_sha256
 from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.overlay import Axis, StateSpec, TensorSpec, TraceSpec
 
@@ -196,9 +196,7 @@ def file_digests(bundle: Path) -> dict[str, dict[str, Any]]:
         if not path.is_file():  # a link to nowhere
             digests[path.relative_to(bundle).as_posix()] = {"bytes": 0, "sha256": None}
             continue
-        with path.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        digests[path.relative_to(bundle).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+        digests[path.relative_to(bundle).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return digests
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +11,12 @@ from attrs import frozen
 
 from coreai_zoo.backends import Backend, Signature
 from coreai_zoo.bundle import METADATA_VERSION, TOKENIZER_CLASSES, Bundle, file_digests
+from coreai_zoo.digest import file_sha256
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.overlay import TensorSpec, TraceSpec
 
 # Weights up to this size are run for one step; beyond it the CPU interpreter needs minutes for a token.
 SMOKE_STEP_BYTES = 64 * 2**20
-
-# Files up to this size are hashed each time that a bundle is run, which takes a second at most.
-_HASHED_BYTES = 2**30
 
 
 @frozen
@@ -66,8 +63,6 @@ def require(checks: Sequence[Check]) -> None:
 def require_asset(bundle: Bundle) -> None:
     """Refuse an asset that is not as it was built, before it is loaded: on damaged bytecode the runtime aborts.
 
-    Sizes are always compared; content here up to a gibibyte, and by the backend, which hashes whatever it loads.
-
     Raises:
         CheckFailed: naming what is missing or was changed.
     """
@@ -84,10 +79,7 @@ def require_asset(bundle: Bundle) -> None:
 def _is_as_recorded(path: Path, record: Any) -> bool:
     if not isinstance(record, Mapping) or not path.is_file() or path.stat().st_size != record.get("bytes"):
         return False
-    if path.stat().st_size > _HASHED_BYTES:
-        return True
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest() == record.get("sha256")
+    return file_sha256(path) == record.get("sha256")
 
 
 def _files(bundle: Bundle) -> Check:
@@ -164,9 +156,8 @@ def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
 
 
 def _bytecode_hash(bundle: Bundle) -> Check:
-    with (bundle.asset / "main.mlirb").open("rb") as bytecode:
-        digest = hashlib.file_digest(bytecode, "sha256").digest()
-    return Check("main.hash", digest == (bundle.asset / "main.hash").read_bytes(), digest.hex()[:16])
+    digest = file_sha256(bundle.asset / "main.mlirb")
+    return Check("main.hash", bytes.fromhex(digest) == (bundle.asset / "main.hash").read_bytes(), digest[:16])
 
 
 def compare_signature(found: Signature, spec: TraceSpec) -> list[str]:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import toy_plugin
 from coreai_zoo import composites, export
 from coreai_zoo.backends import drain
-from coreai_zoo.backends.coreai import _REQUIRED, CoreAIBackend
+from coreai_zoo.backends.coreai import _REQUIRED, CoreAIBackend, _without_weights
 from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
@@ -527,6 +527,29 @@ def test_every_resource_is_named_after_the_state_that_it_holds(
         # The transpose of one row only changes its shape, and the compiler folds it: the row is among the operations.
         folded = {name for name in state - names if asset.constants[name].shape[0] == 1}
         assert state - names == folded == ({name for name in state if "shared_expert_gate" in name})
+
+
+def test_constants_are_read_back_as_views_of_the_very_bytes_of_the_store(hybrids: Mapping[str, Compiled]) -> None:
+    for asset in hybrids.values():
+        stored = BACKEND.constants(asset.path)
+        for name, constant in asset.constants.items():
+            if "shared_expert_gate" not in name:  # folded, see above
+                assert stored[name] == constant.data.tobytes(), name
+
+
+def test_the_signature_read_without_the_weights_is_what_the_toolchain_says_of_the_whole_asset(
+    hybrids: Mapping[str, Compiled], tmp_path: Path
+) -> None:
+    from coreai.authoring import AIModelAsset
+
+    asset = hybrids["moe"].path
+    whole = AIModelAsset.load(str(asset)).summary(include_statistics=True)
+    bare = AIModelAsset.load(str(_without_weights(asset, tmp_path))).summary(include_statistics=True)
+    assert (tmp_path / asset.name / "main.mlirb").stat().st_size < asset.joinpath("main.mlirb").stat().st_size / 2
+    for of in ("function_inputs", "function_states", "function_outputs"):
+        assert getattr(whole, of)("main") == getattr(bare, of)("main")
+    assert whole.operation_distribution == bare.operation_distribution
+    assert whole.storage_types == bare.storage_types
 
 
 def test_every_resource_holds_the_bytes_of_the_store(

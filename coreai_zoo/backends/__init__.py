@@ -74,6 +74,15 @@ class Backend(Protocol):
             CheckFailed: when it cannot be read.
         """
 
+    def constants(self, asset: Path) -> Mapping[str, memoryview]:
+        """The stored constants of an asset by the names that `compile` was given, as views of the file.
+
+        A constant whose values are all the same, or the same as another's, may be stored otherwise and is not named.
+
+        Raises:
+            CheckFailed: when the asset cannot be read.
+        """
+
     def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> AbstractContextManager[Stepper]:
         """Load an asset to run it on this machine, with room for `capacity` positions."""
 

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,9 @@ from typing import TYPE_CHECKING, Any, Self
 from attrs import frozen
 
 from coreai_zoo.backends import Signature
+from coreai_zoo.backends._bytecode import Bytecode
 from coreai_zoo.bundle import source_date_epoch
+from coreai_zoo.digest import file_sha256
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.overlay import TraceSpec
 
@@ -73,6 +76,10 @@ class CoreAIBackend:
         """See `Backend.signature`."""
         _checked_versions()
         return _read_signature(asset)
+
+    def constants(self, asset: Path) -> Mapping[str, memoryview]:
+        """See `Backend.constants`."""
+        return _read_constants(asset)
 
     @contextlib.contextmanager
     def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[CoreAIStepper]:
@@ -254,8 +261,8 @@ def _save(program: Any, destination: Path) -> None:
     # The runtime writes the keys in an order that differs from process to process.
     fields = destination / "metadata.json"
     fields.write_text(json.dumps(json.loads(fields.read_text()), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    with Path(asset._program_bytecode_path).open("rb") as bytecode:
-        Path(asset._program_hash_path).write_bytes(hashlib.file_digest(bytecode, "sha256").digest())
+    digest = file_sha256(Path(asset._program_bytecode_path))
+    Path(asset._program_hash_path).write_bytes(bytes.fromhex(digest))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +271,7 @@ def _save(program: Any, destination: Path) -> None:
 
 
 def _read_signature(asset: Path) -> Signature:
-    """The signature of `main` from the asset's own summary, which maps the weights instead of reading them.
+    """The signature of `main`, from the toolchain's summary of the asset without its weights.
 
     Raises:
         CheckFailed: when the asset is damaged, or describes a tensor in words that are not known.
@@ -272,16 +279,41 @@ def _read_signature(asset: Path) -> Signature:
     from coreai.authoring import AIModelAsset
 
     try:
-        _require_intact(asset)
-        with _toolchain(), _native_output_captured():
-            summary = AIModelAsset.load(str(asset)).summary(include_statistics=False)
+        with tempfile.TemporaryDirectory() as folder, _toolchain(), _native_output_captured():
+            summary = AIModelAsset.load(str(_without_weights(asset, Path(folder)))).summary(include_statistics=False)
         if summary is None or "main" not in summary.function_names:
             raise RuntimeError("it has no function main")
         described = (summary.function_inputs, summary.function_states, summary.function_outputs)
         inputs, states, outputs = ({name: _tensor(text) for name, text in of("main")} for of in described)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
     return Signature(inputs, states, outputs)
+
+
+def _without_weights(asset: Path, folder: Path) -> Path:
+    """A copy of `asset` in `folder` whose stored constants are empty: the toolchain copies them all into memory."""
+    _require_intact(asset)
+    copy = folder / asset.name
+    copy.mkdir()
+    bytecode = Bytecode.open(asset / "main.mlirb").without_blobs()
+    (copy / "main.mlirb").write_bytes(bytecode)
+    (copy / "main.hash").write_bytes(hashlib.sha256(bytecode).digest())
+    shutil.copyfile(asset / "metadata.json", copy / "metadata.json")
+    return copy
+
+
+def _read_constants(asset: Path) -> dict[str, memoryview]:
+    """Name to bytes of every constant that is stored on its own; all views of the mapped file.
+
+    Raises:
+        CheckFailed: when the asset is damaged.
+    """
+    try:
+        _require_intact(asset)
+        bytecode = Bytecode.open(asset / "main.mlirb")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
+    return {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
 
 
 _TIMES = " \N{MULTIPLICATION SIGN} "
@@ -336,9 +368,7 @@ def _require_intact(asset: Path) -> None:
         OSError: when a file is missing.
         RuntimeError: when the bytecode is not what was written.
     """
-    with (asset / "main.mlirb").open("rb") as bytecode:
-        digest = hashlib.file_digest(bytecode, "sha256").digest()
-    if digest != (asset / "main.hash").read_bytes():
+    if bytes.fromhex(file_sha256(asset / "main.mlirb")) != (asset / "main.hash").read_bytes():
         raise RuntimeError("main.mlirb is not what main.hash says")
 
 
