@@ -4,7 +4,8 @@
 
 Prints a JSON line: wall seconds; peak resident set (RSS, VmHWM: anonymous and mapped files); peak anonymous memory
 (RssAnon, sampled every 20 ms); exit code; and what the command printed, if that is JSON. With `--limit-gib` the command
-runs in a cgroup with that memory limit, page cache included (needs root).
+runs in a cgroup with that memory limit, page cache included (needs root). Of a command with `--progress json`, also the
+seconds and the peak anonymous memory of each stage.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,40 @@ def memory_of(pid: int) -> dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon") if name in fields}
 
 
+class Stages:
+    """Follows the stages of a command by the events on its stderr; lines that are no events are passed on."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.current: str | None = None
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self._thread = threading.Thread(target=self._follow, args=(lines,))
+        self._thread.start()
+
+    def _follow(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            event = _json_of(line)
+            if not isinstance(event, dict):
+                sys.stderr.write(line)
+            elif event.get("event") == "stage":
+                self.current = event["stage"] if event["state"] == "start" else None
+                if event["state"] == "end":
+                    self.seconds[event["stage"]] = event["seconds"]
+
+    def saw(self, anonymous: int) -> None:
+        """Count a sample for the stage that is running."""
+        if self.current is not None:
+            self.peaks[self.current] = max(self.peaks.get(self.current, 0), anonymous)
+
+    def result(self) -> dict[str, Any]:
+        """Seconds and peak by stage, when the command has ended."""
+        self._thread.join()
+        return {
+            stage: {"seconds": seconds, "peak_anonymous_bytes": self.peaks.get(stage)}
+            for stage, seconds in self.seconds.items()
+        }
+
+
 def measure(command: Sequence[str], limit_gib: float | None = None) -> dict[str, Any]:
     """Run `command`; see the module's docstring for what comes back."""
     peak: dict[str, int] = {"VmHWM": 0, "RssAnon": 0}
@@ -67,13 +104,18 @@ def measure(command: Sequence[str], limit_gib: float | None = None) -> dict[str,
 
         started = time.monotonic()
         # The child has to enter the group before it becomes the command; this process has one thread.
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=enter, text=True)  # noqa: PLW1509
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, preexec_fn=enter, text=True, **pipes)  # noqa: PLW1509
+        assert process.stdout is not None and process.stderr is not None
+        stages = Stages(process.stderr)
         while process.poll() is None:
-            for name, value in memory_of(process.pid).items():
+            found = memory_of(process.pid)
+            for name, value in found.items():
                 peak[name] = max(peak[name], value)
+            stages.saw(found.get("RssAnon", 0))
             time.sleep(_INTERVAL)
         seconds = time.monotonic() - started
-        output = process.stdout.read() if process.stdout else ""
+        output = process.stdout.read()
         events = group[1].read_text() if group is not None else ""
     return {
         "seconds": round(seconds, 2),
@@ -82,6 +124,7 @@ def measure(command: Sequence[str], limit_gib: float | None = None) -> dict[str,
         "limit_gib": limit_gib,
         "oom_kills": dict(line.split() for line in events.splitlines()).get("oom_kill"),
         "exit_code": process.returncode,
+        "stages": stages.result(),
         "output": _json_of(output),
     }
 

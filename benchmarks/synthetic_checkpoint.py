@@ -5,8 +5,9 @@
     python benchmarks/synthetic_checkpoint.py --config DIR_OR_FILE --fill random -o /tmp/other
 
 Sharded bf16 safetensors with an index, keys and layout as released (text under ``model.language_model.``, experts
-packed). ``random`` holds seeded normal values; ``sparse`` files are holes that read as zeros and take no disk. Norm
-gains are zero (gain one), so that a random model of any depth stays finite.
+packed). ``random`` holds seeded normal values. ``sparse`` files are holes that read as zeros and take next to no disk,
+but for the first page of each tensor, which is random too: no two tensors are equal, or the compiler would store them
+once. Norm gains are zero (gain one), so that a random model of any depth stays finite.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from coreai_zoo.plugins import Plugins, default_plugins
 
 SHARD_BYTES = 4 * 2**30
 CHUNK = 1 << 22  # values written at a time
+STAMP = 2048  # values at the start of a sparse tensor that are not zero: a page
 SEED = 20260
 
 
@@ -84,7 +86,7 @@ def shards_of(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def write_shard(path: Path, tensors: list[Tensor], fill: str, rng: np.random.Generator) -> None:
-    """Write one safetensors file; with `sparse` nothing but the header touches the disk."""
+    """Write one safetensors file; with `sparse` little but the header touches the disk."""
     header, offset = {}, 0
     for tensor in tensors:
         end = offset + 2 * tensor.values
@@ -97,16 +99,16 @@ def write_shard(path: Path, tensors: list[Tensor], fill: str, rng: np.random.Gen
         start = file.tell()
         file.truncate(start + offset)
         for tensor in tensors:
-            if fill == "random" and tensor.random:
+            if tensor.random:
                 file.seek(start + header[tensor.key]["data_offsets"][0])
-                _write_random(file, tensor, rng)
+                _write_random(file, tensor, tensor.values if fill == "random" else min(STAMP, tensor.values), rng)
 
 
-def _write_random(file: Any, tensor: Tensor, rng: np.random.Generator) -> None:
+def _write_random(file: Any, tensor: Tensor, values: int, rng: np.random.Generator) -> None:
     """Normal values, truncated to bf16, at the scale that keeps a linear layer's output near its input's."""
     scale = np.float32(1.0 / np.sqrt(tensor.shape[-1]) if len(tensor.shape) > 1 else 0.5)
-    for begin in range(0, tensor.values, CHUNK):
-        count = min(CHUNK, tensor.values - begin)
+    for begin in range(0, values, CHUNK):
+        count = min(CHUNK, values - begin)
         values = rng.standard_normal(count, dtype=np.float32) * scale
         file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
 

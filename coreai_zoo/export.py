@@ -1,4 +1,4 @@
-"""From an overlay's decoder to a traced program: rewrite, bind stored weights, trace, check against the contract.
+"""From an overlay's decoder to a traced program: rewrite, allocate or bind weights, trace, check against the contract.
 
 Only torch is used here; what a traced program becomes is a backend's business.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from attrs import frozen
@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.overlay import LayerRewrite, QuantizationSpec, TraceSpec
+from coreai_zoo.quantize import blocks_per_row, has_zero_points, unpack_int4
 from coreai_zoo.weights import ParameterInfo
 
 if TYPE_CHECKING:
@@ -136,53 +137,89 @@ class Constant:
     dtype: str
 
 
-def bind(module: nn.Module, store: WeightStore, *, values: bool = True) -> dict[str, Constant]:
-    """Give every parameter of `module` its stored value, memory-mapped.
+class Layout(Protocol):
+    """How a parameter is stored: a `weights.PlannedTensor` or a `store.StoredTensor`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the plain values, or of the scales."""
+
+    @property
+    def quantization(self) -> QuantizationSpec | None:
+        """How it is quantized, or None."""
+
+
+def allocate(module: nn.Module, layouts: Mapping[str, Layout]) -> None:
+    """Give every parameter of `module` memory as it will be stored: enough to trace, and costs nothing until touched.
+
+    Args:
+        module: the decoder, on the meta device.
+        layouts: how each of its parameters is stored, by name.
+    """
+    for name, _ in list(module.named_parameters()):
+        layout = layouts[name]
+        spec, dtype = layout.quantization, getattr(torch, layout.dtype)
+        if spec is None:
+            _put(module, name, torch.empty(layout.shape, dtype=dtype))
+            continue
+        per_block = (*layout.shape[:-1], blocks_per_row(layout.shape[-1], spec))
+        zero_points = torch.empty(per_block, dtype=_carrier(spec)) if has_zero_points(spec) else None
+        codes = torch.empty(layout.shape, dtype=_carrier(spec))
+        _put(module, name, codes, Dequantize(torch.empty(per_block, dtype=dtype), zero_points, spec.dtype))
+
+
+def bind(module: nn.Module, store: WeightStore) -> None:
+    """Give every parameter of `module` its stored value, memory-mapped; 4-bit codes are unpacked in memory.
 
     Args:
         module: the decoder, on the meta device.
         store: holds every parameter.
-        values: with False, 4-bit codes are left uninitialised: enough to trace, and nothing is unpacked.
-
-    Returns:
-        The constants of the module's state, by state name.
     """
-    constants: dict[str, Constant] = {}
     with warnings.catch_warnings():
         # Mapped copy-on-write: nothing writes to them, and torch need not warn that nothing may.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         for name, _ in list(module.named_parameters()):
-            path, _, leaf = name.rpartition(".")
-            _bind_one(module.get_submodule(path), name, leaf, store[name], constants, values)
-    return constants
+            stored = store[name]
+            if stored.quantization is None:
+                _put(module, name, torch.from_numpy(stored.data()))
+                continue
+            codes = _unpacked(torch.from_numpy(stored.data()), stored.shape, stored.quantization)
+            scales = torch.from_numpy(stored.scales())
+            _put(module, name, codes, Dequantize(scales, _zero_points(stored), stored.quantization.dtype))
 
 
-def _bind_one(
-    owner: nn.Module, name: str, leaf: str, stored: StoredTensor, constants: dict[str, Constant], values: bool
-) -> None:
-    spec = stored.quantization
-    if spec is None:
-        setattr(owner, leaf, nn.Parameter(torch.from_numpy(stored.data()), requires_grad=False))
-        constants[name] = Constant(stored.data(), stored.shape, stored.dtype)
-        return
-    scales, zero_points = torch.from_numpy(stored.scales()), _zero_points(stored)
-    codes = _codes(stored, spec) if values or spec.bits == 8 else torch.empty(stored.shape, dtype=_carrier(spec))
-    setattr(owner, leaf, nn.Parameter(codes, requires_grad=False))
-    parametrize.register_parametrization(owner, leaf, Dequantize(scales, zero_points, spec.dtype), unsafe=True)
-    state = name.removesuffix(leaf) + f"parametrizations.{leaf}."
-    constants[state + "original"] = Constant(stored.data(), stored.shape, spec.dtype)
-    constants[state + "0.scales"] = Constant(stored.scales(), tuple(scales.shape), stored.dtype)
-    if zero_points is not None:
-        constants[state + "0.zero_points"] = Constant(stored.zero_points(), tuple(scales.shape), spec.dtype)
+def _put(module: nn.Module, name: str, value: Tensor, dequantize: Dequantize | None = None) -> None:
+    """Make `value` the parameter called `name`, as the integers that `dequantize` takes if that is given."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+    if dequantize is not None:
+        parametrize.register_parametrization(owner, leaf, dequantize, unsafe=True)
+
+
+def constants(store: WeightStore, names: Iterable[str]) -> dict[str, Constant]:
+    """The stored bytes of the parameters `names`, by the names that they have in the state of a bound module."""
+    found: dict[str, Constant] = {}
+    for name in names:
+        stored, (path, _, leaf) = store[name], name.rpartition(".")
+        spec = stored.quantization
+        if spec is None:
+            found[name] = Constant(stored.data(), stored.shape, stored.dtype)
+            continue
+        state, scales, zero_points = f"{path}.parametrizations.{leaf}.", stored.scales(), stored.zero_points()
+        found[state + "original"] = Constant(stored.data(), stored.shape, spec.dtype)
+        found[state + "0.scales"] = Constant(scales, tuple(scales.shape), stored.dtype)
+        if zero_points is not None:
+            found[state + "0.zero_points"] = Constant(zero_points, tuple(scales.shape), spec.dtype)
+    return found
 
 
 def _carrier(spec: QuantizationSpec) -> torch.dtype:
     return torch.int8 if spec.signed else torch.uint8
-
-
-def _codes(stored: StoredTensor, spec: QuantizationSpec) -> Tensor:
-    """One code per element, [shape]; unpacks 4-bit codes."""
-    return _unpacked(torch.from_numpy(stored.data()), stored.shape, spec)
 
 
 def _zero_points(stored: StoredTensor) -> Tensor | None:
@@ -193,8 +230,6 @@ def _zero_points(stored: StoredTensor) -> Tensor | None:
 
 
 def _unpacked(data: Tensor, shape: tuple[int, ...], spec: QuantizationSpec) -> Tensor:
-    from coreai_zoo.quantize import unpack_int4
-
     if spec.bits == 8:
         return data.reshape(shape)
     # Zero points are packed as one row; an odd number of them leaves the last half-byte unused.

@@ -1,14 +1,19 @@
-"""A build, from a name to a bundle: resolve, weights, lower, bundle, verify."""
+"""A build, from a name to a bundle: resolve, trace, weights, lower, bundle, verify.
+
+Tracing comes before the weights: an overlay that does not lower is found out before tens of gigabytes are read.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from attrs import frozen
 
+from coreai_zoo.backends import Traced
 from coreai_zoo.bundle import Bundle
 from coreai_zoo.errors import listing
 from coreai_zoo.plugins import Plugins
@@ -58,6 +63,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
     """
     report = report or Reporter(silent=True)
     with ExitStack() as stack:
+        stack.enter_context(_rare_collections())
         with report.stage("resolve", request.entry):
             resolved = resolve(request, plugins)
             for difference in resolved.differences:
@@ -67,6 +73,8 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             needs = preflight(resolved, workspace)
             report.note(str(needs))
             needs.require()
+        with report.stage("trace", f"{resolved.backend.name}, contract {resolved.contract.name}"):
+            traced = _trace(resolved)
         store, partial = WeightStore(workspace.work), workspace.partial
         with report.stage("weights", f"{len(resolved.weights.tensors)} tensors as {resolved.recipe.name}"):
             filled = _fill(store, resolved, report)
@@ -77,8 +85,8 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
                 report.note(f"removed {len(filled.removed)} tensors that this build does not use")
         # The disk may have filled meanwhile, and the toolchain's writer ends the whole process when it meets its end.
         preflight(resolved, workspace).require()
-        with report.stage("lower", f"{resolved.backend.name}, contract {resolved.contract.name}"):
-            _lower(resolved, store, partial)
+        with report.stage("lower", resolved.asset):
+            _lower(traced, resolved, store, partial)
         with report.stage("bundle", resolved.name):
             write_records(resolved, store, partial)
         with report.stage("verify"):
@@ -92,6 +100,28 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
     )
 
 
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let Python look for cycles less often: a traced decoder is half a million objects, and walking over them took a
+    fifth of the time of tracing.
+    """
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+def _trace(resolved: Resolved) -> Traced:
+    from coreai_zoo import export
+
+    export.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    return resolved.backend.trace(resolved.module, resolved.signature)
+
+
 def _fill(store: WeightStore, resolved: Resolved, report: Reporter) -> FillReport:
     with report.bytes(resolved.weights.stored_bytes) as counter:
 
@@ -101,11 +131,11 @@ def _fill(store: WeightStore, resolved: Resolved, report: Reporter) -> FillRepor
         return store.fill(resolved.weights, resolved.checkpoint, progress)
 
 
-def _lower(resolved: Resolved, store: WeightStore, partial: Path) -> None:
+def _lower(traced: Traced, resolved: Resolved, store: WeightStore, partial: Path) -> None:
     from coreai_zoo import export
 
-    constants = export.bind(resolved.module, store, values=False)
-    resolved.backend.compile(resolved.module, resolved.signature, constants, partial / resolved.asset)
+    constants = export.constants(store, (tensor.name for tensor in resolved.weights.tensors))
+    traced.save(constants, partial / resolved.asset)
 
 
 def request_json(request: BuildRequest, result: BuildResult) -> str:

@@ -77,7 +77,7 @@ class Model:
     def bound(self, store: WeightStore, *, values: bool) -> tuple[nn.Module, Mapping[str, export.Constant]]:
         """The decoder with stored weights, and its constants."""
         module = self.module()
-        return module, export.bind(module, store, values=values)
+        return module, bound(module, store, values=values)
 
     def stepped_in_torch(self, module: nn.Module) -> np.ndarray[Any, Any]:
         """Logits of `TOKENS`, token after token, states carried."""
@@ -96,6 +96,16 @@ class Model:
         """Logits of `TOKENS` from a saved asset, as float16."""
         with BACKEND.stepper(asset, self.spec, capacity=len(TOKENS)) as stepper:
             return np.stack(list(drain(stepper, TOKENS)))
+
+
+def bound(module: nn.Module, store: WeightStore, *, values: bool) -> dict[str, export.Constant]:
+    """Bind a module, or allocate it as it would be bound; its constants."""
+    names = [name for name, _ in module.named_parameters()]
+    if values:
+        export.bind(module, store)
+    else:
+        export.allocate(module, {name: store[name] for name in names})
+    return export.constants(store, names)
 
 
 def _dtype(spec: TensorSpec) -> torch.dtype:
@@ -216,7 +226,7 @@ def compiled(model: Model, recipe: Recipe, directory: Path) -> Compiled:
     """Compile a decoder with random weights to `directory`/m.aimodel."""
     store = filled(model, recipe, directory / "weights")
     module, constants = model.bound(store, values=False)
-    BACKEND.compile(module, model.spec, constants, directory / "m.aimodel")
+    BACKEND.trace(module, model.spec).save(constants, directory / "m.aimodel")
     return Compiled(model, store, constants, directory / "m.aimodel")
 
 
@@ -442,9 +452,10 @@ def compile_big(directory: Path) -> None:
     # Everything that is imported or set up once is not what is measured here.
     warm = toy()
     module_of_warm, constants = warm.bound(filled(warm, recipe_of(INT8), directory / "warm"), values=False)
-    BACKEND.compile(module_of_warm, warm.spec, constants, directory / "warm.aimodel")
+    BACKEND.trace(module_of_warm, warm.spec).save(constants, directory / "warm.aimodel")
     with anonymous_peak() as peak:
-        BACKEND.compile(module, spec, export.bind(module, store, values=False), directory / "big.aimodel")
+        constants = bound(module, store, values=False)
+        BACKEND.trace(module, spec).save(constants, directory / "big.aimodel")
     size = (directory / "big.aimodel" / "main.mlirb").stat().st_size
     with anonymous_peak() as seen:
         kept = bytes(BIG_BYTES // 2)  # the watcher must be able to see what it is there to see
@@ -490,7 +501,7 @@ def compile_again(weights: Path, destination: Path) -> None:
     """In a process of its own: compile the mixture-of-experts decoder from a store that is there already."""
     model = hybrid("moe")
     module, constants = model.bound(WeightStore(weights), values=False)
-    BACKEND.compile(module, model.spec, constants, destination)
+    BACKEND.trace(module, model.spec).save(constants, destination)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -741,7 +752,7 @@ def test_tracing_needs_no_unpacked_copy_of_a_4_bit_weight(
 ) -> None:
     _, asset = stored  # bound with values=False, which leaves the unpacked integers uninitialised
     module, constants = asset.model.bound(asset.store, values=True)
-    BACKEND.compile(module, asset.model.spec, constants, tmp_path / "again.aimodel")
+    BACKEND.trace(module, asset.model.spec).save(constants, tmp_path / "again.aimodel")
     assert contents(tmp_path / "again.aimodel") == contents(asset.path)
 
 
@@ -758,7 +769,7 @@ def test_another_version_of_the_toolchain_is_refused(
     module, constants = toy_asset.model.bound(toy_asset.store, values=False)
     told = r"coreai-torch is 9.9.9.*written against 0.4.3.*pip install coreai-torch==0.4.3"
     with pytest.raises(EnvironmentLacks, match=told) as caught:
-        BACKEND.compile(module, toy_asset.model.spec, constants, tmp_path / "no.aimodel")
+        BACKEND.trace(module, toy_asset.model.spec).save(constants, tmp_path / "no.aimodel")
     assert caught.value.exit_code == 3
     assert not (tmp_path / "no.aimodel").exists()
     with pytest.raises(EnvironmentLacks, match=told):

@@ -26,7 +26,7 @@ from coreai_zoo.store import WeightStore
 from coreai_zoo.weights import plan_weights
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY, signature
-from test_coreai_backend import INT8, Model, filled, recipe_of, toy
+from test_coreai_backend import INT8, Model, bound, filled, recipe_of, toy
 
 TOKENS = [5, 17, 3, 3, 60, 41]
 KINDS = {"F": "full_attention", "L": "linear_attention"}
@@ -56,7 +56,7 @@ class Checkpointed:
 
     def bound(self, store: WeightStore, *, values: bool) -> tuple[nn.Module, dict[str, export.Constant]]:
         module = self.module()
-        return module, export.bind(module, store, values=values)
+        return module, bound(module, store, values=values)
 
 
 def checkpointed(directory: Path, kind: Any, layers: str, *rewrites: LayerRewrite) -> Checkpointed:
@@ -82,7 +82,7 @@ def compiled_both_ways(
     with caplog.at_level(logging.WARNING):
         for backend, asset in zip(BOTH, assets, strict=True):
             module, constants = model.bound(store, values=False)
-            backend.compile(module, model.spec, constants, asset)
+            backend.trace(module, model.spec).save(constants, asset)
     assert caplog.messages == []  # nothing had to be traced after all
     return assets
 
@@ -404,7 +404,7 @@ def test_a_decoder_that_cannot_be_continued_is_traced_whole_and_that_is_said(
 ) -> None:
     module = SkipsOne([Layer(index) for index in range(8)]).eval()
     with caplog.at_level(logging.WARNING):
-        BOTH[0].compile(module, stack_spec(8), {}, tmp_path / "skips.aimodel")
+        BOTH[0].trace(module, stack_spec(8)).save({}, tmp_path / "skips.aimodel")
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("Every layer is traced, because the first ones cannot be continued: ")
     assert BOTH[0].signature(tmp_path / "skips.aimodel").states == {"state": ((8, 2, 4), "float32")}

@@ -110,7 +110,7 @@ def test_progress_as_json_is_one_event_a_line_that_adds_up(checkpoint: Path, tmp
     assert result.returncode == 0, result.stderr
     events = [json.loads(line) for line in result.stderr.splitlines()]
     stages = [(event["stage"], event["state"]) for event in events if event["event"] == "stage"]
-    names = ("resolve", "weights", "lower", "bundle", "verify")
+    names = ("resolve", "trace", "weights", "lower", "bundle", "verify")
     assert stages == [(name, state) for name in names for state in ("start", "end")]
     counted = [event for event in events if event["event"] == "bytes"]
     assert [event["done"] for event in counted] == sorted(event["done"] for event in counted)

@@ -27,6 +27,21 @@ class Signature:
     outputs: Mapping[str, tuple[tuple[int, ...], str]]
 
 
+class Traced(Protocol):
+    """A decoder that its backend has traced, and that waits for its weights."""
+
+    def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
+        """Lower it and write the asset to `destination`, which does not exist yet.
+
+        Args:
+            constants: the module's stored state by name, see `export.constants`; no copy of one may be made in memory.
+            destination: path of the asset.
+
+        Raises:
+            EnvironmentLacks: when the disk is full.
+        """
+
+
 class Stepper(Protocol):
     """A loaded asset that is stepped token by token, its states carried from call to call."""
 
@@ -53,14 +68,12 @@ class Backend(Protocol):
     def versions(self) -> Mapping[str, str]:
         """Distribution name to version of everything that determines the asset's bytes."""
 
-    def compile(self, module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant], destination: Path) -> None:
-        """Trace and lower `module`, and write the asset to `destination`, which does not exist yet.
+    def trace(self, module: nn.Module, spec: TraceSpec) -> Traced:
+        """Trace `module`; everything that can be wrong with a decoder shows here, before a weight is read.
 
         Args:
-            module: the decoder with its weights bound; it is modified.
+            module: the decoder with its parameters allocated, see `export.allocate`; it is modified.
             spec: its signature.
-            constants: the module's stored state by name; no copy of one may be made in memory.
-            destination: path of the asset.
 
         Raises:
             PluginError: when the module does not meet the contract.

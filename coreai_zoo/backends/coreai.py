@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from coreai_zoo.export import Constant
+    from coreai_zoo.repetition import Repetition
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +67,11 @@ class CoreAIBackend:
         """Versions of the toolchain, checked."""
         return _checked_versions()
 
-    def compile(self, module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant], destination: Path) -> None:
-        """See `Backend.compile`."""
+    def trace(self, module: nn.Module, spec: TraceSpec) -> CoreAITraced:
+        """See `Backend.trace`."""
         _checked_versions()
         with _toolchain():
-            _save(_lower(module, spec, constants, every_layer=self.every_layer), destination)
+            return _trace(module, spec, every_layer=self.every_layer)
 
     def signature(self, asset: Path) -> Signature:
         """See `Backend.signature`."""
@@ -121,45 +122,87 @@ def _toolchain() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _lower(module: nn.Module, spec: TraceSpec, constants: Mapping[str, Constant], *, every_layer: bool = False) -> Any:
-    """Trace `module` with its composites kept whole, and lower it; an `AIProgram`."""
+@frozen
+class CoreAITraced:
+    """A traced decoder; see `Traced`.
+
+    Attributes:
+        module: the decoder.
+        spec: its signature.
+        present: externalization specs of its composites.
+        program: traced from the module, or from its first layers.
+        composites: the programs of its composites.
+        continued: how the module was shortened, and the signature that it had then; None when all layers were traced.
+    """
+
+    module: nn.Module
+    spec: TraceSpec
+    present: list[Any]
+    program: ExportedProgram
+    composites: list[Any]
+    continued: tuple[Repetition, TraceSpec] | None = None
+
+    def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
+        """See `Traced.save`."""
+        with _toolchain():
+            _save(self.lower(constants), destination)
+
+    def lower(self, constants: Mapping[str, Constant]) -> Any:
+        """The `AIProgram` of all layers."""
+        from coreai_zoo.backends._coreai_lowering import Converter, add_call_sites
+
+        program, composites = self._whole()
+        add_call_sites(composites, program)
+        converter = Converter(_named_state(program, constants))
+        return converter.convert(
+            program,
+            composites,
+            input_names=[tensor.name for tensor in self.spec.inputs],
+            output_names=[tensor.name for tensor in self.spec.outputs],
+            state_names=[state.name for state in self.spec.states],
+        )
+
+    def _whole(self) -> tuple[ExportedProgram, list[Any]]:
+        """The program of all layers, and its composites."""
+        from coreai_zoo import export
+        from coreai_zoo.extension import extend
+
+        if self.continued is None:
+            return self.program, self.composites
+        try:
+            program = extend(self.program, self.module, self.continued[0], self.continued[1], self.spec)
+        except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
+            _tell_that_all_are_traced(reason)
+            return _traced_with_composites(self.module, self.spec, self.present)
+        export.check_traced(program, self.spec)
+        return program, self.composites
+
+
+def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> CoreAITraced:
+    """Trace `module` with its composites kept whole: its first layers, where the others are like them.
+
+    What the others add is copied when the weights are there: until then a deep decoder takes no more memory than a
+    shallow one.
+    """
     import coreai_torch  # noqa: F401  # before the compiler's dialects, which import each other in a circle otherwise
 
-    from coreai_zoo.backends._coreai_lowering import Converter, add_call_sites
-
-    present = _use_toolchain_composites(module)
-    traced = _traced_with_composites if every_layer else _traced
-    program, composite_programs = traced(module, spec, present)
-    add_call_sites(composite_programs, program)
-    converter = Converter(_named_state(program, constants))
-    return converter.convert(
-        program,
-        composite_programs,
-        input_names=[tensor.name for tensor in spec.inputs],
-        output_names=[tensor.name for tensor in spec.outputs],
-        state_names=[state.name for state in spec.states],
-    )
-
-
-def _traced(module: nn.Module, spec: TraceSpec, present: list[Any]) -> tuple[ExportedProgram, list[Any]]:
-    """The traced `module` and its composites, from its first layers where the others are like them."""
-    from coreai_zoo import export
-    from coreai_zoo.extension import extend
     from coreai_zoo.repetition import find_repetition, short_signature, shortened
 
-    repetition = find_repetition(module)
+    present = _use_toolchain_composites(module)
+    repetition = None if every_layer else find_repetition(module)
     if repetition is not None:
         try:
             short = short_signature(spec, repetition)
             with shortened(module, repetition):
-                program, composite_programs = _traced_with_composites(module, short, present)
-            program = extend(program, module, repetition, short, spec)
-        except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
-            _log.warning("Every layer is traced, because the first ones cannot be continued: %s", reason)
-        else:
-            export.check_traced(program, spec)
-            return program, composite_programs
-    return _traced_with_composites(module, spec, present)
+                traced = _traced_with_composites(module, short, present)
+            return CoreAITraced(module, spec, present, *traced, (repetition, short))
+        except Exception as reason:  # noqa: BLE001  # as above
+            _tell_that_all_are_traced(reason)
+    return CoreAITraced(module, spec, present, *_traced_with_composites(module, spec, present))
+
+
+def _tell_that_all_are_traced(reason: Exception) -> None:
+    _log.warning("Every layer is traced, because the first ones cannot be continued: %s", reason)
 
 
 def _traced_with_composites(
