@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from coreai_zoo.errors import PluginError, listing
-from coreai_zoo.overlay import LayerRewrite, QuantizationSpec, TraceSpec
-from coreai_zoo.weights import ParameterInfo
+from coreai_zoo.overlay import LayerRewrite, ParameterInfo, QuantizationSpec, TraceSpec
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
