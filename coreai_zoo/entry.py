@@ -407,7 +407,12 @@ def load_entries(plugins: Plugins) -> Mapping[str, tuple[Entry, str]]:
             )
         entries[entry.name] = (entry, plugin)
         files[entry.name] = path
-    return dict(sorted(entries.items()))
+    return dict(sorted(entries.items(), key=lambda item: _natural(item[0])))
+
+
+def _natural(name: str) -> tuple[tuple[str, int], ...]:
+    """Sorts names as people do: 9b before 27b."""
+    return tuple((text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name))
 
 
 def find_entry(name: str, plugins: Plugins) -> tuple[Entry, str]:
