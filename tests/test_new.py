@@ -86,7 +86,9 @@ def test_a_sibling_is_planned_built_and_gated_from_the_entry_that_was_written_fo
     assert bundle.build["entry"]["hf_id"] is None and "huggingface.co" not in card
     roles = {role: (sums["parameters"], sums["bytes"]) for role, sums in planned["roles"].items()}
     assert {role: (sums["parameters"], sums["bytes"]) for role, sums in bundle.build["weights"].items()} == roles
-    assert abs((bundle.asset / "main.mlirb").stat().st_size - planned["asset_bytes"]) < 32 * 2**10
+    # The graph is allowed for generously; what matters is the weights, and that a plan never promises too little.
+    allowance = planned["asset_bytes"] - sum(size for _, size in roles.values())
+    assert 0 <= planned["asset_bytes"] - (bundle.asset / "main.mlirb").stat().st_size < allowance < 100 * 2**10
     # The entry is in no plugin: the gate does without it.
     assert zoo("gate", bundle.directory, "--checkpoint", checkpoint, "--positions", "2").exit_code in {0, 1}
 
