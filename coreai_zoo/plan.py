@@ -9,7 +9,7 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.checkpoint import Checkpoint, has_weights, read_config
-from coreai_zoo.contracts import Contract, find_contract
+from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract, find_contract
 from coreai_zoo.entry import Entry, Published, find_entry
 from coreai_zoo.errors import BadInput, PluginError
 from coreai_zoo.overlay import DTYPE_BYTES, ROLES, ParameterInfo, QuantizationSpec, TellsParameters, TraceSpec
@@ -214,6 +214,9 @@ def _plan(
     context: int,
     plugins: Plugins,
 ) -> Plan:
+    limit = int(model.facts["max_context_length"])
+    if not MINIMUM_CONTEXT <= context <= limit:
+        raise BadInput(f"A context of {context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit.")
     contract = find_contract(contract_name)
     recipe = find_recipe(recipe_name).with_head(plugins.head_quantization(model.overlay, entry, model.config))
     table = plugins.weight_map(model.overlay, model.config)

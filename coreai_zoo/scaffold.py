@@ -52,7 +52,8 @@ def locate(source: str) -> Origin:
 
     file = from_hub(
         source,
-        lambda: huggingface_hub.hf_hub_download(source, CONFIG),
+        None,
+        lambda local_only: huggingface_hub.hf_hub_download(source, CONFIG, local_files_only=local_only),
         "Pass --from DIR with a folder that holds its config.json.",
     )
     return _in_cache(file.parent)

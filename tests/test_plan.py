@@ -307,6 +307,7 @@ def test_entries_and_checkpoints_are_compared_side_by_side(bare: Callable[..., P
         (["qwen3.6-28b"], "no entry is called 'qwen3.6-28b'"),
         (["--checkpoint", "/nowhere"], "does not exist"),
         ([DENSE, "--context", "3"], "Invalid value for '--context'"),
+        ([DENSE, "--context", "262145"], "262145 is not between 8 and 262144, the model's own limit"),
         ([DENSE, "--bandwidth", "0"], "Invalid value for '--bandwidth'"),
     ],
 )
