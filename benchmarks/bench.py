@@ -29,7 +29,7 @@ from measure import measure
 
 HERE = Path(__file__).parent
 ENTRY = "qwen3.6-27b"
-BUILD_FLAGS = ("--json", "--progress", "json", "--force")
+BUILD_FLAGS = ("--custom", "--json", "--progress", "json", "--force")
 
 
 def rate(function: Callable[[], object], parameters: int, runs: int) -> float:
@@ -152,7 +152,9 @@ def main() -> None:
         ours, theirs = [], []
         for run in range(arguments.runs):
             shutil.rmtree(work / "ours", ignore_errors=True)
-            ours.append(build(work / "slice", work / "ours", *(["--keep-weights"] if run == arguments.runs - 1 else [])))
+            ours.append(
+                build(work / "slice", work / "ours", *(["--keep-weights"] if run == arguments.runs - 1 else []))
+            )
             theirs.append(baseline(work / "slice", work / "whole"))
         shutil.rmtree(work / "whole")
         print(f"\n{side_by_side(ours, theirs)}\n", flush=True)

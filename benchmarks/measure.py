@@ -1,6 +1,6 @@
 """Run a command and say how long it took and how much memory it used at most.
 
-    python benchmarks/measure.py [--limit-gib 2] -- zoo build qwen3.6-27b --checkpoint DIR -o OUT --json
+    python benchmarks/measure.py [--limit-gib 2] -- zoo build qwen3.6-27b --checkpoint DIR --custom -o OUT --json
 
 Prints a JSON line: wall seconds; peak resident set (RSS, VmHWM: anonymous and mapped files); peak anonymous memory
 (RssAnon, sampled every 20 ms); exit code; and what the command printed, if that is JSON. With `--limit-gib` the command

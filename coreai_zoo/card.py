@@ -39,7 +39,12 @@ def _head(record: Mapping[str, Any]) -> str:
         lines.append(f"**Not {title}, but a model of its architecture.** {differences}.")
     else:
         hf_id = record["entry"]["hf_id"]
-        lines.append(f"{title} ([{hf_id}](https://huggingface.co/{hf_id})) for Core AI.")
+        lines.append(f"{title}{f' ([{hf_id}](https://huggingface.co/{hf_id}))' if hf_id else ''} for Core AI.")
+        if record["entry"]["status"] == "unverified":
+            lines.append(
+                "**Unverified.** It was built with `--allow-unverified`: what the zoo states of this model was not "
+                "compared with the published checkpoint."
+            )
     if record["layers"] != record["whole_layers"]:
         lines.append(f"**A slice: the first {record['layers']} of {record['whole_layers']} layers**, for tests only.")
     return "\n\n".join(lines)
@@ -51,9 +56,10 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _architecture(record: Mapping[str, Any]) -> str:
-    rows = [(name.replace("_", " "), _plain(value)) for name, value in record["facts"].items()]
     parameters = sum(role["parameters"] for role in record["weights"].values())
-    return "## Architecture\n\n" + _table(("", ""), [("parameters", f"{parameters:,}"), *rows])
+    facts = {"parameters": parameters, **record["facts"]}
+    rows = [(name.replace("_", " "), _plain(value)) for name, value in facts.items()]
+    return "## Architecture\n\n" + _table(("", ""), rows)
 
 
 def _plain(value: Any) -> str:

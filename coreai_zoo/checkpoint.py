@@ -301,6 +301,11 @@ def read_header(path: Path) -> Header:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether there are weights beside the config that could be opened, complete or not."""
+    return any(directory.glob("*.safetensors"))
+
+
 def _no_weights(directory: Path) -> BadInput:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     pickles = [name for name in names if name.endswith(_PICKLES)]

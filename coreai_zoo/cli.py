@@ -34,6 +34,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
         "list": ("coreai_zoo.cli:list_entries", "What there is to build."),
         "show": ("coreai_zoo.cli:show", "Everything that is known of an entry."),
         "build": ("coreai_zoo.cli_build:build", "Build a bundle."),
+        "plan": ("coreai_zoo.cli_plan:plan", "What a bundle would hold, need and run at, from a config alone."),
+        "new": ("coreai_zoo.cli_new:new", "Write an entry for a checkpoint."),
         "run": ("coreai_zoo.cli_build:run", "Generate text with a bundle, on the runtime of this machine."),
         "gate": ("coreai_zoo.cli_build:gate", "Compare a bundle with Hugging Face, position by position."),
         "verify": (
@@ -281,7 +283,7 @@ def show(ctx: click.Context, name: str, as_json: bool) -> None:
     rows: list[tuple[str, object]] = [
         ("title", entry.title),
         ("summary", entry.summary),
-        ("checkpoint", f"{entry.hf_id} at {entry.hf_revision or 'an unknown revision'}"),
+        ("checkpoint", f"{entry.hf_id} at {entry.hf_revision or 'an unknown revision'}" if entry.hf_id else "local"),
         ("model types", ", ".join(entry.model_type)),
         ("licence", entry.licence or "unknown"),
         ("status", entry.status),

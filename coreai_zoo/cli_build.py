@@ -15,7 +15,7 @@ from coreai_zoo.bundle import Bundle
 from coreai_zoo.checkpoint import read_config
 from coreai_zoo.cli import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.contracts import CONTRACTS
-from coreai_zoo.entry import find_entry
+from coreai_zoo.entry import find_entry, load_entries
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import EventReporter, Reporter
@@ -42,6 +42,8 @@ _EXISTING = click.Path(path_type=Path)
 )
 @click.option("--max-context", type=int, metavar="N", help="Positions that the bundle allows. Default: the entry's.")
 @click.option("--layers", type=int, metavar="N", help="Build a slice: the first N layers only.")
+@click.option("--custom", is_flag=True, help="The checkpoint is of other sizes than the entry says: build it as such.")
+@click.option("--allow-unverified", is_flag=True, help="Build an entry that was not compared with its checkpoint yet.")
 @click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where weights are kept during the build.")
 @click.option("--keep-weights", is_flag=True, help="Keep them afterwards: a rebuild quantizes nothing again.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -60,10 +62,15 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
     Without --checkpoint or --sample the entry's checkpoint is fetched from the Hugging Face hub. The output path is
     untouched until the bundle is complete and verified. An interrupted build resumes when it is run again.
 
+    A checkpoint that contradicts a fact of the entry is refused, each fact named: another model wants an entry of its
+    own, which `zoo new` writes. ENTRY may be the path of such a file. With --custom the checkpoint is built without
+    one, and the bundle's name and card say that it is not the entry's model.
+
     \b
     Example:
         zoo build qwen3.6-27b --sample
-        zoo build qwen3.6-27b --checkpoint ~/Qwen3.6-27B -o bundles
+        zoo build qwen3.6-27b --checkpoint ~/Qwen3.6-27B -o bundles --allow-unverified
+        zoo build qwen3.6-27b --checkpoint ~/smaller-sibling --custom
     """
     request = pipeline.BuildRequest(**options)
     try:
@@ -238,7 +245,7 @@ def run_plugin_gates(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> list
     """Results of the gates that plugins add."""
     hf_config = read_config(checkpoint)
     overlay, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
-    entry, _ = find_entry(str(bundle.build["entry"].get("name")), plugins)
+    entry, _ = load_entries(plugins).get(str(bundle.build["entry"].get("name")), (None, None))
     results = []
     for plugin, extra in plugins.gates(overlay, entry):
         with plugins.blame(plugin, f"gate {extra.name!r}"):

@@ -20,13 +20,16 @@ import attrs
 import cattrs
 from attrs import field, frozen
 from attrs.validators import in_, min_len, optional
-from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 from cattrs.gen import make_dict_structure_fn, override
 
 from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError, listing
 
 if TYPE_CHECKING:
     from coreai_zoo.plugins import Plugins
+
+HF_ID = r"[\w.-]+/[\w.-]+"
+"""What names a repository on the Hugging Face hub."""
 
 Scalar = bool | int | float | str
 FFNKind = Literal["dense", "moe"]
@@ -49,6 +52,11 @@ def _pattern(expression: str, meaning: str) -> Callable[[object, Any, str], None
 def _positive(_instance: object, _attribute: Any, value: int) -> None:
     if value < 1:
         raise ValueError(f"{value} is not positive")
+
+
+def _above_zero(_instance: object, _attribute: Any, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{value} is not a positive number")
 
 
 def _not_empty(_instance: object, _attribute: Any, value: tuple[str, ...]) -> None:
@@ -143,6 +151,27 @@ class BundleDefaults:
 
 
 @frozen
+class Published:
+    """A measurement that somebody published of a bundle of this entry: `zoo plan` shows it beside its prediction.
+
+    Attributes:
+        recipe: that the bundle was made with.
+        machine: the chip, as `zoo plan` names it.
+        decode: tokens per second.
+        source: where it was published.
+        asset_bytes: size of the asset's bytecode, or None where it was not published.
+        note: what was special, if anything.
+    """
+
+    recipe: str = field(validator=min_len(1))
+    machine: str = field(validator=min_len(1))
+    decode: float = field(validator=_above_zero)
+    source: str = field(validator=min_len(1))
+    asset_bytes: int | None = field(default=None, validator=optional(_positive))
+    note: str | None = field(default=None, validator=optional(min_len(1)))
+
+
+@frozen
 class Entry:
     """One thing to build.
 
@@ -151,15 +180,16 @@ class Entry:
         title: the model's name as its makers write it.
         summary: one sentence.
         model_type: the `model_type`s that a checkpoint of this entry may have.
-        hf_id: repository on the Hugging Face hub.
         facts: what is known of the model.
         bundle: defaults of the bundle.
+        hf_id: repository on the Hugging Face hub, or None for a checkpoint that is on no hub.
         hf_revision: commit that a build fetches, or None where it is not known.
         licence: SPDX expression of the weights' licence, or None where it is not known.
         recipe: default recipe.
         contract: default engine contract.
         status: `verified` once the facts and revision were compared with the published checkpoint.
         sample: the miniature checkpoint of the same topology, if there is one.
+        published: what others measured of such bundles.
     """
 
     name: str = field(
@@ -168,9 +198,9 @@ class Entry:
     title: str = field(validator=min_len(1))
     summary: str = field(validator=min_len(1))
     model_type: tuple[str, ...] = field(validator=_not_empty)
-    hf_id: str = field(validator=_pattern(r"[\w.-]+/[\w.-]+", "a repository 'owner/name'"))
     facts: Facts
     bundle: BundleDefaults
+    hf_id: str | None = field(default=None, validator=optional(_pattern(HF_ID, "a repository 'owner/name'")))
     hf_revision: str | None = field(
         default=None, validator=optional(_pattern(r"[0-9a-f]{40}", "a commit of 40 hexadecimal digits"))
     )
@@ -179,6 +209,7 @@ class Entry:
     contract: str = field(default="static-s1", validator=min_len(1))
     status: Status = field(default="unverified", validator=in_(get_args(Status)))
     sample: Sample | None = None
+    published: tuple[Published, ...] = ()
 
     @property
     def slug(self) -> str:
@@ -221,10 +252,22 @@ def _integer(value: object, _type: Any) -> int:
     return value
 
 
+def _number(value: object, _type: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise _mistyped(value, "a number")
+    return float(value)
+
+
 def _texts(value: object, _type: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise _mistyped(value, "a list of text")
     return tuple(value)
+
+
+def _tables(value: object, _type: Any, *, structure: Callable[[Any, Any], _T]) -> _T:
+    if not isinstance(value, list):
+        raise _mistyped(value, "a list of tables")
+    return structure(value, _type)
 
 
 def _choice(value: object, type_: Any) -> object:
@@ -256,6 +299,7 @@ def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_structure_hook(str, _text)
     converter.register_structure_hook(int, _integer)
+    converter.register_structure_hook(float, _number)
     converter.register_structure_hook_func(lambda type_: type_ == tuple[str, ...], _texts)
     converter.register_structure_hook_func(_is_choice, _choice)
     converter.register_structure_hook_func(lambda type_: type_ == Mapping[str, Scalar], _as_it_is)
@@ -267,13 +311,16 @@ def _make_converter() -> cattrs.Converter:
             attribute.validator(None, attribute, structured)
         return structured
 
-    for cls in (Sample, BundleDefaults, Facts, Entry):
+    for cls in (Sample, BundleDefaults, Facts, Published, Entry):
         attributes = attrs.fields(attrs.resolve_types(cls))
         hooks = {a.name: override(struct_hook=partial(field_hook, attribute=a)) for a in attributes}
         structure: Any = make_dict_structure_fn(cls, converter, **hooks)  # type: ignore[arg-type]  # hooks are overrides
         if cls is Facts:
             structure = partial(_fact_table, structure=structure)
         converter.register_structure_hook(cls, partial(_table, structure=structure))
+        if cls is Published:
+            each = partial(_tables, structure=converter.get_structure_hook(tuple[Published, ...]))
+            converter.register_structure_hook_func(lambda type_: type_ == tuple[Published, ...], each)
     return converter
 
 
@@ -288,6 +335,9 @@ def _problems(error: BaseException, key: str = "") -> Iterator[str]:
             yield from _problems(inner, key if note.name == "more" else f"{key}.{note.name}".lstrip("."))
         for inner in rest:
             yield from _problems(inner, key)
+    elif isinstance(error, IterableValidationError):
+        for inner, item in error.group_exceptions()[0]:
+            yield from _problems(inner, f"{key}[{item.index}]")
     elif isinstance(error, ForbiddenExtraKeysError):
         known = [attribute.name for attribute in attrs.fields(error.cl)]
         for name in sorted(error.extra_fields):
@@ -357,15 +407,22 @@ def load_entries(plugins: Plugins) -> Mapping[str, tuple[Entry, str]]:
             )
         entries[entry.name] = (entry, plugin)
         files[entry.name] = path
-    return dict(sorted(entries.items()))
+    return dict(sorted(entries.items(), key=lambda item: _natural(item[0])))
+
+
+def _natural(name: str) -> tuple[tuple[str, int], ...]:
+    """Sorts names as people do: 9b before 27b."""
+    return tuple((text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name))
 
 
 def find_entry(name: str, plugins: Plugins) -> tuple[Entry, str]:
-    """The entry called `name` and the plugin that brought it.
+    """The entry called `name` and the plugin that brought it; or of a file `name`, which no plugin brings.
 
     Raises:
         BadInput: when there is none, with the nearest names.
     """
+    if name.endswith(".toml"):
+        return load_entry(Path(name)), f"none: the file {name}"
     entries = load_entries(plugins)
     if name in entries:
         return entries[name]

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from coreai_zoo.errors import PluginError, listing
-from coreai_zoo.overlay import LayerRewrite, QuantizationSpec, TraceSpec
+from coreai_zoo.overlay import LayerRewrite, ParameterInfo, QuantizationSpec, TraceSpec
 from coreai_zoo.quantize import blocks_per_row, has_zero_points, unpack_int4
-from coreai_zoo.weights import ParameterInfo
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from attrs import field, frozen
-from attrs.validators import ge, in_, max_len, min_len
+from attrs.validators import deep_iterable, ge, in_, max_len, min_len
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 
     from coreai_zoo.contracts import Contract
 
-DTYPES = ("float16", "float32", "bfloat16", "int32")
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float16": 2, "float32": 4, "bfloat16": 2, "int32": 4})
+"""Bytes per element of every dtype that an input, a state, an output or a parameter can have."""
+
+DTYPES = tuple(DTYPE_BYTES)
+
+STORED_DTYPES = ("float16", "float32")
+"""Dtypes that an unquantized weight can be stored in."""
 
 ROLES = {
     "embedding": "token embedding table",
@@ -129,6 +136,24 @@ class TraceSpec:
         used = {size for spec in (*self.inputs, *self.states) for size in spec.shape if isinstance(size, str)}
         if used != set(self.axes):
             raise ValueError(f"tensors use the axes {sorted(used)} but ranges are given for {sorted(self.axes)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class ParameterInfo:
+    """Shape and dtype of a parameter of the decoder.
+
+    Attributes:
+        shape: sizes; `()` is a scalar.
+        dtype: one of `STORED_DTYPES`, what an unquantized weight is stored in.
+    """
+
+    shape: tuple[int, ...] = field(validator=deep_iterable(ge(1)))
+    dtype: str = field(validator=in_(STORED_DTYPES))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,8 +354,9 @@ class Overlay(Protocol):
     def facts(self, config: Any) -> Mapping[str, Any]:
         """What the host and an entry need to know of a config.
 
-        Required: `vocab_size`, `layers`, `max_context_length` (int) and `ffn` (str, for example `dense` or `moe`).
-        Anything further is compared with the entry's facts and printed in the card.
+        Required: `vocab_size`, `layers`, `max_context_length` (int) and `ffn` (str, for example `dense` or `moe`);
+        where weights have the role `moe.expert`, also `experts` and `experts_per_token` (int). Anything further is
+        compared with the entry's facts and printed in the card.
         """
 
     def kv_cache(self, config: Any) -> KVCache:
@@ -356,3 +382,14 @@ class Overlay(Protocol):
         Raises:
             BadInput: when a slice of that depth is not a model.
         """
+
+
+@runtime_checkable
+class TellsParameters(Protocol):
+    """An overlay that tells its decoder's parameters without building it, so that `zoo plan` answers without torch.
+
+    A build compares what is told with the decoder itself. An overlay without this is planned too, only slower.
+    """
+
+    def parameters(self, config: Any, contract: Contract) -> Mapping[str, ParameterInfo]:
+        """Every parameter of `Overlay.decoder(config, contract)` by name, before any layer rewrite."""

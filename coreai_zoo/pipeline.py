@@ -66,6 +66,8 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         stack.enter_context(_rare_collections())
         with report.stage("resolve", request.entry):
             resolved = resolve(request, plugins)
+            if resolved.relies_on_unverified:
+                report.note("unverified: the entry was not compared with the published checkpoint yet")
             for difference in resolved.differences:
                 report.note(f"differs from the entry: {difference}")
             workspace = Workspace.of(request.output, resolved.name, request.work_dir, keep=request.keep_weights)

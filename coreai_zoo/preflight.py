@@ -1,4 +1,7 @@
-"""What a build will read, write and need, held against what this machine has, before a weight is read."""
+"""What a build will read, write and need, held against what this machine has, before a weight is read.
+
+`zoo plan` takes its sizes from here too.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ import attrs
 from attrs import frozen
 
 from coreai_zoo.bundle import tokenizer_files
+from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.errors import EnvironmentLacks
 from coreai_zoo.machine import available_memory
 from coreai_zoo.resolve import Resolved
+from coreai_zoo.weights import WeightPlan
 from coreai_zoo.workspace import Workspace, existing_parent
 
 _BYTES = MappingProxyType({"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8})  # the dtypes that weights may have
@@ -61,11 +66,10 @@ class Preflight:
     memory: int | None
 
     def __str__(self) -> str:
-        free = ", ".join(f"{_size(disk.free)} free at {_shown(disk.path)}" for disk in self.disks)
-        memory = "" if self.memory is None else f"; {_size(self.memory)} of memory available"
+        free = ", ".join(f"{size(disk.free)} free at {_shown(disk.path)}" for disk in self.disks)
+        memory = "" if self.memory is None else f"; {size(self.memory)} of memory available"
         return (
-            f"reads {_size(self.read)}, writes {_size(self.written)} and {_size(self.scratch)} of scratch; "
-            f"{free}{memory}"
+            f"reads {size(self.read)}, writes {size(self.written)} and {size(self.scratch)} of scratch; {free}{memory}"
         )
 
     def require(self) -> None:
@@ -77,13 +81,13 @@ class Preflight:
         for disk in self.disks:
             if disk.needs > disk.free:
                 raise EnvironmentLacks(
-                    f"The build needs {_size(disk.needs)} of disk space at {disk.path}, where {_size(disk.free)} are "
-                    f"free: {_size(self.written)} for the bundle and {_size(self.scratch)} of scratch in all.",
+                    f"The build needs {size(disk.needs)} of disk space at {disk.path}, where {size(disk.free)} are "
+                    f"free: {size(self.written)} for the bundle and {size(self.scratch)} of scratch in all.",
                     "Free some, or put one of the two on another disk with -o DIR or --work-dir DIR.",
                 )
         if self.memory is not None and self.memory < LEAST_MEMORY:
             raise EnvironmentLacks(
-                f"The build needs {_size(LEAST_MEMORY)} of memory at least, and {_size(self.memory)} are available.",
+                f"The build needs {size(LEAST_MEMORY)} of memory at least, and {size(self.memory)} are available.",
                 "Close other programs.",
             )
 
@@ -94,26 +98,39 @@ class Preflight:
 
 def preflight(resolved: Resolved, workspace: Workspace) -> Preflight:
     """Add up what the plan says and ask the machine what there is."""
-    stored = resolved.weights.stored_bytes
-    scratch = max(0, stored - _bytes_below(workspace.work))
-    tokenizer = sum(file.stat().st_size for file in tokenizer_files(resolved.checkpoint.directory))
-    graph = _GRAPH_BYTES + _GRAPH_BYTES_PER_LAYER * int(resolved.facts["layers"])
-    written = stored + graph + tokenizer  # the asset holds every stored byte
+    written = asset_bytes(resolved.weights, resolved.facts) + tokenizer_bytes(resolved.checkpoint.directory)
+    return foresee(bytes_read(resolved.weights, resolved.checkpoint), resolved.weights, written, workspace)
+
+
+def foresee(read: int, weights: WeightPlan, written: int, workspace: Workspace) -> Preflight:
+    """What a build in `workspace` needs that reads and writes so many bytes, and what this machine has for it."""
+    scratch = max(0, weights.stored_bytes - _bytes_below(workspace.work))
     needs: dict[int, Disk] = {}
-    for path, size in ((workspace.destination, written), (workspace.work, scratch)):
+    for path, count in ((workspace.destination, written), (workspace.work, scratch)):
         existing = existing_parent(path.parent)
         device = existing.stat().st_dev
         before = needs[device].needs if device in needs else 0
         needs.setdefault(device, Disk(existing, 0, shutil.disk_usage(existing).free))
-        needs[device] = attrs.evolve(needs[device], needs=before + size)
-    return Preflight(_bytes_read(resolved), scratch, written, tuple(needs.values()), available_memory())
+        needs[device] = attrs.evolve(needs[device], needs=before + count)
+    return Preflight(read, scratch, written, tuple(needs.values()), available_memory())
 
 
-def _bytes_read(resolved: Resolved) -> int:
-    tensors = resolved.checkpoint.tensors
+def asset_bytes(weights: WeightPlan, facts: Mapping[str, Any]) -> int:
+    """Bytes of the asset: every stored byte, and the graph around them."""
+    return weights.stored_bytes + _GRAPH_BYTES + _GRAPH_BYTES_PER_LAYER * int(facts["layers"])
+
+
+def tokenizer_bytes(directory: Path) -> int:
+    """Bytes of the tokenizer's files that a bundle copies from the checkpoint in `directory`."""
+    return sum(file.stat().st_size for file in tokenizer_files(directory))
+
+
+def bytes_read(weights: WeightPlan, checkpoint: Checkpoint) -> int:
+    """Bytes of the checkpoint that a build reads."""
+    tensors = checkpoint.tensors
     return sum(
         (source.stop - source.start) * tensors[source.key].columns * _BYTES[tensors[source.key].dtype]
-        for planned in resolved.weights.tensors
+        for planned in weights.tensors
         for source in planned.sources
     )
 
@@ -127,7 +144,7 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
     """Bytes in the largest binary unit that leaves a number of one or more."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
     power = min(len(units) - 1, int(math.log2(count) // 10)) if count else 0

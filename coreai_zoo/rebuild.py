@@ -55,6 +55,8 @@ def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> t
             output=output,
             max_context=build["max_context"],
             layers=build["request"]["layers"],
+            custom=bool(build["entry"]["differences"]),
+            allow_unverified=True,  # the bundle exists: it was allowed
         )
         return request, int(build["source_date_epoch"])
     except (KeyError, TypeError, ValueError) as error:

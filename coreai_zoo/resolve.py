@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,16 @@ from coreai_zoo.backends import Backend
 from coreai_zoo.checkpoint import Checkpoint, read_config
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract, find_contract
 from coreai_zoo.entry import Entry, find_entry
-from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
-from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, TraceSpec
+from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError, listing
+from coreai_zoo.overlay import (
+    HeadQuantization,
+    KVCache,
+    LayerRewrite,
+    Overlay,
+    ParameterInfo,
+    TellsParameters,
+    TraceSpec,
+)
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.quantize import Recipe, find_recipe
 from coreai_zoo.weights import WeightPlan, plan_weights
@@ -42,6 +50,8 @@ class BuildRequest:
     work_dir: Path | None = None
     keep_weights: bool = False
     force: bool = False
+    custom: bool = False
+    allow_unverified: bool = False
 
 
 @frozen
@@ -86,6 +96,11 @@ class Resolved:
         return self.request.sample
 
     @property
+    def relies_on_unverified(self) -> bool:
+        """Whether the bundle passes for the entry's model, and the entry was never compared with that."""
+        return self.entry.status == "unverified" and not self.sample and not self.differences
+
+    @property
     def hf_id(self) -> str | None:
         """The entry's repository on the hub, if this checkpoint can be what is there."""
         return None if self.sample or self.differences else self.entry.hf_id
@@ -105,14 +120,15 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
     entry, _ = find_entry(request.entry, plugins)
     contract = find_contract(request.contract or entry.contract)
     recipe = find_recipe(request.recipe or entry.recipe)
+    _check_status(request, entry)
     backend = _find_backend(request.backend, plugins)
     _ = backend.versions  # another version of the toolchain is refused now, not after the weights
     source_date_epoch = bundles.source_date_epoch()
     check_output_folder(request.output)
     directory, revision = locate_checkpoint(entry, request.checkpoint, sample=request.sample)
-    model = _read_model(request, entry, directory, plugins)
-    # A sample is another size on purpose; of a slice, the whole is compared.
-    differences = () if request.sample else compare_facts(entry, model.whole_facts)
+    model = read_model(read_config(directory), plugins, request.layers)
+    _check_model_type(entry, model, directory)
+    differences = _differences(request, entry, model, directory)
     max_context = _max_context(request, entry, model.facts)
     bundles.check_tokenizer(directory, model.facts["vocab_size"])
     checkpoint = Checkpoint.open(directory)
@@ -137,7 +153,7 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
         recipe=recipe,
         head=head if recipe.roles["head"] is not None else None,
         rewrites=rewrites,
-        signature=_signature(model, contract, max_context, plugins),
+        signature=signature(model, contract, max_context, plugins),
         module=module,
         weights=weights,
         max_context=max_context,
@@ -145,9 +161,20 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What a config.json says
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @frozen
-class _Model:
-    """What the overlay makes of a `config.json`."""
+class Model:
+    """What the overlay makes of a `config.json`.
+
+    Attributes:
+        plugin: name of the plugin that brought the overlay.
+        facts: of the layers that were asked for.
+        whole_facts: of all layers.
+    """
 
     hf_config: Mapping[str, Any]
     overlay: Overlay
@@ -155,48 +182,128 @@ class _Model:
     config: Any
     facts: Mapping[str, Any]
     whole_facts: Mapping[str, Any]
-    kv_cache: Any
+    kv_cache: KVCache
+
+    @property
+    def model_type(self) -> str:
+        """The architecture, as `config.json` calls it."""
+        return str(self.hf_config.get("model_type"))
 
 
-def _read_model(request: BuildRequest, entry: Entry, directory: Path, plugins: Plugins) -> _Model:
-    """Read the checkpoint's config with the overlay that claims it, cut to the layers that were asked for."""
-    hf_config: Mapping[str, Any] = read_config(directory)
-    model_type = str(hf_config.get("model_type"))
-    overlay, plugin = plugins.claim_overlay(model_type, hf_config)
-    if model_type not in entry.model_type:
-        raise BadInput(
-            f"{directory} is a {model_type} checkpoint, but entry {entry.name} is for {' or '.join(entry.model_type)} "
-            f"({entry.facts.ffn} feed-forward).",
-            "Choose the entry that fits the checkpoint: `zoo list` shows the feed-forward kind of each.",
-        )
+def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | None = None) -> Model:
+    """Read a config with the overlay that claims it, cut to the first `layers` layers if there is a number.
+
+    Raises:
+        BadInput: when no plugin claims the architecture, the overlay cannot use the config, or a slice is not a model.
+        PluginError: when several claim it.
+    """
+    overlay, plugin = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
     with plugins.blame(plugin, f"overlay {overlay.name!r}", except_input=True):
         whole_facts = overlay.facts(overlay.read_config(hf_config))
-        if request.layers is not None:
-            hf_config = overlay.with_layers(hf_config, request.layers)
+        if layers is not None:
+            hf_config = overlay.with_layers(hf_config, layers)
         config = overlay.read_config(hf_config)
         facts, kv_cache = overlay.facts(config), overlay.kv_cache(config)
-    return _Model(hf_config, overlay, plugin, config, facts, whole_facts, kv_cache)
+    return Model(hf_config, overlay, plugin, config, facts, whole_facts, kv_cache)
 
 
-def _signature(model: _Model, contract: Contract, max_context: int, plugins: Plugins) -> TraceSpec:
+def signature(model: Model, contract: Contract, max_context: int, plugins: Plugins) -> TraceSpec:
+    """The function that a bundle of this model has."""
     states = plugins.extra_states(model.overlay, model.config, contract)
     return contract.trace_spec(model.kv_cache, states, model.facts["vocab_size"], max_context)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The entry against the checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_status(request: BuildRequest, entry: Entry) -> None:
+    """Refuse an unverified entry, before anything is fetched, where its facts and revision are relied on."""
+    # A sample or a model of other sizes claims nothing of the published checkpoint.
+    if entry.status == "verified" or request.allow_unverified or request.sample or request.custom:
+        return
+    raise BadInput(
+        f"Entry {entry.name} is unverified: its facts were not compared with the published checkpoint yet.",
+        "Pass --allow-unverified to build it all the same (the card will say so), or --sample for the miniature."
+        if entry.sample
+        else "Pass --allow-unverified to build it all the same; the card will say so.",
+    )
+
+
+def _check_model_type(entry: Entry, model: Model, directory: Path) -> None:
+    if model.model_type not in entry.model_type:
+        raise BadInput(
+            f"{directory} is a {model.model_type} checkpoint, but entry {entry.name} is for "
+            f"{' or '.join(entry.model_type)} ({entry.facts.ffn} feed-forward).",
+            "Choose the entry that fits the checkpoint: `zoo list` shows the feed-forward kind of each.",
+        )
+
+
+def _differences(request: BuildRequest, entry: Entry, model: Model, directory: Path) -> tuple[str, ...]:
+    """In which facts the checkpoint is another model than the entry's, where the user said that it is one."""
+    if request.sample:  # another size on purpose
+        return ()
+    differences = compare_facts(entry, model.whole_facts)  # of a slice, the whole is compared
+    if differences and not request.custom:
+        count = f"{len(differences)} fact" + "s" * (len(differences) > 1)
+        raise BadInput(
+            f"{directory} contradicts entry {entry.name} in {count}: {'; '.join(differences)}.",
+            "If it is another model of this architecture, write an entry for it with `zoo new NAME --from "
+            f"{directory}`, or pass --custom to build it without one.",
+        )
+    if request.custom and not differences:
+        raise BadInput(f"{directory} has the facts of entry {entry.name}: there is nothing --custom about it.")
+    return differences
+
+
+def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the entry states and the checkpoint is not, one phrase each."""
+    return tuple(
+        f"{name} is {facts[name]}, the entry says {stated}"
+        for name, stated in entry.facts.stated.items()
+        if name in facts and facts[name] != stated
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def _plan(
-    model: _Model, contract: Contract, checkpoint: Checkpoint, recipe: Recipe, plugins: Plugins
+    model: Model, contract: Contract, checkpoint: Checkpoint, recipe: Recipe, plugins: Plugins
 ) -> tuple[nn.Module, tuple[tuple[str, LayerRewrite], ...], WeightPlan]:
     """The decoder without weights, what rewrote its layers, and where each of its weights comes from."""
     from coreai_zoo import export
 
     def decoder() -> nn.Module:
         with plugins.blame(model.plugin, f"overlay {model.overlay.name!r}"):
-            return model.overlay.decoder(model.config, contract)
+            made = model.overlay.decoder(model.config, contract)
+            if isinstance(model.overlay, TellsParameters):
+                told = model.overlay.parameters(model.config, contract)
+                _check_told(model.overlay.name, told, export.parameters_of(made))
+            return made
 
     rewrites = tuple(plugins.layer_rewrites(model.overlay, model.config, contract))
     module = export.build_module(decoder, rewrites)
     weight_map = plugins.weight_map(model.overlay, model.config)
     return module, rewrites, plan_weights(weight_map, export.parameters_of(module), checkpoint.tensors, recipe)
+
+
+def _check_told(overlay: str, told: Mapping[str, ParameterInfo], real: Mapping[str, ParameterInfo]) -> None:
+    """Hold the parameters that an overlay tells against those of its decoder: what `zoo plan` adds up must be true."""
+    names = [name for name in {**real, **told} if told.get(name) != real.get(name)]
+    if names:
+        raise PluginError(
+            f"the parameters that overlay {overlay!r} tells are not those of its decoder: {listing(names)}.",
+            "Correct its `parameters`, or take the method away.",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding things
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def locate_checkpoint(entry: Entry, directory: Path | None, *, sample: bool) -> tuple[Path, str | None]:
@@ -217,31 +324,58 @@ def locate_checkpoint(entry: Entry, directory: Path | None, *, sample: bool) -> 
 
 def _fetch(entry: Entry) -> tuple[Path, str]:
     """Download the entry's revision, or the newest if the entry pins none; (directory, commit)."""
+    if entry.hf_id is None:
+        raise BadInput(f"Entry {entry.name} names no repository to fetch a checkpoint from.", "Pass --checkpoint DIR.")
+    import huggingface_hub
+
+    hf_id, revision = entry.hf_id, entry.hf_revision
+
+    def download(local_only: bool) -> str:
+        return huggingface_hub.snapshot_download(
+            hf_id,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"],
+            local_files_only=local_only,
+        )
+
+    directory = from_hub(
+        hf_id,
+        revision,
+        download,
+        "Pass --checkpoint DIR with a local copy, or --sample to build the miniature that ships with the entry.",
+    )
+    return directory, directory.name
+
+
+def from_hub(hf_id: str, revision: str | None, download: Callable[[bool], str], hint: str) -> Path:
+    """What `download` fetches from a repository on the hub, or finds on this machine.
+
+    Args:
+        hf_id: the repository.
+        revision: its commit, or None for the newest.
+        download: takes whether to look on this machine only; returns a path.
+        hint: what to do when the files cannot be had.
+
+    Raises:
+        EnvironmentLacks: when they are not here and cannot be fetched.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    reason: Exception | None = None
     try:
-        directory = huggingface_hub.snapshot_download(
-            entry.hf_id,
-            revision=entry.hf_revision,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"],
-        )
+        # One request. Downloads try again for half a minute, with a warning each time, before they give up.
+        huggingface_hub.HfApi().model_info(hf_id, revision=revision)
+    except Exception as error:  # noqa: BLE001  # the HTTP library beneath raises its own; offline, what is here will do
+        reason = error
+    try:
+        return Path(download(reason is not None))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        said = str(reason or error).strip().splitlines()
+        text = said[0][:200].removesuffix(".") if said else type(reason or error).__name__
         raise EnvironmentLacks(
-            f"The checkpoint {entry.hf_id} is not on this machine and cannot be fetched ({reason.removesuffix('.')}).",
-            "Pass --checkpoint DIR with a local copy, or --sample to build the miniature that ships with the entry.",
+            f"The checkpoint {hf_id} is not on this machine and cannot be fetched ({text}).", hint
         ) from error
-    return Path(directory), Path(directory).name
-
-
-def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the entry states and the checkpoint is not, one phrase each."""
-    return tuple(
-        f"{name} is {facts[name]}, the entry says {stated}"
-        for name, stated in entry.facts.stated.items()
-        if name in facts and facts[name] != stated
-    )
 
 
 def _find_backend(name: str, plugins: Plugins) -> Backend:

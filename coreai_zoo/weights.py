@@ -12,28 +12,22 @@ import re
 from collections.abc import Iterator, Mapping
 
 from attrs import define, field, frozen
-from attrs.validators import deep_iterable, ge, in_
 
 from coreai_zoo.checkpoint import TensorInfo
 from coreai_zoo.errors import BadInput, listing
-from coreai_zoo.overlay import Drop, Part, QuantizationSpec, Transform, WeightMap, WeightRule
+from coreai_zoo.overlay import (
+    DTYPE_BYTES,
+    Drop,
+    ParameterInfo,
+    Part,
+    QuantizationSpec,
+    Transform,
+    WeightMap,
+    WeightRule,
+)
 from coreai_zoo.quantize import Recipe, blocks_per_row, has_zero_points
 
-BYTES_PER_ELEMENT = {"float16": 2, "float32": 4}
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-
-
-@frozen
-class ParameterInfo:
-    """Shape and dtype of a parameter of the decoder.
-
-    Attributes:
-        shape: sizes; `()` is a scalar.
-        dtype: `float16` or `float32`, what an unquantized weight is stored in.
-    """
-
-    shape: tuple[int, ...] = field(validator=deep_iterable(ge(1)))
-    dtype: str = field(validator=in_(tuple(BYTES_PER_ELEMENT)))
 
 
 @frozen
@@ -62,7 +56,7 @@ class PlannedTensor:
         dtype: of the parameter, and of its scales when it is quantized.
         quantization: how it is stored, or None for plain values.
         transform: change of values on the way, or None.
-        sources: what fills it, in the order of its rows, without gap or overlap.
+        sources: what fills it, in the order of its rows, without gap or overlap; none while there is no checkpoint.
     """
 
     name: str
@@ -91,7 +85,7 @@ class PlannedTensor:
     @property
     def stored_bytes(self) -> int:
         """Bytes in the weight store: integers, scales and zero points, or plain values."""
-        size = BYTES_PER_ELEMENT[self.dtype]
+        size = DTYPE_BYTES[self.dtype]
         if self.quantization is None:
             return self.parameters * size
         scales = self.rows * blocks_per_row(self.columns, self.quantization)
@@ -394,6 +388,16 @@ class _Planner:
         rule = target.matches[0].rule
         if any((match.rule.role, match.rule.transform) != (rule.role, rule.transform) for match in target.matches):
             raise ValueError(f"the weight rules that fill {target.name} differ in role or transform")
+        return self._planned(target, rule, recipe, sources)
+
+    def foresee(self, target: _Target, recipe: Recipe) -> PlannedTensor:
+        """The plan of one parameter while there is no checkpoint."""
+        rules = [rule.rule for rule, _ in self._rules_for(target)]
+        if not rules:
+            raise ValueError(f"no weight rule fills {target.name}")
+        return self._planned(target, rules[0], recipe, ())
+
+    def _planned(self, target: _Target, rule: WeightRule, recipe: Recipe, sources: tuple[Source, ...]) -> PlannedTensor:
         # `Recipe` decides every role and `WeightRule` takes no other, so there is always an answer here.
         spec = recipe.roles[rule.role]
         planned = PlannedTensor(
@@ -497,3 +501,21 @@ def plan_weights(
     planned = [planner.plan(target, recipe) for target in planner.targets.values()]
     planner.problems.raise_if_any()
     return WeightPlan(tuple(tensor for tensor in planned if tensor is not None), tuple(planner.dropped))
+
+
+def foresee_weights(weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], recipe: Recipe) -> WeightPlan:
+    """How each parameter of a decoder will be stored, when no checkpoint is at hand: a plan without sources.
+
+    Args:
+        weight_map: the overlay's table.
+        parameters: the decoder's parameters.
+        recipe: how each role is stored.
+
+    Raises:
+        BadInput: listing every width that its block does not divide.
+        ValueError: when the table fills a parameter by no rule.
+    """
+    planner = _Planner(weight_map, parameters, {})
+    planned = tuple(planner.foresee(target, recipe) for target in planner.targets.values())
+    planner.problems.raise_if_any()
+    return WeightPlan(planned, ())

@@ -22,6 +22,13 @@ from coreai_zoo.plugins import Plugins
 
 MakePlugin = Callable[..., types.ModuleType]
 
+FAMILY = [
+    *(f"qwen3.5-{size}" for size in ("0.8b", "2b", "4b", "9b", "27b", "35b-a3b", "122b-a10b", "397b-a17b")),
+    "qwen3.6-27b",
+    "qwen3.6-35b-a3b",
+    "qwen3.8-27b",
+]
+
 
 def zoo(plugins: Plugins, *arguments: str) -> Result:
     return CliRunner().invoke(cli, list(arguments), obj=plugins, prog_name="zoo")
@@ -220,7 +227,7 @@ def test_list_as_json_has_a_record_for_each_entry(shipped: Plugins) -> None:
         "status": "unverified",
         "plugin": "shipped",
     }
-    assert len(records) == 2
+    assert [*records] == FAMILY
 
 
 def test_an_unknown_parameter_count_is_said_to_be_unknown(
@@ -235,7 +242,7 @@ def test_show_tells_all_that_the_entry_states(shipped: Plugins) -> None:
     output = zoo(shipped, "show", "qwen3.6-35b-a3b").output
 
     for part in (
-        "Qwen/Qwen3.6-35B-A3B at an unknown revision",
+        "Qwen/Qwen3.6-35B-A3B at 995ad96eacd98c81ed38be0c5b274b04031597b0",
         "34,660,610,688",
         "experts_per_token",
         "samples/moe in",
@@ -269,7 +276,7 @@ def test_plugins_tells_what_each_brings(shipped: Plugins) -> None:
     (record,) = json.loads(zoo(shipped, "plugins", "--json").stdout)
 
     assert record["name"] == "shipped"
-    assert record["entries"] == ["qwen3.6-27b", "qwen3.6-35b-a3b"]
+    assert record["entries"] == FAMILY
     assert record["hooks"] == ["zoo_entries"]
     assert "qwen3.6-35b-a3b" in zoo(shipped, "plugins").output
 

@@ -22,7 +22,7 @@ print("code", code, "heavy", ",".join(heavy), file=sys.stderr)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["list"], ["list", "--json"], ["show", "qwen3.6-27b"], ["doctor"]],
+    [["--help"], ["list"], ["list", "--json"], ["show", "qwen3.6-27b"], ["plan", "qwen3.6-27b"], ["doctor"]],
     ids=" ".join,
 )
 def test_commands_that_only_look_import_no_torch(arguments: list[str]) -> None:

@@ -43,7 +43,7 @@ def small_disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def build(checkpoint: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    arguments = ("build", "qwen3.6-27b", "--checkpoint", checkpoint, "-o", output, *more)
+    arguments = ("build", "qwen3.6-27b", "--checkpoint", checkpoint, "--custom", "-o", output, *more)
     return subprocess.run([*ZOO, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 

@@ -48,7 +48,7 @@ def zoo(*arguments: object, cwd: Path, **settings: str) -> subprocess.CompletedP
 def build(kind: str, checkpoint: Path, cwd: Path, **settings: str) -> Path:
     """Build in a process of its own; the bundle."""
     cwd.mkdir(parents=True)
-    result = zoo("build", ENTRIES[kind], "--checkpoint", checkpoint, "--json", cwd=cwd, **settings)
+    result = zoo("build", ENTRIES[kind], "--checkpoint", checkpoint, "--custom", "--json", cwd=cwd, **settings)
     assert result.returncode == 0, result.stderr
     return cwd / json.loads(result.stdout)["path"]
 
@@ -119,7 +119,8 @@ def changed(one: object, other: object, where: str = "") -> set[str]:
 
 @pytest.mark.parametrize("date", ["yesterday", "1e3", "9" * 30, ""])
 def test_a_date_that_is_none_is_refused(dense: Path, tmp_path: Path, date: str) -> None:
-    result = zoo("build", ENTRIES["dense"], "--checkpoint", dense, cwd=tmp_path, SOURCE_DATE_EPOCH=date)
+    arguments = ("build", ENTRIES["dense"], "--checkpoint", dense, "--custom")
+    result = zoo(*arguments, cwd=tmp_path, SOURCE_DATE_EPOCH=date)
 
     assert result.returncode == 2
     assert f"SOURCE_DATE_EPOCH is {date!r}, not seconds since 1970" in result.stderr

@@ -50,7 +50,8 @@ class Place:
 
     @property
     def arguments(self) -> list[str]:
-        return ["build", "qwen3.6-27b", "--checkpoint", str(self.checkpoint), "-o", str(self.output), "--json"]
+        where = ["--checkpoint", str(self.checkpoint), "-o", str(self.output)]
+        return ["build", "qwen3.6-27b", "--custom", *where, "--json"]
 
     @property
     def partial(self) -> Path:

@@ -153,7 +153,8 @@ def built(
     output = tmp_path_factory.mktemp("toy-bundles")
     # The entry says nothing of a recipe, so the host's default is what no recipe means.
     recipe = None if request.param == "int8hu" else request.param
-    result = build(BuildRequest("toy-mean", checkpoint=checkpoint, recipe=recipe, output=output), plugins)
+    wanted = BuildRequest("toy-mean", checkpoint=checkpoint, recipe=recipe, output=output, allow_unverified=True)
+    result = build(wanted, plugins)
     head = toy_plugin.ToyPlugin(output).zoo_head_quantization(toy_plugin.ToyOverlay())
     return Built(result, Bundle.open(result.path), find_recipe(request.param).with_head(head))
 
@@ -333,7 +334,7 @@ def test_a_checkpoint_that_no_plugin_claims_is_refused(checkpoint: Path, plugins
     for path in checkpoint.iterdir():
         (tmp_path / "stranger" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "stranger" / "config.json").write_text(json.dumps({**CONFIG, "model_type": "stranger"}))
-    request = BuildRequest("toy-mean", checkpoint=tmp_path / "stranger", output=tmp_path / "out")
+    request = BuildRequest("toy-mean", checkpoint=tmp_path / "stranger", output=tmp_path / "out", custom=True)
     with pytest.raises(BadInput, match=r"'stranger' is claimed by no plugin.*Asked: toys"):
         build(request, plugins)
     assert not (tmp_path / "out").exists()
@@ -407,7 +408,7 @@ def test_two_rewrites_on_one_layer_are_an_error_that_names_both_plugins_and_the_
     crowd.register(toy_plugin.ToyPlugin(plugins.entries()[0][1]), "toys")
     crowd.register(Meddler(), "meddler")
     with pytest.raises(PluginError) as caught:
-        build(BuildRequest("toy-mean", checkpoint=checkpoint, output=tmp_path / "out"), crowd)
+        build(BuildRequest("toy-mean", checkpoint, output=tmp_path / "out", allow_unverified=True), crowd)
     for named in ("plugin toys", "plugin meddler", "layers.1.mean", "'mean-step'", "'meddle'"):
         assert named in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """The `qwen3_5` overlay: Qwen3.5, Qwen3.6 and their relatives, dense and mixture-of-experts.
 
 Read in this order: `config`, `states`, `decoder`, `attention`, `gated_delta_net`, `feed_forward`, then what the host is
-told about them: `weights`, `rewrites`, `quantization`. Only the modules that hold layers import torch.
+told about them: `parameters`, `weights`, `rewrites`, `quantization`. Only the modules that hold layers import torch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from coreai_zoo.contracts import Contract
-from coreai_zoo.overlay import KVCache
+from coreai_zoo.overlay import KVCache, ParameterInfo
 
 from .config import MODEL_TYPES, Qwen35Config, config_of_facts, facts_of, read_config, with_layers
+from .parameters import parameters, stored_parameters
 from .quantization import HEAD
 from .rewrites import layer_rewrites
 from .states import extra_states, kv_cache
@@ -42,7 +43,7 @@ class Qwen35Overlay:
 
     def facts(self, config: Qwen35Config) -> Mapping[str, Any]:
         """What an entry states of a config and a card prints."""
-        return facts_of(config)
+        return {**facts_of(config), "parameters": stored_parameters(config)}
 
     def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """A `config.json` with these facts."""
@@ -51,6 +52,10 @@ class Qwen35Overlay:
     def kv_cache(self, config: Qwen35Config) -> KVCache:
         """Geometry of the key / value pair."""
         return kv_cache(config)
+
+    def parameters(self, config: Qwen35Config, contract: Contract) -> Mapping[str, ParameterInfo]:
+        """Every parameter of the decoder in the contract's dtype, without building it."""
+        return parameters(config, contract.compute_dtype)
 
     def decoder(self, config: Qwen35Config, contract: Contract) -> nn.Module:
         """The decoder in the contract's dtype, uninitialised."""
