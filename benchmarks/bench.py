@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import measure
 
 from coreai_zoo.quantize import SCALE_FLOOR, find_recipe, quantize_rows
-from measure import measure
 
 HERE = Path(__file__).parent
 ENTRY = "qwen3.6-27b"

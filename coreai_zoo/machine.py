@@ -1,14 +1,60 @@
-"""What this machine has."""
+"""What this machine has, and what a container leaves of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+_PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
 
-def available_memory() -> int | None:
-    """Bytes that programs may still take without swapping, where Linux tells."""
+# File of the limit, file of what is in use, and the part of it that is page cache, which gives way: in version 2 of
+# control groups, and in version 1.
+_VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+
+
+def available_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
+    """Bytes that this process may still take without swapping or being killed, where Linux tells.
+
+    Args:
+        proc: where the process file system is mounted.
+        cgroups: where the control groups are.
+    """
+    rooms = [*_free(proc), *_room_in_groups(proc, cgroups)]
+    return max(0, min(rooms)) if rooms else None
+
+
+def _free(proc: Path) -> Iterator[int]:
+    for line in _lines(proc / "meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _room_in_groups(proc: Path, cgroups: Path) -> Iterator[int]:
+    """What the limit of each control group around this process leaves."""
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = cgroups if not controllers else cgroups / "memory"
+        group = root / name.lstrip("/")
+        for folder in (group, *group.parents):
+            yield from _room(folder, *(_VERSION_1 if controllers else _VERSION_2))
+            if folder == root:
+                break
+
+
+def _room(folder: Path, limit: str, usage: str, cache: tuple[str, ...]) -> Iterator[int]:
+    limits, used = _lines(folder / limit), _lines(folder / usage)
+    if not limits or not used or not limits[0].isdigit():  # "max" says that there is none
+        return
+    statistics = dict(line.split() for line in _lines(folder / "memory.stat"))
+    yield int(limits[0]) - int(used[0]) + sum(int(statistics.get(name, 0)) for name in cache)
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return path.read_text(encoding="ascii").splitlines()
     except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+        return []

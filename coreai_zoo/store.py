@@ -2,8 +2,8 @@
 
 A tensor `name` is the files `name.data`, `name.scales` and `name.zero_points` (the last two when it is quantized), raw
 little-endian values in row order, and one line in `journal.jsonl`. Files are written under another name, synced and
-renamed; the line follows, synced as well. So a line vouches for its files. Syncing goes on while the next tensors are
-computed: a crash costs the tensor being computed and those few that wait for the disk (`IN_FLIGHT` at most).
+renamed; the line follows, synced as well. So a line vouches for its files. Syncing goes on while the next tensor is
+computed: a crash costs the tensor being computed and the one that waits for the disk, or a few small ones that do.
 
 The directory is the store's own: tensors that a plan does not name are removed from it.
 
@@ -57,7 +57,9 @@ PARTIAL = ".partial"
 STORE_VERSION = 1
 """Raised when the layout of the files changes."""
 IN_FLIGHT = 8
-"""Computed tensors that may wait to be synced."""
+"""Small tensors that may wait to be synced; a large one waits alone."""
+LARGE_BYTES = 4 * 2**20
+"""From this size on a tensor is large: writing it takes longer than waiting for the disk."""
 
 _KINDS = ("data", "scales", "zero_points")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
@@ -396,6 +398,12 @@ class _Computed:
     writer: _TensorWriter
     entry: dict[str, Any]
 
+    @property
+    def room(self) -> int:
+        """How much of the room for waiting tensors it takes."""
+        written = sum(int(file["bytes"]) for file in self.entry["files"].values())
+        return IN_FLIGHT if written >= LARGE_BYTES else 1
+
 
 class _Committer:
     """Puts computed tensors in place while the next ones are computed.
@@ -427,11 +435,12 @@ class _Committer:
         Raises:
             OSError: when an earlier one could not be written.
         """
-        self._room.acquire()
+        for _ in range(computed.room):
+            self._room.acquire()
         try:
             self._raise_failure()
         except BaseException:
-            self._room.release()
+            self._room.release(computed.room)
             raise
         self._waiting.append(computed)
         self._commits.append(self._pool.submit(self._commit))
@@ -458,8 +467,7 @@ class _Committer:
                 computed.writer.discard()
             raise
         finally:
-            for _ in batch:
-                self._room.release()
+            self._room.release(sum(computed.room for computed in batch))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
