@@ -84,13 +84,16 @@ def zoo_claim_overlay(model_type: str, hf_config: Mapping[str, Any]) -> Overlay 
 
 
 @hookspec
-def zoo_layer_rewrites(overlay: Overlay, config: Any, contract: Contract) -> Iterable[LayerRewrite]:
-    """Replace layers of the overlay's decoder by the form that a contract needs.
+def zoo_layer_rewrites(
+    overlay: Overlay, entry: Entry | None, config: Any, contract: Contract
+) -> Iterable[LayerRewrite]:
+    """Replace layers of the overlay's decoder: by the form that a contract needs, or by what a sibling has there.
 
     Called after `Overlay.decoder`, before weights are planned.
 
     Args:
         overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        entry: the entry that is built, or None for a bare checkpoint.
         config: what its `read_config` returned.
         contract: the engine contract of this build.
 
@@ -103,13 +106,16 @@ def zoo_layer_rewrites(overlay: Overlay, config: Any, contract: Contract) -> Ite
 
 
 @hookspec
-def zoo_extra_states(overlay: Overlay, config: Any, contract: Contract) -> Iterable[StateSpec]:
+def zoo_extra_states(
+    overlay: Overlay, entry: Entry | None, config: Any, contract: Contract
+) -> Iterable[StateSpec]:
     """States that a step carries besides the key / value pair.
 
     Called when the function's signature is made.
 
     Args:
         overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        entry: the entry that is built, or None for a bare checkpoint.
         config: what its `read_config` returned.
         contract: the engine contract of this build.
 
@@ -122,17 +128,19 @@ def zoo_extra_states(overlay: Overlay, config: Any, contract: Contract) -> Itera
 
 
 @hookspec
-def zoo_weight_map(overlay: Overlay, config: Any) -> WeightMap | None:
+def zoo_weight_map(overlay: Overlay, entry: Entry | None, config: Any) -> WeightMap | None:
     """The table from checkpoint keys to the decoder's parameters.
 
     Called when weights are planned.
 
     Args:
         overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        entry: the entry that is built, or None for a bare checkpoint.
         config: what its `read_config` returned.
 
     Returns:
-        The table or None. The first plugin that answers wins, the last registered asked first.
+        The table or None. The first plugin that answers wins, the last registered asked first: the zoo's own plugins
+        are registered before all others, so yours has precedence over them.
 
     .. versionadded:: 0.1
     """
@@ -151,7 +159,8 @@ def zoo_head_quantization(overlay: Overlay, entry: Entry | None, config: Any) ->
         config: what the overlay's `read_config` returned.
 
     Returns:
-        The policy with its reason, or None. The first plugin that answers wins, the last registered asked first.
+        The policy with its reason, or None. The first plugin that answers wins, the last registered asked first: the
+        zoo's own plugins are registered before all others, so yours has precedence over them.
 
     .. versionadded:: 0.1
     """

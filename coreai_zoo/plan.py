@@ -219,7 +219,7 @@ def _plan(
         raise BadInput(f"A context of {context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit.")
     contract = find_contract(contract_name)
     recipe = find_recipe(recipe_name).with_head(plugins.head_quantization(model.overlay, entry, model.config))
-    table = plugins.weight_map(model.overlay, model.config)
+    table = plugins.weight_map(model.overlay, entry, model.config)
     parameters = _parameters(model, contract, plugins)
     checkpoint = Checkpoint.open(directory) if directory is not None and has_weights(directory) else None
     with plugins.blame(model.plugin, f"overlay {model.overlay.name!r}", except_input=True):
@@ -239,7 +239,7 @@ def _plan(
         contract=contract,
         recipe=recipe,
         weights=weights,
-        spec=signature(model, contract, context, plugins),
+        spec=signature(model, entry, contract, context, plugins),
         context=context,
         tokenizer=tokenizer,
         build=foresee(read, weights, written, workspace),

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 GROUP = "coreai_zoo"
 """Entry-point group in which a plugin advertises itself."""
 
+DISTRIBUTION = "coreai-zoo"
+"""Our own distribution, whose plugins are registered before all others."""
+
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("zoo_"))
 """Every hook, in the order of hookspecs.py."""
 
@@ -73,8 +76,7 @@ class Plugins:
         """
         plugins = cls()
         found = importlib.metadata.entry_points(group=GROUP)
-        # The order decides the order of extra states, hence bytes: by name, not by where pip put things.
-        points = sorted(found, key=lambda point: (point.dist.name if point.dist else "", point.name))
+        points = sorted(found, key=_precedence)
         for point in points:
             owner = f"plugin {point.name!r} ({_source(point)})"
             others = [other.name for other in points if other is not point]
@@ -133,6 +135,11 @@ class Plugins:
                     raise PluginError(
                         f"plugin {name!r} wraps {caller.name}, but hooks of the zoo cannot be wrapped: the host could "
                         "not say any more whose answer it has."
+                    )
+                if implementation.tryfirst or implementation.trylast:
+                    raise PluginError(
+                        f"plugin {name!r} marks {caller.name} as tryfirst or trylast, which the zoo does not heed: plugins "
+                        "are asked in the order of their registration, the zoo's own first."
                     )
         for hook in HOOKS:
             if hook not in implemented and callable(getattr(plugin, hook, None)):
@@ -277,30 +284,35 @@ class Plugins:
         plugin, overlay = claims[0]
         return overlay, plugin
 
-    def layer_rewrites(self, overlay: Overlay, config: Any, contract: Contract) -> list[tuple[str, LayerRewrite]]:
+    def layer_rewrites(
+        self, overlay: Overlay, entry: Entry | None, config: Any, contract: Contract
+    ) -> list[tuple[str, LayerRewrite]]:
         """Rewrites, each with its plugin. Whether two meet on one layer is known only on the decoder itself."""
-        check = _instances(LayerRewrite)
-        return self._collect("zoo_layer_rewrites", check, overlay=overlay, config=config, contract=contract)
+        arguments = {"overlay": overlay, "entry": entry, "config": config, "contract": contract}
+        return self._collect("zoo_layer_rewrites", _instances(LayerRewrite), **arguments)
 
-    def extra_states(self, overlay: Overlay, config: Any, contract: Contract) -> list[StateSpec]:
+    def extra_states(
+        self, overlay: Overlay, entry: Entry | None, config: Any, contract: Contract
+    ) -> list[StateSpec]:
         """States after the KV pair, in the order of registration.
 
         Raises:
             PluginError: when a name is given twice, naming the plugins.
         """
         hook = "zoo_extra_states"
-        states = self._collect(hook, _instances(StateSpec), overlay=overlay, config=config, contract=contract)
+        arguments = {"overlay": overlay, "entry": entry, "config": config, "contract": contract}
+        states = self._collect(hook, _instances(StateSpec), **arguments)
         _unique(hook, "state", [(plugin, state.name) for plugin, state in states])
         return [state for _plugin, state in states]
 
-    def weight_map(self, overlay: Overlay, config: Any) -> WeightMap:
+    def weight_map(self, overlay: Overlay, entry: Entry | None, config: Any) -> WeightMap:
         """The weight map.
 
         Raises:
             PluginError: when no plugin has one.
         """
         hook = "zoo_weight_map"
-        answer = self._first(hook, WeightMap, overlay=overlay, config=config)
+        answer = self._first(hook, WeightMap, overlay=overlay, entry=entry, config=config)
         if answer is None:
             raise PluginError(
                 f"there is no weight map for the overlay {overlay.name!r}. {self._asked(hook)}",
@@ -372,6 +384,13 @@ def _brief(error: BaseException, *, kind: bool = True) -> str:
     """`error` on one line, with its type unless that says nothing."""
     text = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__}: {text}".rstrip(": ") if kind else text
+
+
+def _precedence(point: importlib.metadata.EntryPoint) -> tuple[bool, str, str]:
+    # Our own first, so that whoever is asked last registered first may answer in their place. After that by name: the
+    # order decides the order of extra states, hence bytes, and must not depend on where pip put things.
+    distribution = point.dist.name if point.dist else ""
+    return distribution != DISTRIBUTION, distribution, point.name
 
 
 def _source(point: importlib.metadata.EntryPoint) -> str:

@@ -44,9 +44,15 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 
 def _decides_every_role(instance: Recipe, _attribute: object, roles: Mapping[str, QuantizationSpec | None]) -> None:
     undecided, unknown = sorted(set(ROLES) - set(roles)), sorted(set(roles) - set(ROLES))
-    if undecided or unknown:
-        raise ValueError(
-            f"recipe {instance.name!r} must decide every role and no other: undecided {undecided}, unknown {unknown}"
+    problems = [
+        *([f"leaves {listing(undecided)} undecided"] if undecided else []),
+        *([f"decides {listing(unknown)}, which no weight has"] if unknown else []),
+    ]
+    if problems:
+        raise BadInput(
+            f"The recipe {instance.name!r} {' and '.join(problems)}.",
+            "A recipe gives each role a spec, or None to keep it as it is: a role that is left out would be skipped "
+            f"without a word. The roles are {listing(list(ROLES), len(ROLES))}.",
         )
 
 
@@ -67,7 +73,7 @@ class Recipe:
         roles: a spec for each role of `overlay.ROLES`, None to keep the parameter's own dtype.
 
     Raises:
-        ValueError: when a role is undecided or unknown.
+        BadInput: when a role is undecided or unknown, naming each.
     """
 
     name: str
@@ -97,8 +103,17 @@ class Recipe:
                 "garbage on the GPU delegate, where blocks of 32 are right and fast.",
                 "Use a block size of 32, or force the per-channel head if you know your runtime.",
             )
-        return evolve(self, roles={**self.roles, "head": spec})
+        # Two policies for one head are two bundles: the name tells them apart.
+        published_name = self.published_name if spec == own else f"{self.published_name}_head_{_slug(spec)}"
+        return evolve(self, roles={**self.roles, "head": spec}, published_name=published_name)
 
+
+def _slug(spec: QuantizationSpec) -> str:
+    blocks = "channel" if spec.block_size is None else f"block{spec.block_size}"
+    return f"{spec.dtype}_{blocks}_{_SCHEME_SLUGS[spec.scheme]}"
+
+
+_SCHEME_SLUGS = {"symmetric": "sym", "symmetric_with_clipping": "clip", "asymmetric": "asym"}
 
 _BODY = ("attention", "gdn.in", "gdn.out", "mlp", "moe.expert")
 

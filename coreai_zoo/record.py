@@ -85,9 +85,15 @@ def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
         "overlay": {
             "name": resolved.overlay.name,
             "plugin": resolved.overlay_plugin,
-            "code_sha256": _code_digest(resolved.overlay),
+            "code_sha256": _code_digest(type(resolved.overlay).__module__),
             "rewrites": [
-                {"name": rewrite.name, "plugin": plugin, "pattern": rewrite.pattern, "reason": rewrite.reason}
+                {
+                    "name": rewrite.name,
+                    "plugin": plugin,
+                    "pattern": rewrite.pattern,
+                    "reason": rewrite.reason,
+                    "code_sha256": _code_digest(rewrite.apply.__module__),
+                }
                 for plugin, rewrite in resolved.rewrites
             ],
         },
@@ -122,9 +128,9 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _code_digest(overlay: Any) -> str:
-    """SHA-256 over the source of the overlay's package, or of its module where it is in none."""
-    module = sys.modules[type(overlay).__module__]
+def _code_digest(name: str) -> str:
+    """SHA-256 over the source of the package that module `name` is in, or of the module where it is in none."""
+    module = sys.modules[name]
     source = Path(str(module.__file__))
     files = sorted(source.parent.rglob("*.py")) if module.__package__ else [source]
     lines = [f"{path.relative_to(source.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]

@@ -134,7 +134,7 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
     checkpoint = Checkpoint.open(directory)
     head = plugins.head_quantization(model.overlay, entry, model.config)
     recipe = recipe.with_head(head)
-    module, rewrites, weights = _plan(model, contract, checkpoint, recipe, plugins)
+    module, rewrites, weights = _plan(model, entry, contract, checkpoint, recipe, plugins)
     return Resolved(
         name=_bundle_name(request, entry, recipe, contract, differences),
         request=request,
@@ -153,7 +153,7 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
         recipe=recipe,
         head=head if recipe.roles["head"] is not None else None,
         rewrites=rewrites,
-        signature=signature(model, contract, max_context, plugins),
+        signature=signature(model, entry, contract, max_context, plugins),
         module=module,
         weights=weights,
         max_context=max_context,
@@ -207,9 +207,9 @@ def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | Non
     return Model(hf_config, overlay, plugin, config, facts, whole_facts, kv_cache)
 
 
-def signature(model: Model, contract: Contract, max_context: int, plugins: Plugins) -> TraceSpec:
+def signature(model: Model, entry: Entry | None, contract: Contract, max_context: int, plugins: Plugins) -> TraceSpec:
     """The function that a bundle of this model has."""
-    states = plugins.extra_states(model.overlay, model.config, contract)
+    states = plugins.extra_states(model.overlay, entry, model.config, contract)
     return contract.trace_spec(model.kv_cache, states, model.facts["vocab_size"], max_context)
 
 
@@ -272,7 +272,7 @@ def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _plan(
-    model: Model, contract: Contract, checkpoint: Checkpoint, recipe: Recipe, plugins: Plugins
+    model: Model, entry: Entry, contract: Contract, checkpoint: Checkpoint, recipe: Recipe, plugins: Plugins
 ) -> tuple[nn.Module, tuple[tuple[str, LayerRewrite], ...], WeightPlan]:
     """The decoder without weights, what rewrote its layers, and where each of its weights comes from."""
     from coreai_zoo import export
@@ -285,9 +285,9 @@ def _plan(
                 _check_told(model.overlay.name, told, export.parameters_of(made))
             return made
 
-    rewrites = tuple(plugins.layer_rewrites(model.overlay, model.config, contract))
+    rewrites = tuple(plugins.layer_rewrites(model.overlay, entry, model.config, contract))
     module = export.build_module(decoder, rewrites)
-    weight_map = plugins.weight_map(model.overlay, model.config)
+    weight_map = plugins.weight_map(model.overlay, entry, model.config)
     return module, rewrites, plan_weights(weight_map, export.parameters_of(module), checkpoint.tensors, recipe)
 
 

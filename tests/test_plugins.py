@@ -135,6 +135,15 @@ def test_a_hook_that_lacks_its_decorator_is_an_error_instead_of_never_called() -
         host(plain=module)
 
 
+@pytest.mark.parametrize("mark", ["tryfirst", "trylast"])
+def test_a_mark_of_order_that_the_host_would_not_heed_is_refused(mark: str) -> None:
+    module = types.ModuleType("pushy")
+    module.zoo_entries = hookimpl(**{mark: True})(list)  # type: ignore[attr-defined,call-overload]
+
+    with pytest.raises(PluginError, match=r"'pushy' marks zoo_entries as tryfirst or trylast"):
+        host(pushy=module)
+
+
 def test_a_wrapper_is_refused() -> None:
     def zoo_entries() -> Iterator[None]:
         return (yield)
@@ -207,6 +216,15 @@ def test_plugins_are_discovered_with_their_versions_in_an_order_that_pip_does_no
     assert found == [(name, name, "1.5") for name in ("almond", "cashew", "walnut")]
 
 
+def test_plugins_of_the_zoo_come_first_so_that_any_other_may_answer_in_their_place(
+    install: Callable[..., None],
+) -> None:
+    for name in ("walnut", "coreai-zoo", "almond"):
+        install(name, GOOD, plugin=f"of-{name}")
+
+    assert [info.distribution for info in Plugins.discover().info()] == ["coreai-zoo", "almond", "walnut"]
+
+
 def test_a_plugin_that_cannot_be_imported_is_named_with_the_others(install: Callable[..., None]) -> None:
     install("good", GOOD)
     install("broken", "import a_module_that_is_not_there\n")
@@ -242,9 +260,9 @@ CALLS: dict[str, Callable[[Plugins], object]] = {
     "zoo_entries": lambda plugins: plugins.entries(),
     "zoo_register_commands": lambda plugins: plugins.register_commands(click.Group()),
     "zoo_claim_overlay": lambda plugins: plugins.claim_overlay("toy", {}),
-    "zoo_layer_rewrites": lambda plugins: plugins.layer_rewrites(TOY, None, CONTRACT),
-    "zoo_extra_states": lambda plugins: plugins.extra_states(TOY, None, CONTRACT),
-    "zoo_weight_map": lambda plugins: plugins.weight_map(TOY, None),
+    "zoo_layer_rewrites": lambda plugins: plugins.layer_rewrites(TOY, None, None, CONTRACT),
+    "zoo_extra_states": lambda plugins: plugins.extra_states(TOY, None, None, CONTRACT),
+    "zoo_weight_map": lambda plugins: plugins.weight_map(TOY, None, None),
     "zoo_head_quantization": lambda plugins: plugins.head_quantization(TOY, None, None),
     "zoo_backends": lambda plugins: plugins.backends(),
     "zoo_gates": lambda plugins: plugins.gates(TOY, None),
@@ -364,7 +382,7 @@ def test_a_plugin_takes_only_the_arguments_that_it_needs(make_plugin: MakePlugin
 
     plugins = host(few=make_plugin(zoo_layer_rewrites=zoo_layer_rewrites))
 
-    ((_plugin, found),) = plugins.layer_rewrites(TOY, "step", CONTRACT)
+    ((_plugin, found),) = plugins.layer_rewrites(TOY, None, "step", CONTRACT)
     assert found.name == "step"
 
 
@@ -375,7 +393,7 @@ def test_rewrites_come_with_their_plugins(make_plugin: MakePlugin) -> None:
         two=make_plugin(zoo_layer_rewrites=lambda: (rewrite("c"),)),
     )
 
-    found = [(plugin, item.name) for plugin, item in plugins.layer_rewrites(TOY, None, CONTRACT)]
+    found = [(plugin, item.name) for plugin, item in plugins.layer_rewrites(TOY, None, None, CONTRACT)]
     assert found == [("one", "a"), ("one", "b"), ("two", "c")]
 
 
@@ -389,7 +407,7 @@ def test_states_keep_the_order_of_registration(make_plugin: MakePlugin) -> None:
         ant=make_plugin(zoo_extra_states=states("ringState")),
     )
 
-    names = [state.name for state in plugins.extra_states(TOY, None, CONTRACT)]
+    names = [state.name for state in plugins.extra_states(TOY, None, None, CONTRACT)]
     assert names == ["convState", "recState", "ringState"]
 
 
@@ -399,7 +417,7 @@ def test_one_state_from_two_plugins_names_both(make_plugin: MakePlugin) -> None:
     )
 
     with pytest.raises(PluginError, match=r"'convState' is there twice in zoo_extra_states: .*'one'.*'two'"):
-        plugins.extra_states(TOY, None, CONTRACT)
+        plugins.extra_states(TOY, None, None, CONTRACT)
 
 
 def test_the_last_registered_weight_map_wins(make_plugin: MakePlugin) -> None:
@@ -410,14 +428,14 @@ def test_the_last_registered_weight_map_wins(make_plugin: MakePlugin) -> None:
         silent=make_plugin(zoo_weight_map=lambda: None),
     )
 
-    assert plugins.weight_map(TOY, None) is theirs
+    assert plugins.weight_map(TOY, None, None) is theirs
 
 
 def test_no_weight_map_names_the_overlay_and_the_hook(make_plugin: MakePlugin) -> None:
     plugins = host(silent=make_plugin(zoo_weight_map=lambda: None))
 
     with pytest.raises(PluginError, match=r"overlay 'toy'\. Asked: silent\..*zoo_weight_map"):
-        plugins.weight_map(TOY, None)
+        plugins.weight_map(TOY, None, None)
 
 
 def test_the_last_registered_head_policy_wins_and_none_is_an_answer(make_plugin: MakePlugin) -> None:

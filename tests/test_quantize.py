@@ -288,9 +288,9 @@ def test_the_built_in_recipes_are_these() -> None:
 def test_a_recipe_must_decide_every_role() -> None:
     roles = dict.fromkeys(ROLES)
     del roles["moe.router"]
-    with pytest.raises(ValueError, match=r"undecided \['moe\.router'\]"):
+    with pytest.raises(BadInput, match=r"'half' leaves moe\.router undecided\. .*The roles are embedding, head, "):
         Recipe("half", "half", "", roles)
-    with pytest.raises(ValueError, match=r"unknown \['vision'\]"):
+    with pytest.raises(BadInput, match=r"'more' decides vision, which no weight has"):
         Recipe("more", "more", "", {**dict.fromkeys(ROLES), "vision": None})
 
 
@@ -306,6 +306,15 @@ def test_the_head_policy_decides_how_and_the_recipe_whether() -> None:
     assert RECIPES["int8hu"].with_head(policy).roles["head"] == policy.spec
     assert RECIPES["int8hu"].with_head(None) == RECIPES["int8hu"]
     assert RECIPES["int8lin"].with_head(policy) is RECIPES["int8lin"]
+
+
+def test_another_head_policy_than_the_recipes_own_shows_in_the_name() -> None:
+    own, recipe = RECIPES["int8hu"].roles["head"], RECIPES["int8hu"]
+    assert own is not None
+    assert recipe.with_head(HeadQuantization(own, "a reason")).published_name == "int8hu_block32_sym"
+    other = HeadQuantization(QuantizationSpec("uint8", "asymmetric", 64), "a reason")
+    assert recipe.with_head(other).published_name == "int8hu_block32_sym_head_uint8_block64_asym"
+    assert RECIPES["int8lin"].with_head(other).published_name == "int8lin_block32"
 
 
 def test_a_per_channel_head_needs_force() -> None:
