@@ -106,9 +106,7 @@ def zoo_layer_rewrites(
 
 
 @hookspec
-def zoo_extra_states(
-    overlay: Overlay, entry: Entry | None, config: Any, contract: Contract
-) -> Iterable[StateSpec]:
+def zoo_extra_states(overlay: Overlay, entry: Entry | None, config: Any, contract: Contract) -> Iterable[StateSpec]:
     """States that a step carries besides the key / value pair.
 
     Called when the function's signature is made.

@@ -138,8 +138,8 @@ class Plugins:
                     )
                 if implementation.tryfirst or implementation.trylast:
                     raise PluginError(
-                        f"plugin {name!r} marks {caller.name} as tryfirst or trylast, which the zoo does not heed: plugins "
-                        "are asked in the order of their registration, the zoo's own first."
+                        f"plugin {name!r} marks {caller.name} as tryfirst or trylast, which the zoo does not heed: "
+                        "plugins are asked in the order of their registration, the zoo's own first."
                     )
         for hook in HOOKS:
             if hook not in implemented and callable(getattr(plugin, hook, None)):
@@ -291,9 +291,7 @@ class Plugins:
         arguments = {"overlay": overlay, "entry": entry, "config": config, "contract": contract}
         return self._collect("zoo_layer_rewrites", _instances(LayerRewrite), **arguments)
 
-    def extra_states(
-        self, overlay: Overlay, entry: Entry | None, config: Any, contract: Contract
-    ) -> list[StateSpec]:
+    def extra_states(self, overlay: Overlay, entry: Entry | None, config: Any, contract: Contract) -> list[StateSpec]:
         """States after the KV pair, in the order of registration.
 
         Raises:

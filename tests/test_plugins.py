@@ -138,7 +138,7 @@ def test_a_hook_that_lacks_its_decorator_is_an_error_instead_of_never_called() -
 @pytest.mark.parametrize("mark", ["tryfirst", "trylast"])
 def test_a_mark_of_order_that_the_host_would_not_heed_is_refused(mark: str) -> None:
     module = types.ModuleType("pushy")
-    module.zoo_entries = hookimpl(**{mark: True})(list)  # type: ignore[attr-defined,call-overload]
+    module.zoo_entries = hookimpl(list, **{mark: True})  # type: ignore[attr-defined,call-overload]
 
     with pytest.raises(PluginError, match=r"'pushy' marks zoo_entries as tryfirst or trylast"):
         host(pushy=module)
@@ -190,7 +190,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     monkeypatch.setattr(sys, "path", here)
 
     def put(name: str, source: str, plugin: str | None = None) -> None:
-        module = f"zoo_test_{name}"
+        module = f"zoo_test_{name.replace('-', '_')}"
         (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
         information = tmp_path / f"{name}-1.5.dist-info"
         information.mkdir()

@@ -27,14 +27,12 @@ from coreai_zoo.backends import drain
 from coreai_zoo.backends.coreai import CoreAIBackend
 from coreai_zoo.bundle import Bundle
 from coreai_zoo.gates.oracle import quiet_transformers
+from documents import public_modules
 
 SOURCE = Path(__file__).parent / "third_party_plugin"
 ZOO = Path(sys.executable).with_name("zoo")
 ENTRIES = ("acme-mini", "acme-mini-clamped")
 TOKENS = [72, 105, 44, 32, 122, 111, 111, 33]
-
-# What docs/hooks.md offers to the authors of plugins.
-PUBLIC = {"coreai_zoo", *(f"coreai_zoo.{name}" for name in ("bundle", "cli", "entry", "errors", "overlay"))}
 
 Zoo = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -58,7 +56,7 @@ def run_zoo(*path: Path) -> Zoo:
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
             [str(ZOO), *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},  # two run at once
             capture_output=True,
             text=True,
             check=False,
@@ -109,9 +107,10 @@ def test_the_package_imports_public_modules_and_reads_public_names_only() -> Non
             elif isinstance(node, ast.Attribute):
                 names.add(node.attr)
 
-    assert {module for module in modules if module.startswith("coreai")} == PUBLIC
+    public = public_modules()
+    assert {module for module in modules if module.startswith("coreai")} <= public
     assert {name for name in names if name.startswith("_")} <= {"__init__"}
-    assert {module.partition(".")[0] for module in modules - PUBLIC} <= {
+    assert {module.partition(".")[0] for module in modules - public} <= {
         "__future__", "click", "collections", "pathlib", "torch", "typing",
     }  # fmt: skip
 
@@ -221,8 +220,7 @@ def test_the_changed_layer_changes_the_logits_of_the_bundle_as_it_changes_those_
     plain, clamped = (bundle_logits(bundles[name]) for name in ENTRIES)
     oracle, oracle_clamped = (oracle_logits(checkpoint, limit) for limit in (None, 0.25))
 
-    # What quantization costs so narrow a model is small beside what the clamp does; measured 0.04 and 0.02 against 0.6.
-    print("DIST", distance(plain, oracle), distance(clamped, oracle_clamped), distance(plain, clamped), distance(clamped, oracle))
+    # Measured 0.027, 0.020, 0.99 and 0.96: what quantization costs so narrow a model, and what the clamp does.
     assert distance(plain, oracle) < 0.1
     assert distance(clamped, oracle_clamped) < 0.1
     assert distance(plain, clamped) > 0.3
