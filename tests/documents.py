@@ -12,9 +12,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 @frozen
 class Block:
-    """A fenced block: its language, and its text without the fences."""
+    """A fenced block: its language, the name of the file that it is to be in, if any, and its text without the fences."""
 
     language: str
+    file: str
     text: str
     line: int
 
@@ -26,8 +27,8 @@ def read(page: str) -> str:
 
 def blocks(text: str) -> list[Block]:
     """Every fenced block, in order."""
-    found = re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(match[1], match[2], text.count("\n", 0, match.start()) + 1) for match in found]
+    found = re.finditer(r"^```(\S*) ?(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(match[1], match[2], match[3], text.count("\n", 0, match.start()) + 1) for match in found]
 
 
 def sections(text: str) -> dict[str, str]:

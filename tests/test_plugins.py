@@ -137,8 +137,11 @@ def test_a_hook_that_lacks_its_decorator_is_an_error_instead_of_never_called() -
 
 @pytest.mark.parametrize("mark", ["tryfirst", "trylast"])
 def test_a_mark_of_order_that_the_host_would_not_heed_is_refused(mark: str) -> None:
+    def zoo_entries() -> list[Path]:
+        return []
+
     module = types.ModuleType("pushy")
-    module.zoo_entries = hookimpl(list, **{mark: True})  # type: ignore[attr-defined,call-overload]
+    module.zoo_entries = hookimpl(zoo_entries, **{mark: True})  # type: ignore[attr-defined,call-overload]
 
     with pytest.raises(PluginError, match=r"'pushy' marks zoo_entries as tryfirst or trylast"):
         host(pushy=module)
