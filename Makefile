@@ -12,7 +12,7 @@ stamp := $(VENV)/.installed
 # Twice quiet: errors only, not a warning for each index that lacks a package.
 pip := $(bin)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint install clean
+.PHONY: help demo test lint docs install clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -29,6 +29,10 @@ lint: $(stamp)  ## Check style, formatting, types and import directions
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/lint-imports --no-logo
+
+docs: $(stamp)  ## Write again what docs/ takes from the commands: their help, and the outputs of the tutorial
+	$(bin)/python scripts/command_docs.py
+	$(bin)/python scripts/tutorial.py
 
 install: $(stamp)  ## Make the environment only
 

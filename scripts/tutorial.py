@@ -2,7 +2,7 @@
 
 Usage: python scripts/tutorial.py [--check]
 
-With --check the page is left alone and compared: the exit code is 1 if anything but times, rates and free space differs.
+With --check the page is left alone and compared: the exit code is 1 if more than times, rates and free space differs.
 """
 
 from __future__ import annotations

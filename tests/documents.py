@@ -12,7 +12,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 @frozen
 class Block:
-    """A fenced block: its language, the name of the file that it is to be in, if any, and its text without the fences."""
+    """A fenced block: its language, the file that it is to be in, if any, and its text without the fences."""
 
     language: str
     file: str

@@ -22,15 +22,13 @@ import pytest
 from coreai_zoo import hookspecs
 from coreai_zoo.cli import COMMANDS
 from coreai_zoo.contracts import CONTRACTS, STATIC_S1
-from coreai_zoo.entry import BundleDefaults, Entry, Facts, Sample, load_entry
-from coreai_zoo.export import build_module, parameters_of
+from coreai_zoo.entry import BundleDefaults, Entry, Facts, Published, Sample, load_entry
 from coreai_zoo.overlay import ROLES, Overlay
-from coreai_zoo.plugins import HOOKS, Plugins
+from coreai_zoo.plan import plan_entry
+from coreai_zoo.plugins import HOOKS, Plugins, default_plugins
 from coreai_zoo.quantize import RECIPES
-from coreai_zoo.weights import plan_weights
 from coreai_zoo_overlays import qwen3_5
 from documents import DOCS, blocks, first_column, public_modules, read, sections
-from test_sizes import released_tensors
 from toy_plugin import ToyOverlay
 
 HOOKS_PAGE = sections(read("hooks.md"))
@@ -196,7 +194,13 @@ def test_what_the_page_offers_is_there() -> None:
 
 @pytest.mark.parametrize(
     ("heading", "table"),
-    [("Keys", Entry), ("Table `facts`", Facts), ("Table `bundle`", BundleDefaults), ("Table `sample`", Sample)],
+    [
+        ("Keys", Entry),
+        ("Table `facts`", Facts),
+        ("Table `bundle`", BundleDefaults),
+        ("Table `sample`", Sample),
+        ("Tables `published`", Published),
+    ],
 )
 def test_every_key_of_an_entry_is_documented_and_said_to_be_required_if_it_is(heading: str, table: type) -> None:
     documented = {
@@ -248,16 +252,12 @@ def test_the_parameters_of_each_role_are_those_of_the_entry(entry: str, column: 
     row = r"^\| `([\w.]+)` \| [^|]+ \| ([\d,]*) ?\| ([\d,]*) ?\| (.+) \|$"
     rows = re.findall(row, sections(read("recipes.md"))["Roles"], re.MULTILINE)
     documented = {role: int((numbers[column] or "0").replace(",", "")) for role, *numbers, _quantized in rows}
-    config = QWEN.read_config(QWEN.config_of_facts(facts_of(entry)))
-    parameters = parameters_of(build_module(lambda: QWEN.decoder(config, STATIC_S1), []))
-    recipe = RECIPES["int8hu"]
-    counted = dict.fromkeys(ROLES, 0)
-    for tensor in plan_weights(qwen3_5.weight_map(config), parameters, released_tensors(parameters), recipe).tensors:
-        counted[tensor.role] += tensor.parameters
+    plan = plan_entry(entry, default_plugins(), recipe="int8hu")
+    counted = dict.fromkeys(ROLES, 0) | {role.role: role.parameters for role in plan.roles}
 
     assert documented == counted
     assert {role for role, *_numbers, quantized in rows if quantized == "never"} == {
-        role for role, spec in recipe.roles.items() if spec is None
+        role for role, spec in RECIPES["int8hu"].roles.items() if spec is None
     }
 
 

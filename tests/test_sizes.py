@@ -61,18 +61,17 @@ def test_the_true_size_plan_of_the_27b_is_within_a_thousandth_of_the_published_b
     config = OVERLAY.read_config(OVERLAY.config_of_facts(facts))
     module = export.build_module(lambda: OVERLAY.decoder(config, STATIC_S1), [])
     parameters = export.parameters_of(module)
-    released = released_tensors(parameters)
-    assert len(released) == 851
-    plan = plan_weights(qwen3_5.weight_map(config), parameters, released, find_recipe("int8hu"))
+    plan = plan_weights(qwen3_5.weight_map(config), parameters, released_tensors(parameters), find_recipe("int8hu"))
     assert sum(tensor.parameters for tensor in plan.tensors) == facts["parameters"]
     assert abs(plan.stored_bytes / PUBLISHED_27B_INT8HU - 1) <= 0.001
 
 
 def released_tensors(parameters: dict[str, Any]) -> dict[str, TensorInfo]:
-    """The text tensors of a released checkpoint with these parameters."""
+    """The text tensors of a released checkpoint with these parameters: 851 of them in the 27B."""
     tensors = {}
     for name, info in parameters.items():
         key = name.replace("model.", "model.language_model.", 1).replace("linear_attn.A", "linear_attn.A_log")
         shape = (info.shape[0], 1, info.shape[1]) if "conv1d" in name else info.shape
         tensors[key] = TensorInfo(key=key, shape=shape, dtype="bfloat16", file=Path("model.safetensors"))
+    assert len(tensors) == 851
     return tensors

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from documents import public_modules
 
 SOURCE = Path(__file__).parent / "third_party_plugin"
 ZOO = Path(sys.executable).with_name("zoo")
-ENTRIES = ("acme-mini", "acme-mini-clamped")
 TOKENS = [72, 105, 44, 32, 122, 111, 111, 33]
 
 Zoo = Callable[..., subprocess.CompletedProcess[str]]
@@ -56,7 +54,7 @@ def run_zoo(*path: Path) -> Zoo:
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
             [str(ZOO), *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},  # two run at once
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True,
             text=True,
             check=False,
@@ -80,14 +78,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundles(zoo: Zoo, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """Both entries, built from the same checkpoint, at the same time."""
-    output = tmp_path_factory.mktemp("exports")
-    options = ("--checkpoint", checkpoint, "-o", output, "--json")
-    with ThreadPoolExecutor() as two_at_once:
-        results = two_at_once.map(lambda entry: zoo("build", entry, *options), ENTRIES)
-        paths = [Path(json.loads(result.stdout)["path"]) for result in results]
-    return {entry: Bundle.open(path) for entry, path in zip(ENTRIES, paths, strict=True)}
+def clamped(zoo: Zoo, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundle of the entry with the changed layer."""
+    options = ("--checkpoint", checkpoint, "-o", tmp_path_factory.mktemp("exports"), "--allow-unverified", "--json")
+    return Bundle.open(Path(json.loads(zoo("build", "acme-mini-clamped", *options).stdout)["path"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +131,7 @@ def test_an_entry_is_shown_with_its_facts(zoo: Zoo) -> None:
     shown = json.loads(zoo("show", "acme-mini", "--json").stdout)
 
     assert shown["title"] == "Acme Mini"
-    assert shown["facts"] == {"ffn": "dense", "layers": 2, "hidden_size": 32, "vocab_size": 288}
+    assert shown["facts"].items() >= {"ffn": "dense", "layers": 2, "hidden_size": 32, "gdn_value_heads": 4}.items()
     assert (shown["plugin"], shown["recipe"]) == ("acme", "int8hu")
 
 
@@ -184,17 +178,28 @@ def test_an_entry_name_that_two_packages_bring_is_refused_with_both_and_their_fi
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_fine_tune_by_entry_alone_is_built_as_its_base_model(bundles: dict[str, Bundle]) -> None:
-    bundle = bundles["acme-mini"]
+def test_a_fine_tune_by_entry_alone_is_planned_as_its_base_model(zoo: Zoo, checkpoint: Path) -> None:
+    fine_tune, base = (
+        json.loads(zoo("plan", *arguments, "--json").stdout)
+        for arguments in (("acme-mini",), ("--checkpoint", checkpoint))
+    )
 
-    assert bundle.directory.name == "acme_mini_decode_int8hu_block32_sym"
-    assert bundle.metadata["source"]["hf_model_id"] == "acme/Acme-Mini"
-    assert {rewrite["plugin"] for rewrite in bundle.build["overlay"]["rewrites"]} == {"qwen36"}
-    assert bundle.build["recipe"]["roles"]["head"] == {"dtype": "int8", "scheme": "symmetric", "block": 32}
+    assert (fine_tune["overlay"], fine_tune["plugin"]) == ("qwen3_5", "qwen36")
+    assert fine_tune["published_name"] == "int8hu_block32_sym"
+    assert fine_tune["roles"] == base["roles"]
+    assert fine_tune["roles"]["head"]["stored_as"] == {"dtype": "int8", "scheme": "symmetric", "block_size": 32}
 
 
-def test_the_changed_layer_is_recorded_with_its_plugin_and_code(bundles: dict[str, Bundle]) -> None:
-    overlay = bundles["acme-mini-clamped"].build["overlay"]
+def test_the_other_head_policy_is_planned(zoo: Zoo) -> None:
+    plan = json.loads(zoo("plan", "acme-mini-clamped", "--json").stdout)
+
+    assert plan["published_name"] == "int8hu_block32_sym_head_int8_block16_sym"
+    assert plan["roles"]["head"]["stored_as"] == {"dtype": "int8", "scheme": "symmetric", "block_size": 16}
+    assert plan["roles"]["mlp"]["stored_as"]["block_size"] == 32
+
+
+def test_the_changed_layer_is_recorded_with_its_plugin_and_code(clamped: Bundle) -> None:
+    overlay = clamped.build["overlay"]
     rewrites = {rewrite["name"]: rewrite for rewrite in overlay["rewrites"]}
 
     assert (overlay["name"], overlay["plugin"]) == ("qwen3_5", "qwen36")
@@ -204,27 +209,25 @@ def test_the_changed_layer_is_recorded_with_its_plugin_and_code(bundles: dict[st
     assert rewrites["loop-free-step"]["code_sha256"] == overlay["code_sha256"]
 
 
-def test_the_other_head_policy_is_in_record_card_and_name(bundles: dict[str, Bundle]) -> None:
-    bundle = bundles["acme-mini-clamped"]
-    card = (bundle.directory / "README.md").read_text(encoding="utf-8")
+def test_the_other_head_policy_is_in_record_card_and_name(clamped: Bundle) -> None:
+    card = (clamped.directory / "README.md").read_text(encoding="utf-8")
 
-    assert bundle.build["recipe"]["roles"]["head"] == {"dtype": "int8", "scheme": "symmetric", "block": 16}
-    assert bundle.build["recipe"]["head_reason"].startswith("Outliers of this head come in narrow groups")
+    assert clamped.build["recipe"]["roles"]["head"] == {"dtype": "int8", "scheme": "symmetric", "block": 16}
+    assert clamped.build["recipe"]["head_reason"].startswith("Outliers of this head come in narrow groups")
     assert "Outliers of this head come in narrow groups" in " ".join(card.split())
-    assert bundle.directory.name == "acme_mini_clamped_decode_int8hu_block32_sym_head_int8_block16_sym"
+    assert clamped.directory.name == "acme_mini_clamped_decode_int8hu_block32_sym_head_int8_block16_sym"
+    assert clamped.metadata["source"]["hf_model_id"] == "acme/Acme-Mini-Clamped"
 
 
 def test_the_changed_layer_changes_the_logits_of_the_bundle_as_it_changes_those_of_transformers(
-    bundles: dict[str, Bundle], checkpoint: Path
+    clamped: Bundle, checkpoint: Path
 ) -> None:
-    plain, clamped = (bundle_logits(bundles[name]) for name in ENTRIES)
-    oracle, oracle_clamped = (oracle_logits(checkpoint, limit) for limit in (None, 0.25))
+    logits = bundle_logits(clamped)
+    with_clamp, without = (oracle_logits(checkpoint, limit) for limit in (0.25, None))
 
-    # Measured 0.027, 0.020, 0.99 and 0.96: what quantization costs so narrow a model, and what the clamp does.
-    assert distance(plain, oracle) < 0.1
-    assert distance(clamped, oracle_clamped) < 0.1
-    assert distance(plain, clamped) > 0.3
-    assert distance(clamped, oracle) > 0.3
+    # Measured 0.020 and 0.96: what quantization costs so narrow a model, and what the clamp does.
+    assert distance(logits, with_clamp) < 0.1
+    assert distance(logits, without) > 0.3
 
 
 def bundle_logits(bundle: Bundle) -> np.ndarray[Any, Any]:
@@ -264,11 +267,10 @@ def test_the_command_is_in_the_help(zoo: Zoo) -> None:
     assert "zoo acme-head exports/acme_mini" in zoo("acme-head", "--help").stdout
 
 
-def test_the_command_reads_a_bundle(zoo: Zoo, bundles: dict[str, Bundle]) -> None:
-    plain, clamped = (zoo("acme-head", bundle.directory).stdout for bundle in bundles.values())
+def test_the_command_reads_a_bundle(zoo: Zoo, clamped: Bundle) -> None:
+    printed = zoo("acme-head", clamped.directory).stdout
 
-    assert plain.startswith("int8 in blocks of 32, symmetric: The rows of a head over a large vocabulary")
-    assert clamped.startswith("int8 in blocks of 16, symmetric: Outliers of this head")
+    assert printed.startswith("int8 in blocks of 16, symmetric: Outliers of this head")
 
 
 def test_an_error_of_the_command_is_one_of_the_zoos(zoo: Zoo, tmp_path: Path) -> None:

@@ -28,7 +28,11 @@ def test_the_entry_of_the_tutorial_has_the_facts_of_its_checkpoint() -> None:
     fields = tomllib.loads(entry)
 
     assert fields["status"] == "unverified"
-    for fact, name in (("layers", "num_hidden_layers"), ("hidden_size", "hidden_size"), ("gdn_value_heads", "linear_num_value_heads")):
+    for fact, name in (
+        ("layers", "num_hidden_layers"),
+        ("hidden_size", "hidden_size"),
+        ("gdn_value_heads", "linear_num_value_heads"),
+    ):
         assert f"{name}={fields['facts'][fact]}," in script
 
 
