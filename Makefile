@@ -6,13 +6,14 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 ENTRY ?= qwen3.6-27b
+RUNS ?= 1
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 # Twice quiet: errors only, not a warning for each index that lacks a package.
 pip := $(bin)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint docs install clean
+.PHONY: help demo test bench lint docs install clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -23,6 +24,9 @@ demo: $(stamp)  ## Build the sample of qwen3.6-27b, gate it against Hugging Face
 
 test: $(stamp)  ## Run the whole test suite
 	$(bin)/python -m pytest $(ARGS)
+
+bench: $(stamp)  ## Measure quantizer, build and baseline side by side, some three minutes (RUNS=3 for medians)
+	$(bin)/python benchmarks/bench.py --runs $(RUNS)
 
 lint: $(stamp)  ## Check style, formatting, types and import directions
 	$(bin)/ruff check .
