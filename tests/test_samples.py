@@ -18,11 +18,11 @@ from coreai_zoo.cli import cli
 from coreai_zoo.cli_build import backend_of
 from coreai_zoo.entry import find_entry
 from coreai_zoo.gates import Activations
-from coreai_zoo.gates.oracle import run_huggingface
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict, judge, router_margins
 from coreai_zoo.gates.teacher_forced import DEFAULT_PROMPT, tokenize
 from coreai_zoo.generate import chat_prompt, generate
 from coreai_zoo.plugins import Plugins, default_plugins
+from reference import whole_model
 
 ENTRIES = ("qwen3.6-27b", "qwen3.6-35b-a3b")
 POSITIONS = 64
@@ -65,7 +65,7 @@ def oracle(plugins: Plugins, built: Callable[[str, str], Bundle]) -> Callable[[s
         directory = find_entry(entry, plugins)[0].sample_directory()
         tokens = tokenize(built(entry, "int8hu"), DEFAULT_PROMPT, POSITIONS)
         config = json.loads((directory / "config.json").read_text())
-        return tokens, run_huggingface(directory, tokens, config)
+        return tokens, whole_model(directory, tokens, config)
 
     return run
 
