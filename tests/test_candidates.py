@@ -124,7 +124,7 @@ def test_every_state_comes_back_wherever_the_compiler_put_it(kind: str, compiled
 def test_an_asset_of_other_weights_is_refused(compiled: dict[str, Compiled]) -> None:
     built = compiled["dense"]
     plain = attrs.evolve(built.planned, recipe=find_recipe("fp16"))
-    with pytest.raises(CheckFailed, match="does not hold lm_head.weight"):
+    with pytest.raises(CheckFailed, match=r"does not hold lm_head\.weight"):
         AssetWeights.open(built.asset, BACKEND, plain.module(), plain.plan)
     with pytest.raises(CheckFailed):
         AssetWeights.open(built.asset, BACKEND, compiled["moe"].planned.module(), compiled["moe"].planned.plan)
@@ -230,7 +230,7 @@ def test_what_is_left_is_the_order_in_which_the_runtime_sums(
 ) -> None:
     """The interpreter rounds every product and every partial sum of a matrix product to fp16, PyTorch only the result.
 
-    Done the same way, most of the difference is gone: so the two compute the same function on the same weights.
+    Done the same way, the difference is gone but for rounding elsewhere: both compute one function on one set of weights.
     """
     built = compiled["dense"]
     runtime = on_the_runtime(built)
@@ -239,8 +239,8 @@ def test_what_is_left_is_the_order_in_which_the_runtime_sums(
     monkeypatch.setattr(nn.Linear, "forward", summed_in_half)
     like_the_runtime = candidate.run(TOKENS).logits.astype(np.float32)
     error, rest = np.abs(plain - runtime).mean(), np.abs(like_the_runtime - runtime).mean()
-    print('REST',rest,error, (like_the_runtime==runtime).mean(), (plain==runtime).mean(), np.abs(like_the_runtime - runtime).max(), np.abs(plain-runtime).max())
-    assert rest <= 0.5 * error
+    assert rest <= 0.1 * error
+    assert np.abs(like_the_runtime - runtime).max() <= 0.002 * (runtime.max() - runtime.min())
 
 
 def summed_in_half(linear: nn.Linear, x: Tensor) -> Tensor:
