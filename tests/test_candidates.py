@@ -230,7 +230,7 @@ def test_what_is_left_is_the_order_in_which_the_runtime_sums(
 ) -> None:
     """The interpreter rounds every product and every partial sum of a matrix product to fp16, PyTorch only the result.
 
-    Done the same way, the difference is gone but for rounding elsewhere: both compute one function on one set of weights.
+    Done the same way, the difference is gone but for rounding elsewhere: both compute one function on the same weights.
     """
     built = compiled["dense"]
     runtime = on_the_runtime(built)
