@@ -84,9 +84,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
     def compile_(kind: Any) -> Compiled:
         directory = tmp_path_factory.mktemp(kind)
         planned = Planned(Checkpoint.open(with_equal_norms(directory / "checkpoint", kind)), find_recipe("int8hu"))
-        module = planned.module()
-        constants = export.bind(module, planned.store(directory / "store"), values=False)
-        BACKEND.compile(module, planned.signature, constants, directory / "m.aimodel")
+        module, tensors = planned.module(), {tensor.name: tensor for tensor in planned.plan.tensors}
+        export.allocate(module, tensors)
+        constants = export.constants(planned.store(directory / "store"), tensors)
+        BACKEND.trace(module, planned.signature).save(constants, directory / "m.aimodel")
         return Compiled(planned, directory / "m.aimodel", constants)
 
     return {kind: compile_(kind) for kind in KINDS}
@@ -143,7 +144,9 @@ def test_an_asset_of_other_weights_is_refused(compiled: dict[str, Compiled]) -> 
 def test_integers_become_the_values_that_the_graph_makes_of_them(spec: QuantizationSpec, tmp_path: Path) -> None:
     planned = Planned(Checkpoint.open(tiny_checkpoint(tmp_path / "checkpoint")), recipe_of(spec))
     module = planned.module()
-    constants = export.bind(module, planned.store(tmp_path / "store"))
+    store = planned.store(tmp_path / "store")
+    export.bind(module, store)
+    constants = export.constants(store, [tensor.name for tensor in planned.plan.tensors])
     state = {name: torch.from_numpy(c.data.reshape(-1).view(np.uint8)) for name, c in constants.items()}
     weights = AssetWeights("the store", {tensor.name: tensor for tensor in planned.plan.tensors}, state)
     quantized = [tensor for tensor in planned.plan.tensors if tensor.quantization is not None]
