@@ -494,6 +494,13 @@ class Checkpoint:
             self._files[path] = safe_open(path, framework="pt", device="cpu")
         return self._files[path]
 
+    def release(self) -> None:
+        """Unmap the files, so that what was read of them no longer counts as this process's memory.
+
+        What is still in use of them stays mapped; reading goes on as before.
+        """
+        self._files.clear()
+
     def stamp(self, key: str) -> list[Any]:
         """The stamp (see `Header`) of the file that holds `key`, JSON-able."""
         return list(self._stamps[self.tensors[key].file])

@@ -171,8 +171,8 @@ def gate(
 
     The bundle's own asset is run on the Core AI runtime of this machine and teacher-forced against transformers in fp32
     on the same checkpoint. A different top token where the oracle's two best logits are at least 0.1 apart is a
-    confident flip and fails the gate (exit code 1); closer than that it is a tie. The oracle takes four bytes of memory
-    for every parameter of the checkpoint: right for samples and slices.
+    confident flip and fails the gate (exit code 1); closer than that it is a tie. The oracle is computed layer by layer
+    and takes four bytes of memory for every parameter of one layer.
 
     \b
     Example:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from coreai_zoo.store import StoredTensor, WeightStore
+    from coreai_zoo.weights import WeightPlan
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The module, without weights
@@ -204,17 +205,47 @@ def constants(store: WeightStore, names: Iterable[str]) -> dict[str, Constant]:
     """The stored bytes of the parameters `names`, by the names that they have in the state of a bound module."""
     found: dict[str, Constant] = {}
     for name in names:
-        stored, (path, _, leaf) = store[name], name.rpartition(".")
+        stored = store[name]
         spec = stored.quantization
         if spec is None:
             found[name] = Constant(stored.data(), stored.shape, stored.dtype)
             continue
-        state, scales, zero_points = f"{path}.parametrizations.{leaf}.", stored.scales(), stored.zero_points()
-        found[state + "original"] = Constant(stored.data(), stored.shape, spec.dtype)
-        found[state + "0.scales"] = Constant(scales, tuple(scales.shape), stored.dtype)
+        scales, zero_points = stored.scales(), stored.zero_points()
+        names_of = quantized_names(name)
+        found[names_of[0]] = Constant(stored.data(), stored.shape, spec.dtype)
+        found[names_of[1]] = Constant(scales, tuple(scales.shape), stored.dtype)
         if zero_points is not None:
-            found[state + "0.zero_points"] = Constant(zero_points, tuple(scales.shape), spec.dtype)
+            found[names_of[2]] = Constant(zero_points, tuple(scales.shape), spec.dtype)
     return found
+
+
+def state_of(module: nn.Module, plan: WeightPlan) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and logical dtype of each state of `module` once `plan` is bound to it, in the order of `bind`'s constants.
+
+    Names are those of the constants; buffers are among them.
+    """
+    state: dict[str, tuple[tuple[int, ...], str]] = {}
+    for tensor in plan.tensors:
+        spec = tensor.quantization
+        if spec is None:
+            state[tensor.name] = (tensor.shape, tensor.dtype)
+            continue
+        codes, scales, zero_points = quantized_names(tensor.name)
+        blocks = (*tensor.shape[:-1], blocks_per_row(tensor.columns, spec))
+        state[codes] = (tensor.shape, spec.dtype)
+        state[scales] = (blocks, tensor.dtype)
+        if has_zero_points(spec):
+            state[zero_points] = (blocks, spec.dtype)
+    for name, buffer in module.named_buffers():
+        state[name] = (tuple(buffer.shape), str(buffer.dtype).removeprefix("torch."))
+    return state
+
+
+def quantized_names(name: str) -> tuple[str, str, str]:
+    """Names of the integers, scales and zero points of the quantized parameter `name`, as `bind` makes them."""
+    path, _, leaf = name.rpartition(".")
+    state = f"{path}.parametrizations.{leaf}." if path else f"parametrizations.{leaf}."
+    return state + "original", state + "0.scales", state + "0.zero_points"
 
 
 def _carrier(spec: QuantizationSpec) -> torch.dtype:

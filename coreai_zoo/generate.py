@@ -72,7 +72,7 @@ def chat_prompt(bundle: Bundle, message: str) -> str:
     Raises:
         BadInput: when the bundle has no chat template.
     """
-    from coreai_zoo.gates.oracle import quiet_transformers
+    from coreai_zoo.gates.huggingface import quiet_transformers
 
     read_object(bundle.tokenizer / "tokenizer_config.json")  # says what is wrong with it better than transformers
     with quiet_transformers():

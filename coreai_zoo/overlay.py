@@ -8,7 +8,7 @@ frozen data; nothing here imports torch at run time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -331,6 +331,45 @@ class KVCache:
     layers: int = field(validator=ge(1))
     heads: int = field(validator=ge(1))
     head_dim: int = field(validator=ge(1))
+
+
+@runtime_checkable
+class LayeredDecoder(Protocol):
+    """A decoder that can also be run one layer at a time, so that a model of any size is gated in the memory of one.
+
+    A decoder need not offer this; the candidate `torch` needs it. The steps compute what `forward` computes:
+
+        x = embed(input_ids)
+        for index in range(len(layer_paths)): x = layer(index, x, position_ids, states)
+        logits = head(x)
+
+    The host runs a layer over all tokens of a prompt, one call after the other in their order, before it goes on to the
+    next layer. So a layer writes its part of the states at once, where `forward` may wait until the end of the step.
+    Parameters are filled before the step that uses them and emptied after it; those with the roles `embedding` and
+    `head` hold only some of their rows, the ids being numbered accordingly and the logits being those of these rows.
+    """
+
+    @property
+    def layer_paths(self) -> tuple[str, ...]:
+        """Module path of each layer, in order. A layer's parameters are all below its path and used by it alone."""
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`input_ids` int32 [1, S] to [1, S, D]."""
+
+    def layer(
+        self, index: int, x: torch.Tensor, position_ids: torch.Tensor, states: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """[1, S, D] to [1, S, D] by one layer.
+
+        Args:
+            index: which.
+            x: output of the layer before.
+            position_ids: int32 [1, T], as the decoder takes them: the S tokens are the last of T.
+            states: all states in the order of the trace spec; the layer mutates its part in place.
+        """
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, S, D] after the last layer to logits [1, S, rows of the head]."""
 
 
 @runtime_checkable

@@ -40,6 +40,7 @@ from coreai_zoo.quantize import (
     QuantizedRows,
     blocks_per_row,
     chunk_rows,
+    dequantize_rows,
     has_zero_points,
     pack_int4,
     quantize_rows,
@@ -510,15 +511,23 @@ class _Result:
 
 def _process(checkpoint: Checkpoint, chunk: _Chunk) -> _Result:
     """Read, hash, convert and quantize a chunk."""
-    import torch
-
     planned = chunk.planned
     rows = checkpoint.read_rows(chunk.key, chunk.start, chunk.stop)
     source = hashlib.sha256(_bytes_of(rows)).digest()
     if planned.quantization is None:
         return _Result(chunk, source, plain=_convert(rows, chunk))
+    quantized = _quantize(rows, chunk, planned.quantization)
+    if planned.quantization.bits == 4:
+        quantized = evolve(quantized, codes=pack_int4(quantized.codes))
+    return _Result(chunk, source, quantized=quantized)
+
+
+def _quantize(rows: torch.Tensor, chunk: _Chunk, spec: QuantizationSpec) -> QuantizedRows:
+    import torch
+
+    planned = chunk.planned
     values = rows if planned.transform is None else _transform(rows, planned.transform)
-    quantized = quantize_rows(values, planned.quantization, getattr(torch, planned.dtype))
+    quantized = quantize_rows(values, spec, getattr(torch, planned.dtype))
     if not quantized.scales.isfinite().all():
         _convert(rows, chunk)  # raises when it is a value that is not finite
         raise BadInput(
@@ -526,9 +535,27 @@ def _process(checkpoint: Checkpoint, chunk: _Chunk) -> _Result:
             f"(rows {chunk.start} to {chunk.stop}).",
             "Use a recipe with a symmetric scheme.",
         )
-    if planned.quantization.bits == 4:
-        quantized = evolve(quantized, codes=pack_int4(quantized.codes))
-    return _Result(chunk, source, quantized=quantized)
+    return quantized
+
+
+def values_of(checkpoint: Checkpoint, planned: PlannedTensor, key: str, start: int, stop: int) -> torch.Tensor:
+    """What rows of a source become, as a bundle has them: [stop - start, columns], float32 where they are quantized.
+
+    Args:
+        checkpoint: the checkpoint.
+        planned: the parameter that they are part of; where it is quantized, the rows are, and are turned back.
+        key: one of its sources.
+        start: first row of that.
+        stop: one past the last row.
+
+    Raises:
+        BadInput: as for a build.
+    """
+    chunk = _Chunk(planned, key, start, stop, last=False)
+    rows = checkpoint.read_rows(key, start, stop)
+    if planned.quantization is None:
+        return _convert(rows, chunk)
+    return dequantize_rows(_quantize(rows, chunk, planned.quantization), planned.quantization)
 
 
 def _in_order(jobs: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:

@@ -18,10 +18,10 @@ from coreai_zoo import export
 from coreai_zoo.checkpoint import read_config
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gates.oracle import run_huggingface
 from coreai_zoo_overlays import qwen3_5
 from coreai_zoo_overlays.qwen3_5 import feed_forward, gated_delta_net
 from decoders import OVERLAY, feed, fresh_states, load_decoder, paths, signature
+from reference import whole_model
 
 KINDS = ("dense", "moe")
 
@@ -94,7 +94,7 @@ def test_a_checkpoint_with_only_an_interval_steps_like_transformers(tmp_path: Pa
     config["text_config"]["full_attention_interval"] = 2
     (directory / "config.json").write_text(json.dumps(config))
     tokens = list(range(10, 34))
-    expected = run_huggingface(directory, tokens, read_config(directory)).logits
+    expected = whole_model(directory, tokens, read_config(directory)).logits
     module, spec = load_decoder(directory, tmp_path / "store")
     assert np.abs(feed(module, tokens, fresh_states(spec)).numpy() - expected).max() <= 2e-4
 
@@ -152,7 +152,7 @@ def test_a_tied_checkpoint_is_read_as_transformers_reads_it(stored: str, tmp_pat
         del weights[embedding]
     write_weights(directory, weights)
     tokens = list(range(40, 52))
-    expected = run_huggingface(directory, tokens, read_config(directory)).logits
+    expected = whole_model(directory, tokens, read_config(directory)).logits
     module, spec = load_decoder(directory, tmp_path / "store")
     assert np.abs(feed(module, tokens, fresh_states(spec)).numpy() - expected).max() <= 2e-4
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from checkpoints import tiny_checkpoint
 from coreai_zoo.checkpoint import read_config
-from coreai_zoo.gates.oracle import quiet_transformers, run_huggingface
+from coreai_zoo.gates.huggingface import quiet_transformers
 from decoders import feed, fresh_states, load_decoder
+from reference import whole_model
 
 LINEAR, FULL = "linear_attention", "full_attention"
 POSITIONS = 24
@@ -84,7 +85,7 @@ def test_any_architecture_steps_to_the_logits_of_transformers(options: dict[str,
     with tempfile.TemporaryDirectory() as folder:
         directory = tiny_checkpoint(Path(folder) / "checkpoint", **options)
         tokens = tokens_of(options["seed"])
-        expected = torch.from_numpy(run_huggingface(directory, tokens, read_config(directory)).logits)
+        expected = torch.from_numpy(whole_model(directory, tokens, read_config(directory)).logits)
         assert expected.std() > 1e-3, "the reference computes nothing"
 
         stepped, spec = load_decoder(directory, Path(folder) / "store")

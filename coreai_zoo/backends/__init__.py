@@ -96,6 +96,17 @@ class Backend(Protocol):
             CheckFailed: when the asset cannot be read.
         """
 
+    def state(self, asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> Mapping[str, memoryview]:
+        """The bytes of every state that an asset was written with, wherever they are stored; views of the file.
+
+        Args:
+            asset: the asset.
+            state: shape and logical dtype of each state in the order of the module; see `export.state_of`.
+
+        Raises:
+            CheckFailed: when the asset cannot be read, or holds other constants than these.
+        """
+
     def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> AbstractContextManager[Stepper]:
         """Load an asset to run it on this machine, with room for `capacity` positions."""
 

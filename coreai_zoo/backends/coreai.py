@@ -82,6 +82,11 @@ class CoreAIBackend:
         """See `Backend.constants`."""
         return _read_constants(asset)
 
+    def state(self, asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> Mapping[str, memoryview]:
+        """See `Backend.state`."""
+        _checked_versions()
+        return _read_state(asset, state)
+
     @contextlib.contextmanager
     def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[CoreAIStepper]:
         """See `Backend.stepper`."""
@@ -357,6 +362,27 @@ def _read_constants(asset: Path) -> dict[str, memoryview]:
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
     return {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
+
+
+def _read_state(asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, memoryview]:
+    """Name to bytes of every state; views of the mapped file, but for what the compiler moved among the operations.
+
+    Raises:
+        CheckFailed: when the asset is damaged, or its constants are not those of `state`.
+    """
+    try:
+        _require_intact(asset)
+        with _toolchain():
+            import coreai_torch  # noqa: F401  # before the compiler's dialects, as for lowering
+
+            from coreai_zoo.backends._coreai_constants import read_state
+
+            with _native_output_captured():
+                return read_state(asset, state)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckFailed(
+            f"The weights of {asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again."
+        ) from error
 
 
 _TIMES = " \N{MULTIPLICATION SIGN} "

@@ -1,85 +1,155 @@
-"""The oracle: Hugging Face's own implementation, in fp32, on the checkpoint itself."""
+"""The oracle: Hugging Face's own implementation on the checkpoint itself, in the memory of one layer.
+
+What it computes for a prompt is kept in a cache on disk, under a name made of everything that determines it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from coreai_zoo.errors import BadInput, EnvironmentLacks
+import numpy as np
+from attrs import field, frozen
+from attrs.validators import in_
+
+from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.gates import Activations
-from coreai_zoo.machine import available_memory
+
+_log = logging.getLogger(__name__)
+
+_SCHEMA = 1
+"""Raised when the layout of a cached result, or what this module computes, changes."""
 
 
-def run_huggingface(checkpoint: Path, tokens: Sequence[int], hf_config: Mapping[str, Any]) -> Activations:
-    """Teacher-forced logits of the whole model, loaded in fp32; `hidden` is left out.
+def default_cache() -> Path:
+    """Where results are kept: the user's cache directory as the platform has it."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        given = os.environ.get("XDG_CACHE_HOME", "")
+        base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    return base / "coreai-zoo" / "oracle"
 
-    Args:
-        checkpoint: directory of the checkpoint.
-        tokens: the prompt.
+
+@frozen
+class Oracle:
+    """transformers on a checkpoint; see `coreai_zoo.gates.Model`.
+
+    Attributes:
+        checkpoint: what is judged by.
         hf_config: its config, or that of a slice of it.
-
-    Raises:
-        BadInput: when transformers cannot load the checkpoint, or finds a parameter that it does not fill.
-        EnvironmentLacks: when the model in fp32 does not fit into memory.
+        dtype: what it computes in; weights are converted to it.
+        cache: directory of kept results, or None to compute always and keep nothing.
+        on_layer: called after each layer that is computed; never when the result was kept.
     """
-    import torch
 
-    _require_memory(checkpoint)
-    with quiet_transformers():
-        from transformers import AutoConfig, AutoModelForCausalLM
+    checkpoint: Checkpoint
+    hf_config: Mapping[str, Any]
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", validator=in_(("float32", "bfloat16")))
+    cache: Path | None = None
+    on_layer: Callable[[], None] = lambda: None
 
-        fields = {key: value for key, value in hf_config.items() if key != "model_type"}
-        config = AutoConfig.for_model(str(hf_config["model_type"]), **fields)
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                checkpoint, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise BadInput(f"transformers cannot load {checkpoint}: {error}.") from error
-        if report["missing_keys"]:
-            raise BadInput(f"transformers leaves {len(report['missing_keys'])} parameters of {checkpoint} unfilled.")
-        text = model.config.get_text_config()
-        routed = getattr(text, "num_experts_per_tok", None)
-        with torch.inference_mode():
-            ids = torch.tensor([list(tokens)])
-            outputs = model.eval()(input_ids=ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
-    routers = [layer.float().reshape(len(tokens), -1).numpy() for layer in outputs.router_logits] if routed else None
-    return Activations(outputs.logits[0].float().numpy(), router_logits=routers)
+    @property
+    def name(self) -> str:
+        """Which implementation, and in what precision."""
+        return f"Hugging Face transformers {metadata.version('transformers')} in {self.dtype}"
+
+    def run(self, tokens: Sequence[int]) -> Activations:
+        """Teacher-forced logits, hidden states and router logits, float32.
+
+        Raises:
+            BadInput: when transformers cannot make the model, or finds a parameter that the checkpoint does not fill.
+        """
+        identity = self.identity(tokens)
+        path = None if self.cache is None else self.cache / f"{_digest(identity)}.npz"
+        kept = None if path is None else _read(path, identity)
+        if kept is not None:
+            return kept
+        import torch
+
+        from coreai_zoo.gates.huggingface import StreamedCausalLM
+
+        model = StreamedCausalLM(self.checkpoint, self.hf_config, getattr(torch, self.dtype))
+        result = model.run(tokens, self.on_layer)
+        if path is not None:
+            _write(path, identity, result)
+        return result
+
+    def identity(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """Everything that determines the result, JSON-able.
+
+        The files' stamps are in it because values are not read: two fine-tunes of one model differ in nothing else.
+        """
+        return {
+            "schema": _SCHEMA,
+            "checkpoint": self.checkpoint.identity(),
+            "stamps": [list(header.stamp) for header in self.checkpoint.headers],
+            "config": dict(self.hf_config),
+            "tokens": list(tokens),
+            "dtype": self.dtype,
+            "versions": {name: metadata.version(name) for name in ("transformers", "torch")},
+        }
 
 
-def _require_memory(checkpoint: Path) -> None:
-    """Refuse a model that fp32 makes too large, before the machine swaps or kills: weights are stored in two bytes."""
-    needed = 2 * sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    available = available_memory()
-    if available is not None and needed > available:
-        raise EnvironmentLacks(
-            f"The oracle needs {needed / 2**30:.0f} GiB of memory for {checkpoint} in fp32, and "
-            f"{available / 2**30:.0f} GiB are available.",
-            "Gate a slice of the model: `zoo build ENTRY --checkpoint DIR --layers N`, then gate that.",
-        )
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Import and run transformers without its progress bars and its advice on kernels that are not installed."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    noisy = [logging.getLogger(name) for name in ("torchao", "transformers", "torch.utils._pytree")]
-    levels = [logger.level for logger in noisy]
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path, identity: Mapping[str, Any]) -> Activations | None:
+    """A kept result, or None when there is none or it is damaged: each array has a checksum, which reading checks."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from transformers.utils import logging as transformers_logging
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if json.loads(str(arrays["identity"])) != json.loads(json.dumps(identity)):
+            raise ValueError("it is of something else")
+        counts = arrays["counts"].tolist()
+        hidden, routers = (
+            [arrays[f"{kind}_{index}"] for index in range(count)] if count else None
+            for kind, count in zip(("hidden", "router"), counts, strict=True)
+        )
+        return Activations(arrays["logits"], hidden, routers)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        _log.warning("The kept oracle %s is damaged (%s) and computed again.", path, error)
+        return None
 
-            transformers_logging.set_verbosity_error()
-            transformers_logging.disable_progress_bar()
-            yield
+
+def _write(path: Path, identity: Mapping[str, Any], result: Activations) -> None:
+    """Keep a result. What cannot be kept is only computed again, so that is no error."""
+    lists = {"hidden": result.hidden or (), "router": result.router_logits or ()}
+    arrays = {f"{kind}_{index}": array for kind, arrays in lists.items() for index, array in enumerate(arrays)}
+    counts = np.array([len(arrays) for arrays in lists.values()])
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as file:
+            temporary = Path(file.name)
+            text = np.array(json.dumps(identity))
+            # The stubs take any keyword for the one that allows pickles.
+            np.savez(file, identity=text, counts=counts, logits=result.logits, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        _log.warning("The oracle's result cannot be kept in %s: %s.", path.parent, error.strerror or error)
     finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()

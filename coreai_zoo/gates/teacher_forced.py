@@ -13,7 +13,7 @@ from coreai_zoo.bundle import Bundle, load_tokenizer
 from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.candidate import AssetCandidate
-from coreai_zoo.gates.oracle import run_huggingface
+from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.rule import Verdict, judge, router_margins
 
 DEFAULT_POSITIONS = 64
@@ -101,11 +101,10 @@ def gate(
 
     Raises:
         BadInput: for a checkpoint that does not fit the bundle.
-        EnvironmentLacks: when there is not the memory for the oracle.
         CheckFailed: when the asset cannot be run.
     """
     check_checkpoint(bundle, checkpoint)
-    oracle = run_huggingface(checkpoint, tokens, hf_config)
+    oracle = Oracle(Checkpoint.open(checkpoint), hf_config).run(tokens)
     candidate = AssetCandidate(bundle, backend, on_step)
     margins = None
     if oracle.router_logits is not None:

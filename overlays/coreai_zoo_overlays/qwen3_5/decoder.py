@@ -9,6 +9,8 @@ Shapes: S new tokens of T so far, D hidden, V vocabulary. Batch is always 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +20,11 @@ from .attention import Attention, RotaryEmbedding
 from .config import FULL, Qwen35Config
 from .feed_forward import feed_forward
 from .gated_delta_net import GatedDeltaNet
-from .states import FixedStates
+from .states import FixedStates, LayerStates
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm and head."""
+    """Embedding, layers, norm and head; all of them in `forward`, or one at a time (`overlay.LayeredDecoder`)."""
 
     def __init__(self, config: Qwen35Config) -> None:
         super().__init__()
@@ -44,6 +46,26 @@ class Decoder(nn.Module):
         states.commit()
         return self.lm_head(hidden)
 
+    @property
+    def layer_paths(self) -> tuple[str, ...]:
+        """Where the layers are."""
+        return tuple(f"model.layers.{index}" for index in range(len(self.model.layers)))
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """`input_ids` [1, S]; [1, S, D]."""
+        return self.model.embed_tokens(input_ids)
+
+    def layer(self, index: int, x: Tensor, position_ids: Tensor, states: Sequence[Tensor]) -> Tensor:
+        """[1, S, D] to [1, S, D] by one layer, which writes its part of `states`; `position_ids` as in `forward`."""
+        key_cache, value_cache, conv_state, recurrent_state = states
+        rotation = self.model.rotation(position_ids, x)
+        fixed = LayerStates(conv_state, recurrent_state)
+        return self.model.layers[index](x, rotation, position_ids.shape[1], (key_cache, value_cache), fixed)
+
+    def head(self, x: Tensor) -> Tensor:
+        """[1, S, D] after the last layer; logits [1, S, V]."""
+        return self.lm_head(self.model.norm(x))
+
 
 class DecoderModel(nn.Module):
     """Everything but the head."""
@@ -63,10 +85,14 @@ class DecoderModel(nn.Module):
     ) -> Tensor:
         """The normed hidden state after the last layer, [1, S, D]."""
         x = self.embed_tokens(input_ids)
-        rotation = self.rotary_emb(position_ids[0, -input_ids.shape[1] :], x.dtype)
+        rotation = self.rotation(position_ids, x)
         for layer in self.layers:
             x = layer(x, rotation, position_ids.shape[1], kv_cache, states)
         return self.norm(x)
+
+    def rotation(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Angles of the S last positions, for `x` [1, S, D]: cos and sin [S, R]."""
+        return self.rotary_emb(position_ids[0, -x.shape[1] :], x.dtype)
 
 
 class DecoderLayer(nn.Module):
@@ -101,7 +127,7 @@ class DecoderLayer(nn.Module):
             mixed = self.self_attn(normed, rotation, (keys[self.index], values[self.index]), length)
         else:
             mixed, *updated = self.linear_attn(normed, *states.read(self.index))
-            states.replace(*updated)
+            states.replace(self.index, *updated)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -57,9 +57,10 @@ class FixedStates:
         conv_state, recurrent_state = self._stores
         return conv_state[index], recurrent_state[index]
 
-    def replace(self, conv_state: Tensor, recurrent_state: Tensor) -> None:
-        """State of the next linear layer after this step; layers report in order."""
+    def replace(self, index: int, conv_state: Tensor, recurrent_state: Tensor) -> None:
+        """State of the `index`-th linear layer after this step; layers report in order."""
         for updated, state in zip(self._updated, (conv_state, recurrent_state), strict=True):
+            assert len(updated) == index
             updated.append(state)
 
     def commit(self) -> None:
@@ -68,3 +69,12 @@ class FixedStates:
 
         for store, updated in zip(self._stores, self._updated, strict=True):
             store.copy_(torch.stack(updated))
+
+
+class LayerStates(FixedStates):
+    """The same where layers run on their own, outside of a graph: each writes its state as soon as it has it."""
+
+    def replace(self, index: int, conv_state: Tensor, recurrent_state: Tensor) -> None:
+        """Write the state of the `index`-th linear layer."""
+        for store, state in zip(self._stores, (conv_state, recurrent_state), strict=True):
+            store[index] = state

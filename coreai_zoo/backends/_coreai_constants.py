@@ -1,0 +1,118 @@
+"""Which state each constant of a saved asset was written from.
+
+Three habits of the toolchain stand between a constant in the program and the state that it was written from:
+
+* Equal bytes are stored once: of several states with the same bytes all constants bear the name of one.
+* Constants are hoisted to the head of the function in the reverse of the states' order.
+* The transpose of a matrix of one row only changes its shape, and is folded: what is left has no name, stands among the
+  operations, and is used by the operation that used the transpose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from coreai._compiler.ir import DenseElementsAttr
+from coreai.authoring import AIModelAsset
+
+from coreai_zoo.backends._bytecode import Bytecode
+
+_DTYPES = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "i1": "bool"}
+_SHIFT_SCALE = "coreai.blockwise_shift_scale"
+
+State = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+@frozen
+class _Found:
+    """A constant of the program.
+
+    Attributes:
+        name: of the resource that holds its bytes; None when they stand among the operations.
+        shape: in elements.
+        dtype: logical dtype, for example `int4`.
+        values: of a constant without a name.
+        uses: places of the operations that take it, but for zero points of quantized weights.
+    """
+
+    name: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    values: Any
+    uses: tuple[int, ...]
+
+
+def read_state(asset: Path, state: State) -> dict[str, memoryview]:
+    """The bytes of each of `state`; see `Backend.state`.
+
+    Raises:
+        RuntimeError: when the constants are not those of `state`.
+        ValueError: when the bytecode is not as it is known here.
+    """
+    bytecode = Bytecode.open(asset / "main.mlirb")
+    views = {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
+    placed = _placed(list(_main_constants(asset)), state)
+    return {name: views[place] if isinstance(place, str) else place for name, place in placed.items()}
+
+
+def _main_constants(asset: Path) -> Iterator[_Found]:
+    """Every constant of the function `main` in its order."""
+    module = AIModelAsset.load(str(asset)).program._module._mlir_module
+    mains = [
+        op for op in module.body.operations if "sym_name" in op.attributes and op.attributes["sym_name"].value == "main"
+    ]
+    if len(mains) != 1:
+        raise RuntimeError("it has no function main")
+    operations = list(mains[0].regions[0].blocks[0].operations)
+    places = {operation.operation: place for place, operation in enumerate(operations)}
+    for operation in operations:
+        if operation.operation.name != "coreai.constant":
+            continue
+        value, type_ = operation.attributes["value"], operation.results[0].type
+        element = str(type_.element_type)
+        dtype = _DTYPES.get(element) or element.replace("si", "int").replace("ui", "uint")
+        inline = isinstance(value, DenseElementsAttr)
+        # Only a resource may be printed: it prints its name, the others their values.
+        name = None if inline else re.match(r"dense_resource<([^>]+)>", str(value))
+        if not inline and name is None:
+            raise RuntimeError(f"a constant is neither a resource nor values: {str(value)[:80]}")
+        users = (getattr(use.owner, "operation", use.owner) for use in operation.results[0].uses)
+        uses = tuple(places[user] for user in users if user in places and user.name != _SHIFT_SCALE)
+        yield _Found(name[1] if name else None, tuple(type_.shape), dtype, value if inline else None, uses)
+
+
+def _placed(found: Sequence[_Found], state: State) -> dict[str, Any]:
+    """For each state the resource that holds its bytes, or the bytes."""
+    placed: dict[str, Any] = {}
+    for kind in dict.fromkeys(state.values()):
+        names = [name for name in state if state[name] == kind]
+        # What bears a name that is no state's holds a literal of the graph.
+        held = [f for f in reversed(found) if f.name in state and (f.shape, f.dtype) == kind]
+        present = {f.name for f in held}
+        if len(held) < len(names):
+            folded = [name for name in names if name not in present]
+            placed |= _unfolded(found, folded, kind)
+            names = [name for name in names if name in present]
+        if len(held) != len(names):
+            raise RuntimeError(f"it holds {len(held)} constants of {kind[1]} {list(kind[0])} for {len(names)} weights")
+        for name, constant in zip(names, held, strict=True):
+            if constant.name != name and name in present:
+                raise RuntimeError(f"{name} is where {constant.name} was expected")
+            placed[name] = constant.name
+    return {name: placed[name] for name in state}
+
+
+def _unfolded(found: Sequence[_Found], names: Sequence[str], kind: tuple[tuple[int, ...], str]) -> dict[str, Any]:
+    """The bytes of matrices of one row that are among the operations, in the order in which those use them."""
+    shape, dtype = kind
+    values = [f for f in found if f.name is None and f.dtype == dtype and f.shape == shape[::-1]]
+    uses = sorted((use, index) for index, f in enumerate(values) for use in f.uses)
+    if shape[:1] != (1,) or len(uses) != len(names):
+        raise RuntimeError(f"it does not hold {', '.join(names[:3])}")
+    arrays = [np.array(f.values).reshape(-1).view(np.uint8).data for f in values]
+    return {name: arrays[index] for name, (_, index) in zip(names, uses, strict=True)}

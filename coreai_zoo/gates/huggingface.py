@@ -1,0 +1,283 @@
+"""A model of transformers whose weights come and go: one decoder layer is in memory at a time.
+
+The modules are transformers' own, laid out on the meta device, and so is everything that decides which checkpoint key
+fills which parameter and how (prefixes, experts stored one by one, tied heads): a layer is filled by the very function
+that `from_pretrained` fills a whole model with. That function is not public. This module is the only one that calls it,
+and tests/test_oracle.py compares every result with that of `from_pretrained`.
+
+Shapes: P positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
+from coreai_zoo.gates import Activations
+
+HEAD_CHUNK_ELEMENTS = 1 << 25
+"""Elements of the head that are multiplied at a time: 128 MiB in float32."""
+
+
+class StreamedCausalLM:
+    """transformers' causal language model for a config, filled from a checkpoint layer by layer.
+
+    Args:
+        checkpoint: where the weights are.
+        hf_config: its config, or that of a slice of it.
+        dtype: that weights are converted to and everything is computed in, apart from what transformers always keeps in
+            float32.
+
+    Raises:
+        BadInput: when transformers has no such model, finds a parameter that the checkpoint does not fill, or one of
+            another shape.
+        EnvironmentLacks: when this transformers has no loader that can be called for a part of a model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, hf_config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        with quiet_transformers():
+            self.model = _laid_out(hf_config, dtype)
+            self._loader = _Loader(self.model, checkpoint, dtype)
+            self._loader.check()
+        self.layers = _decoder_layers(self.model)
+        held = [f"{name}." for name in self.layers]
+        self._embedding, self._head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        ends = [self._name_of(self._embedding), self._name_of(self._head)]
+        self._embedding_key, self._head_key = map(self._key_of, ends)
+        rest = [name for name in self._loader.sources if name not in ends and not name.startswith(tuple(held))]
+        self._loader.load(rest)
+
+    def run(self, tokens: Sequence[int], on_layer: Callable[[], None] = lambda: None) -> Activations:
+        """Logits, hidden states and router logits of a prompt, all positions at once, in float32.
+
+        Args:
+            tokens: the prompt.
+            on_layer: called after each layer.
+        """
+        hidden: list[Tensor] = []
+        with contextlib.ExitStack() as hooks, torch.inference_mode(), quiet_transformers():
+            hooks.callback(self.model.set_output_embeddings, self._head)
+            self.model.set_output_embeddings(_HeadInChunks(self._head, self._head_rows))
+            embedded = self._embed(tokens)
+            hidden.append(embedded)
+            for name, layer in self.layers.items():
+                hooks.callback(layer.register_forward_pre_hook(self._before(name)).remove)
+                hooks.callback(layer.register_forward_hook(self._after(hidden, on_layer)).remove)
+            options = {"output_router_logits": True} if self._is_routed else {}
+            outputs = self.model(inputs_embeds=embedded, use_cache=False, **options)
+        routers = [layer.reshape(len(tokens), -1) for layer in outputs.router_logits] if self._is_routed else None
+        return Activations(
+            _array(outputs.logits[0]),
+            [_array(state[0]) for state in hidden],
+            None if routers is None else [_array(logits) for logits in routers],
+        )
+
+    @property
+    def _is_routed(self) -> bool:
+        return bool(getattr(self.model.config.get_text_config(), "num_experts_per_tok", None))
+
+    # -- layers
+
+    def _before(self, name: str) -> Callable[..., None]:
+        prefix = f"{name}."
+
+        def fill(_module: nn.Module, _arguments: object) -> None:
+            self._loader.load([target for target in self._loader.sources if target.startswith(prefix)])
+
+        return fill
+
+    def _after(self, hidden: list[Tensor], on_layer: Callable[[], None]) -> Callable[..., None]:
+        def empty(layer: nn.Module, _arguments: object, output: Any) -> None:
+            hidden.append(output[0] if isinstance(output, tuple) else output)
+            for module in layer.modules():
+                for leaf, parameter in module.named_parameters(recurse=False):
+                    setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            self.checkpoint.release()
+            on_layer()
+
+        return empty
+
+    # -- embedding and head
+
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        """[1, P, D] by the model's own embedding, holding only the rows that the prompt needs."""
+        distinct, places = torch.tensor(list(tokens)).unique(return_inverse=True)
+        rows = torch.cat([self.checkpoint.read_rows(self._embedding_key, i, i + 1) for i in distinct.tolist()])
+        whole, padding = self._embedding.weight, self._embedding.padding_idx
+        self._embedding.weight = nn.Parameter(rows.to(self.dtype), requires_grad=False)
+        self._embedding.padding_idx = None  # only training looks at it, and it numbers rows of the whole table
+        try:
+            embedded: Tensor = self._embedding(places[None])
+        finally:
+            self._embedding.weight, self._embedding.padding_idx = whole, padding
+        return embedded
+
+    def _head_rows(self) -> Iterator[Tensor]:
+        """The head's rows from the first to the last, a chunk at a time."""
+        info = self.checkpoint.tensors[self._head_key]
+        step = max(1, HEAD_CHUNK_ELEMENTS // info.columns)
+        for start in range(0, info.rows, step):
+            yield self.checkpoint.read_rows(self._head_key, start, min(start + step, info.rows)).to(self.dtype)
+
+    def _name_of(self, module: nn.Module) -> str:
+        path = next(name for name, other in self.model.named_modules() if other is module)
+        return f"{path}.weight"
+
+    def _key_of(self, name: str) -> str:
+        """The checkpoint key of the embedding's or the head's matrix: its own, or that of what it is tied to."""
+        keys = self._loader.keys_of(name)
+        if len(keys) != 1:
+            raise BadInput(f"transformers fills {name} from {len(keys)} tensors of the checkpoint.")
+        return keys[0]
+
+
+class _HeadInChunks(nn.Module):
+    """In the place of a linear head: the same product with a few of its rows at a time."""
+
+    def __init__(self, head: nn.Module, rows: Callable[[], Iterable[Tensor]]) -> None:
+        super().__init__()
+        self._rows, self._bias = rows, getattr(head, "bias", None)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., V]."""
+        logits = torch.cat([F.linear(hidden, rows) for rows in self._rows()], dim=-1)
+        return logits if self._bias is None else logits + self._bias
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.float().numpy()
+
+
+def _laid_out(hf_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The model on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {key: value for key, value in hf_config.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(str(hf_config.get("model_type")), **fields)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except Exception as error:  # whatever its configuration classes make of a field
+        raise BadInput(f"transformers cannot make a model of this config: {error}.") from error
+
+
+def _decoder_layers(model: Any) -> dict[str, nn.Module]:
+    """The modules that transformers itself never splits when it spreads a model, in order: its decoder layers."""
+    kinds = set(model._no_split_modules or ())  # noqa: SLF001  # transformers' name for them
+    layers = {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
+    if not layers:
+        raise BadInput(f"transformers does not say what the layers of a {type(model).__name__} are.")
+    return layers
+
+
+class _Loader:
+    """transformers' own loading of a checkpoint into a model, for any part of it.
+
+    Attributes:
+        sources: parameter (the first, where a key fills several) to the checkpoint keys that fill it.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        try:
+            from transformers import conversion_mapping, core_model_loading
+            from transformers.modeling_utils import LoadStateDictConfig
+
+            self._fill = core_model_loading.convert_and_load_state_dict_in_model
+            rename = core_model_loading.rename_source_key
+            mapping = conversion_mapping.get_model_conversion_mapping(model)
+        except (ImportError, AttributeError) as error:
+            import transformers
+
+            raise EnvironmentLacks(
+                f"The oracle cannot load a part of a model with transformers {transformers.__version__}: {error}.",
+                "Install the version that this zoo is tested with: pip install transformers==5.23.0",
+            ) from error
+        self._model, self._checkpoint = model, checkpoint
+        self._options = {"dtype": dtype, "dtype_plan": model._get_dtype_plan(dtype), "weight_mapping": mapping}  # noqa: SLF001
+        self._config = LoadStateDictConfig
+        kinds = (core_model_loading.WeightRenaming, core_model_loading.WeightConverter)
+        renamings, converters = ([rule for rule in mapping if isinstance(rule, kind)] for kind in kinds)
+        names, prefix = model.state_dict(), model.base_model_prefix
+        self.sources: dict[str, list[str]] = {}
+        for key in checkpoint.tensors:
+            target, _ = rename(key, renamings, converters, prefix, names)
+            if target not in names and key in names:
+                target, _ = rename(key, [], [], prefix, names)
+            if target in names:
+                self.sources.setdefault(target, []).append(key)
+
+    def check(self) -> None:
+        """Let transformers load the whole checkpoint without its values, and report as `from_pretrained` does.
+
+        That also initialises what is no weight, such as the frequencies of rotary embeddings.
+        """
+        config = self._config(device_map={"": "meta"}, **self._options)
+        values = {
+            key: torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta")
+            for key, info in self._checkpoint.tensors.items()
+        }
+        info, _ = self._fill(self._model, values, config)
+        mismatched = [
+            f"{name} is {list(found)} in the checkpoint, not {list(shape)}"
+            for name, found, shape in sorted(info.mismatched_keys)
+        ]
+        failed = mismatched + sorted(info.conversion_errors)
+        if failed:
+            raise BadInput(f"transformers cannot load {self._checkpoint.directory}: {listing(failed, 6)}.")
+        info = self._model._finalize_model_loading(self._model, self._config(**self._options), info)  # noqa: SLF001
+        missing = [name for name in sorted(info.missing_keys) if not self.keys_of(name)]
+        if missing:
+            raise BadInput(
+                f"transformers leaves {len(missing)} parameters of {self._checkpoint.directory} unfilled: "
+                f"{listing(missing, 6)}."
+            )
+
+    def keys_of(self, name: str) -> list[str]:
+        """The keys that fill a parameter, or else the one that it is tied to."""
+        tied = self._model.all_tied_weights_keys
+        partners = [tied[name]] if name in tied else []
+        partners += [other for other, source in tied.items() if source == name]
+        return next((self.sources[other] for other in (name, *partners) if other in self.sources), [])
+
+    def load(self, names: Sequence[str]) -> None:
+        """Fill parameters, by the names in `sources`."""
+        values = {}
+        for name in names:
+            for key in self.sources[name]:
+                info = self._checkpoint.tensors[key]
+                # Views of the mapped files: what reads them is their conversion, on several threads of transformers.
+                values[key] = self._checkpoint.read_rows(key, 0, info.rows).reshape(info.shape)
+        with quiet_transformers():
+            self._fill(self._model, values, self._config(device_map={"": "cpu"}, **self._options))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Import and run transformers without its progress bars and its advice on kernels that are not installed."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    noisy = [logging.getLogger(name) for name in ("torchao", "transformers", "torch.utils._pytree")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+            yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,149 @@
+"""Where a candidate's weights come from: out of a bundle's asset, or out of the checkpoint by a plan.
+
+A source gives rows of a parameter seen as a matrix along its last axis, in the values that the asset computes with.
+What takes whole layers asks for a chunk of rows per call, from several threads.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from attrs import field, frozen
+from torch import Tensor, nn
+
+from coreai_zoo import export
+from coreai_zoo.backends import Backend
+from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.quantize import has_zero_points, scratch, unpack_int4
+from coreai_zoo.store import values_of
+from coreai_zoo.weights import PlannedTensor, WeightPlan
+
+
+class WeightSource(Protocol):
+    """Values of a decoder's parameters."""
+
+    @property
+    def name(self) -> str:
+        """For the report: what the weights are."""
+
+    def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Write rows `start` to `stop` of the parameter `name` to `out`, [stop - start, columns] in its own dtype.
+
+        Raises:
+            KeyError: when there is no such parameter.
+        """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of an asset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class AssetWeights:
+    """The weights that an asset holds, turned back from integers to values as the asset does: in one rounding.
+
+    Attributes:
+        name: for the report.
+        plan: which parameters there are and how each is stored.
+        state: the bytes of the asset's constants, uint8, see `Backend.state`.
+    """
+
+    name: str
+    plan: Mapping[str, PlannedTensor]
+    state: Mapping[str, Tensor]
+
+    @classmethod
+    def open(cls, asset: Path, backend: Backend, module: nn.Module, plan: WeightPlan) -> AssetWeights:
+        """Map the weights of an asset.
+
+        Args:
+            asset: the asset.
+            backend: that it was written by.
+            module: the decoder that it was written from, rewritten, on any device.
+            plan: of its weights.
+
+        Raises:
+            CheckFailed: when it cannot be read, or holds other weights than the plan says.
+        """
+        state = backend.state(asset, export.state_of(module, plan))
+        with warnings.catch_warnings():
+            # Nothing writes to them, and torch need not warn that nothing may.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            tensors = {name: torch.frombuffer(view, dtype=torch.uint8) for name, view in state.items()}
+        return cls(f"the weights of {asset.name}", {tensor.name: tensor for tensor in plan.tensors}, tensors)
+
+    def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """See `WeightSource`."""
+        tensor = self.plan[name]
+        spec = tensor.quantization
+        if spec is None:
+            out.copy_(self._matrix(name, getattr(torch, tensor.dtype), tensor.rows)[start:stop])
+            return
+        codes_name, scales_name, zero_points_name = export.quantized_names(name)
+        integer = torch.int8 if spec.signed else torch.uint8
+        codes = self._matrix(codes_name, integer if spec.bits == 8 else torch.uint8, tensor.rows)[start:stop]
+        if spec.bits == 4:
+            codes = unpack_int4(codes, signed=spec.signed)
+        scales = self._matrix(scales_name, getattr(torch, tensor.dtype), tensor.rows)[start:stop]
+        values, _ = scratch(codes.shape)
+        blocks = values.copy_(codes).view(*scales.shape, -1)
+        if has_zero_points(spec):
+            blocks.sub_(self._zero_points(zero_points_name, tensor, scales.shape[1])[start:stop].float().unsqueeze(-1))
+        out.copy_(blocks.mul_(scales.float().unsqueeze(-1)).view(codes.shape))
+
+    def _matrix(self, name: str, dtype: torch.dtype, rows: int) -> Tensor:
+        return self.state[name].view(dtype).view(rows, -1)
+
+    def _zero_points(self, name: str, tensor: PlannedTensor, blocks: int) -> Tensor:
+        """[rows, blocks]; at 4 bits they are packed as one row, whose last half-byte may be unused."""
+        spec = tensor.quantization
+        assert spec is not None
+        if spec.bits == 8:
+            return self._matrix(name, torch.int8 if spec.signed else torch.uint8, tensor.rows)
+        return unpack_int4(self.state[name], signed=spec.signed)[: tensor.rows * blocks].view(tensor.rows, blocks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of a checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class CheckpointWeights:
+    """The weights that a plan makes of a checkpoint; where it quantizes, turned to integers and back.
+
+    With a plan that quantizes nothing it is what half precision alone does to a model, and with one that quantizes a
+    part it is what that part does.
+
+    Attributes:
+        name: for the report.
+        checkpoint: the checkpoint.
+        plan: what becomes of it.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    plan: WeightPlan
+    _tensors: Mapping[str, PlannedTensor] = field(init=False, repr=False)
+
+    @_tensors.default
+    def _by_name(self) -> Mapping[str, PlannedTensor]:
+        return {tensor.name: tensor for tensor in self.plan.tensors}
+
+    def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """See `WeightSource`.
+
+        Raises:
+            BadInput: when the checkpoint holds a value that is not finite or overflows.
+        """
+        planned = self._tensors[name]
+        for source in planned.sources:
+            first, last = max(start, source.start), min(stop, source.stop)
+            if first < last:
+                values = values_of(self.checkpoint, planned, source.key, first - source.start, last - source.start)
+                out[first - start : last - start].copy_(values)
