@@ -25,7 +25,7 @@ from checkpoints import tiny_checkpoint
 from coreai_zoo.backends import drain
 from coreai_zoo.backends.coreai import CoreAIBackend
 from coreai_zoo.bundle import Bundle
-from coreai_zoo.gates.oracle import quiet_transformers
+from coreai_zoo.gates.huggingface import quiet_transformers
 from documents import public_modules
 
 SOURCE = Path(__file__).parent / "third_party_plugin"
