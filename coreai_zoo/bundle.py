@@ -11,6 +11,7 @@ build.json          everything that determined the bytes, and the SHA-256 of eve
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import field, frozen
 
+from coreai_zoo.card import CARD, without_measurements
 from coreai_zoo.checkpoint import member
 from coreai_zoo.digest import file_sha256
 from coreai_zoo.errors import BadInput, CheckFailed, listing
@@ -190,11 +192,18 @@ def file_sizes(bundle: Path) -> dict[str, int]:
 
 
 def file_digests(bundle: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of the bundle but `build.json` itself and what gates add, by relative path."""
+    """Size and SHA-256 of every file of the bundle but `build.json` itself and what gates add, by relative path.
+
+    What gates add is their folder, and their block in the card, which is hashed without it.
+    """
     digests: dict[str, dict[str, Any]] = {}
     for path in sorted(_files(bundle)):
         if not path.is_file():  # a link to nowhere
             digests[path.relative_to(bundle).as_posix()] = {"bytes": 0, "sha256": None}
+            continue
+        if path == bundle / CARD:
+            built = without_measurements(path.read_bytes())
+            digests[CARD] = {"bytes": len(built), "sha256": hashlib.sha256(built).hexdigest()}
             continue
         digests[path.relative_to(bundle).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return digests

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coreai_zoo.overlay import ROLES
+
+CARD = "README.md"
+
+# What a gate adds after the build. It is outside of the record's digests, so that a gated bundle still verifies.
+_BEGIN, _END = "<!-- measured by zoo gate -->", "<!-- end of what was measured -->"
+_MEASURED = re.compile(re.escape(_BEGIN).encode() + rb"\n.*?\n" + re.escape(_END).encode() + rb"\n\n", re.DOTALL)
+_BEFORE = "## Running it\n"
+
+
+def without_measurements(card: bytes) -> bytes:
+    """The card as the build wrote it."""
+    return _MEASURED.sub(b"", card, count=1)
+
+
+def with_measurements(card: bytes, markdown: str) -> bytes:
+    """The card with `markdown` in the place of what was measured before, if anything was.
+
+    Raises:
+        ValueError: when the text holds the marks that it would stand between.
+    """
+    if _BEGIN in markdown or _END in markdown:
+        raise ValueError("the measurements hold their own marks")
+    built = without_measurements(card).decode("utf-8")
+    block = f"{_BEGIN}\n{markdown.strip()}\n{_END}\n\n"
+    head, found, tail = built.partition(_BEFORE)
+    # A card of another zoo may lack the section: then at its end.
+    return (head + block + found + tail if found else built + block).encode()
 
 
 def render(record: Mapping[str, Any], sizes: Mapping[str, int]) -> str:

@@ -37,7 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
         "plan": ("coreai_zoo.cli_plan:plan", "What a bundle would hold, need and run at, from a config alone."),
         "new": ("coreai_zoo.cli_new:new", "Write an entry for a checkpoint."),
         "run": ("coreai_zoo.cli_build:run", "Generate text with a bundle, on the runtime of this machine."),
-        "gate": ("coreai_zoo.cli_build:gate", "Compare a bundle with Hugging Face, position by position."),
+        "gate": ("coreai_zoo.cli_gate:gate", "Compare a bundle with Hugging Face, position by position."),
         "verify": (
             "coreai_zoo.cli_build:verify",
             "Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.",

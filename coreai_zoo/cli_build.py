@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from coreai_zoo.checkpoint import read_config
 from coreai_zoo.cli import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.entry import find_entry, load_entries
-from coreai_zoo.errors import BadInput, CheckFailed
+from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import EventReporter, Reporter
 from coreai_zoo.quantize import RECIPES
@@ -157,59 +156,6 @@ def run(
     click.echo()
 
 
-@click.command("gate")
-@click.argument("bundle", type=_EXISTING)
-@click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="The one it was built from. Not needed for a sample.")
-@click.option("-p", "--prompt", help="Text to force through both. Default: a short Python program.")
-@click.option("--positions", type=click.IntRange(1), metavar="N", help="How many of its tokens. Default: at most 64.")
-@json_option
-@click.pass_context
-def gate(
-    ctx: click.Context, bundle: Path, checkpoint: Path | None, prompt: str | None, positions: int | None, as_json: bool
-) -> None:
-    """Compare a bundle with Hugging Face, position by position.
-
-    The bundle's own asset is run on the Core AI runtime of this machine and teacher-forced against transformers in fp32
-    on the same checkpoint. A different top token where the oracle's two best logits are at least 0.1 apart is a
-    confident flip and fails the gate (exit code 1); closer than that it is a tie. The oracle is computed layer by layer
-    and takes four bytes of memory for every parameter of one layer.
-
-    \b
-    Example:
-        zoo gate exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
-        zoo gate exports/qwen3_6_27b_sample_decode_int8hu_block32_sym -p "import os" --json
-    """
-    from coreai_zoo.gates import teacher_forced
-    from coreai_zoo.verify import require_asset
-
-    opened, plugins = Bundle.open(bundle), plugins_of(ctx)
-    directory = checkpoint_of(opened, plugins, checkpoint)
-    teacher_forced.check_checkpoint(opened, directory)  # before its config is cut to the bundle's layers
-    backend = backend_of(opened, plugins)
-    require_asset(opened)
-    prompt = teacher_forced.DEFAULT_PROMPT if prompt is None else prompt
-    tokens = teacher_forced.tokenize(opened, prompt, positions)
-    with Reporter(silent=as_json).steps(f"gate     {len(tokens)} positions", len(tokens)) as step:
-        report = teacher_forced.gate(opened, backend, directory, config_of(opened, plugins, directory), tokens, step)
-    extra = run_plugin_gates(opened, plugins, directory)
-    if as_json:
-        click.echo(_gate_json(report, extra))
-    else:
-        _print_gate(report)
-        for result in extra:
-            click.echo(f"{result.gate}: {'passed' if result.passed else 'FAILED'}, {result.summary}")
-    flips = report.verdict.confident_flips
-    if flips:
-        worst = flips[0]
-        raise CheckFailed(
-            f"{len(flips)} confident flip{'s' * (len(flips) > 1)} in {len(tokens)} positions; the worst at position "
-            f"{worst.index} with an oracle margin of {worst.margin:.2f}."
-        )
-    failed = [result.gate for result in extra if not result.passed]
-    if failed:
-        raise CheckFailed(f"Failed: {', '.join(failed)}.")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a bundle's record leads to
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,51 +197,3 @@ def run_plugin_gates(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> list
         with plugins.blame(plugin, f"gate {extra.name!r}"):
             results.append(extra.run(bundle, checkpoint))
     return results
-
-
-def _print_gate(report: Any) -> None:
-    has_router = any(position.router_margin is not None for position in report.verdict.positions)
-    columns = ["position", "token", "oracle", "bundle", "margin", "cosine", "max |dlogit|", "KL"]
-    rows = new_table(*columns, *(["router margin"] if has_router else []), "verdict")
-    for position, piece in zip(report.verdict.positions, report.pieces, strict=True):
-        router = [f"{position.router_margin:.4f}"] if has_router else []
-        rows.add_row(
-            str(position.index),
-            repr(piece),
-            str(position.oracle),
-            str(position.candidate),
-            f"{position.margin:.3f}",
-            f"{position.cosine:.6f}",
-            f"{position.max_abs_logit_error:.4f}",
-            f"{position.kl_divergence:.2e}",
-            *router,
-            position.verdict,
-        )
-    print_table(rows)
-    verdict = report.verdict
-    click.echo(
-        f"{'passed' if verdict.passed else 'FAILED'}: {report.candidate} against Hugging Face fp32, "
-        f"{verdict.matched} of {len(verdict.positions)} matched, ties: {verdict.ties}, confident flips: "
-        f"{len(verdict.confident_flips)} ({verdict.confident_positions} positions have a margin of 0.1 or more)."
-    )
-
-
-def _gate_json(report: Any, extra: list[Any]) -> str:
-    import attrs
-
-    from coreai_zoo.gates.rule import CONFIDENT_MARGIN
-
-    verdict = report.verdict
-    return json.dumps(
-        {
-            "candidate": report.candidate,
-            "confident_margin": CONFIDENT_MARGIN,
-            "passed": verdict.passed and all(result.passed for result in extra),
-            "matched": verdict.matched,
-            "ties": verdict.ties,
-            "confident_flips": len(verdict.confident_flips),
-            "positions": [{**attrs.asdict(position), "verdict": position.verdict} for position in verdict.positions],
-            "gates": [attrs.asdict(result) for result in extra],
-        },
-        indent=2,
-    )

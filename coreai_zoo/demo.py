@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from coreai_zoo import pipeline
 from coreai_zoo.bundle import Bundle
 from coreai_zoo.cli import new_table, print_table
-from coreai_zoo.cli_build import backend_of, checkpoint_of, config_of
+from coreai_zoo.cli_build import backend_of
+from coreai_zoo.cli_gate import GateOptions, run_gate, write_report
 from coreai_zoo.errors import ZooError
-from coreai_zoo.gates import teacher_forced
-from coreai_zoo.gates.rule import Verdict
+from coreai_zoo.gates.report import totals
 from coreai_zoo.generate import generate
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
@@ -38,29 +40,31 @@ def demo(entry: str, output: Path) -> None:
     request = pipeline.BuildRequest(entry=entry, sample=True, output=output, force=True)
     result = pipeline.build(request, plugins, report)
     bundle = Bundle.open(result.path)
-    backend, checkpoint = backend_of(bundle, plugins), checkpoint_of(bundle, plugins, None)
-    with report.stage("gate", f"{POSITIONS} positions against Hugging Face in fp32"):
-        config = config_of(bundle, plugins, checkpoint)
-        tokens = teacher_forced.tokenize(bundle, teacher_forced.DEFAULT_PROMPT, POSITIONS)
-        verdict = teacher_forced.gate(bundle, backend, checkpoint, config, tokens).verdict
+    backend = backend_of(bundle, plugins)
+    (record,) = run_gate([bundle], GateOptions(prompts="code", positions=POSITIONS), plugins, report)
+    page = write_report(bundle, [record])
     with report.stage("generate", f"{NEW_TOKENS} tokens on the {backend.name} runtime"):
         text = "".join(generate(bundle, backend, PROMPT, NEW_TOKENS))
-    _print_result(bundle, result, verdict, time.monotonic() - started)
+    _print_result(bundle, result, record, page, time.monotonic() - started)
     click.echo(f"\nWhat the bundle wrote:\n\n{PROMPT}{text}\n")
-    if not verdict.passed:
+    if not record["verdict"]["passed"]:
         sys.exit(1)
 
 
-def _print_result(bundle: Bundle, result: pipeline.BuildResult, verdict: Verdict, seconds: float) -> None:
-    flips = verdict.confident_flips
+def _print_result(
+    bundle: Bundle, result: pipeline.BuildResult, record: Mapping[str, Any], page: Path, seconds: float
+) -> None:
+    counts = totals(record)
     table = new_table("", "")
     table.show_header = False
     table.add_row("bundle", str(result.path))
     table.add_row("bytes", f"{result.bytes:,}")
     table.add_row("recipe", str(bundle.build["recipe"]["published_name"]))
-    table.add_row("positions matched", f"{verdict.matched} of {len(verdict.positions)} ({verdict.ties} ties)")
-    table.add_row("lowest cosine", f"{min(position.cosine for position in verdict.positions):.6f}")
-    table.add_row("worst confident flip", f"margin {flips[0].margin:.2f}" if flips else "none")
+    table.add_row("gate", "passed" if record["verdict"]["passed"] else "; ".join(record["verdict"]["reasons"]))
+    table.add_row("positions matched", f"{counts['matched']} of {counts['positions']} ({counts['ties']} ties)")
+    table.add_row("lowest cosine", f"{counts['cosine']:.6f}")
+    table.add_row("confident flips", str(counts["flips"]))
+    table.add_row("report", str(page))
     table.add_row("seconds", f"{seconds:.1f}")
     print_table(table)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def generate(
         raise BadInput("The prompt is empty.", 'Give one with -p "...".')
     if len(prompt_tokens) >= bundle.max_context:
         raise BadInput(f"The prompt is {len(prompt_tokens)} tokens, this bundle's context is {bundle.max_context}.")
-    stop = _end_of_turn(bundle, tokenizer)
+    stop = end_of_turn(bundle, tokenizer)
     choose = _chooser(sampling or Sampling())
     stream = DecodeStream(skip_special_tokens=True)
     capacity = min(bundle.max_context, len(prompt_tokens) + new_tokens)
@@ -72,20 +72,39 @@ def chat_prompt(bundle: Bundle, message: str) -> str:
     Raises:
         BadInput: when the bundle has no chat template.
     """
+    return chat_text(bundle, [("user", message)], answer_follows=True)
+
+
+def chat_text(bundle: Bundle, turns: Sequence[tuple[str, str]], *, answer_follows: bool = False) -> str:
+    """(role, content) turns in the bundle's chat template, and where asked for, the beginning of the next answer.
+
+    Raises:
+        BadInput: when the bundle has no chat template.
+    """
+    tokenizer = _transformers_tokenizer(bundle)
+    if not tokenizer.chat_template:
+        raise BadInput(f"{bundle.directory.name} has no chat template.", "Leave out --chat.")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows))
+
+
+def has_chat_template(bundle: Bundle) -> bool:
+    """Whether the bundle's tokenizer can render a chat."""
+    return bool(_transformers_tokenizer(bundle).chat_template)
+
+
+def _transformers_tokenizer(bundle: Bundle) -> Any:
+    """The bundle's tokenizer as transformers reads it, which knows chat templates."""
     from coreai_zoo.gates.huggingface import quiet_transformers
 
     read_object(bundle.tokenizer / "tokenizer_config.json")  # says what is wrong with it better than transformers
     with quiet_transformers():
         from transformers import PreTrainedTokenizerFast
 
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(bundle.tokenizer))
-    if not tokenizer.chat_template:
-        raise BadInput(f"{bundle.directory.name} has no chat template.", "Leave out --chat.")
-    messages = [{"role": "user", "content": message}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return PreTrainedTokenizerFast.from_pretrained(str(bundle.tokenizer))
 
 
-def _end_of_turn(bundle: Bundle, tokenizer: Any) -> int | None:
+def end_of_turn(bundle: Bundle, tokenizer: Any) -> int | None:
     """Id of the tokenizer's end-of-turn token; engines read it from the tokenizer, never from generation_config."""
     config = read_object(bundle.tokenizer / "tokenizer_config.json")
     token = config.get("eos_token")

@@ -52,9 +52,15 @@ class Reporter:
 
     @contextmanager
     def steps(self, what: str, total: int) -> Iterator[Callable[[], None]]:
-        """Count equal steps up to `total`: a bar on a terminal, a line elsewhere; yields what to call after each."""
+        """Count equal steps up to `total`: a bar on a terminal, a line elsewhere; yields what to call after each.
+
+        Args:
+            what: is counted; empty inside a stage, which has said it.
+            total: how many.
+        """
         if not self._console.is_terminal or self._console.quiet:
-            self._console.print(what, soft_wrap=True)
+            if what:
+                self._console.print(what, soft_wrap=True)
             yield lambda: None
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

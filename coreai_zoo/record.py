@@ -41,7 +41,7 @@ def write_records(resolved: Resolved, store: WeightStore, partial: Path) -> None
             )
         ),
     )
-    (partial / "README.md").write_text(card.render(record, bundles.file_sizes(partial)), encoding="utf-8")
+    (partial / card.CARD).write_text(card.render(record, bundles.file_sizes(partial)), encoding="utf-8")
     bundles.write_json(partial / "build.json", {**record, "files": bundles.file_digests(partial)})
 
 

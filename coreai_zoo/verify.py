@@ -43,7 +43,7 @@ def verify(bundle: Bundle, backends: Mapping[str, Backend]) -> list[Check]:
     backend = backends.get(str(bundle.build.get("backend")))
     if backend is None:
         raise BadInput(f"{bundle.directory} was written by the backend {bundle.build.get('backend')!r}, not installed.")
-    checks = [_files(bundle), _metadata(bundle), _tokenizer(bundle)]
+    checks = [check_files(bundle), _metadata(bundle), _tokenizer(bundle)]
     if checks[0].passed:
         checks += _asset(bundle, backend)
     return checks
@@ -82,7 +82,8 @@ def _is_as_recorded(path: Path, record: Any) -> bool:
     return file_sha256(path) == record.get("sha256")
 
 
-def _files(bundle: Bundle) -> Check:
+def check_files(bundle: Bundle) -> Check:
+    """Every file of the bundle against its record; reads all of them."""
     recorded: Mapping[str, Any] = bundle.build.get("files", {})
     found = file_digests(bundle.directory)
     problems = [f"{path} is missing" for path in sorted(set(recorded) - set(found))]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from coreai_zoo import hookimpl
+from coreai_zoo.bundle import Bundle
+from coreai_zoo.cli import cli
 from coreai_zoo.plugins import Plugins
 
 ROOT = Path(__file__).parent.parent
@@ -74,3 +79,18 @@ def shipped(root: Path, make_plugin: Callable[..., types.ModuleType]) -> Plugins
     directory = root / "coreai_zoo_qwen36" / "zoo_entries"  # through the symlink, as it is packaged
     plugins.register(make_plugin(zoo_entries=lambda: sorted(directory.glob("*.toml"))), "shipped")
     return plugins
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
+    """Build a sample once per entry and recipe, through the command line. Tests leave it as it is."""
+
+    @functools.cache
+    def build(entry: str, recipe: str) -> Bundle:
+        output = tmp_path_factory.mktemp("exports")
+        arguments = ["build", entry, "--sample", "--recipe", recipe, "-o", str(output), "--json"]
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+        return Bundle.open(Path(json.loads(result.stdout)["path"]))
+
+    return build

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from coreai_zoo.entry import find_entry
 from coreai_zoo.gates import Activations
 from coreai_zoo.gates.candidate import AssetCandidate
 from coreai_zoo.gates.layered import TorchCandidate
+from coreai_zoo.gates.prompts import BUILT_IN, tokenize
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict, judge, router_margins
-from coreai_zoo.gates.teacher_forced import DEFAULT_PROMPT, tokenize
 from coreai_zoo.gates.weights import AssetWeights
 from coreai_zoo.generate import chat_prompt, generate
 from coreai_zoo.plugins import Plugins, default_plugins
@@ -45,28 +44,13 @@ def plugins() -> Plugins:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
-    """Build a sample once per entry and recipe, through the command line."""
-
-    @functools.cache
-    def build(entry: str, recipe: str) -> Bundle:
-        output = tmp_path_factory.mktemp("exports")
-        arguments = ["build", entry, "--sample", "--recipe", recipe, "-o", str(output), "--json"]
-        result = CliRunner().invoke(cli, arguments)
-        assert result.exit_code == 0, result.output
-        return Bundle.open(Path(json.loads(result.stdout)["path"]))
-
-    return build
-
-
-@pytest.fixture(scope="module")
 def oracle(plugins: Plugins, built: Callable[[str, str], Bundle]) -> Callable[[str], tuple[list[int], Activations]]:
     """Tokens of the gate prompt and the oracle's logits on them."""
 
     @functools.cache
     def run(entry: str) -> tuple[list[int], Activations]:
         directory = find_entry(entry, plugins)[0].sample_directory()
-        tokens = tokenize(built(entry, "int8hu"), DEFAULT_PROMPT, POSITIONS)
+        tokens = list(tokenize(built(entry, "int8hu"), BUILT_IN["code"]).tokens)
         config = json.loads((directory / "config.json").read_text())
         return tokens, whole_model(directory, tokens, config)
 
@@ -222,17 +206,6 @@ def test_a_chat_answer_ends_with_the_end_of_turn_token(built: Callable[[str, str
     pieces = list(generate(bundle, backend_of(bundle, plugins), prompt, 12))
     assert len(pieces) < 12
     assert "".join(pieces).strip().isdigit()
-
-
-def test_gate_prints_a_row_for_every_position_and_passes(built: Callable[[str, str], Bundle]) -> None:
-    bundle = built("qwen3.6-27b", "int8hu")
-    result = CliRunner().invoke(cli, ["gate", str(bundle.directory), "--positions", "8", "--json"])
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
-    assert report["passed"]
-    assert [position["index"] for position in report["positions"]] == list(range(8))
-    text = CliRunner().invoke(cli, ["gate", str(bundle.directory), "--positions", "4"])
-    assert "4 of 4 matched" in text.stdout
 
 
 def test_run_streams_the_prompt_and_its_continuation(built: Callable[[str, str], Bundle]) -> None:

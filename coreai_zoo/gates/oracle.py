@@ -86,6 +86,11 @@ class Oracle:
             _write(path, identity, result)
         return result
 
+    def is_cached(self, tokens: Sequence[int]) -> bool:
+        """Whether the result of a prompt is kept and readable."""
+        identity = self.identity(tokens)
+        return self.cache is not None and _read(self.cache / f"{_digest(identity)}.npz", identity) is not None
+
     def identity(self, tokens: Sequence[int]) -> dict[str, Any]:
         """Everything that determines the result, JSON-able.
 

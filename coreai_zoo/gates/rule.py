@@ -3,6 +3,8 @@
 Where the oracle's two largest logits are closer than `CONFIDENT_MARGIN`, either answer is right within the noise of any
 half-precision implementation, and a flip is a tie. From there on a flip is an error of the candidate, and one fails the
 gate.
+
+Shape letters: P positions, V tokens in the vocabulary, D hidden, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -11,10 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
+
+from coreai_zoo.gates import Activations
 
 CONFIDENT_MARGIN = 0.1
 """Oracle top-2 margin, in logits, from which a flip is an error; the rule of the published 27B results."""
+
+Swaps = Sequence[tuple[bool, float | None]]
+"""For each position: whether the candidate's router chose other experts in any layer, and the oracle's gap there."""
 
 
 @frozen
@@ -31,6 +38,11 @@ class Position:
         max_abs_logit_error: largest absolute difference of a logit.
         kl_divergence: KL(oracle || candidate) of the two distributions, in nats.
         router_margin: of the oracle, see `router_margins`; None without a router.
+        relative_error: root mean square of the logits' error over the standard deviation of the oracle's logits.
+        swap_margin: the oracle's router gap in the first layer that chose other experts; None where all layers chose
+            the same ones, or it is not known.
+        experts_changed: whether any layer chose other experts; None without a router, or when the candidate does not
+            show its router.
     """
 
     index: int
@@ -42,6 +54,19 @@ class Position:
     max_abs_logit_error: float
     kl_divergence: float
     router_margin: float | None
+    relative_error: float = 0.0
+    swap_margin: float | None = None
+    experts_changed: bool | None = None
+
+    def near_tie(self, gap: float) -> bool:
+        """Whether the router was so undecided here that errors may have swapped an expert.
+
+        Where the candidate shows its router: an expert was swapped, and first in a layer whose gap is below `gap`.
+        Where it does not: any layer's gap is.
+        """
+        if self.experts_changed is None:
+            return self.router_margin is not None and self.router_margin < gap
+        return self.swap_margin is not None and self.swap_margin < gap
 
     @property
     def verdict(self) -> str:
@@ -53,9 +78,16 @@ class Position:
 
 @frozen
 class Verdict:
-    """All positions of one prompt, and what follows from them."""
+    """All positions of one prompt, and what follows from them.
+
+    Attributes:
+        positions: in order.
+        hidden_error: after the embedding and after each layer, the median over positions of |error| / |oracle| of the
+            residual stream; None where the candidate does not show it.
+    """
 
     positions: tuple[Position, ...]
+    hidden_error: tuple[float, ...] | None = None
 
     @property
     def passed(self) -> bool:
@@ -89,47 +121,68 @@ def judge(
     oracle: np.ndarray[Any, Any],
     candidate: np.ndarray[Any, Any],
     router_margins: np.ndarray[Any, Any] | None = None,
+    swaps: Swaps | None = None,
 ) -> Verdict:
-    """Compare logits [positions, V] after each of `tokens`.
+    """Compare logits [P, V] after each of `tokens`.
 
     Raises:
         ValueError: when shapes differ. Logits that are not finite are not an error here: they never match.
     """
     if oracle.shape != candidate.shape or len(tokens) != len(oracle):
         raise ValueError(f"{len(tokens)} tokens, oracle logits {oracle.shape}, candidate logits {candidate.shape}")
-    return Verdict(
-        tuple(
-            _position(
-                index,
-                token,
-                oracle[index].astype(np.float64),
-                candidate[index].astype(np.float64),
-                None if router_margins is None else float(router_margins[index]),
-            )
-            for index, token in enumerate(tokens)
-        )
-    )
+    positions = []
+    for index, token in enumerate(tokens):
+        position = _position(index, token, oracle[index].astype(np.float64), candidate[index].astype(np.float64))
+        margin = None if router_margins is None else float(router_margins[index])
+        changed, swap = (None, None) if swaps is None else swaps[index]
+        positions.append(evolve(position, router_margin=margin, experts_changed=changed, swap_margin=swap))
+    return Verdict(tuple(positions))
 
 
-def _position(
-    index: int, token: int, oracle: np.ndarray[Any, Any], candidate: np.ndarray[Any, Any], router_margin: float | None
-) -> Position:
+def compare(
+    tokens: Sequence[int], oracle: Activations, candidate: Activations, experts_per_token: int | None = None
+) -> Verdict:
+    """Compare all that two models show of their way to the logits after each of `tokens`.
+
+    Args:
+        tokens: P token ids.
+        oracle: the reference.
+        candidate: what is judged.
+        experts_per_token: how many a router chooses; None without a router.
+
+    Raises:
+        ValueError: when shapes differ.
+    """
+    margins = swaps = None
+    if oracle.router_logits is not None and experts_per_token is not None:
+        margins = router_margins(oracle.router_logits, experts_per_token)
+        if candidate.router_logits is not None:
+            swaps = router_swaps(oracle.router_logits, candidate.router_logits, experts_per_token)
+    verdict = judge(tokens, oracle.logits, candidate.logits, margins, swaps)
+    return evolve(verdict, hidden_error=_hidden_error(oracle.hidden, candidate.hidden))
+
+
+def _position(index: int, token: int, oracle: np.ndarray[Any, Any], candidate: np.ndarray[Any, Any]) -> Position:
     second, first = np.partition(oracle, -2)[-2:]
+    margin = float(first - second)
     if not np.isfinite(candidate).all():
         # argmax of a vector with a NaN is the NaN's place, which could happen to be the right token.
         worst = float("inf")
-        return Position(index, token, int(oracle.argmax()), -1, float(first - second), 0.0, worst, worst, router_margin)
+        return Position(index, token, int(oracle.argmax()), -1, margin, 0.0, worst, worst, None, worst)
     norms = np.linalg.norm(oracle) * np.linalg.norm(candidate)
+    error = candidate - oracle
+    spread = oracle.std()
     return Position(
         index=index,
         token=token,
         oracle=int(oracle.argmax()),
         candidate=int(candidate.argmax()),
-        margin=float(first - second),
+        margin=margin,
         cosine=float(oracle @ candidate / norms) if norms else 0.0,
-        max_abs_logit_error=float(np.abs(oracle - candidate).max()),
+        max_abs_logit_error=float(np.abs(error).max()),
         kl_divergence=_kl(oracle, candidate),
-        router_margin=router_margin,
+        router_margin=None,
+        relative_error=float(np.sqrt((error * error).mean()) / spread) if spread else float(bool(error.any())),
     )
 
 
@@ -139,21 +192,58 @@ def _kl(oracle: np.ndarray[Any, Any], candidate: np.ndarray[Any, Any]) -> float:
     return float((np.exp(p) * (p - q)).sum())
 
 
+def _hidden_error(
+    oracle: Sequence[np.ndarray[Any, Any]] | None, candidate: Sequence[np.ndarray[Any, Any]] | None
+) -> tuple[float, ...] | None:
+    if oracle is None or candidate is None:
+        return None
+    medians = []
+    for expected, found in zip(oracle, candidate, strict=True):  # [P, D] each
+        expected64 = expected.astype(np.float64)
+        error = np.linalg.norm(found.astype(np.float64) - expected64, axis=-1)
+        relative = error / np.maximum(np.linalg.norm(expected64, axis=-1), np.finfo(np.float32).tiny)
+        medians.append(float(np.median(np.where(np.isfinite(relative), relative, np.inf))))
+    return tuple(medians)
+
+
+def router_gaps(router_logits: np.ndarray[Any, Any], chosen: int) -> np.ndarray[Any, Any]:
+    """Gap between the last chosen and the first rejected expert of one layer: [P, E] router logits to float32 [P].
+
+    Infinite where every expert is chosen, for then nothing can be swapped.
+    """
+    if chosen == router_logits.shape[-1]:
+        return np.full(len(router_logits), np.inf, dtype=np.float32)
+    ranked = -np.partition(-router_logits.astype(np.float32), (chosen - 1, chosen), axis=-1)
+    gaps: np.ndarray[Any, Any] = ranked[:, chosen - 1] - ranked[:, chosen]
+    return gaps
+
+
 def router_margins(router_logits: Sequence[np.ndarray[Any, Any]], chosen: int) -> np.ndarray[Any, Any]:
     """Smallest gap over all layers between the router logits of the last chosen and the first rejected expert.
 
     Args:
-        router_logits: one array [positions, experts] per layer.
+        router_logits: one array [P, E] per layer.
         chosen: experts per token.
 
     Returns:
-        float32 [positions]; infinite where every expert is chosen, for then nothing can be swapped.
+        float32 [P]; see `router_gaps`.
     """
-    gaps = []
-    for logits in router_logits:
-        if chosen == logits.shape[-1]:
-            return np.full(len(logits), np.inf, dtype=np.float32)
-        ranked = -np.partition(-logits.astype(np.float32), (chosen - 1, chosen), axis=-1)
-        gaps.append(ranked[:, chosen - 1] - ranked[:, chosen])
-    smallest: np.ndarray[Any, Any] = np.min(gaps, axis=0)
+    smallest: np.ndarray[Any, Any] = np.min([router_gaps(logits, chosen) for logits in router_logits], axis=0)
     return smallest
+
+
+def router_swaps(
+    oracle: Sequence[np.ndarray[Any, Any]], candidate: Sequence[np.ndarray[Any, Any]], chosen: int
+) -> Swaps:
+    """At each position, whether any layer chose other experts than the oracle's, and the oracle's gap in the first.
+
+    Later layers see another input once an expert was swapped, so only the first says whether rounding can explain it.
+    """
+    swaps: list[tuple[bool, float | None]] = [(False, None)] * len(oracle[0])
+    for expected, found in zip(oracle, candidate, strict=True):  # [P, E] each
+        gaps = router_gaps(expected, chosen)
+        theirs, ours = (np.sort(np.argsort(-logits, axis=-1)[:, :chosen], axis=-1) for logits in (expected, found))
+        for position in np.flatnonzero((theirs != ours).any(axis=-1)):
+            if not swaps[position][0]:
+                swaps[position] = (True, float(gaps[position]))
+    return swaps

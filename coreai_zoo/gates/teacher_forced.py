@@ -1,75 +1,204 @@
-"""The host's gate: a prompt, the oracle on the checkpoint, the bundle's asset, and the margin rule."""
+"""The host's gate: prompts, the oracle, the candidate and its control on them, and the verdict.
+
+The order is: all prompts through the oracle; the weak ones refused, before anything else runs; the rest through the
+candidate and the control; each judged by the margin rule and by the recipe's bounds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
-from coreai_zoo.backends import Backend
-from coreai_zoo.bundle import Bundle, load_tokenizer
+from coreai_zoo.bundle import Bundle
 from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gates.candidate import AssetCandidate
-from coreai_zoo.gates.oracle import Oracle
-from coreai_zoo.gates.rule import Verdict, judge, router_margins
-
-DEFAULT_POSITIONS = 64
-
-DEFAULT_PROMPT = '''def main(argv=None):
-    """Read the command line and run the program."""
-    parser = argparse.ArgumentParser(description="Print the lines of a file.")
-    parser.add_argument("name", help="the name of the file to read")
-    args = parser.parse_args(argv)
-    with open(args.name) as f:
-        for line in f:
-            print(line)
-    return 0
+from coreai_zoo.gates import Activations, Model
+from coreai_zoo.gates.bounds import Arithmetic, BoundCheck, Bounds, check_bounds, check_control
+from coreai_zoo.gates.prompts import Strength, TokenizedPrompt, strength
+from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-'''
+class Progress(Protocol):
+    """What a gate reports its stages to; `progress.Reporter` is one."""
+
+    def stage(self, name: str, detail: str = "") -> AbstractContextManager[None]:
+        """A stage runs."""
+
+    def note(self, text: str) -> None:
+        """A remark inside a stage."""
+
+    def steps(self, what: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """Count equal steps of the stage."""
+
+
+class Ticker:
+    """What a model calls after each of its steps, whoever is counting."""
+
+    def __init__(self) -> None:
+        self.count: Callable[[], None] = lambda: None
+
+    def __call__(self) -> None:
+        """One more step is done."""
+        self.count()
+
+
+@frozen(eq=False)
+class Runner:
+    """A model and how its progress is counted.
+
+    Attributes:
+        model: what runs.
+        ticker: what the model calls after each step.
+        steps: how many steps a prompt takes.
+        arithmetic: which bounds it is held to.
+    """
+
+    model: Model
+    ticker: Ticker = field(factory=Ticker)
+    steps: Callable[[TokenizedPrompt], int] = lambda prompt: len(prompt.tokens)
+    arithmetic: Arithmetic = "runtime"
+
+    def run(self, prompts: Sequence[TokenizedPrompt], stage: str, report: Progress) -> dict[str, Activations]:
+        """What the model computes, by prompt."""
+        if not prompts:
+            return {}
+        found = {}
+        positions = sum(len(prompt.tokens) for prompt in prompts)
+        detail = f"{self.model.name}, {positions} positions of {len(prompts)} prompt{'s' * (len(prompts) > 1)}"
+        with report.stage(stage, detail), report.steps("", sum(map(self.steps, prompts))) as self.ticker.count:
+            for prompt in prompts:
+                found[prompt.name] = self.model.run(prompt.tokens)
+        return found
+
+
+@frozen
+class StopCheck:
+    """The end of turn, on a chat.
+
+    Attributes:
+        expected: positions where the oracle is sure that the turn ends.
+        missed: those where the candidate would go on.
+    """
+
+    expected: tuple[int, ...]
+    missed: tuple[int, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate ends every turn that the oracle ends."""
+        return not self.missed
+
+
+@frozen
+class PromptResult:
+    """What one prompt showed.
+
+    Attributes:
+        prompt: its tokens.
+        strength: of the oracle on it.
+        candidate: name of what was judged; None where the prompt was refused.
+        bounds: that it was held to; None where the prompt was refused.
+        verdict: of the candidate against the oracle; None where the prompt was refused.
+        control: of the fp16 control against the oracle; None without one.
+        checks: every bound, kept or broken.
+        stop: the end of turn; None where the prompt is no chat.
+    """
+
+    prompt: TokenizedPrompt
+    strength: Strength
+    candidate: str | None = None
+    bounds: Bounds | None = None
+    verdict: Verdict | None = None
+    control: Verdict | None = None
+    checks: tuple[BoundCheck, ...] = ()
+    stop: StopCheck | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was too weak to judge by."""
+        return self.verdict is None
+
+    @property
+    def passed(self) -> bool:
+        """No confident flip, no broken bound, no missed end of turn; a refused prompt says nothing, so it passes."""
+        if self.verdict is None:
+            return True
+        stops = self.stop is None or self.stop.passed
+        return self.verdict.passed and stops and all(check.passed for check in self.checks)
 
 
 @frozen
 class GateReport:
-    """Verdict of one prompt with what is needed to read it."""
+    """What all prompts showed.
 
-    candidate: str
-    pieces: tuple[str, ...]
-    verdict: Verdict
-
-
-def tokenize(bundle: Bundle, prompt: str, positions: int | None = None) -> list[int]:
-    """The first `positions` tokens of `prompt` by the bundle's own tokenizer; without a number, at most 64.
-
-    Raises:
-        BadInput: when the prompt is shorter, or longer than the bundle's context.
+    Attributes:
+        results: in the order in which they ran.
+        weak_allowed: names of prompts that were judged although they are weak.
+        quantized: whether the bundle stores any weight as integers.
     """
-    tokens: list[int] = load_tokenizer(bundle.tokenizer).encode(prompt).ids
-    if not tokens:
-        raise BadInput("The prompt is empty.", 'Give one with -p "...", or leave it out for the default.')
-    if positions is None:
-        positions = min(DEFAULT_POSITIONS, len(tokens), bundle.max_context)
-    if positions > bundle.max_context:
-        raise BadInput(f"{positions} positions are more than this bundle's context of {bundle.max_context}.")
-    if len(tokens) < positions:
-        raise BadInput(
-            f"The prompt is {len(tokens)} tokens, and {positions} positions were asked for.",
-            "Give a longer prompt, or fewer --positions.",
+
+    results: tuple[PromptResult, ...]
+    weak_allowed: tuple[str, ...]
+    quantized: bool
+
+    @property
+    def judged(self) -> tuple[PromptResult, ...]:
+        """Without the refused."""
+        return tuple(result for result in self.results if not result.refused)
+
+    @property
+    def passed(self) -> bool:
+        """Every prompt passed."""
+        return all(result.passed for result in self.results)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it failed, one phrase each; empty when it passed."""
+        return tuple(f"{result.prompt.name}: {reason}" for result in self.judged for reason in _reasons(result))
+
+
+def _reasons(result: PromptResult) -> list[str]:
+    assert result.verdict is not None
+    flips = result.verdict.confident_flips
+    reasons = []
+    if flips:
+        plural = "s" * (len(flips) > 1)
+        reasons.append(
+            f"{len(flips)} confident flip{plural}, the worst at position {flips[0].index} with an oracle margin of "
+            f"{flips[0].margin:.2f}"
         )
-    return tokens[:positions]
+    if result.stop is not None and not result.stop.passed:
+        reasons.append(f"no end of turn at position {', '.join(str(at) for at in result.stop.missed)}")
+    return reasons + [str(check) for check in result.checks if not check.passed]
+
+
+def attribution(position: Position, control: Verdict | None, *, quantized: bool) -> str | None:
+    """What a flip comes from: `precision` where the fp16 control flips too, else what the control has not.
+
+    That is `quantization`, or `runtime` for a bundle that is not quantized. None for no flip, or without a control.
+    """
+    if position.verdict == "match" or control is None:
+        return None
+    if control.positions[position.index].verdict != "match":
+        return "precision"
+    return "quantization" if quantized else "runtime"
 
 
 def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
     """Refuse a checkpoint other than the one that the bundle was built from.
 
     Raises:
-        BadInput: naming what differs.
+        BadInput: naming what differs, or when there is no checkpoint.
     """
+    if not checkpoint.is_dir():
+        raise BadInput(
+            f"There is no checkpoint at {checkpoint}.",
+            "Pass the folder that holds its config.json and its .safetensors with --checkpoint DIR.",
+        )
     recorded = {key: bundle.build["source"].get(key) for key in ("config_sha256", "files")}
     found = Checkpoint.open(checkpoint).identity()
     differing = [key for key in recorded if recorded[key] != found.get(key)]
@@ -81,38 +210,154 @@ def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
         )
 
 
-def gate(
-    bundle: Bundle,
-    backend: Backend,
-    checkpoint: Path,
-    hf_config: Mapping[str, Any],
-    tokens: Sequence[int],
-    on_step: Callable[[], None] = lambda: None,
-) -> GateReport:
-    """Teacher-force `tokens` through oracle and bundle.
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages
+# ---------------------------------------------------------------------------------------------------------------------
 
-    Args:
-        bundle: what is judged.
-        backend: that it was written by.
-        checkpoint: that it was built from.
-        hf_config: the checkpoint's config, or that of the slice that was built.
-        tokens: see `tokenize`.
-        on_step: called after each step of the candidate.
+
+@frozen
+class Reference:
+    """A prompt with the oracle's answer."""
+
+    prompt: TokenizedPrompt
+    activations: Activations
+    strength: Strength
+
+
+def run_oracle(oracle: Runner, prompts: Sequence[TokenizedPrompt], report: Progress) -> tuple[Reference, ...]:
+    """The oracle on every prompt."""
+    found = oracle.run(prompts, "oracle", report)
+    return tuple(Reference(prompt, found[prompt.name], strength(found[prompt.name].logits)) for prompt in prompts)
+
+
+def require_strong(references: Sequence[Reference], report: Progress, *, allow_weak: bool = False) -> tuple[str, ...]:
+    """Refuse to judge by prompts on which the oracle is not sure of itself.
+
+    Returns:
+        Names of the weak prompts: allowed ones, or ones that are not required, and then are not judged.
 
     Raises:
-        BadInput: for a checkpoint that does not fit the bundle.
+        BadInput: for a weak prompt that is required, with the numbers.
+    """
+    weak = [reference for reference in references if reference.strength.weak]
+    for reference in weak:
+        name = reference.prompt.name
+        if allow_weak:
+            report.note(f"prompt {name!r} is weak and judged all the same: {reference.strength}")
+        elif reference.prompt.prompt.required:
+            raise BadInput(
+                f"The prompt {name!r} is too weak to judge by: {reference.strength}.",
+                "Choose a prompt that the model is surer of, or pass --allow-weak-prompt.",
+            )
+        else:
+            report.note(f"prompt {name!r} is refused: {reference.strength}")
+    return tuple(reference.prompt.name for reference in weak)
+
+
+@frozen
+class Models:
+    """What runs beside the oracle.
+
+    Attributes:
+        candidate: what is judged.
+        long_candidate: what is judged on long prompts; None to leave them out.
+        control: the same decoder with unquantized weights; None for no control.
+    """
+
+    candidate: Runner
+    long_candidate: Runner | None
+    control: Runner | None
+
+    def judging(self, prompt: TokenizedPrompt) -> Runner | None:
+        """What runs on `prompt`."""
+        return self.long_candidate if prompt.long else self.candidate
+
+
+def gate(
+    references: Sequence[Reference],
+    models: Models,
+    bounds: Callable[[Arithmetic], Bounds],
+    report: Progress,
+    *,
+    experts_per_token: int | None,
+    quantized: bool,
+    allow_weak: bool = False,
+    controls: dict[str, Activations] | None = None,
+) -> GateReport:
+    """Judge a candidate on prompts that the oracle has answered.
+
+    Args:
+        references: of `run_oracle`.
+        models: what runs.
+        bounds: of the bundle's recipe, by what runs it.
+        report: of progress.
+        experts_per_token: how many experts a router chooses; None without a router.
+        quantized: whether the bundle stores any weight as integers.
+        allow_weak: judge weak prompts too.
+        controls: what the control computed for an earlier bundle of the same checkpoint, by prompt; filled in.
+
+    Raises:
+        BadInput: when a required prompt is weak.
         CheckFailed: when the asset cannot be run.
     """
-    check_checkpoint(bundle, checkpoint)
-    oracle = Oracle(Checkpoint.open(checkpoint), hf_config).run(tokens)
-    candidate = AssetCandidate(bundle, backend, on_step)
-    margins = None
-    if oracle.router_logits is not None:
-        margins = router_margins(oracle.router_logits, bundle.build["facts"]["experts_per_token"])
-    verdict = judge(tokens, oracle.logits, candidate.run(tokens).logits, margins)
-    return GateReport(candidate.name, _pieces(bundle, tokens), verdict)
+    weak = require_strong(references, report, allow_weak=allow_weak)
+    judged = [
+        reference.prompt
+        for reference in references
+        if (allow_weak or reference.prompt.name not in weak) and models.judging(reference.prompt) is not None
+    ]
+    controls = {} if controls is None else controls
+    if models.control is not None:
+        controls |= models.control.run([prompt for prompt in judged if prompt.name not in controls], "control", report)
+    found: dict[str, Activations] = {}
+    for runner in dict.fromkeys(filter(None, (models.candidate, models.long_candidate))):
+        stage = "judge" if runner is models.candidate else "long"
+        found |= runner.run([prompt for prompt in judged if models.judging(prompt) is runner], stage, report)
+    results = []
+    for reference in references:
+        name, judging = reference.prompt.name, models.judging(reference.prompt)
+        if name not in found or judging is None:
+            results.append(PromptResult(reference.prompt, reference.strength))
+            continue
+        control = None if models.control is None else controls[name]
+        held_to = bounds(judging.arithmetic)
+        results.append(_judge(reference, judging.model.name, found[name], control, held_to, experts_per_token))
+    return GateReport(tuple(results), weak if allow_weak else (), quantized)
 
 
-def _pieces(bundle: Bundle, tokens: Sequence[int]) -> tuple[str, ...]:
-    tokenizer = load_tokenizer(bundle.tokenizer)
-    return tuple(tokenizer.decode([token], skip_special_tokens=False) for token in tokens)
+def _judge(
+    reference: Reference,
+    candidate: str,
+    found: Activations,
+    control: Activations | None,
+    bounds: Bounds,
+    experts_per_token: int | None,
+) -> PromptResult:
+    prompt, oracle = reference.prompt, reference.activations
+    verdict = compare(prompt.tokens, oracle, found, experts_per_token)
+    checks = list(check_bounds(verdict, bounds))
+    control_verdict = None
+    if control is not None:
+        control_verdict = compare(prompt.tokens, oracle, control, experts_per_token)
+        checks += check_control(verdict, control_verdict, bounds)
+    return PromptResult(
+        prompt,
+        reference.strength,
+        candidate,
+        bounds,
+        verdict,
+        control_verdict,
+        tuple(checks),
+        None if prompt.stop is None else stop_check(verdict, prompt.stop),
+    )
+
+
+def stop_check(verdict: Verdict, stop: int) -> StopCheck:
+    """Where the oracle is sure that the turn ends, and where the candidate would go on all the same."""
+    expected = [
+        position for position in verdict.positions if position.oracle == stop and position.margin >= CONFIDENT_MARGIN
+    ]
+    return StopCheck(
+        tuple(position.index for position in expected),
+        tuple(position.index for position in expected if position.candidate != stop),
+    )

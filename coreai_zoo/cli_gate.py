@@ -1,0 +1,399 @@
+"""`zoo gate`: does a bundle compute what its checkpoint computes, and how far is it off."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from attrs import evolve, frozen
+
+from coreai_zoo.bundle import GATE_FOLDER, Bundle
+from coreai_zoo.cli import json_option, new_table, plugins_of, print_table
+from coreai_zoo.cli_build import backend_of, checkpoint_of, config_of, run_plugin_gates
+from coreai_zoo.errors import BadInput, CheckFailed, listing
+from coreai_zoo.overlay import LayeredDecoder
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
+from coreai_zoo.rebuild import recorded_request
+from coreai_zoo.resolve import Resolved, resolve
+
+_EXISTING = click.Path(path_type=Path)
+
+# Up to this size the CPU interpreter takes some tokens a second; beyond it a token takes minutes.
+_INTERPRETED_BYTES = 64 * 2**20
+
+
+@frozen
+class GateOptions:
+    """What was asked for; see the options of `zoo gate`."""
+
+    checkpoint: Path | None = None
+    prompt: str | None = None
+    prompts: str | None = None
+    prompt_file: Sequence[Path] = ()
+    positions: int | None = None
+    allow_weak_prompt: bool = False
+    candidate: Literal["auto", "coreai", "torch"] = "auto"
+    control: bool = True
+    oracle_dtype: Literal["float32", "bfloat16"] = "float32"
+    oracle_cache: Path | None = None
+    cached_only: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        given = [self.prompt is not None, self.prompts is not None, bool(self.prompt_file)]
+        if sum(given) > 1:
+            raise BadInput("Give one of --prompt, --prompts and --prompt-file.")
+        if self.cached_only and self.oracle_cache is None:
+            raise BadInput("--cached-only needs a cache.", "Pass it with --oracle-cache DIR.")
+
+    @property
+    def arguments(self) -> list[str]:
+        """The same options again, with names in the place of folders."""
+        values = {"--prompt": self.prompt, "--prompts": self.prompts, "--positions": self.positions}
+        values |= {"--candidate": self.candidate, "--oracle-dtype": self.oracle_dtype}
+        defaults = {"--candidate": "auto", "--oracle-dtype": "float32"}
+        words = [word for name, value in values.items() if value != defaults.get(name) for word in (name, str(value))]
+        words += [word for path in self.prompt_file for word in ("--prompt-file", path.name)]
+        words += ["--checkpoint", "CHECKPOINT"] * (self.checkpoint is not None)
+        words += ["--allow-weak-prompt"] * self.allow_weak_prompt
+        return words + ["--no-control"] * (not self.control)
+
+
+@click.command("gate")
+@click.argument("bundle", type=_EXISTING)
+@click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="The one it was built from. Not needed for a sample.")
+@click.option("-p", "--prompt", metavar="TEXT", help="Text to force through both, instead of the built-in prompts.")
+@click.option("--prompts", metavar="NAME,...", help="Some of the built-in: code, text, digits, spanish, chat, long.")
+@click.option("--prompt-file", type=_EXISTING, multiple=True, metavar="FILE", help="A text file; may be repeated.")
+@click.option(
+    "--positions", type=click.IntRange(1), metavar="N", help="Tokens of each prompt. Default: see docs/gate.md."
+)
+@click.option("--allow-weak-prompt", is_flag=True, help="Judge prompts too on which the oracle is unsure of itself.")
+@click.option(
+    "--candidate",
+    type=click.Choice(["auto", "coreai", "torch"]),
+    default="auto",
+    show_default=True,
+    help="The asset on the Core AI runtime, or the overlay in PyTorch on the asset's weights; auto: by size.",
+)
+@click.option(
+    "--control/--no-control", default=True, help="Also run unquantized weights, to tell where flips are from."
+)
+@click.option(
+    "--oracle-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What the oracle computes in.",
+)
+@click.option("--oracle-cache", type=_EXISTING, metavar="DIR", help="Keep the oracle's results here and reuse them.")
+@click.option("--cached-only", is_flag=True, help="Fail where the cache has no result, instead of computing it.")
+@click.option("--against", type=_EXISTING, metavar="OTHER", help="Compare with another bundle of the same checkpoint.")
+@click.option("-o", "--output", type=_EXISTING, metavar="DIR", help="Where the report goes. Default: BUNDLE/gate.")
+@json_option
+@click.pass_context
+def gate(
+    ctx: click.Context, /, bundle: Path, against: Path | None, output: Path | None, as_json: bool, **given: Any
+) -> None:
+    """Compare a bundle with Hugging Face, position by position.
+
+    Prompts are forced through the bundle and through transformers in fp32 on the same checkpoint. A different top token
+    where the oracle's two best logits are at least 0.1 apart is a confident flip and fails the gate (exit code 1);
+    closer than that it is a tie. It also fails where errors are larger than the recipe's bounds (see docs/gate.md). A
+    prompt on which more than one position in eight is a tie for the oracle is refused before the bundle runs.
+
+    Writes BUNDLE/gate/report.html and transcript.json, and puts the measured numbers into the bundle's card.
+
+    \b
+    Example:
+        zoo gate exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
+        zoo gate BUNDLE --checkpoint ~/Qwen3.6-27B --oracle-cache ~/oracle --prompts code,chat
+        zoo gate BUNDLE --against exports/qwen3_6_27b_sample_decode_fp16
+    """
+    from coreai_zoo.gates import transcript as transcripts
+
+    options = GateOptions(**given)
+    opened = [Bundle.open(path) for path in (bundle, against) if path is not None]
+    transcripts.check_writable(bundle / GATE_FOLDER if output is None else output)
+    records = run_gate(opened, options, plugins_of(ctx), Reporter(silent=as_json))
+    page = write_report(opened[0], records, output)
+    if as_json:
+        click.echo(transcripts.to_json(records[0] | ({"against": records[1]} if against else {})), nl=False)
+    else:
+        show(records)
+        click.echo(f"Report: {page}")
+    if not records[0]["verdict"]["passed"]:
+        reasons = records[0]["verdict"]["reasons"]
+        raise CheckFailed(f"{bundle.name} fails the gate: {'; '.join(reasons)}.")
+
+
+def run_gate(
+    bundles: Sequence[Bundle], options: GateOptions, plugins: Plugins, report: Reporter
+) -> list[dict[str, Any]]:
+    """Judge bundles of one checkpoint on the same oracle; a transcript for each. Nothing is written.
+
+    Raises:
+        BadInput: for anything that was given and does not fit.
+        CheckFailed: when a bundle is not as it was built, or cannot be run.
+        EnvironmentLacks: when the machine cannot run the oracle or the bundle.
+    """
+    from coreai_zoo.gates import teacher_forced
+
+    checkpoint = checkpoint_of(bundles[0], plugins, options.checkpoint)
+    subjects = []
+    for bundle in bundles:
+        teacher_forced.check_checkpoint(bundle, checkpoint)  # before its config is cut to the bundle's layers
+        _require_unchanged(bundle)
+        _require_same_tokenizer(bundles[0], bundle)
+        subjects.append(_subject(bundle, options, plugins, checkpoint))
+    prompts = _prompts(bundles[0], options)
+    oracle = _oracle(bundles[0], options, plugins, checkpoint)
+    if options.cached_only:
+        _require_cached(oracle.model, prompts)
+    references = teacher_forced.run_oracle(oracle, prompts, report)
+    controls: dict[str, Any] = {}
+    return [_judge(subject, references, options, oracle.model.name, controls, report) for subject in subjects]
+
+
+def write_report(bundle: Bundle, records: Sequence[Mapping[str, Any]], output: Path | None = None) -> Path:
+    """Write transcript and report of `bundle`, the first of `records`, beside which the second is shown.
+
+    Args:
+        bundle: what was judged.
+        records: transcripts, one or two.
+        output: where to; None for the bundle's own folder, and then the card gets the numbers too.
+
+    Returns:
+        Path of the report.
+    """
+    from coreai_zoo.gates import report, transcript
+
+    folder = bundle.directory / GATE_FOLDER if output is None else output
+    transcript.write(folder, records[0], report.render(*records))
+    if output is None:
+        transcript.write_card(bundle, report.markdown(records[0]))
+    return folder / transcript.REPORT
+
+
+@frozen
+class _Subject:
+    """A bundle, what runs it, and what its record says of it."""
+
+    bundle: Bundle
+    models: Any
+    roles: Mapping[str, Any]
+    experts_per_token: int | None
+    plugin_gates: Callable[[], list[Any]]
+
+
+def _subject(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path) -> _Subject:
+    try:
+        roles, facts = dict(bundle.build["recipe"]["roles"]), bundle.build["facts"]
+        experts = facts.get("experts_per_token")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        message = f"build.json of {bundle.directory} does not say how it was built: {error!r}."
+        raise BadInput(message, "Build the bundle again.") from error
+    models = _models(bundle, options, plugins, checkpoint)
+    return _Subject(bundle, models, roles, experts, lambda: run_plugin_gates(bundle, plugins, checkpoint))
+
+
+def _judge(
+    subject: _Subject,
+    references: Any,
+    options: GateOptions,
+    oracle: str,
+    controls: dict[str, Any],
+    report: Reporter,
+) -> dict[str, Any]:
+    from coreai_zoo.gates import bounds, teacher_forced, transcript
+
+    bundle, models, roles = subject.bundle, subject.models, subject.roles
+    kind: Literal["dense", "routed"] = "dense" if subject.experts_per_token is None else "routed"
+    report.seconds = {stage: took for stage, took in report.seconds.items() if stage == "oracle"}
+    judged = teacher_forced.gate(
+        references,
+        models,
+        lambda arithmetic: bounds.of_recipe(roles, bundle.build["layers"], arithmetic, kind),
+        report,
+        experts_per_token=subject.experts_per_token,
+        quantized=any(roles.values()),
+        allow_weak=options.allow_weak_prompt,
+        controls=controls,
+    )
+    run = transcript.Run(
+        bundle,
+        oracle,
+        None if models.control is None else models.control.model.name,
+        [bundle.directory.name, *options.arguments],
+        report.seconds,
+        subject.plugin_gates(),
+    )
+    return transcript.transcript(run, judged)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is fed, and to what
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _require_unchanged(bundle: Bundle) -> None:
+    """Refuse a bundle that was edited: its report would be about something that nobody built."""
+    from coreai_zoo.bundle import load_tokenizer
+    from coreai_zoo.verify import check_files, require, require_asset
+
+    load_tokenizer(bundle.tokenizer)  # says best what is wrong with it
+    require_asset(bundle)
+    require([check_files(bundle)])
+
+
+def _require_same_tokenizer(one: Bundle, other: Bundle) -> None:
+    path = "tokenizer/tokenizer.json"
+    if one.build["files"].get(path) != other.build["files"].get(path):
+        raise BadInput(
+            f"{one.directory.name} and {other.directory.name} have different tokenizers: no prompt is the same in both."
+        )
+
+
+def _prompts(bundle: Bundle, options: GateOptions) -> list[Any]:
+    from coreai_zoo.gates import prompts
+
+    if options.prompt is not None:
+        asked = [prompts.Prompt(prompts.UNNAMED, options.prompt)]
+    elif options.prompt_file:
+        asked = [prompts.file_prompt(path) for path in options.prompt_file]
+    elif options.prompts is not None:
+        asked = prompts.named_prompts([name.strip() for name in options.prompts.split(",")])
+    else:
+        return [prompts.tokenize(bundle, one) for one in prompts.default_prompts(bundle, options.positions)]
+    if options.positions is not None:
+        asked = [prompts.cut(prompt, options.positions) for prompt in asked]
+    return [prompts.tokenize(bundle, prompt) for prompt in asked]
+
+
+def _oracle(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path) -> Any:
+    from coreai_zoo.checkpoint import Checkpoint
+    from coreai_zoo.gates.oracle import Oracle
+    from coreai_zoo.gates.teacher_forced import Runner, Ticker
+
+    ticker = Ticker()
+    oracle = Oracle(
+        Checkpoint.open(checkpoint),
+        config_of(bundle, plugins, checkpoint),
+        options.oracle_dtype,
+        options.oracle_cache,
+        ticker,
+    )
+    return Runner(oracle, ticker, lambda _prompt: int(bundle.build["layers"]))
+
+
+def _require_cached(oracle: Any, prompts: Sequence[Any]) -> None:
+    missing = [prompt.name for prompt in prompts if not oracle.is_cached(prompt.tokens)]
+    if missing:
+        raise BadInput(
+            f"{oracle.cache} holds no oracle result for {listing(missing)}.",
+            "Leave out --cached-only to compute it; a result counts only for the same checkpoint, prompt and versions.",
+        )
+
+
+def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path) -> Any:
+    """What judges and what controls: auto is the asset where this machine runs it in time, else the overlay."""
+    from coreai_zoo.gates.candidate import AssetCandidate
+    from coreai_zoo.gates.teacher_forced import Models, Runner, Ticker
+    from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights
+
+    backend = backend_of(bundle, plugins)
+    ticker = Ticker()
+    asset = Runner(AssetCandidate(bundle, backend, ticker), ticker)
+    shipped = _resolved(bundle, plugins, checkpoint)
+    overlay: Runner | None = None
+    control: Runner | None = None
+    # Not every overlay runs layer by layer: without that there is no control and no long prompt.
+    if isinstance(shipped.module, LayeredDecoder) or options.candidate == "torch":
+        overlay = _overlay_runner(shipped, AssetWeights.open(bundle.asset, backend, shipped.module, shipped.weights))
+        if options.control:
+            plain = _resolved(bundle, plugins, checkpoint, recipe="fp16")
+            control = _overlay_runner(plain, CheckpointWeights("unquantized weights", plain.checkpoint, plain.weights))
+    size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
+    in_time = sys.platform == "darwin" or size <= _INTERPRETED_BYTES  # a Mac has the OS runtime
+    runs_asset = options.candidate == "coreai" or (options.candidate == "auto" and in_time)
+    # A long prompt is the overlay's in any case but the one in which the asset was asked for.
+    long_candidate = asset if options.candidate == "coreai" else overlay
+    return Models(asset if overlay is None or runs_asset else overlay, long_candidate, control)
+
+
+def _resolved(bundle: Bundle, plugins: Plugins, checkpoint: Path, recipe: str | None = None) -> Resolved:
+    """The decoder that `bundle` was lowered from and the plan of its weights, or of the same by another recipe."""
+    request, _ = recorded_request(bundle, checkpoint, bundle.directory.parent)
+    return resolve(evolve(request, recipe=recipe or request.recipe), plugins)
+
+
+def _overlay_runner(resolved: Resolved, weights: Any) -> Any:
+    from coreai_zoo.gates.layered import TorchCandidate
+    from coreai_zoo.gates.teacher_forced import Runner, Ticker
+
+    ticker, layers = Ticker(), int(resolved.facts["layers"])
+    model = TorchCandidate(resolved.module, resolved.weights, resolved.signature, weights, ticker)
+    return Runner(model, ticker, lambda _prompt: layers, "torch")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def show(records: Sequence[Mapping[str, Any]]) -> None:
+    """A table of prompts for each bundle, what went wrong, and the verdict."""
+    from coreai_zoo.gates.report import prompt_totals, significant
+
+    for record in records:
+        columns = ("positions", "matched", "ties", "flips", "lowest cosine", "median error", "largest KL", "verdict")
+        table = new_table("prompt", *columns, title=record["bundle"]["name"] if len(records) > 1 else None)
+        for prompt in record["prompts"]:
+            length = str(len(prompt["tokens"]))
+            if not prompt["judged"]:
+                weak = prompt["strength"]["weak"]
+                why = f"not judged: {prompt['strength']['ties']} oracle ties" if weak else "not judged"
+                table.add_row(prompt["name"], length, *["-"] * 6, why)
+                continue
+            measures = prompt_totals(prompt)
+            table.add_row(
+                prompt["name"],
+                length,
+                *(str(prompt[key]) for key in ("matched", "ties", "confident_flips")),
+                f"{measures['cosine']:.6f}",
+                *(significant(measures[key]) for key in ("median_error", "kl")),
+                "passed" if prompt["passed"] else "FAILED",
+            )
+        print_table(table)
+        _show_flips(record)
+        click.echo(_verdict_line(record))
+
+
+def _show_flips(record: Mapping[str, Any]) -> None:
+    for prompt in record["prompts"]:
+        for position in prompt.get("positions", ()):
+            if position["verdict"] != "FLIP":
+                continue
+            source = position.get("attribution")
+            click.echo(
+                f"  {prompt['name']} position {position['index']}: after {prompt['pieces'][position['index']]!r} "
+                f"{position['candidate']} instead of {position['oracle']}, oracle margin {position['margin']:.3f}"
+                + (f", from {source}" if source else "")
+            )
+
+
+def _verdict_line(record: Mapping[str, Any]) -> str:
+    from coreai_zoo.gates.report import totals
+
+    counts = totals(record)
+    candidates = dict.fromkeys(prompt["candidate"] for prompt in record["prompts"] if prompt["judged"])
+    line = (
+        f"{'passed' if record['verdict']['passed'] else 'FAILED'}: {' and '.join(candidates)} against "
+        f"{record['inputs']['oracle']}, {counts['matched']} of {counts['positions']} matched, ties: {counts['ties']}, "
+        f"confident flips: {counts['flips']} ({counts['confident']} positions have a margin of 0.1 or more)."
+    )
+    weak = record["verdict"]["weak_prompts_allowed"]
+    return line + (f" Weak prompts allowed: {', '.join(weak)}." if weak else "")

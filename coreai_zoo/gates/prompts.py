@@ -1,0 +1,375 @@
+"""What a gate forces through both models: the built-in prompts, and what makes a prompt fit to judge by.
+
+A prompt can only show a flip where the oracle is sure of itself. One whose oracle margins are ties at more than one
+position in eight says little, however many positions it has, and is refused before the candidate runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from attrs import evolve, frozen
+
+from coreai_zoo.bundle import Bundle, load_tokenizer
+from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.gates.rule import CONFIDENT_MARGIN
+from coreai_zoo.generate import chat_text, end_of_turn, has_chat_template
+
+DEFAULT_POSITIONS = 64
+"""Positions of a prompt, where it has as many."""
+
+LONG_POSITIONS = 512
+"""Positions of a long prompt: errors of a recurrent state compound with context."""
+
+WEAK_FRACTION = 1 / 8
+"""A prompt with oracle margins below `CONFIDENT_MARGIN` at more than this part of its positions is weak."""
+
+UNNAMED = "prompt"
+"""The name of a prompt that came without one."""
+
+ANCHOR = "code"
+"""The built-in prompt that must be strong, or a run of the default set says nothing."""
+
+
+@frozen
+class Prompt:
+    """A text, not yet tokens.
+
+    Attributes:
+        name: for the report.
+        text: what is tokenized; for a chat, None.
+        turns: for a chat, (role, content) pairs that the bundle's chat template renders.
+        positions: how many at most; None for all.
+        minimum: fewer tokens than this are an error.
+        required: refuse the whole gate when the prompt is weak; otherwise only the prompt is refused.
+    """
+
+    name: str
+    text: str | None = None
+    turns: tuple[tuple[str, str], ...] = ()
+    positions: int | None = DEFAULT_POSITIONS
+    minimum: int = 1
+    required: bool = True
+
+
+@frozen
+class TokenizedPrompt:
+    """A prompt as the bundle's own tokenizer reads it.
+
+    Attributes:
+        prompt: what it was.
+        tokens: token ids, P of them.
+        pieces: each token as text.
+        stop: id of the end-of-turn token, for a chat; None otherwise.
+    """
+
+    prompt: Prompt
+    tokens: tuple[int, ...]
+    pieces: tuple[str, ...]
+    stop: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the prompt."""
+        return self.prompt.name
+
+    @property
+    def long(self) -> bool:
+        """Whether it is too long for a runtime that goes token by token on a slow machine."""
+        return len(self.tokens) >= LONG_POSITIONS
+
+
+@frozen
+class Strength:
+    """How sure the oracle is along a prompt.
+
+    Attributes:
+        positions: of the prompt.
+        ties: those with an oracle margin below `CONFIDENT_MARGIN`.
+        median_margin: in logits.
+    """
+
+    positions: int
+    ties: int
+    median_margin: float
+
+    @property
+    def weak(self) -> bool:
+        """Whether there are too many ties to judge by."""
+        return self.ties > WEAK_FRACTION * self.positions
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ties} of {self.positions} oracle margins are below {CONFIDENT_MARGIN} (at most "
+            f"{int(WEAK_FRACTION * self.positions)} may be; median margin {self.median_margin:.2f})"
+        )
+
+
+def strength(oracle_logits: np.ndarray[Any, Any]) -> Strength:
+    """Count the ties in oracle logits [P, V]."""
+    top = np.partition(oracle_logits, -2, axis=-1)[:, -2:].astype(np.float64)
+    margins = top[:, 1] - top[:, 0]
+    return Strength(len(margins), int((margins < CONFIDENT_MARGIN).sum()), float(np.median(margins)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in set
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CODE = '''def main(argv=None):
+    """Read the command line and run the program."""
+    parser = argparse.ArgumentParser(description="Print the lines of a file.")
+    parser.add_argument("name", help="the name of the file to read")
+    args = parser.parse_args(argv)
+    with open(args.name) as f:
+        for line in f:
+            print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+'''
+
+_TEXT = (
+    "The following sections describe the standard types that are built into the interpreter. Some operations are "
+    "supported by several object types; in particular, all objects can be compared for equality, tested for truth "
+    "value, and converted to a string."
+)
+
+_DIGITS = "".join(f"7 x {factor} = {7 * factor}\n" for factor in range(1, 11))
+
+_SPANISH = (
+    "El perro está en la casa y los niños juegan en el jardín. La casa es grande y el sol brilla. Mañana vamos a la "
+    "playa con la familia."
+)
+
+_CHAT = (
+    ("user", "What is 12 + 30?"),
+    ("assistant", "42"),
+    ("user", "What is argparse.ArgumentParser?"),
+    ("assistant", "Object for parsing command line strings into Python objects."),
+)
+
+_LONG = '''"""Count the words of text files and print the most frequent ones.
+
+The module can be used from the command line or imported. The class Counter holds the
+counts of one or more files; the function main reads the command line.
+"""
+
+import argparse
+import os
+import sys
+
+
+class Error(Exception):
+    """Base class for the exceptions of this module."""
+
+
+class FileError(Error):
+    """Raised when a file cannot be read."""
+
+    def __init__(self, name, message):
+        Exception.__init__(self, message)
+        self.name = name
+        self.message = message
+
+    def __str__(self):
+        return "%s: %s" % (self.name, self.message)
+
+
+class Counter:
+    """Count the words of files.
+
+    If the optional argument ignore_case is true, words that differ only in the case of
+    their letters are the same word.
+    """
+
+    def __init__(self, ignore_case=False):
+        self.ignore_case = ignore_case
+        self.counts = {}
+        self.names = []
+
+    def add(self, word, count=1):
+        """Add a word to the counts."""
+        if not isinstance(word, str):
+            raise TypeError("word must be a string, not %r" % type(word))
+        if self.ignore_case:
+            word = word.lower()
+        self.counts[word] = self.counts.get(word, 0) + count
+
+    def read(self, name):
+        """Read the file with the given name and add all of its words."""
+        if not os.path.exists(name):
+            raise FileError(name, "the file does not exist")
+        with open(name, encoding="utf-8") as f:
+            for line in f:
+                for word in line.split():
+                    self.add(word)
+        self.names.append(name)
+
+    def get(self, word, default=0):
+        """Return the count of a word, or default if there is no such word."""
+        return self.counts.get(word, default)
+
+    def keys(self):
+        """Return a list of all words."""
+        return list(self.counts.keys())
+
+    def most_common(self, n=None):
+        """Return a list of the n most frequent words and their counts.
+
+        If n is None, all words are returned.
+        """
+        items = sorted(self.counts.items(), key=lambda item: item[1], reverse=True)
+        if n is None:
+            return items
+        return items[:n]
+
+    def __len__(self):
+        return len(self.counts)
+
+    def __contains__(self, word):
+        return word in self.counts
+
+    def __iter__(self):
+        return iter(self.counts)
+
+    def __repr__(self):
+        return "%s(%r)" % (self.__class__.__name__, self.counts)
+
+
+def main(argv=None):
+    """Read the command line and run the program."""
+    parser = argparse.ArgumentParser(description="Count the words of files.")
+    parser.add_argument("names", nargs="*", help="the names of the files to read")
+    parser.add_argument("-n", type=int, default=10, help="the number of words to print")
+    parser.add_argument("-i", "--ignore-case", action="store_true", help="ignore case")
+    args = parser.parse_args(argv)
+    counter = Counter(args.ignore_case)
+    for name in args.names:
+        try:
+            counter.read(name)
+        except FileError as e:
+            print(e, file=sys.stderr)
+            return 1
+    for word, count in counter.most_common(args.n):
+        print("%6d %s" % (count, word))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+'''
+
+BUILT_IN: Mapping[str, Prompt] = MappingProxyType(
+    {
+        prompt.name: prompt
+        for prompt in (
+            Prompt(ANCHOR, _CODE),
+            Prompt("text", _TEXT),
+            Prompt("digits", _DIGITS),
+            Prompt("spanish", _SPANISH),
+            Prompt("chat", turns=_CHAT, positions=2 * DEFAULT_POSITIONS),
+            Prompt("long", _LONG, positions=LONG_POSITIONS, minimum=LONG_POSITIONS),
+        )
+    }
+)
+"""The built-in prompts by name, in the order in which they run."""
+
+
+def default_prompts(bundle: Bundle, positions: int | None = None) -> list[Prompt]:
+    """The built-in set, less what the bundle cannot take; only the anchor must be strong.
+
+    Args:
+        bundle: what is judged; without a chat template there is no chat, and a long prompt needs the context.
+        positions: that all are to be cut to.
+    """
+    limit = min(bundle.max_context, positions or bundle.max_context)
+    return [
+        evolve(prompt, required=prompt.name == ANCHOR, minimum=1, positions=positions or prompt.positions)
+        for prompt in BUILT_IN.values()
+        if prompt.minimum <= limit and (not prompt.turns or has_chat_template(bundle))
+    ]
+
+
+def cut(prompt: Prompt, positions: int) -> Prompt:
+    """The prompt at a number of positions, which it must have."""
+    return evolve(prompt, positions=positions, minimum=positions)
+
+
+def named_prompts(names: Sequence[str]) -> list[Prompt]:
+    """Built-in prompts by name, each of which must be strong.
+
+    Raises:
+        BadInput: for a name that there is not, with the nearest.
+    """
+    unknown = [name for name in names if name not in BUILT_IN]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], BUILT_IN, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {listing(list(BUILT_IN))}."
+        raise BadInput(f"There is no built-in prompt {unknown[0]!r}.", hint)
+    return [BUILT_IN[name] for name in dict.fromkeys(names)]
+
+
+def file_prompt(path: Path) -> Prompt:
+    """The text of a file, whole.
+
+    Raises:
+        BadInput: when it cannot be read as UTF-8.
+    """
+    try:
+        return Prompt(path.name, path.read_text(encoding="utf-8"), positions=None)
+    except (OSError, UnicodeError) as error:
+        raise BadInput(f"The prompt {path} cannot be read as UTF-8 text: {error}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(bundle: Bundle, prompt: Prompt) -> TokenizedPrompt:
+    """A prompt in the bundle's own tokens.
+
+    Raises:
+        BadInput: when it is empty, shorter than it has to be, or longer than the bundle's context, or when the
+            tokenizer has ids that the model has no logits for.
+    """
+    tokenizer = load_tokenizer(bundle.tokenizer)
+    _require_vocabulary(bundle, tokenizer)
+    text = chat_text(bundle, prompt.turns) if prompt.text is None else prompt.text
+    tokens = tokenizer.encode(text).ids
+    if not tokens:
+        raise BadInput("The prompt is empty.", 'Give one with -p "...", or leave it out for the built-in ones.')
+    if len(tokens) < prompt.minimum:
+        name = "" if prompt.name == UNNAMED else f" {prompt.name!r}"
+        raise BadInput(
+            f"The prompt{name} is {len(tokens)} tokens, and {prompt.minimum} positions were asked for.",
+            "Give a longer prompt, or fewer --positions.",
+        )
+    if prompt.minimum > bundle.max_context or (prompt.positions is None and len(tokens) > bundle.max_context):
+        wanted = prompt.minimum if prompt.positions is not None else len(tokens)
+        raise BadInput(
+            f"{wanted} positions are more than this bundle's context of {bundle.max_context}.",
+            "Give a shorter prompt, or fewer --positions.",
+        )
+    tokens = tokens[: min(prompt.positions or len(tokens), bundle.max_context)]
+    pieces = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in tokens)
+    return TokenizedPrompt(prompt, tuple(tokens), pieces, end_of_turn(bundle, tokenizer) if prompt.turns else None)
+
+
+def _require_vocabulary(bundle: Bundle, tokenizer: Any) -> None:
+    width = int(bundle.signature.outputs[0].shape[-1])
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest >= width:
+        raise BadInput(
+            f"The tokenizer of {bundle.directory.name} has token ids up to {highest}, but its model has logits for "
+            f"{width} tokens.",
+            "It is not this model's tokenizer: build the bundle again.",
+        )

@@ -1,0 +1,305 @@
+"""The report of a gate: one HTML file, without a script or a request, made from the transcript alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coreai_zoo.gates.charts import Chart, Line, Mark, Rule, decades
+from coreai_zoo.overlay import ROLES
+
+_SHAPES = {"match": ("dot", "match"), "tie": ("diamond", "tie"), "FLIP": ("cross", "flip")}
+
+# Below these nothing is drawn: rounding of the measures themselves.
+_LEAST = {"margin": 1e-3, "distance": 1e-9, "kl": 1e-9, "hidden": 1e-5}
+
+
+def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> str:
+    """The report as HTML.
+
+    Args:
+        record: a transcript.
+        against: that of another bundle on the same oracle, to stand beside it.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("coreai_zoo", "gates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": _bytes, "significant": significant, "quoted": _quoted}
+    judged = [prompt for prompt in record["prompts"] if prompt["judged"]]
+    return environment.get_template("report.html.j2").render(
+        record=record,
+        against=against,
+        totals=totals(record),
+        other=None if against is None else totals(against),
+        judged=judged,
+        refused=[prompt for prompt in record["prompts"] if not prompt["judged"]],
+        others={} if against is None else {prompt["name"]: prompt for prompt in against["prompts"]},
+        overview=_overview(judged),
+        figures={prompt["name"]: _figures(prompt) for prompt in judged},
+        hidden=_hidden(judged),
+        damage=damage(judged),
+        roles=_roles(record["bundle"]["weights"] or {}),
+        role_names=ROLES,
+        routed=any(position["router_margin"] is not None for prompt in judged for position in prompt["positions"]),
+        command=command(record),
+    )
+
+
+def totals(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts and extremes over all judged prompts of a transcript; None where a value was not finite or not there."""
+    judged = [prompt for prompt in record["prompts"] if prompt["judged"]]
+    positions = [position for prompt in judged for position in prompt["positions"]]
+    errors = [position["relative_error"] for position in positions]
+    controls = [position["control"]["relative_error"] for position in positions if position.get("control")]
+    return {
+        "prompts": len(judged),
+        "positions": len(positions),
+        "confident": sum(position["margin"] >= record["inputs"]["confident_margin"] for position in positions),
+        "matched": sum(prompt["matched"] for prompt in judged),
+        "ties": sum(prompt["ties"] for prompt in judged),
+        "flips": sum(prompt["confident_flips"] for prompt in judged),
+        "near_ties": sum(position["near_tie"] for position in positions),
+        "cosine": min((position["cosine"] for position in positions), default=None),
+        "median_error": _median(errors),
+        "control_error": _median(controls),
+        "kl": _largest(position["kl_divergence"] for position in positions),
+        "max_abs_logit_error": _largest(position["max_abs_logit_error"] for position in positions),
+    }
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """What a card says of a gate: the verdict and the measured numbers, per prompt."""
+    verdict, inputs = record["verdict"], record["inputs"]
+    rows = [
+        "| prompt | positions | argmax | ties | confident flips | lowest cosine | median relative error | largest KL |",
+        "|" + " --- |" * 8,
+    ]
+    for prompt in record["prompts"]:
+        if not prompt["judged"]:
+            strength = prompt["strength"]
+            rows.append(f"| {prompt['name']} | {strength['positions']} | not judged |" + " |" * 5)
+            continue
+        summary = prompt_totals(prompt)
+        rows.append(
+            f"| {prompt['name']} | {len(prompt['tokens'])} | {prompt['matched']} | {prompt['ties']} | "
+            f"{prompt['confident_flips']} | {summary['cosine']:.6f} | {significant(summary['median_error'])} | "
+            f"{significant(summary['kl'])} |"
+        )
+    candidates = list(dict.fromkeys(prompt["candidate"] for prompt in record["prompts"] if prompt["judged"]))
+    lines = [
+        "## Measured",
+        "",
+        f"**{'Passed' if verdict['passed'] else 'FAILED'}.** {' and '.join(candidates)}, teacher-forced against "
+        f"{inputs['oracle']}. A flip at an oracle margin of {inputs['confident_margin']} or more is confident.",
+        "",
+        *rows,
+    ]
+    if verdict["reasons"]:
+        lines += ["", *(f"- {reason}" for reason in verdict["reasons"])]
+    if verdict["weak_prompts_allowed"]:
+        lines += ["", f"Weak prompts were judged on request: {', '.join(verdict['weak_prompts_allowed'])}."]
+    lines += ["", "`gate/report.html` shows every position, `gate/transcript.json` holds every number."]
+    return "\n".join(lines)
+
+
+def prompt_totals(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """The measures of one judged prompt."""
+    positions = prompt["positions"]
+    return {
+        "cosine": min(position["cosine"] for position in positions),
+        "median_error": _median([position["relative_error"] for position in positions]),
+        "kl": _largest(position["kl_divergence"] for position in positions),
+    }
+
+
+def command(record: Mapping[str, Any]) -> str:
+    """How to repeat the gate; the checkpoint's folder is the reader's."""
+    return "zoo gate " + shlex.join(record["inputs"]["command"])
+
+
+def damage(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Which layer adds most to the error of the residual stream; None where layers were not seen.
+
+    Errors of layers are taken as independent, so that squares add.
+    """
+    shown = [prompt["hidden_error"] for prompt in judged if prompt.get("hidden_error")]
+    if not shown or any(value is None for errors in shown for value in errors):
+        return None
+    errors = [_median([row[place] for row in shown]) for place in range(len(shown[0]))]
+    added = [
+        max(errors[place] ** 2 - errors[place - 1] ** 2, 0.0) if place else errors[0] ** 2  # type: ignore[operator]
+        for place in range(len(errors))
+    ]
+    worst = max(range(len(added)), key=added.__getitem__)
+    return {"layer": worst - 1, "share": added[worst] / (sum(added) or 1.0), "last": errors[-1]}
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A measure for a reader: three digits, "not finite" for null."""
+    if value is None:
+        return "not finite"
+    return f"{value:.{digits}g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.{digits - 1}e}"
+
+
+def _quoted(piece: str) -> str:
+    """A token as text, its white space visible; the page escapes it."""
+    return json.dumps(piece, ensure_ascii=False)
+
+
+def _bytes(count: int) -> str:
+    return f"{count:,}"
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    ordered = sorted(float("inf") if value is None else value for value in values)
+    if not ordered:
+        return None
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return middle if middle != float("inf") else None
+
+
+def _largest(values: Any) -> float | None:
+    found = list(values)
+    return None if not found or any(value is None for value in found) else max(found)
+
+
+def _roles(weights: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    total = sum(counts["bytes"] for counts in weights.values()) or 1
+    rows = [{"role": role, **counts, "share": counts["bytes"] / total} for role, counts in weights.items()]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _describe(prompt: Mapping[str, Any], position: Mapping[str, Any]) -> str:
+    piece = prompt["pieces"][position["index"]]
+    text = f"position {position['index']}, after {piece!r}: {position['verdict']}, margin {position['margin']:.3f}"
+    if position["max_abs_logit_error"] is not None:
+        text += f", largest logit error {position['max_abs_logit_error']:.3f}"
+    if position.get("attribution"):
+        text += f", from {position['attribution']}"
+    return text
+
+
+def _overview(judged: Sequence[Mapping[str, Any]]) -> str:
+    """Every position: the oracle's margin against the largest error of a logit."""
+    rows = [(prompt, position) for prompt in judged for position in prompt["positions"]]
+    if not rows:
+        return ""
+    low, high = decades((position["margin"] for _, position in rows), _LEAST["margin"])
+    floor, top = decades((position["max_abs_logit_error"] for _, position in rows), 1e-4)
+    marks = []
+    # Flips last, so that they lie on top.
+    for prompt, position in sorted(rows, key=lambda row: list(_SHAPES).index(row[1]["verdict"])):
+        shape, css = _SHAPES[position["verdict"]]
+        error = top if position["max_abs_logit_error"] is None else position["max_abs_logit_error"]
+        title = f"{prompt['name']}, {_describe(prompt, position)}"
+        marks.append(Mark(max(position["margin"], low), max(error, floor), css, shape, title))
+    steps = [low * (high / low) ** (index / 48) for index in range(49)]
+    diagonal = [(margin, min(max(margin / 2, floor), top)) for margin in steps]
+    return Chart(
+        label="oracle margin against largest logit error, one mark for each position",
+        x=(low, high, True),
+        y=(floor, top),
+        x_title="oracle margin: best logit minus second best",
+        y_title="largest logit error",
+        marks=marks,
+        lines=[Line([(margin, margin / 2 if floor <= margin / 2 <= top else None) for margin in steps], "limit")],
+        areas=[
+            ([*diagonal, (high, top), (low, top)], "danger"),
+            ([(low, floor), (min(max(0.1, low), high), floor), (min(max(0.1, low), high), top), (low, top)], "tieband"),
+        ],
+        height=340,
+    ).svg()
+
+
+def _figures(prompt: Mapping[str, Any]) -> dict[str, str]:
+    positions, bounds = prompt["positions"], prompt["bounds"]
+    end = float(max(len(positions) - 1, 1))
+
+    def series(key: str, of: str | None = None) -> list[float | None]:
+        rows = [position if of is None else position.get(of) for position in positions]
+        return [None if row is None else row[key] for row in rows]
+
+    def line(values: Sequence[float | None], css: str, floor: float) -> Line:
+        return Line([(i, None if value is None else max(value, floor)) for i, value in enumerate(values)], css)
+
+    def distance(values: Sequence[float | None]) -> list[float | None]:
+        return [None if value is None else 1 - value for value in values]
+
+    errors, controls = series("max_abs_logit_error"), series("max_abs_logit_error", "control")
+    low, high = decades([*series("margin"), *errors, *controls, 0.1], _LEAST["margin"])
+    marks = []
+    for position in positions:
+        shape, css = _SHAPES[position["verdict"]]
+        marks.append(Mark(position["index"], max(position["margin"], low), css, shape, _describe(prompt, position)))
+    margin = Chart(
+        label=f"{prompt['name']}: margin and error by position",
+        x=(0.0, end, False),
+        y=(low, high),
+        x_title="position",
+        y_title="logits",
+        lines=[line(controls, "line control", low), line(errors, "line candidate", low)],
+        marks=marks,
+        areas=[([(0, low), (end, low), (end, 0.1), (0, 0.1)], "tieband")],
+    )
+    cosines, their_cosines = distance(series("cosine")), distance(series("cosine", "control"))
+    kls, their_kls = series("kl_divergence"), series("kl_divergence", "control")
+    half: dict[str, Any] = {"width": 428, "height": 220, "x": (0.0, end, False), "x_title": "position"}
+    cosine_bound, kl_bound = 1 - bounds["cosine"], bounds["kl"]
+    cosine = Chart(
+        label=f"{prompt['name']}: cosine by position",
+        y=decades([*cosines, *their_cosines, cosine_bound], _LEAST["distance"]),
+        y_title="1 - cosine",
+        lines=[line(their_cosines, "line control", 1e-9), line(cosines, "line candidate", 1e-9)],
+        rules=[Rule(cosine_bound, "limit", "bound")],
+        **half,
+    )
+    kl = Chart(
+        label=f"{prompt['name']}: KL divergence by position",
+        y=decades([*kls, *their_kls, kl_bound], _LEAST["kl"]),
+        y_title="KL (nats)",
+        lines=[line(their_kls, "line control", 1e-9), line(kls, "line candidate", 1e-9)],
+        rules=[Rule(kl_bound, "limit", "bound")],
+        **half,
+    )
+    return {"margin": margin.svg(), "cosine": cosine.svg(), "kl": kl.svg()}
+
+
+def _hidden(judged: Sequence[Mapping[str, Any]]) -> str:
+    """Relative error of the residual stream after each layer, one line for each prompt."""
+    shown = [prompt for prompt in judged if prompt.get("hidden_error")]
+    controls = [
+        prompt["control"]["hidden_error"]
+        for prompt in judged
+        if prompt.get("control") and prompt["control"]["hidden_error"]
+    ]
+    if not shown and not controls:
+        return ""
+    lines = [(errors, "line control") for errors in controls]
+    lines += [(prompt["hidden_error"], "line candidate") for prompt in shown]
+    values = [value for errors, _ in lines for value in errors]
+    bound = max((prompt["bounds"]["hidden_error"] for prompt in shown), default=0.0)
+    return Chart(
+        label="relative error of the residual stream by layer",
+        x=(0.0, float(len(lines[0][0]) - 1), False),
+        y=decades([*values, bound], _LEAST["hidden"]),
+        x_title="after layer (0: the embedding)",
+        y_title="relative error",
+        lines=[
+            Line([(i, None if v is None else max(v, _LEAST["hidden"])) for i, v in enumerate(errors)], css)
+            for errors, css in lines
+        ],
+        rules=[Rule(bound, "limit", "bound")] if bound else [],
+    ).svg()

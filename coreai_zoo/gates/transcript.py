@@ -1,0 +1,252 @@
+"""The record of a gate: everything that was fed, computed and decided, as JSON; docs/gate.md describes the schema.
+
+The report and the card are made from it alone, so whoever has the transcript can make them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata as distributions
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from coreai_zoo.bundle import GATE_FOLDER, Bundle
+from coreai_zoo.card import CARD, with_measurements
+from coreai_zoo.errors import BadInput
+from coreai_zoo.gates import GateResult
+from coreai_zoo.gates.prompts import WEAK_FRACTION, Strength
+from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict
+from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, attribution
+
+SCHEMA = 1
+"""Raised when a field changes its meaning or goes; a new field does not raise it."""
+
+TRANSCRIPT, REPORT = "transcript.json", "report.html"
+
+
+@frozen
+class Run:
+    """How a gate was run.
+
+    Attributes:
+        bundle: what was judged.
+        oracle: name of the reference.
+        control: name of the control; None without one.
+        command: arguments that repeat it, without the machine's paths.
+        seconds: by stage.
+        gates: what plugins' gates found.
+    """
+
+    bundle: Bundle
+    oracle: str
+    control: str | None
+    command: Sequence[str]
+    seconds: Mapping[str, float]
+    gates: Sequence[GateResult] = ()
+
+
+def transcript(run: Run, report: GateReport) -> dict[str, Any]:
+    """The record of one bundle's gate; every value is JSON, and a number that is not finite is null."""
+    failed_gates = [f"gate {gate.gate}: {gate.summary}" for gate in run.gates if not gate.passed]
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "verdict": {
+            "passed": report.passed and not failed_gates,
+            "reasons": [*report.reasons, *failed_gates],
+            "weak_prompts_allowed": list(report.weak_allowed),
+        },
+        "bundle": _bundle(run.bundle),
+        "inputs": {
+            "checkpoint": {
+                key: value for key, value in run.bundle.build["source"].items() if key in ("config_sha256", "files")
+            },
+            "oracle": run.oracle,
+            "control": run.control,
+            "confident_margin": CONFIDENT_MARGIN,
+            "weak_fraction": WEAK_FRACTION,
+            "command": list(run.command),
+        },
+        "prompts": [_prompt(result, quantized=report.quantized) for result in report.results],
+        "gates": [attrs.asdict(gate) for gate in run.gates],
+        "environment": environment(run),
+    }
+    finite: dict[str, Any] = _finite(record)
+    return finite
+
+
+def _bundle(bundle: Bundle) -> dict[str, Any]:
+    build = bundle.build
+    sizes = {path: record["bytes"] for path, record in build["files"].items()}
+    return {
+        "name": build["name"],
+        "entry": build["entry"].get("name"),
+        "title": build["entry"].get("title"),
+        "hf_id": build["entry"].get("hf_id"),
+        "hf_revision": build["source"].get("hf_revision"),
+        "sample": build.get("sample"),
+        "layers": build["layers"],
+        "contract": build.get("contract", {}).get("name"),
+        "recipe": build.get("recipe"),
+        "weights": build.get("weights"),
+        "bytes": sum(sizes.values()),
+        "asset_bytes": sum(size for path, size in sizes.items() if path.startswith(f"{bundle.asset.name}/")),
+        # Holds the hash of every other file.
+        "build_sha256": hashlib.sha256((bundle.directory / "build.json").read_bytes()).hexdigest(),
+    }
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """What it ran on. No host name, no path."""
+    versions = {"coreai-zoo": distributions.version("coreai-zoo")}
+    for name in ("torch", "transformers", "numpy", *run.bundle.build.get("versions", {})):
+        with contextlib.suppress(distributions.PackageNotFoundError):
+            versions[name] = distributions.version(name)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "seconds": {stage: round(seconds, 2) for stage, seconds in run.seconds.items()},
+    }
+
+
+def _prompt(result: PromptResult, *, quantized: bool) -> dict[str, Any]:
+    prompt = result.prompt
+    record = {
+        "name": prompt.name,
+        "judged": not result.refused,
+        "passed": None if result.refused else result.passed,
+        "strength": _strength(result.strength),
+        "tokens": list(prompt.tokens),
+        "pieces": list(prompt.pieces),
+        "candidate": result.candidate,
+    }
+    if result.verdict is None:
+        return record
+    return record | {
+        "matched": result.verdict.matched,
+        "ties": result.verdict.ties,
+        "confident_flips": len(result.verdict.confident_flips),
+        "bounds": None if result.bounds is None else attrs.asdict(result.bounds),
+        "checks": [attrs.asdict(check) | {"passed": check.passed} for check in result.checks],
+        "stop": None if result.stop is None else {"token": prompt.stop, **attrs.asdict(result.stop)},
+        "positions": _positions(result, result.verdict, result.control, quantized=quantized),
+        "hidden_error": result.verdict.hidden_error,
+        "control": None
+        if result.control is None
+        else {
+            "matched": result.control.matched,
+            "confident_flips": len(result.control.confident_flips),
+            "hidden_error": result.control.hidden_error,
+        },
+    }
+
+
+def _strength(strength: Strength) -> dict[str, Any]:
+    return attrs.asdict(strength) | {"weak": strength.weak}
+
+
+def _positions(
+    result: PromptResult, verdict: Verdict, control: Verdict | None, *, quantized: bool
+) -> list[dict[str, Any]]:
+    rows = []
+    gap = (result.bounds and result.bounds.router_gap) or 0.0
+    for position in verdict.positions:
+        row = attrs.asdict(position) | {"verdict": position.verdict, "near_tie": position.near_tie(gap)}
+        if control is not None:
+            theirs = control.positions[position.index]
+            row["attribution"] = attribution(position, control, quantized=quantized)
+            row["control"] = {
+                key: getattr(theirs, key)
+                for key in ("candidate", "cosine", "max_abs_logit_error", "kl_divergence", "relative_error")
+            }
+        rows.append(row)
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null in their place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, before anything runs.
+
+    Raises:
+        BadInput: naming the folder.
+    """
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise BadInput(
+            f"The report cannot be written to {folder}: {existing} is not a folder that can be written to.",
+            "Choose another with -o DIR; the bundle's card is then left as it is.",
+        )
+
+
+def write(folder: Path, record: Mapping[str, Any], html: str) -> None:
+    """Write transcript and report, each whole or not at all.
+
+    Raises:
+        BadInput: when `folder` cannot be written to.
+    """
+    try:
+        replace(folder / TRANSCRIPT, to_json(record).encode(), folder)
+        replace(folder / REPORT, html.encode(), folder)
+    except OSError as error:
+        message = f"The report cannot be written to {folder}: {error.strerror}."
+        raise BadInput(message, "Choose another with -o DIR.") from error
+
+
+def write_card(bundle: Bundle, markdown: str) -> None:
+    """Put what was measured into the bundle's card; a bundle without one stays without.
+
+    Raises:
+        BadInput: when the card cannot be written.
+    """
+    card = bundle.directory / CARD
+    if not card.is_file():
+        return
+    try:
+        replace(card, with_measurements(card.read_bytes(), markdown), bundle.directory / GATE_FOLDER)
+    except OSError as error:
+        raise BadInput(f"{card} cannot be written: {error.strerror}.") from error
+
+
+def replace(path: Path, content: bytes, scratch: Path) -> None:
+    """Write `content` to `path` through a file in `scratch`, on the same disk: whole or not at all."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    partial = scratch / f".{path.name}.partial"
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """The transcript as it is on disk."""
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

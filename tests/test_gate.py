@@ -1,0 +1,178 @@
+"""`zoo gate` on a shipped sample: what it writes, what it refuses, and that a gated bundle is still the bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from coreai_zoo.bundle import Bundle
+from coreai_zoo.cli import cli
+from coreai_zoo.rebuild import differences
+
+ENTRY = "qwen3.6-27b"
+# Of this prompt no oracle margin is a tie, also not in its first tokens.
+SHORT = ("--prompts", "digits", "--positions", "6")
+
+
+def zoo(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="zoo")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The oracle's results, for all tests of this file."""
+    return tmp_path_factory.mktemp("oracle")
+
+
+@pytest.fixture(scope="module")
+def original(built: Callable[[str, str], Bundle]) -> Path:
+    return built(ENTRY, "int8hu").directory
+
+
+@pytest.fixture(scope="module")
+def gated(original: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A copy of the sample's bundle that was gated, and what the command said."""
+    copy = tmp_path_factory.mktemp("gated") / original.name
+    shutil.copytree(original, copy)
+    result = zoo("gate", copy, *SHORT, "--oracle-cache", cache)
+    assert result.exit_code == 0, result.output
+    return copy, result
+
+
+@pytest.fixture
+def copy(original: Path, tmp_path: Path) -> Path:
+    shutil.copytree(original, tmp_path / original.name)
+    return tmp_path / original.name
+
+
+def transcript(bundle: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((bundle / "gate" / "transcript.json").read_text(encoding="utf-8"))
+    return record
+
+
+def test_the_verdict_is_printed_and_written_as_transcript_page_and_card(gated: tuple[Path, Result]) -> None:
+    bundle, result = gated
+    record = transcript(bundle)
+
+    assert "passed:" in result.stdout and "6 of 6 matched" in result.stdout
+    assert sorted(path.name for path in (bundle / "gate").iterdir()) == ["report.html", "transcript.json"]
+    assert record["verdict"]["passed"]
+    (prompt,) = record["prompts"]
+    assert len(prompt["positions"]) == 6
+    assert f"{bundle.name}.aimodel on the coreai runtime" == prompt["candidate"]
+    assert "PyTorch" in record["inputs"]["control"]
+    assert prompt["control"]["matched"] == 6
+    assert len(prompt["control"]["hidden_error"]) == record["bundle"]["layers"] + 1
+    assert bundle.name in (bundle / "gate" / "report.html").read_text(encoding="utf-8")
+    assert "| digits | 6 | 6 | 0 | 0 |" in (bundle / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_gated_bundle_verifies_and_equals_a_rebuild(gated: tuple[Path, Result], original: Path) -> None:
+    bundle, _ = gated
+
+    assert (bundle / "README.md").read_bytes() != (original / "README.md").read_bytes()
+    assert differences(bundle, original) == []
+    assert differences(original, bundle) == []
+    result = zoo("verify", bundle)
+    assert result.exit_code == 0, result.output
+    with (bundle / "README.md").open("a") as file:
+        file.write("more")
+    assert differences(bundle, original) == ["README.md"]
+    assert zoo("verify", bundle).exit_code == 1
+
+
+@pytest.mark.slow
+def test_the_overlay_on_the_assets_weights_agrees_and_two_bundles_stand_side_by_side(
+    built: Callable[[str, str], Bundle], original: Path, cache: Path, tmp_path: Path
+) -> None:
+    worse = built(ENTRY, "int4lin").directory
+    options = (*SHORT, "--oracle-cache", cache, "--cached-only", "--candidate", "torch")
+
+    result = zoo("gate", original, "--against", worse, *options, "-o", tmp_path, "--json")
+
+    record = json.loads(result.stdout)
+    ours, theirs = (one["prompts"][0] for one in (record, record["against"]))
+    assert record["verdict"]["passed"] and result.exit_code == 0, result.output
+    assert max(ours["hidden_error"]) < max(theirs["hidden_error"])
+    assert ours["control"] == theirs["control"]
+    assert not (original / "gate").exists() and not (worse / "gate").exists()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"Beside {worse.name}" in page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused before anything runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refused(result: Result, code: int = 2) -> str:
+    assert result.exit_code == code, result.output
+    assert "oracle   " not in result.stderr, "the oracle must not have run"
+    return result.stderr
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "tokenizer/tokenizer_config.json", "README.md"])
+def test_an_edited_bundle_is_refused(copy: Path, name: str) -> None:
+    (copy / name).write_text((copy / name).read_text(encoding="utf-8") + " ", encoding="utf-8")
+
+    assert f"{name} was changed" in refused(zoo("gate", copy, *SHORT), code=1)
+    assert not (copy / "gate").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_logits_is_refused(copy: Path) -> None:
+    from coreai_zoo.bundle import file_digests, write_json
+
+    path = copy / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    last = max(tokenizer["model"]["vocab"].values())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": last + 1, "content": "<|extra|>"})
+    write_json(path, tokenizer)
+    write_json(copy / "build.json", {**json.loads((copy / "build.json").read_text()), "files": file_digests(copy)})
+
+    text = refused(zoo("gate", copy, *SHORT))
+
+    assert f"token ids up to {last + 1}, but its model has logits for {last + 1} tokens" in text
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(original: Path, tmp_path: Path) -> None:
+    text = refused(zoo("gate", original, "--checkpoint", tmp_path / "nowhere"))
+
+    assert f"There is no checkpoint at {tmp_path / 'nowhere'}" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("-p", "def", "--positions", 60), "tokens, and 60 positions were asked for"),
+        (("--prompts", "digits", "--positions", 400), "The prompt 'digits' is"),
+        (("--prompts", "cod"), "Did you mean code"),
+        (("-p", "def", "--prompts", "code"), "Give one of"),
+        (("--prompt-file", "nowhere.txt"), "nowhere.txt cannot be read"),
+        (("--cached-only",), "--cached-only needs a cache"),
+        (("-o", "/dev/null/report"), "cannot be written"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_done_is_said(original: Path, options: tuple[object, ...], words: str) -> None:
+    assert words in refused(zoo("gate", original, *options))
+
+
+def test_a_cache_without_the_result_is_an_error_when_only_the_cache_may_be_used(original: Path, tmp_path: Path) -> None:
+    text = refused(zoo("gate", original, *SHORT, "--oracle-cache", tmp_path, "--cached-only"))
+
+    assert f"{tmp_path} holds no oracle result for digits" in text
+
+
+def test_a_weak_prompt_is_refused_before_the_candidate_runs(original: Path, cache: Path) -> None:
+    result = zoo("gate", original, "-p", "qzx jvk wqy bgh zzt plo mnr", "--oracle-cache", cache)
+
+    assert result.exit_code == 2, result.output
+    assert "is too weak to judge by" in result.stderr and "--allow-weak-prompt" in result.stderr
+    assert "judge    " not in result.stderr and "control  " not in result.stderr
+    assert not (original / "gate").exists()

@@ -1,0 +1,220 @@
+"""Bounds on the measures: damage that flips nothing is caught all the same."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attrs import evolve
+
+from coreai_zoo.gates import Activations
+from coreai_zoo.gates.bounds import (
+    MEASURED_LAYERS,
+    Bounds,
+    check_bounds,
+    check_control,
+    of_class,
+    of_recipe,
+    table,
+)
+from coreai_zoo.gates.rule import Position, Verdict, compare, router_swaps
+
+BOUNDS = Bounds(
+    "test",
+    "torch",
+    median_error=0.01,
+    error=0.05,
+    near_tie_error=0.5,
+    cosine=0.99,
+    median_kl=0.001,
+    kl=0.01,
+    hidden_error=0.02,
+    over_control=2.0,
+    router_gap=0.005,
+)
+ROUTER_NEAR_TIE = 0.005
+
+
+def position(index: int = 0, **changes: object) -> Position:
+    plain = Position(
+        index=index,
+        token=0,
+        oracle=1,
+        candidate=1,
+        margin=3.0,
+        cosine=1.0,
+        max_abs_logit_error=0.0,
+        kl_divergence=0.0,
+        router_margin=None,
+        relative_error=0.005,
+    )
+    return evolve(plain, **changes)
+
+
+def broken(verdict: Verdict) -> list[str]:
+    return [check.name for check in check_bounds(verdict, BOUNDS) if not check.passed]
+
+
+def test_a_candidate_within_its_bounds_breaks_none() -> None:
+    verdict = Verdict(tuple(position(index) for index in range(5)), hidden_error=(0.0, 0.01, 0.02))
+
+    assert broken(verdict) == []
+    assert len(check_bounds(verdict, BOUNDS)) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"relative_error": 0.051}, "largest relative error"),
+        ({"cosine": 0.9899}, "lowest cosine"),
+        ({"kl_divergence": 0.011}, "largest KL"),
+    ],
+)
+def test_one_bad_position_breaks_the_bound_on_extremes(change: dict[str, float], name: str) -> None:
+    positions = [position(index) for index in range(5)]
+    positions[3] = evolve(positions[3], **change)
+
+    assert broken(Verdict(tuple(positions))) == [name]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"relative_error": 0.011}, "median relative error"), ({"kl_divergence": 0.0011}, "median KL")],
+)
+def test_damage_that_is_small_everywhere_breaks_the_bound_on_the_median(change: dict[str, float], name: str) -> None:
+    assert broken(Verdict(tuple(position(index, **change) for index in range(5)))) == [name]
+
+
+def test_one_bad_layer_breaks_the_bound_on_hidden_states() -> None:
+    verdict = Verdict((position(),), hidden_error=(0.0, 0.021, 0.0))
+
+    assert broken(verdict) == ["largest hidden-state error of a layer"]
+
+
+def test_logits_that_are_not_finite_break_bounds() -> None:
+    bad = position(relative_error=math.inf, kl_divergence=math.inf, cosine=0.0)
+
+    assert set(broken(Verdict((bad,)))) >= {"median relative error", "largest relative error", "lowest cosine"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Routers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_position_at_a_router_near_tie_is_held_to_the_looser_bound_and_to_the_median() -> None:
+    swapped = position(2, relative_error=0.4, cosine=0.9, kl_divergence=0.2, router_margin=ROUTER_NEAR_TIE / 2)
+    firm = [position(index, router_margin=1.0) for index in (0, 1)]
+
+    assert broken(Verdict((*firm, swapped))) == []
+    assert broken(Verdict((*firm, evolve(swapped, relative_error=0.51)))) == [
+        "largest relative error at router near-ties"
+    ]
+    assert "largest relative error" in broken(Verdict((*firm, evolve(swapped, router_margin=ROUTER_NEAR_TIE))))
+    assert "median relative error" in broken(Verdict((firm[0], swapped, evolve(swapped, index=3))))
+
+
+def test_where_the_router_is_known_only_a_swap_at_a_near_tie_excuses() -> None:
+    near = {"relative_error": 0.4, "router_margin": ROUTER_NEAR_TIE / 2}
+
+    assert position(**near).near_tie(ROUTER_NEAR_TIE)
+    assert not position(**near, experts_changed=False).near_tie(ROUTER_NEAR_TIE)
+    assert position(**near, experts_changed=True, swap_margin=ROUTER_NEAR_TIE / 2).near_tie(ROUTER_NEAR_TIE)
+    assert not position(**near, experts_changed=True, swap_margin=1.0).near_tie(ROUTER_NEAR_TIE)
+
+
+def test_a_swap_is_told_by_the_oracles_gap_in_the_first_layer_that_differs() -> None:
+    first = np.array([[4.0, 1.0, 3.0, 2.5], [0.0, 9.0, 8.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    second = np.array([[1.0, 2.0, 3.0, 0.0], [5.0, 5.1, 4.0, 4.5], [1.0, 2.0, 3.0, 4.0]])
+    ours = first.copy(), second.copy()
+    ours[0][0] = [4.0, 1.0, 2.5, 3.0]  # the second chosen and the first rejected change places, half a logit apart
+    ours[1][0] = [3.0, 2.0, 1.0, 0.0]  # and then so do others, a logit apart
+    ours[1][1] = [5.1, 5.0, 4.0, 4.5]  # another order of the chosen is no swap
+
+    assert router_swaps((first, second), ours, chosen=2) == [(True, 0.5), (False, None), (False, None)]
+
+
+def test_comparing_gives_hidden_states_and_swaps_where_both_show_them() -> None:
+    generator = np.random.default_rng(0)
+    rows, hidden = generator.normal(size=(4, 9)), [generator.normal(size=(4, 6)) for _ in range(3)]
+    routers = [generator.normal(size=(4, 8)) for _ in range(2)]
+    oracle = Activations(rows, hidden, routers)
+    off = [hidden[0], hidden[1] * 1.01, hidden[2] * 0.98]
+
+    both = compare([1, 2, 3, 4], oracle, Activations(rows, off, routers), experts_per_token=2)
+    plain = compare([1, 2, 3, 4], oracle, Activations(rows), experts_per_token=2)
+
+    assert both.hidden_error == pytest.approx((0.0, 0.01, 0.02))
+    assert [p.experts_changed for p in both.positions] == [False] * 4
+    assert plain.hidden_error is None
+    assert [p.experts_changed for p in plain.positions] == [None] * 4
+    assert all(p.router_margin is not None for p in plain.positions)
+
+
+def test_the_relative_error_is_in_units_of_the_oracles_spread() -> None:
+    oracle = np.array([[1.0, -1.0, 3.0, -3.0]])  # standard deviation: root of 5
+    candidate = oracle + np.array([[0.1, -0.1, 0.1, -0.1]])
+
+    (found,) = compare([0], Activations(oracle), Activations(candidate)).positions
+
+    assert found.relative_error == pytest.approx(0.1 / math.sqrt(5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes, depth, control
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("roles", "name"),
+    [
+        ({"mlp": None}, "fp16"),
+        ({"mlp": {"dtype": "int8"}, "head": None}, "int8"),
+        ({"mlp": {"dtype": "uint4"}, "head": {"dtype": "int8"}}, "int4"),
+        ({"mlp": {"dtype": "int8"}, "head": {"dtype": "uint8"}}, "int8"),
+    ],
+)
+def test_a_recipe_has_the_bounds_of_its_coarsest_integers(roles: dict[str, dict[str, str] | None], name: str) -> None:
+    assert of_recipe(roles, MEASURED_LAYERS, "runtime") == of_class(name, "runtime")
+
+
+@pytest.mark.parametrize("arithmetic", ["torch", "runtime"])
+def test_coarser_recipes_have_wider_bounds(arithmetic: str) -> None:
+    fp16, int8, int4 = (of_class(name, arithmetic) for name in ("fp16", "int8", "int4"))
+
+    for key in ("median_error", "error", "kl", "over_control"):
+        assert getattr(fp16, key) < getattr(int8, key) < getattr(int4, key)
+    assert fp16.cosine > int8.cosine > int4.cosine
+
+
+def test_the_documentation_has_the_bounds(root: Path) -> None:
+    assert table() in (root / "docs" / "gate.md").read_text(encoding="utf-8")
+
+
+def test_deeper_models_have_wider_bounds_and_shallower_ones_have_not_narrower_ones() -> None:
+    bounds = of_class("int8", "torch")
+
+    assert of_recipe({"mlp": {"dtype": "int8"}}, 4 * MEASURED_LAYERS, "torch").error == pytest.approx(2 * bounds.error)
+    assert bounds.for_depth(4 * MEASURED_LAYERS).kl == pytest.approx(4 * bounds.kl)
+    assert bounds.for_depth(2).error == bounds.error
+
+
+def test_a_candidate_that_is_far_worse_than_its_control_fails() -> None:
+    control = Verdict((position(relative_error=1e-4),))
+    fine, worse = (Verdict((position(relative_error=error),)) for error in (2e-4, 2.1e-4))
+
+    assert all(check.passed for check in check_control(fine, control, BOUNDS))
+    assert [check.name for check in check_control(worse, control, BOUNDS) if not check.passed] == [
+        "median relative error over the control's"
+    ]
+
+
+def test_a_control_that_is_wrong_itself_fails_a_bundle_of_any_recipe() -> None:
+    wrong = Verdict((position(relative_error=0.04, cosine=0.999),))
+    checks = check_control(wrong, wrong, of_class("int4", "torch"))
+
+    failed = [check.name for check in checks if not check.passed]
+    assert "control: median relative error" in failed
+    assert all(name.startswith("control: ") for name in failed)

@@ -1,0 +1,309 @@
+"""The record of a gate, the page and the card that are made from it, and how they get to the disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attrs import evolve, frozen
+
+from coreai_zoo import card
+from coreai_zoo.bundle import Bundle, file_digests
+from coreai_zoo.gates import Activations, GateResult
+from coreai_zoo.gates.bounds import of_recipe
+from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
+from coreai_zoo.gates.report import damage, markdown, render, totals
+from coreai_zoo.gates.teacher_forced import GateReport, Models, Runner, gate, run_oracle
+from coreai_zoo.gates.transcript import Run, replace, to_json, transcript, write, write_card
+from coreai_zoo.progress import Reporter
+
+P, V, D, LAYERS = 16, 24, 6, 3
+STOP = 3
+
+
+@frozen(eq=False)
+class Table:
+    """A model whose answers are written down; what is tested is everything after a model."""
+
+    name: str
+    answers: dict[tuple[int, ...], Activations]
+
+    def run(self, tokens: Sequence[int]) -> Activations:
+        return self.answers[tuple(tokens)]
+
+
+def prompts() -> list[TokenizedPrompt]:
+    pieces = tuple(f"<{index}>" for index in range(P))  # must be escaped on the page
+    chat = Prompt("chat", turns=(("user", "x"),), required=False)
+    return [
+        TokenizedPrompt(Prompt("code", "x"), tuple(range(P)), pieces),
+        TokenizedPrompt(chat, tuple(range(1, P + 1)), pieces, stop=STOP),
+        TokenizedPrompt(Prompt("weak", "x", required=False), tuple(range(2, P + 2)), pieces),
+    ]
+
+
+def oracle_of(prompt: TokenizedPrompt) -> Activations:
+    generator = np.random.default_rng(prompt.tokens[0])
+    rows = generator.normal(size=(P, V))
+    best = rows.argmax(axis=-1)
+    rows[np.arange(P), best] += 0.01 if prompt.name == "weak" else 2.0
+    if prompt.name == "weak":
+        rows[np.arange(P), (best + 1) % V] = rows[np.arange(P), best] - 0.01
+    rows[4, STOP] += 20.0
+    hidden = [generator.normal(size=(P, D)) for _ in range(LAYERS + 1)]
+    routers = [generator.normal(size=(P, 8)) for _ in range(LAYERS)]
+    return Activations(rows, hidden, routers)
+
+
+def off_by(activations: Activations, factor: float, **rows: np.ndarray) -> Activations:
+    noise = np.random.default_rng(9).normal(size=(P, V)) * factor
+    hidden = [layer * (1 + factor * index) for index, layer in enumerate(activations.hidden or ())]
+    return evolve(activations, logits=activations.logits + noise, hidden=hidden)
+
+
+def judged(
+    *,
+    error: float = 1e-4,
+    flip_at: int | None = None,
+    control_flips: bool = False,
+    nan: bool = False,
+    stop: bool = True,
+) -> GateReport:
+    """A gate on three prompts, of which one is weak; a bundle is made to fail in one way at a time."""
+    references = {prompt.tokens: oracle_of(prompt) for prompt in prompts()}
+    found = {tokens: off_by(oracle, error) for tokens, oracle in references.items()}
+    control = {tokens: off_by(oracle, 1e-5) for tokens, oracle in references.items()}
+    code, chat = (prompt.tokens for prompt in prompts()[:2])
+    if flip_at is not None:
+        for table in (found, control) if control_flips else (found,):
+            wrong = (table[code].logits[flip_at].argmax() + 1) % V
+            table[code].logits[flip_at, wrong] += 40.0
+    if nan:
+        found[code].logits[5, 0] = np.nan
+    if not stop:
+        found[chat].logits[4, STOP] -= 40.0
+    oracle, judging, plain = (
+        Runner(Table(name, table), arithmetic="torch")
+        for name, table in (("the oracle", references), ("the candidate", found), ("the control", control))
+    )
+    silent = Reporter(silent=True)
+    return gate(
+        run_oracle(oracle, prompts(), silent),
+        Models(judging, judging, plain),
+        lambda arithmetic: of_recipe({"mlp": {"dtype": "int8"}}, LAYERS, arithmetic),
+        silent,
+        experts_per_token=2,
+        quantized=True,
+    )
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """The files of a bundle that a gate looks at."""
+    directory = tmp_path / "toy"
+    (directory / "toy.aimodel").mkdir(parents=True)
+    (directory / "toy.aimodel" / "main.mlirb").write_bytes(bytes(100))
+    (directory / card.CARD).write_text("# toy\n\nA toy.\n\n## Running it\n\nRun it.\n", encoding="utf-8")
+    (directory / "metadata.json").write_text(json.dumps({"assets": {"main": "toy.aimodel"}}))
+    spec = {"dtype": "int8", "scheme": "symmetric", "block": 32}
+    build = {
+        "schema": 1,
+        "name": "toy",
+        "backend": "coreai",
+        "layers": LAYERS,
+        "max_context": 64,
+        "entry": {"name": "toy-1b", "title": "Toy", "hf_id": "toys/Toy"},
+        "source": {"config_sha256": "0" * 64, "files": {}},
+        "function": {},
+        "sample": False,
+        "recipe": {"name": "int8hu", "published_name": "int8hu_block32_sym", "roles": {"mlp": spec, "norm": None}},
+        "weights": {"mlp": {"parameters": 90, "bytes": 95}, "norm": {"parameters": 5, "bytes": 10}},
+        "files": file_digests(directory),
+    }
+    (directory / "build.json").write_text(json.dumps(build))
+    return Bundle.open(directory)
+
+
+def record_of(bundle: Bundle, report: GateReport, gates: Sequence[GateResult] = ()) -> dict[str, Any]:
+    return transcript(Run(bundle, "the oracle", "the control", ["toy", "-p", "it's"], {"judge": 1.0}, gates), report)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_that_computes_the_same_passes_and_the_weak_prompt_is_not_judged(bundle: Bundle) -> None:
+    record = record_of(bundle, judged())
+
+    assert record["verdict"] == {"passed": True, "reasons": [], "weak_prompts_allowed": []}
+    assert [(prompt["name"], prompt["judged"]) for prompt in record["prompts"]] == [
+        ("code", True),
+        ("chat", True),
+        ("weak", False),
+    ]
+    assert record["prompts"][2]["strength"]["ties"] > P / 8
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        ({"flip_at": 7}, "code: 1 confident flip, the worst at position 7"),
+        ({"nan": True}, "code: 1 confident flip, the worst at position 5"),
+        ({"stop": False}, "chat: no end of turn at position 4"),
+        ({"error": 0.2}, "code: median relative error is"),
+    ],
+    ids=["a flip", "not finite", "no end of turn", "errors that flip nothing"],
+)
+def test_every_kind_of_damage_fails_with_its_reason(bundle: Bundle, harm: dict[str, Any], words: str) -> None:
+    record = record_of(bundle, judged(**harm))
+
+    assert not record["verdict"]["passed"]
+    assert any(reason.startswith(words) for reason in record["verdict"]["reasons"])
+    assert "Failed" in render(record)
+
+
+def test_a_gate_of_a_plugin_that_fails_fails_the_bundle(bundle: Bundle) -> None:
+    record = record_of(bundle, judged(), [GateResult("speed", False, "too slow")])
+
+    assert record["verdict"]["reasons"] == ["gate speed: too slow"]
+    assert not record["verdict"]["passed"]
+
+
+@pytest.mark.parametrize(("control_flips", "source"), [(False, "quantization"), (True, "precision")])
+def test_a_flip_is_attributed_by_what_the_control_does(bundle: Bundle, control_flips: bool, source: str) -> None:
+    record = record_of(bundle, judged(flip_at=7, control_flips=control_flips))
+
+    flips = [row for row in record["prompts"][0]["positions"] if row["verdict"] == "FLIP"]
+    assert [(row["index"], row["attribution"]) for row in flips] == [(7, source)]
+    assert source in render(record)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transcript, page, card
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_transcript_is_strict_json_also_where_logits_are_not_finite(bundle: Bundle) -> None:
+    record = json.loads(to_json(record_of(bundle, judged(nan=True))))
+
+    assert record["prompts"][0]["positions"][5]["kl_divergence"] is None
+    assert totals(record)["kl"] is None
+    assert "not finite" in render(record)
+
+
+def keys(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        return set(value).union(*(keys(part) for part in value.values())) if value else set()
+    return set().union(*(keys(part) for part in value)) if isinstance(value, list) and value else set()
+
+
+def test_every_field_of_a_transcript_is_documented(bundle: Bundle, root: Path) -> None:
+    documented = set(re.findall(r"`([a-z0-9_]+)`", (root / "docs" / "gate.md").read_text(encoding="utf-8")))
+    record = record_of(bundle, judged(flip_at=7), [GateResult("speed", True, "fine")])
+    # What is copied from build.json is documented there; these have names of roles, distributions and stages as keys.
+    record["bundle"] |= {"recipe": {}, "weights": {}}
+    record["environment"] |= {"versions": {}, "seconds": {}}
+    record["inputs"]["checkpoint"] = {}
+
+    assert keys(record) - documented == set()
+
+
+class Page(HTMLParser):
+    """What a page would fetch or run, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_fetches_and_runs_nothing_and_escapes_what_it_shows(bundle: Bundle) -> None:
+    html = render(record_of(bundle, judged(flip_at=7)))
+    page = Page()
+    page.feed(html)
+
+    assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "base"})
+    assert set(page.links) == {"#code", "#chat"}
+    assert "url(" not in html and "@import" not in html
+    assert "<7>" not in html and '"<7>"' in page.text
+    assert "zoo gate toy -p 'it'\"'\"'s'" in page.text
+    assert "prefers-color-scheme: dark" in html
+    assert html.count('<svg class="chart"') == 2 + 2 * 3
+
+
+def test_the_page_of_two_bundles_shows_both(bundle: Bundle) -> None:
+    better, worse = record_of(bundle, judged()), record_of(bundle, judged(flip_at=7))
+
+    assert "Beside toy" in render(better, worse)
+    assert "Beside" not in render(better)
+
+
+def test_the_layer_that_adds_most_is_named(bundle: Bundle) -> None:
+    assert damage([{"hidden_error": [0.0, 0.3, 0.5, 0.5]}]) == {"layer": 1, "share": pytest.approx(0.64), "last": 0.5}
+    assert damage([{"hidden_error": None}]) is None
+
+
+def test_the_card_gets_what_was_measured_and_keeps_its_digest(bundle: Bundle) -> None:
+    before, path = file_digests(bundle.directory), bundle.directory / card.CARD
+    built = path.read_bytes()
+
+    for report in (judged(flip_at=7), judged()):  # the second in the place of the first
+        write_card(bundle, markdown(record_of(bundle, report)))
+        text = path.read_text(encoding="utf-8")
+        assert text.count("## Measured") == 1
+        assert text.index("## Measured") < text.index("## Running it")
+        assert ("FAILED" in text) == (not report.passed)
+        assert file_digests(bundle.directory) == before
+        assert card.without_measurements(path.read_bytes()) == built
+    assert "| code | 16 | 16 | 0 | 0 |" in text
+
+    path.write_bytes(path.read_bytes().replace(b"A toy.", b"A boy."))
+    assert file_digests(bundle.directory) != before
+
+
+def test_text_after_the_measurements_is_in_the_digest(bundle: Bundle) -> None:
+    path = bundle.directory / card.CARD
+    write_card(bundle, "numbers")
+    before = file_digests(bundle.directory)
+    path.write_bytes(path.read_bytes() + b"more\n")
+
+    assert file_digests(bundle.directory) != before
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "report.html"
+    target.write_text("old")
+
+    def interrupted(_number: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace(target, b"new", tmp_path)
+
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.html", "old")]
+
+
+def test_transcript_and_report_are_written_and_nothing_else(bundle: Bundle) -> None:
+    folder = bundle.directory / "gate"
+    record = record_of(bundle, judged())
+    write(folder, record, render(record))
+
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "transcript.json"]
+    assert json.loads((folder / "transcript.json").read_text(encoding="utf-8")) == json.loads(to_json(record))
+    assert file_digests(bundle.directory) == bundle.build["files"]
