@@ -71,6 +71,8 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
         zoo build qwen3.6-27b --checkpoint ~/Qwen3.6-27B -o bundles --allow-unverified
         zoo build qwen3.6-27b --checkpoint ~/smaller-sibling --custom
     """
+    if options["checkpoint"] is not None and options["sample"]:
+        raise BadInput("--checkpoint and --sample exclude each other.")
     request = pipeline.BuildRequest(**options)
     try:
         report = EventReporter() if progress == "json" else Reporter(silent=as_json)

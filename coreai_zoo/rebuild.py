@@ -49,7 +49,7 @@ def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> t
         request = pipeline.BuildRequest(
             entry=build["entry"]["name"],
             checkpoint=checkpoint,
-            sample=bool(build["sample"]) and checkpoint is None,
+            sample=bool(build["sample"]),
             recipe=build["recipe"]["name"],
             contract=build["contract"]["name"],
             backend=build["backend"],

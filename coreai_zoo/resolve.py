@@ -307,14 +307,11 @@ def _check_told(overlay: str, told: Mapping[str, ParameterInfo], real: Mapping[s
 
 
 def locate_checkpoint(entry: Entry, directory: Path | None, *, sample: bool) -> tuple[Path, str | None]:
-    """Where the checkpoint is, and its commit on the hub where that is known.
+    """Where the checkpoint is, and its commit on the hub where that is known; of a sample, a copy may be given.
 
     Raises:
-        BadInput: for both a directory and the sample.
         EnvironmentLacks: when it would have to be fetched and cannot be.
     """
-    if directory is not None and sample:
-        raise BadInput("--checkpoint and --sample exclude each other.")
     if directory is not None:
         return directory, None
     if sample:
