@@ -22,6 +22,7 @@ from coreai_zoo.overlay import LayeredDecoder, TraceSpec
 from coreai_zoo.quantize import chunk_rows, workers
 from coreai_zoo.weights import PlannedTensor, WeightPlan
 
+_WORTH_THREADS = 1 << 22  # elements of a matrix
 HEAD_CHUNK_ELEMENTS = 1 << 25
 """Elements of the head that are multiplied at a time."""
 
@@ -62,7 +63,7 @@ class TorchCandidate:
         """Teacher-forced logits in the contract's dtype, hidden states and router logits in float32."""
         states = [_zeros(state.shape, state.dtype, len(tokens)) for state in self.signature.states]
         routers: dict[str, list[Tensor]] = {}
-        with torch.no_grad(), self._watched(routers):
+        with torch.no_grad(), self._watched(routers), self._threads():
             x = self._embed(tokens)
             hidden = [torch.cat(x, dim=1)[0].float().numpy()]
             for index, path in enumerate(self.module.layer_paths):
@@ -78,6 +79,17 @@ class TorchCandidate:
             logits = self._logits(torch.cat(x, dim=1))
         found = [torch.cat(rows).float().numpy() for rows in routers.values()]
         return Activations(logits.numpy(), hidden, found or None)
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """One thread where matrices are small: there torch's half-precision product loses more time than it gains."""
+        before = torch.get_num_threads()
+        if max(tensor.parameters for tensor in self.plan.tensors) < _WORTH_THREADS:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     # -- the ends
 
