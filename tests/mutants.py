@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,12 +24,16 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
+from coreai_zoo.composites import RMSNormImpl
 from coreai_zoo.overlay import QuantizationSpec
 from coreai_zoo.quantize import RECIPES, Recipe
 
 PACKAGE = "coreai_zoo_overlays.qwen3_5."
 DENSE, MOE = ("dense",), ("moe",)
 BOTH = DENSE + MOE
+
+# Gains that a checkpoint stores minus one: all but the output norm of a gated delta net.
+ONE_PLUS_NORM = r"(layernorm|[qk]_norm|model\.norm)\.weight$"
 
 
 @frozen
@@ -57,7 +62,8 @@ class Mutant:
         edits: of the overlay's source.
         weights: changes a decoder after its weights are in place.
         recipe: of the bundle that carries the mistake.
-        declared: of the bundle that it claims to be, where that is another.
+        declared: the recipe that it claims to be, where that is another.
+        in_file: what is wrong is a quantized file, so that a control made from the checkpoint is right.
         runs: how often the prompt is run before the last run is judged.
         stepped: shows only where states are carried from call to call, not where a prompt is one call.
     """
@@ -68,6 +74,8 @@ class Mutant:
     edits: tuple[Edit, ...] = ()
     weights: Callable[[nn.Module], None] = lambda decoder: None
     recipe: Recipe = field(default=RECIPES["int8hu"], repr=False)
+    declared: Recipe | None = field(default=None, repr=False)
+    in_file: bool = False
     runs: int = 1
     stepped: bool = False
 
@@ -125,40 +133,35 @@ def _compiled(source: str, name: str, module: Any, owner: Any) -> Callable[..., 
 
 
 def change(pattern: str, function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None]:
-    """Change every parameter whose name ends in `pattern` (a quantized one's integers and scales alike)."""
+    """Change every parameter whose name matches the regular expression `pattern`.
+
+    A quantized weight is several parameters: `NAME.original`, its integers, `NAME.0.scales`, `NAME.0.zero_points`.
+    """
 
     def apply(decoder: nn.Module) -> None:
-        for name, parameter in _matching(decoder, pattern):
+        found = [parameter for name, parameter in decoder.named_parameters() if re.search(pattern, name)]
+        assert found, f"no parameter's name matches {pattern}"
+        for parameter in found:
             changed = function(parameter.data)
-            assert changed.shape == parameter.shape, f"{name} would change its shape"
-            parameter.data = changed.contiguous().to(parameter.dtype)
+            assert changed.shape == parameter.shape and changed.dtype == parameter.dtype, pattern
+            parameter.data = changed.contiguous()
 
     return apply
 
 
-def _matching(decoder: nn.Module, pattern: str) -> list[tuple[str, nn.Parameter]]:
-    found = [(name, parameter) for name, parameter in decoder.named_parameters() if name.endswith(pattern)]
-    assert found, f"no parameter's name ends in {pattern}"
-    return found
+def swap_nibbles(codes: Tensor) -> Tensor:
+    """Exchange the first and second of each pair."""
+    return codes.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-def both(*changes: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """One change after the other."""
-
-    def apply(decoder: nn.Module) -> None:
-        for one in changes:
-            one(decoder)
-
-    return apply
-
-
-def gains(offset: float) -> Callable[[nn.Module], None]:
-    """Add to every gain that a checkpoint stores minus one: all norms but the output norm of a gated delta net."""
+def eps(value: float) -> Callable[[nn.Module], None]:
+    """Give every norm this eps."""
 
     def apply(decoder: nn.Module) -> None:
-        for name, parameter in _matching(decoder, "norm.weight"):
-            if "linear_attn" not in name:
-                parameter.data = parameter.data + offset
+        norms = [module for module in decoder.modules() if isinstance(module, RMSNormImpl)]
+        assert norms, "there is no norm"
+        for norm in norms:
+            norm.eps = value
 
     return apply
 
@@ -193,12 +196,6 @@ def tie_head(decoder: nn.Module) -> None:
     decoder.lm_head.weight = decoder.get_submodule("model.embed_tokens").weight  # type: ignore[assignment]
 
 
-def clip_head(decoder: nn.Module) -> None:
-    """Cut the head's integers at half of their range, as scales from a percentile would."""
-    for _, codes in _matching(decoder, "lm_head.parametrizations.weight.original"):
-        codes.data = codes.data.clamp(-64, 64)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes whose files a mutant misreads
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,18 +211,6 @@ def body_as(name: str, spec: QuantizationSpec, *roles: str) -> Recipe:
 INT4_BODY = body_as("int4hu", QuantizationSpec("int4", "symmetric_with_clipping", 32))
 UINT8_BODY = body_as("uint8hu", QuantizationSpec("uint8", "asymmetric", 32))
 INT4_GDN_OUT = body_as("int4gdnout", QuantizationSpec("int4", "symmetric_with_clipping", 32), "gdn.out")
-
-
-def forget_zero_points(decoder: nn.Module) -> None:
-    """Set every zero point to zero."""
-    change("weight.0.zero_points", torch.zeros_like)(decoder)
-
-
-def swap_nibbles(decoder: nn.Module) -> None:
-    """Exchange the two integers of every byte."""
-    for name, codes in _matching(decoder, "out_proj.parametrizations.weight.original"):
-        assert "linear_attn" in name
-        codes.data = codes.data.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,39 +255,22 @@ _ALL = (
             ),
         ),
     ),
-    Mutant("norm-gain-without-the-one", "gains are used as stored, without adding 1", weights=gains(-1.0)),
+    Mutant(
+        "norm-gain-without-the-one",
+        "gains are used as stored, without adding 1",
+        weights=change(ONE_PLUS_NORM, lambda gain: gain - 1),
+    ),
     Mutant(
         "norm-gain-with-two-ones",
         "1 is added to gains that have it already (an MLX checkpoint taken for Hugging Face's)",
-        weights=gains(1.0),
+        weights=change(ONE_PLUS_NORM, lambda gain: gain + 1),
     ),
     Mutant(
         "gated-norm-gain-plus-one",
         "1 is added to the gated output norm, which is stored as it is",
-        weights=change("linear_attn.norm.weight", lambda gain: gain + 1),
+        weights=change(r"linear_attn\.norm\.weight$", lambda gain: gain + 1),
     ),
-    Mutant(
-        "norm-eps",
-        "eps is 1e-3",
-        edits=(
-            Edit(
-                "decoder.DecoderLayer.__init__",
-                "self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)",
-                "self.input_layernorm = RMSNorm(config.hidden_size, 1e-3)",
-            ),
-        ),
-    ),
-    Mutant(
-        "norm-eps-small",
-        "eps is 1e-5",
-        edits=(
-            Edit(
-                "decoder.DecoderLayer.__init__",
-                "self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)",
-                "self.input_layernorm = RMSNorm(config.hidden_size, 1e-5)",
-            ),
-        ),
-    ),
+    Mutant("norm-eps", "every norm has eps 1e-5 instead of 1e-6", weights=eps(1e-5)),
     Mutant(
         "norms-swapped",
         "the two norms of a layer are exchanged",
@@ -530,7 +498,7 @@ _ALL = (
     Mutant(
         "a-log-without-exp",
         "A is -A_log instead of -exp(A_log)",
-        weights=change("linear_attn.A", lambda decay: -(-decay).log()),
+        weights=change(r"linear_attn\.A$", lambda decay: -(-decay).log()),
     ),
     Mutant(
         "z-gate-left-out",
@@ -624,15 +592,10 @@ _ALL = (
         edits=(Edit(_RULE, "key[..., None] * correction[..., None, :]", "key[..., None, :] * correction[..., None]"),),
     ),
     Mutant(
-        "state-in-bf16",
-        "the recurrent state is rounded to bf16 after each step",
-        edits=(
-            Edit(
-                _RULE,
-                "state = state + key[..., None] * correction[..., None, :]",
-                "state = (state + key[..., None] * correction[..., None, :]).bfloat16().float()",
-            ),
-        ),
+        "states-in-bf16",
+        "the fixed states are carried in bf16",
+        edits=(Edit("states.FixedStates.commit", "torch.stack(updated)", "torch.stack(updated).bfloat16()"),),
+        stepped=True,
     ),
     Mutant(
         "states-not-reset",
@@ -656,7 +619,7 @@ _ALL = (
     Mutant(
         "conv-taps-reversed",
         "the first tap meets the newest token",
-        weights=change("linear_attn.conv1d.weight", lambda taps: taps.flip(-1)),
+        weights=change(r"linear_attn\.conv1d\.weight$", lambda taps: taps.flip(-1)),
     ),
     Mutant(
         "conv-without-silu",
@@ -741,13 +704,13 @@ _ALL = (
         "experts-rotated",
         "every expert answers to its neighbour's number",
         MOE,
-        weights=both(
-            *(
-                change(f"experts.parametrizations.{name}.{part}", lambda stacked: stacked.roll(1, 0))
-                for name in ("gate_up_proj", "down_proj")
-                for part in ("original", "0.scales")
-            )
-        ),
+        weights=change(r"\.experts\.", lambda stacked: stacked.roll(1, 0)),
+    ),
+    Mutant(
+        "expert-down-projections-rotated",
+        "the second halves of the experts are off by one from the first",
+        MOE,
+        weights=change(r"\.experts\..*down_proj", lambda stacked: stacked.roll(1, 0)),
     ),
     Mutant(
         "router-not-renormalised",
@@ -795,20 +758,137 @@ _ALL = (
     Mutant(
         "scales-one-block-late",
         "each block has the scale of the block before",
-        weights=change("weight.0.scales", lambda scales: scales.roll(1, -1)),
+        weights=change(r"weight\.0\.scales$", lambda scales: scales.roll(1, -1)),
+        in_file=True,
     ),
     Mutant(
         "scales-of-the-row-before",
         "each row has the scales of the row before",
-        weights=change("weight.0.scales", lambda scales: scales.roll(1, 0)),
+        weights=change(r"weight\.0\.scales$", lambda scales: scales.roll(1, 0)),
+        in_file=True,
     ),
     Mutant(
-        "codes-unsigned", "int8 is read as uint8", weights=change("weight.original", lambda codes: codes.clamp(min=0))
+        "negative-integers-lost",
+        "integers are cut at zero, as unsigned ones would be",
+        weights=change(r"weight\.original$", lambda codes: codes.clamp(min=0)),
+        in_file=True,
     ),
-    Mutant("int4-as-int8", "the body is int4 where int8 is declared", recipe=INT4_BODY),
-    Mutant("zero-points-forgotten", "zero points are taken for zero", recipe=UINT8_BODY, weights=forget_zero_points),
-    Mutant("nibbles-swapped", "the two integers of a byte are exchanged", recipe=INT4_GDN_OUT, weights=swap_nibbles),
-    Mutant("head-clipped", "the head is cut at half of its largest value", weights=clip_head),
+    Mutant(
+        "int4-as-int8",
+        "the body is int4 where int8 is declared",
+        recipe=INT4_BODY,
+        declared=RECIPES["int8hu"],
+        in_file=True,
+    ),
+    Mutant(
+        "zero-points-forgotten",
+        "zero points are taken for zero (body in uint8, asymmetric)",
+        recipe=UINT8_BODY,
+        weights=change(r"\.zero_points$", torch.zeros_like),
+        in_file=True,
+    ),
+    Mutant(
+        "nibbles-swapped",
+        "the two integers of a byte are exchanged (`gdn.out` in int4)",
+        recipe=INT4_GDN_OUT,
+        weights=change(r"linear_attn\.out_proj\..*original$", swap_nibbles),
+        in_file=True,
+    ),
+    Mutant(
+        "head-clipped",
+        "the head's integers are cut at half of their range",
+        weights=change(r"^lm_head\..*original$", lambda codes: codes.clamp(-64, 64)),
+        in_file=True,
+    ),
 )
 
 MUTANTS = {mutant.name: mutant for mutant in _ALL}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes that no gate has to see
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Refusal:
+    """A mistake in a checkpoint that is refused before anything is built.
+
+    Attributes:
+        name: short, in kebab case.
+        mistake: what was done wrong, one phrase.
+        change: of the checkpoint's tensors, by key.
+        by: what refuses it, and a phrase of its error.
+        phrase: that the error must hold.
+        kinds: the samples that it is tried on.
+    """
+
+    name: str
+    mistake: str
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    by: str
+    phrase: str
+    kinds: tuple[str, ...] = BOTH
+
+
+def _each(pattern: str, function: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Change the tensors whose keys match `pattern`."""
+
+    def apply(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert any(re.search(pattern, key) for key in tensors)
+        return {
+            key: function(tensor).contiguous() if re.search(pattern, key) else tensor for key, tensor in tensors.items()
+        }
+
+    return apply
+
+
+def _mlx(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layout of mlx-lm: 1 is added to the gains, and the taps stand before the channels."""
+    tensors = _each(ONE_PLUS_NORM.replace("model", "(model|language_model)"), lambda gain: gain + 1)(tensors)
+    return _each(r"conv1d\.weight$", lambda taps: taps.transpose(1, 2))(tensors)
+
+
+def _without(pattern: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Leave out the first tensor whose key matches `pattern`."""
+
+    def apply(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        victim = next(key for key in tensors if re.search(pattern, key))
+        return {key: tensor for key, tensor in tensors.items() if key != victim}
+
+    return apply
+
+
+_PLAN = "the weight plan"
+REFUSALS = (
+    Refusal("mlx-layout", "a checkpoint converted for MLX", _mlx, f"{_PLAN}: misshapen", "misshapen: "),
+    Refusal("tensor-left-out", "one norm is missing", _without(r"q_norm"), f"{_PLAN}: missing", "missing: "),
+    Refusal(
+        "tensor-of-another-model",
+        "q_proj without its gate half",
+        _each(r"q_proj", lambda w: w[: len(w) // 2]),
+        f"{_PLAN}: misshapen",
+        "misshapen: ",
+    ),
+    Refusal(
+        "projection-transposed",
+        "o_proj is stored as inputs by outputs",
+        _each(r"o_proj", lambda w: w.T),
+        f"{_PLAN}: misshapen",
+        "misshapen: ",
+    ),
+    Refusal(
+        "bias-added",
+        "a projection has a bias",
+        lambda tensors: tensors | {next(k for k in tensors if "k_proj" in k).replace("weight", "bias"): torch.zeros(1)},
+        f"{_PLAN}: unknown key",
+        "unknown to the weight map: ",
+    ),
+    Refusal(
+        "expert-left-out",
+        "one expert fewer than the config says",
+        _each(r"mlp\.experts\.", lambda w: w[:-1]),
+        f"{_PLAN}: misshapen",
+        "misshapen: ",
+        MOE,
+    ),
+)

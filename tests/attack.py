@@ -1,0 +1,296 @@
+"""Attacks the gate with the mutants: each is run against the oracle on the samples, and must fail.
+
+    python tests/attack.py             # prints what docs/gate-mutants.md holds
+    python tests/attack.py --measures  # prints every measure of every mutant
+
+The candidate is the decoder as it is exported (contract `static-s1`, token by token, states carried) in PyTorch, on
+weights quantized as the bundle's. The verdict is the gate's own: the margin rule, the bounds of the recipe, and the
+bounds of the control, which has the same decoder and plain weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from coreai_zoo import export
+from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.contracts import STATIC_S1
+from coreai_zoo.entry import find_entry
+from coreai_zoo.gates import Activations
+from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control, of_recipe
+from coreai_zoo.gates.oracle import Oracle
+from coreai_zoo.gates.prompts import named_prompts
+from coreai_zoo.gates.rule import Verdict, compare
+from coreai_zoo.plugins import default_plugins
+from coreai_zoo.quantize import RECIPES, Recipe
+from coreai_zoo.store import WeightStore
+from coreai_zoo.weights import plan_weights
+from coreai_zoo_overlays import qwen3_5
+from decoders import OVERLAY, feed, fresh_states, signature
+from mutants import BOTH, MUTANTS, REFUSALS, Mutant, applied
+
+ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
+POSITIONS = 32
+UNTOUCHED = Mutant("untouched", "nothing is wrong")
+
+
+@frozen
+class Outcome:
+    """What the gate said of one mutant on one sample.
+
+    Attributes:
+        verdict: of the candidate against the oracle.
+        checks: every bound, kept or broken.
+    """
+
+    verdict: Verdict
+    checks: tuple[BoundCheck, ...]
+
+    @property
+    def caught_by(self) -> str | None:
+        """The first measure that fails, in the gate's order; None when it passed."""
+        if not self.verdict.passed:
+            return "confident flips"
+        return next((check.name for check in self.checks if not check.passed), None)
+
+    @property
+    def evidence(self) -> str:
+        """That measure with its number."""
+        if not self.verdict.passed:
+            return f"{len(self.verdict.confident_flips)} of {self.verdict.confident_positions}"
+        check = next(check for check in self.checks if not check.passed)
+        return f"{_short(check.value, check)} (limit {_short(check.limit, check)})"
+
+
+def _short(value: float, check: BoundCheck) -> str:
+    return f"{value:.5f}" if check.at_least else f"{value:.2g}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: a step of a miniature is over before a second thread has woken up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Target:
+    """A sample to attack, with what its oracle says of the first positions of the gate's own code prompt.
+
+    Args:
+        kind: of the feed-forward.
+        work: where quantized weights are kept.
+    """
+
+    def __init__(self, kind: str, work: Path) -> None:
+        self.kind, self.work = kind, work
+        directory = find_entry(ENTRIES[kind], default_plugins())[0].sample_directory()
+        self.checkpoint = Checkpoint.open(directory)
+        self.config = OVERLAY.read_config(self.checkpoint.config)
+        text = named_prompts(["code"])[0].text
+        self.tokens = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids[:POSITIONS]
+        self.oracle = Oracle(self.checkpoint, self.checkpoint.config).run(self.tokens)
+        self._stores: dict[str, WeightStore] = {}
+
+    def attack(self, mutant: Mutant) -> Outcome:
+        """The gate's verdict on `mutant`. The control runs where nothing else has caught it: it cannot undo a failure.
+
+        A control is built from the checkpoint, so it shares what is wrong with the decoder and the weight map, and
+        nothing that is wrong with a quantized file.
+        """
+        bounds = of_recipe(_record(mutant.declared or mutant.recipe), len(self.config.layer_types))
+        verdict = self._compare(self.run(mutant, mutant.recipe))
+        outcome = Outcome(verdict, check_bounds(verdict, bounds))
+        if outcome.caught_by is not None:
+            return outcome
+        control = self.control if mutant.in_file else self._compare(self.run(mutant, RECIPES["fp16"]))
+        return Outcome(verdict, (*outcome.checks, *check_control(verdict, control, bounds)))
+
+    @functools.cached_property
+    def control(self) -> Verdict:
+        """Of the untouched decoder on plain weights."""
+        return self._compare(self.run(UNTOUCHED, RECIPES["fp16"]))
+
+    def _compare(self, found: Activations) -> Verdict:
+        experts = None if self.config.moe is None else self.config.moe.top_k
+        with np.errstate(all="ignore"):  # mutants overflow
+            return compare(self.tokens, self.oracle, found, experts)
+
+    def run(self, mutant: Mutant, recipe: Recipe) -> Activations:
+        """What the mutated decoder computes."""
+        with one_thread(), applied(mutant), parametrize.cached():
+            decoder = self._decoder(recipe)
+            mutant.weights(decoder)
+            for _ in range(mutant.runs):
+                with _watched(decoder) as watched:
+                    logits = feed(decoder, self.tokens, fresh_states(signature(self.config)))
+        return Activations(logits.float().numpy(), watched.rows("hidden"), watched.rows("router"))
+
+    def _decoder(self, recipe: Recipe) -> nn.Module:
+        rewrites = [("overlay", rewrite) for rewrite in qwen3_5.layer_rewrites(STATIC_S1)]
+        decoder = export.build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), rewrites)
+        export.bind(decoder, self._store(recipe))
+        return decoder
+
+    def _store(self, recipe: Recipe) -> WeightStore:
+        if recipe.name not in self._stores:
+            decoder = export.build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), [])
+            weight_map = qwen3_5.weight_map(self.config)
+            plan = plan_weights(weight_map, export.parameters_of(decoder), self.checkpoint.tensors, recipe)
+            self._stores[recipe.name] = WeightStore(self.work / f"{self.kind}-{recipe.name}")
+            self._stores[recipe.name].fill(plan, self.checkpoint)
+        return self._stores[recipe.name]
+
+
+def _record(recipe: Recipe) -> dict[str, dict[str, Any] | None]:
+    """How `build.json` states a recipe."""
+    return {role: None if spec is None else {"dtype": spec.dtype} for role, spec in recipe.roles.items()}
+
+
+class _Watched:
+    """Collects outputs of modules, call by call."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, dict[str, list[Tensor]]] = {"hidden": {}, "router": {}}
+
+    def hook(self, kind: str, name: str) -> Callable[..., None]:
+        """A hook that keeps what the module `name` returns."""
+        pieces = self._seen[kind].setdefault(name, [])
+        return lambda _module, _arguments, output: pieces.append(output[0].float())
+
+    def rows(self, kind: str) -> list[np.ndarray[Any, Any]] | None:
+        """One array [P, ...] for each module, or None when there are none of this kind."""
+        return [torch.cat(pieces).numpy() for pieces in self._seen[kind].values()] or None
+
+
+@contextmanager
+def _watched(decoder: nn.Module) -> Iterator[_Watched]:
+    """Watch the residual stream, after the embedding and after each layer, and the routers' logits."""
+    watched = _Watched()
+    with ExitStack() as hooks:
+        for name, module in decoder.named_modules():
+            kind = {"embed_tokens": "hidden", "DecoderLayer": "hidden", "gate": "router"}
+            found = kind.get(name.rpartition(".")[2]) or kind.get(type(module).__name__)
+            if found:
+                hooks.callback(module.register_forward_hook(watched.hook(found, name)).remove)
+        yield watched
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The list in the documentation
+# ---------------------------------------------------------------------------------------------------------------------
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "gate-mutants.md"
+
+_HEAD = """\
+# What the gate catches
+
+A gate that never failed anything proves nothing. So this one is attacked: each mutant below is a plausible mistake of
+porting the model, made on purpose in the overlay's source or in its weights, and run on the samples. **Every one fails
+the gate, or is refused before**; the untouched samples pass. `tests/test_mutants.py` repeats that and compares with the
+table, which was printed by
+
+    python tests/attack.py > docs/gate-mutants.md
+
+Each is run over the first {positions} positions of the built-in prompt `code`, as the decoder that is exported (contract
+`static-s1`, token by token, states carried) in PyTorch, with weights quantized as `int8hu`, the recipe that ships, unless
+the mutant says otherwise. "Caught by" names the first measure that fails, in the gate's order: confident flips (how
+many, of how many positions where the oracle was sure), then the bounds of the recipe (docs/gate.md), then the bounds of
+the fp16 control, which has the same decoder and no quantization noise to hide under.
+
+"""
+
+
+def document(outcomes: dict[tuple[str, str], Outcome]) -> str:
+    """docs/gate-mutants.md."""
+    lines = ["| mutant | mistake | dense: caught by | moe: caught by |", "|---|---|---|---|"]
+    for mutant in MUTANTS.values():
+        cells = (
+            f"{outcomes[mutant.name, kind].caught_by}: {outcomes[mutant.name, kind].evidence}"
+            if kind in mutant.kinds
+            else "-"
+            for kind in BOTH
+        )
+        lines.append(f"| `{mutant.name}` | {mutant.mistake} | {' | '.join(cells)} |")
+    refused = ["| mutant | mistake | refused by |", "|---|---|---|"]
+    refused += [f"| `{refusal.name}` | {refusal.mistake} | {refusal.by} |" for refusal in REFUSALS]
+    return "\n".join(
+        [_HEAD.format(positions=POSITIONS) + "## Fail the gate\n", *lines, "\n## Refused before\n", *refused, _TAIL]
+    )
+
+
+_TAIL = """
+## Not mutants
+
+* **A constant offset on all RoPE positions** changes nothing: RoPE depends on the distance of query and key only. The
+  off-by-one mutants therefore shift queries against keys, or where keys are written.
+* **Router softmax after top-k** is the same as before it with renormalisation: the sum that divides cancels.
+* **The order in which key / value heads are repeated** cannot show on samples with one key / value head; random
+  architectures with up to three are compared with transformers in `tests/test_parity.py`.
+"""
+
+
+def caught(text: str) -> dict[tuple[str, str], str]:
+    """From the document's table: what caught each mutant on each sample."""
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 2 + len(BOTH) and cells[0].startswith("`"):
+            for kind, cell in zip(BOTH, cells[2:], strict=True):
+                if cell != "-":
+                    found[cells[0].strip("`"), kind] = cell.rpartition(": ")[0]
+    return found
+
+
+def _measures(name: str, outcome: Outcome) -> str:
+    verdict, hidden = outcome.verdict, outcome.verdict.hidden_error or ()
+    numbers = [
+        np.median([p.relative_error for p in verdict.positions]),
+        max(p.relative_error for p in verdict.positions),
+        min(p.cosine for p in verdict.positions),
+        np.median([p.kl_divergence for p in verdict.positions]),
+        max(p.kl_divergence for p in verdict.positions),
+        max(hidden, default=math.nan),
+    ]
+    counts = f"{len(verdict.confident_flips):3d} flips {verdict.ties:3d} ties"
+    return f"{name:36s} {counts} {' '.join(f'{n:9.3g}' for n in numbers)}  {outcome.caught_by}"
+
+
+def main() -> None:
+    """Print the document, or with --measures every measure."""
+    with tempfile.TemporaryDirectory() as work:
+        targets = {kind: Target(kind, Path(work)) for kind in BOTH}
+        outcomes: dict[tuple[str, str], Outcome] = {}
+        for kind, target in targets.items():
+            for mutant in (UNTOUCHED, *MUTANTS.values()):
+                if kind in mutant.kinds:
+                    outcomes[mutant.name, kind] = target.attack(mutant)
+                    if "--measures" in sys.argv:
+                        print(_measures(f"{kind} {mutant.name}", outcomes[mutant.name, kind]), flush=True)
+    escaped = [key for key, outcome in outcomes.items() if (outcome.caught_by is None) != (key[0] == "untouched")]
+    if escaped:
+        sys.exit(f"wrong verdicts: {json.dumps(escaped)}")
+    if "--measures" not in sys.argv:
+        print(document(outcomes), end="")
+
+
+if __name__ == "__main__":
+    main()
