@@ -38,6 +38,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
         "new": ("coreai_zoo.cli_new:new", "Write an entry for a checkpoint."),
         "run": ("coreai_zoo.cli_build:run", "Generate text with a bundle, on the runtime of this machine."),
         "gate": ("coreai_zoo.cli_gate:gate", "Compare a bundle with Hugging Face, position by position."),
+        "sensitivity": (
+            "coreai_zoo.cli_sensitivity:sensitivity",
+            "Rank weights by what quantizing them costs per byte saved.",
+        ),
         "verify": (
             "coreai_zoo.cli_build:verify",
             "Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.",
