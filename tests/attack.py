@@ -210,9 +210,9 @@ table, which was printed by
 
     python tests/attack.py > docs/gate-mutants.md
 
-Each is run over the first {positions} positions of the built-in prompt `code`, as the decoder that is exported (contract
-`static-s1`, token by token, states carried) in PyTorch, with weights quantized as `int8hu`, the recipe that ships, unless
-the mutant says otherwise. "Caught by" names the first measure that fails, in the gate's order: confident flips (how
+Each is run over the first {positions} positions of the built-in prompt `code`, as the decoder that is exported
+(contract `static-s1`, token by token, states carried) in PyTorch, with weights quantized as `int8hu`, the recipe that
+ships, unless the mutant says otherwise. "Caught by" names the first measure that fails, in the gate's order: confident flips (how
 many, of how many positions where the oracle was sure), then the bounds of the recipe (docs/gate.md), then the bounds of
 the fp16 control, which has the same decoder and no quantization noise to hide under.
 

@@ -352,7 +352,8 @@ _ALL = (
             Edit(
                 "attention.write",
                 "store[:, :, length - new.shape[2] : length] = new",
-                "room = store[:, :, length - new.shape[2] + 1 : length + 1]\n    room.copy_(new[:, :, : room.shape[2]])",
+                "room = store[:, :, length - new.shape[2] + 1 : length + 1]\n"
+                "    room.copy_(new[:, :, : room.shape[2]])",
             ),
         ),
     ),
@@ -367,11 +368,8 @@ _ALL = (
         "rope-on-all-dimensions",
         "the whole head is rotated",
         edits=(
-            Edit(
-                _ROPE_INIT,
-                'exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu") / config.rotary_dim',
-                'exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim',
-            ),
+            Edit(_ROPE_INIT, "config.rotary_dim, 2, dtype", "config.head_dim, 2, dtype"),
+            Edit(_ROPE_INIT, 'device="cpu") / config.rotary_dim', 'device="cpu") / config.head_dim'),
         ),
     ),
     Mutant(
@@ -387,7 +385,8 @@ _ALL = (
             Edit(
                 _ROTATE,
                 "first, second = rotated.chunk(2, dim=-1)",
-                "first, second = rotated[..., ::2], rotated[..., 1::2]\n    cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))",
+                "first, second = rotated[..., ::2], rotated[..., 1::2]\n"
+                "    cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))",
             ),
             Edit(_ROTATE, "torch.cat((-second, first), dim=-1)", "torch.stack((-second, first), dim=-1).flatten(-2)"),
         ),
@@ -413,9 +412,10 @@ _ALL = (
         "queries are rotated as if they stood at p + 1",
         edits=(
             Edit(
-                _MODEL,
-                "rotation = self.rotary_emb(position_ids[0, -input_ids.shape[1] :], x.dtype)",
-                "positions = position_ids[0, -input_ids.shape[1] :]\n    rotation = (self.rotary_emb(positions, x.dtype), self.rotary_emb(positions + 1, x.dtype))",
+                "decoder.DecoderModel.rotation",
+                "return self.rotary_emb(position_ids[0, -x.shape[1] :], x.dtype)",
+                "at = position_ids[0, -x.shape[1] :]\n"
+                "    return self.rotary_emb(at, x.dtype), self.rotary_emb(at + 1, x.dtype)",
             ),
             Edit(
                 _ATTENTION,
@@ -458,7 +458,10 @@ _ALL = (
             Edit(
                 _GDN,
                 "query, key, value = F.silu(mixed).split(self.split, dim=-1)",
-                "grouped = F.silu(mixed).unflatten(-1, (self.key_heads, -1))\n    query, key, value = (part.flatten(2) for part in grouped.split([size // self.key_heads for size in self.split], dim=-1))",
+                "grouped = F.silu(mixed).unflatten(-1, (self.key_heads, -1))\n"
+                "    query, key, value = (\n"
+                "        part.flatten(2) for part in grouped.split([size // self.key_heads for size in self.split], dim=-1)\n"
+                "    )",
             ),
         ),
     ),
@@ -581,8 +584,11 @@ _ALL = (
         edits=(
             Edit(
                 _RULE,
-                "state = state + key[..., None] * correction[..., None, :]\n    return (state * query[..., None]).sum(-2), state",
-                "before = state\n    state = state + key[..., None] * correction[..., None, :]\n    return (before * query[..., None]).sum(-2), state",
+                "state = state + key[..., None] * correction[..., None, :]\n"
+                "    return (state * query[..., None]).sum(-2), state",
+                "before = state\n"
+                "    state = state + key[..., None] * correction[..., None, :]\n"
+                "    return (before * query[..., None]).sum(-2), state",
             ),
         ),
     ),
@@ -592,19 +598,17 @@ _ALL = (
         edits=(Edit(_RULE, "key[..., None] * correction[..., None, :]", "key[..., None, :] * correction[..., None]"),),
     ),
     Mutant(
-        "states-in-bf16",
-        "the fixed states are carried in bf16",
-        edits=(Edit("states.FixedStates.commit", "torch.stack(updated)", "torch.stack(updated).bfloat16()"),),
-        stepped=True,
-    ),
-    Mutant(
         "states-not-reset",
         "a prompt begins with what another one left in the fixed states",
         edits=(
             Edit(
                 "decoder.Decoder.forward",
                 "states = FixedStates(conv_state, recurrent_state)",
-                "left, self.left = getattr(self, 'left', None), (conv_state, recurrent_state)\n    if left is not None and position_ids.shape[1] == input_ids.shape[1]:\n        for store, value in zip(self.left, left, strict=True):\n            store.copy_(value)\n    states = FixedStates(conv_state, recurrent_state)",
+                "left, self.left = getattr(self, 'left', None), (conv_state, recurrent_state)\n"
+                "    if left is not None and position_ids.shape[1] == input_ids.shape[1]:\n"
+                "        for store, value in zip(self.left, left, strict=True):\n"
+                "            store.copy_(value)\n"
+                "    states = FixedStates(conv_state, recurrent_state)",
             ),
         ),
         runs=2,
@@ -629,15 +633,15 @@ _ALL = (
     Mutant(
         "conv-one-step-late",
         "the convolution ends at the token before",
-        edits=tuple(
-            Edit(
-                conv,
-                "window = torch.cat((state, x.transpose(1, 2)), dim=-1)",
-                "window = torch.cat((state, x.transpose(1, 2)), dim=-1)\n    late = F.pad(window, (1, -1))",
-            )
-            for conv in _CONVS
-        )
-        + (
+        edits=(
+            *(
+                Edit(
+                    conv,
+                    "window = torch.cat((state, x.transpose(1, 2)), dim=-1)",
+                    "window = torch.cat((state, x.transpose(1, 2)), dim=-1)\n    late = F.pad(window, (1, -1))",
+                )
+                for conv in _CONVS
+            ),
             Edit(_CONVS[0], "F.conv1d(window", "F.conv1d(late"),
             Edit(_CONVS[1], "(window * self.weight)", "(late * self.weight)"),
         ),
@@ -695,8 +699,8 @@ _ALL = (
         edits=(
             Edit(
                 "feed_forward.Experts.forward",
-                "gate, up = self.gather_gate_up(x, self.gate_up_proj.transpose(1, 2), chosen).chunk(2, dim=-1)",
-                "gate, up = self.gather_gate_up(x, self.gate_up_proj.transpose(1, 2), chosen).unflatten(-1, (-1, 2)).unbind(-1)",
+                "chosen).chunk(2, dim=-1)",
+                "chosen).unflatten(-1, (-1, 2)).unbind(-1)",
             ),
         ),
     ),
