@@ -116,7 +116,7 @@ class Target:
         A control is built from the checkpoint, so it shares what is wrong with the decoder and the weight map, and
         nothing that is wrong with a quantized file.
         """
-        bounds = of_recipe(_record(mutant.declared or mutant.recipe), len(self.config.layer_types))
+        bounds = of_recipe(_record(mutant.declared or mutant.recipe), len(self.config.layer_types), "torch")
         verdict = self._compare(self.run(mutant, mutant.recipe))
         outcome = Outcome(verdict, check_bounds(verdict, bounds))
         if outcome.caught_by is not None:
@@ -212,9 +212,9 @@ table, which was printed by
 
 Each is run over the first {positions} positions of the built-in prompt `code`, as the decoder that is exported
 (contract `static-s1`, token by token, states carried) in PyTorch, with weights quantized as `int8hu`, the recipe that
-ships, unless the mutant says otherwise. "Caught by" names the first measure that fails, in the gate's order: confident flips (how
-many, of how many positions where the oracle was sure), then the bounds of the recipe (docs/gate.md), then the bounds of
-the fp16 control, which has the same decoder and no quantization noise to hide under.
+ships, unless the mutant says otherwise. "Caught by" names the first measure that fails, in the gate's order: confident
+flips (how many, of how many positions where the oracle was sure), then the bounds of the recipe (docs/gate.md), then
+those of the fp16 control, which has the same decoder and no quantization noise to hide under.
 
 """
 
@@ -243,6 +243,9 @@ _TAIL = """
 * **A constant offset on all RoPE positions** changes nothing: RoPE depends on the distance of query and key only. The
   off-by-one mutants therefore shift queries against keys, or where keys are written.
 * **Router softmax after top-k** is the same as before it with renormalisation: the sum that divides cancels.
+* **The recurrent state carried in bf16**, or eps of 1e-5 in the two norms of a layer only, are at most 1.8 times the
+  error that fp16 has anyway (on the dense sample the control's median relative error is 0.0008 instead of 0.0006). No
+  bound that leaves room for fp16 sees that, and no token changes.
 * **The order in which key / value heads are repeated** cannot show on samples with one key / value head; random
   architectures with up to three are compared with transformers in `tests/test_parity.py`.
 """

@@ -460,7 +460,8 @@ _ALL = (
                 "query, key, value = F.silu(mixed).split(self.split, dim=-1)",
                 "grouped = F.silu(mixed).unflatten(-1, (self.key_heads, -1))\n"
                 "    query, key, value = (\n"
-                "        part.flatten(2) for part in grouped.split([size // self.key_heads for size in self.split], dim=-1)\n"
+                "        part.flatten(2)\n"
+                "        for part in grouped.split([size // self.key_heads for size in self.split], dim=-1)\n"
                 "    )",
             ),
         ),

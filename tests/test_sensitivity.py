@@ -1,0 +1,165 @@
+"""Sensitivity: what quantizing one part of a model costs for the bytes that it saves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attrs import evolve
+from click.testing import CliRunner
+
+from checkpoints import tiny_checkpoint
+from coreai_zoo import export
+from coreai_zoo.cli import cli
+from coreai_zoo.errors import BadInput
+from coreai_zoo.gates.rule import judge
+from coreai_zoo.gates.sensitivity import Part, Sensitivity, Subject, margins_lost, measure, parts_of, ranked
+from coreai_zoo.overlay import QuantizationSpec
+from coreai_zoo.plugins import default_plugins
+from coreai_zoo.resolve import BuildRequest, Resolved, resolve
+from coreai_zoo.store import WeightStore
+from decoders import feed, fresh_states
+
+INT4 = QuantizationSpec("int4", "symmetric_with_clipping", 32)
+INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
+TOKENS = [5, 80, 17, 200, 33, 8, 120, 64, 9, 250, 11, 77]
+ENTRY = "qwen3.6-35b-a3b"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "moe", num_hidden_layers=4, head_scale=4.0)
+
+
+@pytest.fixture(scope="module")
+def resolved(checkpoint: Path) -> Resolved:
+    return resolve(BuildRequest(ENTRY, checkpoint=checkpoint, output=checkpoint.parent), default_plugins())
+
+
+@pytest.fixture(scope="module")
+def subject(resolved: Resolved) -> Subject:
+    return Subject(resolved.module, resolved.signature, resolved.checkpoint, resolved.weights)
+
+
+def fp16_and(resolved: Resolved, part: Part | None, work: Path) -> np.ndarray:
+    """Logits of the whole decoder, with one part quantized by the build's own store."""
+    chosen = {} if part is None else dict.fromkeys(part.tensors, part.spec)
+    plan = evolve(
+        resolved.weights,
+        tensors=tuple(evolve(tensor, quantization=chosen.get(tensor.name)) for tensor in resolved.weights.tensors),
+    )
+    module = export.build_module(
+        lambda: resolved.overlay.decoder(resolved.config, resolved.contract), list(resolved.rewrites)
+    )
+    store = WeightStore(work)
+    store.fill(plan, resolved.checkpoint)
+    export.bind(module, store)
+    return feed(module, TOKENS, fresh_states(resolved.signature)).float().numpy()
+
+
+def test_a_part_costs_what_a_build_that_quantizes_only_it_costs(
+    resolved: Resolved, subject: Subject, tmp_path: Path
+) -> None:
+    parts = parts_of(resolved.weights, {"moe.expert": INT4, "gdn.in": INT8})
+    plain = fp16_and(resolved, None, tmp_path / "plain")
+    for found in measure(subject, parts, TOKENS):
+        positions = judge(TOKENS, plain, fp16_and(resolved, found.part, tmp_path / found.part.role)).positions
+        expected = np.mean([position.kl_divergence for position in positions])
+        assert expected > 1e-5
+        assert found.kl == pytest.approx(expected, rel=0.02)
+        assert found.largest_kl >= found.kl
+
+
+def test_fewer_bits_cost_more_and_save_more(resolved: Resolved, subject: Subject) -> None:
+    coarse, fine = (
+        next(measure(subject, parts_of(resolved.weights, {"gdn.in": spec}), TOKENS)) for spec in (INT4, INT8)
+    )
+    assert coarse.kl > 10 * fine.kl > 0
+    assert coarse.margin_lost > fine.margin_lost > 0
+    assert coarse.part.saved_bytes > fine.part.saved_bytes
+    assert ranked([fine, coarse], "kl") == ranked([coarse, fine], "margin") == [coarse, fine]
+
+
+def test_the_parts_of_a_recipe_save_what_the_recipe_saves(resolved: Resolved) -> None:
+    specs = {role: spec for role, spec in resolved.recipe.roles.items() if spec is not None}
+    plain = sum(evolve(tensor, quantization=None).stored_bytes for tensor in resolved.weights.tensors)
+    parts = parts_of(resolved.weights, specs)
+    assert sum(part.saved_bytes for part in parts) == plain - resolved.weights.stored_bytes
+
+
+def test_each_layer_by_itself_adds_up_to_the_role(resolved: Resolved) -> None:
+    (whole,) = parts_of(resolved.weights, {"gdn.in": INT8})
+    layers = parts_of(resolved.weights, {"gdn.in": INT8}, resolved.module.layer_paths)
+    assert [part.layer for part in layers] == [0, 2]
+    assert sorted(name for part in layers for name in part.tensors) == sorted(whole.tensors)
+    assert sum(part.saved_bytes for part in layers) == whole.saved_bytes
+    (head,) = parts_of(resolved.weights, {"head": INT8}, resolved.module.layer_paths)
+    assert head.layer is None
+
+
+def test_a_role_that_is_not_there_and_a_width_that_does_not_fit_are_refused(resolved: Resolved) -> None:
+    with pytest.raises(BadInput, match=r"no weights with the role nonsense\. It has: .*moe\.router"):
+        parts_of(resolved.weights, {"nonsense": INT8})
+    with pytest.raises(BadInput, match=r"conv1d\.weight \(gdn\.conv: 4 columns are not divisible"):
+        parts_of(resolved.weights, {"gdn.conv": INT8})
+
+
+def test_a_margin_is_lost_where_the_lead_of_the_reference_shrinks_and_only_there() -> None:
+    reference = np.array([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0], [0.0, 2.0, 1.5]], dtype=np.float32)
+    logits = np.array([[2.5, 1.0, 0.0], [4.0, 1.0, 0.0], [0.0, 1.0, 3.0]], dtype=np.float32)
+    assert margins_lost(reference, logits).tolist() == [0.5, 0.0, 2.5]
+
+
+def test_a_ranking_is_per_byte_saved() -> None:
+    def cost(role: str, saved: int, kl: float, margin: float) -> Sensitivity:
+        return Sensitivity(Part(role, None, INT8, (), saved, 0), kl, kl, margin, 0)
+
+    large, small = cost("mlp", 64 * 2**20, 0.02, 0.01), cost("head", 2**20, 0.01, 0.001)
+    assert ranked([large, small], "kl") == [small, large]
+    assert ranked([small, large], "margin") == [small, large]
+    assert small.kl_per_mib == 0.01
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli, ["sensitivity", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_prints_json_in_the_order_that_was_asked_for(checkpoint: Path) -> None:
+    options = ("--as", "int4", "--role", "moe.expert", "--role", "moe.router", "--per-layer", "--positions", 6)
+    code, out, _ = run(ENTRY, "--checkpoint", checkpoint, *options, "--by", "margin", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["positions"] == 6
+    assert {(part["role"], part["layer"]) for part in found["parts"]} == {
+        (role, layer) for role in ("moe.expert", "moe.router") for layer in range(4)
+    }
+    margins = [part["margin_lost_per_mib_saved"] for part in found["parts"]]
+    assert margins == sorted(margins, reverse=True)
+    assert margins[0] > 0
+
+
+def test_the_command_prints_a_table(checkpoint: Path) -> None:
+    code, out, err = run(ENTRY, "--checkpoint", checkpoint, "--role", "gdn.out", "--positions", 4)
+    assert code == 0, err
+    assert "gdn.out" in out
+    assert "int8 block 32 symmetric_with_clipping" in out
+    assert "4 positions; reference: fp16" in out
+
+
+def test_what_cannot_be_measured_is_said(checkpoint: Path) -> None:
+    at = (ENTRY, "--checkpoint", checkpoint)
+    code, _, err = run(*at, "--role", "moe.router")
+    assert code == 2
+    assert "leaves moe.router alone. Say how with --as." in err
+    code, _, err = run(*at, "--recipe", "fp16")
+    assert code == 2
+    assert "Recipe fp16 quantizes nothing." in err
+    code, _, err = run(*at, "-p", "short", "--positions", 100)
+    assert code == 2
+    assert "100 positions were asked for" in err
+    code, _, err = run(checkpoint, "--sample")
+    assert code == 2
+    assert "are for an entry" in err
