@@ -32,7 +32,7 @@ from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.entry import find_entry
 from coreai_zoo.gates import Activations
-from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control, of_recipe
+from coreai_zoo.gates.bounds import BoundCheck, Kind, check_bounds, check_control, of_recipe
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
 from coreai_zoo.gates.rule import Verdict, compare
@@ -116,7 +116,8 @@ class Target:
         A control is built from the checkpoint, so it shares what is wrong with the decoder and the weight map, and
         nothing that is wrong with a quantized file.
         """
-        bounds = of_recipe(_record(mutant.declared or mutant.recipe), len(self.config.layer_types), "torch")
+        kind: Kind = "dense" if self.config.moe is None else "routed"
+        bounds = of_recipe(_record(mutant.declared or mutant.recipe), len(self.config.layer_types), "torch", kind)
         verdict = self._compare(self.run(mutant, mutant.recipe))
         outcome = Outcome(verdict, check_bounds(verdict, bounds))
         if outcome.caught_by is not None:
