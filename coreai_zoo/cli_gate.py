@@ -93,10 +93,20 @@ class GateOptions:
 @click.option("--cached-only", is_flag=True, help="Fail where the cache has no result, instead of computing it.")
 @click.option("--against", type=_EXISTING, metavar="OTHER", help="Compare with another bundle of the same checkpoint.")
 @click.option("-o", "--output", type=_EXISTING, metavar="DIR", help="Where the report goes. Default: BUNDLE/gate.")
+@click.option(
+    "--sensitivity", is_flag=True, help="Instead: rank roles by what quantizing them costs, as `zoo sensitivity`."
+)
 @json_option
 @click.pass_context
 def gate(
-    ctx: click.Context, /, bundle: Path, against: Path | None, output: Path | None, as_json: bool, **given: Any
+    ctx: click.Context,
+    /,
+    bundle: Path,
+    against: Path | None,
+    output: Path | None,
+    sensitivity: bool,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Compare a bundle with Hugging Face, position by position.
 
@@ -116,6 +126,11 @@ def gate(
     from coreai_zoo.gates import transcript as transcripts
 
     options = GateOptions(**given)
+    if sensitivity:
+        if against is not None or output is not None:
+            raise BadInput("--sensitivity judges nothing: leave out --against and --output.")
+        _rank(ctx, bundle, options, as_json=as_json)
+        return
     opened = [Bundle.open(path) for path in (bundle, against) if path is not None]
     transcripts.check_writable(bundle / GATE_FOLDER if output is None else output)
     records = run_gate(opened, options, plugins_of(ctx), Reporter(silent=as_json))
@@ -128,6 +143,19 @@ def gate(
     if not records[0]["verdict"]["passed"]:
         reasons = records[0]["verdict"]["reasons"]
         raise CheckFailed(f"{bundle.name} fails the gate: {'; '.join(reasons)}.")
+
+
+def _rank(ctx: click.Context, bundle: Path, options: GateOptions, *, as_json: bool) -> None:
+    """Run `zoo sensitivity` with what it has in common with `zoo gate`."""
+    from coreai_zoo.cli_sensitivity import sensitivity
+
+    shared = {"checkpoint": options.checkpoint, "prompt": options.prompt, "positions": options.positions}
+    if options != GateOptions(**shared):
+        raise BadInput(
+            "--sensitivity goes with --checkpoint, --prompt, --positions and --json only.",
+            "`zoo sensitivity` has more options of its own.",
+        )
+    ctx.invoke(sensitivity, subject=str(bundle), as_json=as_json, **shared)
 
 
 def run_gate(

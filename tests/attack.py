@@ -31,11 +31,11 @@ from coreai_zoo import export
 from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.entry import find_entry
-from coreai_zoo.gates import Activations
+from coreai_zoo.gates import Activations, rule
 from coreai_zoo.gates.bounds import BoundCheck, Kind, check_bounds, check_control, of_recipe
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
-from coreai_zoo.gates.rule import Verdict, compare
+from coreai_zoo.gates.rule import Verdict
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.quantize import RECIPES, Recipe
 from coreai_zoo.store import WeightStore
@@ -98,15 +98,16 @@ class Target:
     Args:
         kind: of the feed-forward.
         work: where quantized weights are kept.
+        positions: of the prompt.
     """
 
-    def __init__(self, kind: str, work: Path) -> None:
+    def __init__(self, kind: str, work: Path, positions: int = POSITIONS) -> None:
         self.kind, self.work = kind, work
         directory = find_entry(ENTRIES[kind], default_plugins())[0].sample_directory()
         self.checkpoint = Checkpoint.open(directory)
         self.config = OVERLAY.read_config(self.checkpoint.config)
         text = named_prompts(["code"])[0].text
-        self.tokens = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids[:POSITIONS]
+        self.tokens = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids[:positions]
         self.oracle = Oracle(self.checkpoint, self.checkpoint.config).run(self.tokens)
         self._stores: dict[str, WeightStore] = {}
 
@@ -116,24 +117,30 @@ class Target:
         A control is built from the checkpoint, so it shares what is wrong with the decoder and the weight map, and
         nothing that is wrong with a quantized file.
         """
-        kind: Kind = "dense" if self.config.moe is None else "routed"
-        bounds = of_recipe(_record(mutant.declared or mutant.recipe), len(self.config.layer_types), "torch", kind)
-        verdict = self._compare(self.run(mutant, mutant.recipe))
+        layers = len(self.config.layer_types)
+        bounds = of_recipe(_record(mutant.declared or mutant.recipe), layers, "torch", self.bounds_kind)
+        verdict = self.compare(self.run(mutant, mutant.recipe))
         outcome = Outcome(verdict, check_bounds(verdict, bounds))
         if outcome.caught_by is not None:
             return outcome
-        control = self.control if mutant.in_file else self._compare(self.run(mutant, RECIPES["fp16"]))
+        control = self.control if mutant.in_file else self.compare(self.run(mutant, RECIPES["fp16"]))
         return Outcome(verdict, (*outcome.checks, *check_control(verdict, control, bounds)))
 
     @functools.cached_property
     def control(self) -> Verdict:
         """Of the untouched decoder on plain weights."""
-        return self._compare(self.run(UNTOUCHED, RECIPES["fp16"]))
+        return self.compare(self.run(UNTOUCHED, RECIPES["fp16"]))
 
-    def _compare(self, found: Activations) -> Verdict:
+    @property
+    def bounds_kind(self) -> Kind:
+        """Which bounds it is held to."""
+        return "dense" if self.config.moe is None else "routed"
+
+    def compare(self, found: Activations) -> Verdict:
+        """The margin rule on what a candidate computed."""
         experts = None if self.config.moe is None else self.config.moe.top_k
         with np.errstate(all="ignore"):  # mutants overflow
-            return compare(self.tokens, self.oracle, found, experts)
+            return rule.compare(self.tokens, self.oracle, found, experts)
 
     def run(self, mutant: Mutant, recipe: Recipe) -> Activations:
         """What the mutated decoder computes."""

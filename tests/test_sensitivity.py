@@ -163,3 +163,13 @@ def test_what_cannot_be_measured_is_said(checkpoint: Path) -> None:
     code, _, err = run(checkpoint, "--sample")
     assert code == 2
     assert "are for an entry" in err
+
+
+def test_the_gate_has_it_as_an_option(checkpoint: Path) -> None:
+    arguments = ["gate", ENTRY, "--sensitivity", "--checkpoint", str(checkpoint), "--positions", "3", "--json"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert {part["role"] for part in json.loads(result.stdout)["parts"]} >= {"head", "gdn.in", "moe.expert"}
+    result = CliRunner().invoke(cli, [*arguments, "--candidate", "torch"])
+    assert result.exit_code == 2
+    assert "--sensitivity goes with" in result.stderr
