@@ -41,7 +41,7 @@ from coreai_zoo.quantize import RECIPES, Recipe
 from coreai_zoo.store import WeightStore
 from coreai_zoo.weights import plan_weights
 from coreai_zoo_overlays import qwen3_5
-from decoders import OVERLAY, feed, fresh_states, signature
+from decoders import OVERLAY, feed, fresh_states, one_thread, signature
 from mutants import BOTH, MUTANTS, REFUSALS, Mutant, applied
 
 ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
@@ -79,17 +79,6 @@ class Outcome:
 
 def _short(value: float, check: BoundCheck) -> str:
     return f"{value:.5f}" if check.at_least else f"{value:.2g}"
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: a step of a miniature is over before a second thread has woken up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Target:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,14 @@ def feed(module: nn.Module, tokens: list[int], states: list[Tensor], *pieces: in
 def paths(module: nn.Module, pattern: str) -> list[str]:
     """Module paths that match a pattern."""
     return [path for path, _ in module.named_modules() if fnmatch.fnmatchcase(path, pattern)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: a step of a miniature is over before a second thread has woken up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -65,7 +65,6 @@ class Mutant:
         declared: the recipe that it claims to be, where that is another.
         in_file: what is wrong is a quantized file, so that a control made from the checkpoint is right.
         runs: how often the prompt is run before the last run is judged.
-        stepped: shows only where states are carried from call to call, not where a prompt is one call.
     """
 
     name: str
@@ -77,7 +76,6 @@ class Mutant:
     declared: Recipe | None = field(default=None, repr=False)
     in_file: bool = False
     runs: int = 1
-    stepped: bool = False
 
 
 @contextlib.contextmanager
@@ -167,7 +165,7 @@ def eps(value: float) -> Callable[[nn.Module], None]:
 
 
 def swap(one: str, other: str) -> Callable[[nn.Module], None]:
-    """Exchange two submodules of each module that has both, or of the decoder by their full paths."""
+    """Exchange two submodules of each module that has both."""
 
     def apply(decoder: nn.Module) -> None:
         owners = [module for _, module in decoder.named_modules() if hasattr(module, one) and hasattr(module, other)]
@@ -361,7 +359,6 @@ _ALL = (
         "kv-slot-shared",
         "every attention layer uses the first slot of the cache",
         edits=(Edit(_LAYER, "(keys[self.index], values[self.index])", "(keys[0], values[0])"),),
-        stepped=True,
     ),
     # -- RoPE
     Mutant(
@@ -618,7 +615,6 @@ _ALL = (
         "state-slot-of-another-layer",
         "a layer reads the states of the next one",
         edits=(Edit(_LAYER, "states.read(self.index)", "states.read((self.index + 1) % len(states._stores[0]))"),),
-        stepped=True,
     ),
     # -- gated delta net: the convolution
     Mutant(
@@ -651,13 +647,11 @@ _ALL = (
         "conv-state-not-advanced",
         "the oldest inputs are kept as state, not the newest",
         edits=(Edit(_CONVS[1], "window[..., 1:]", "window[..., :-1]"),),
-        stepped=True,
     ),
     Mutant(
         "conv-state-after-activation",
         "the state holds what silu makes of the inputs",
         edits=(Edit(_CONVS[1], "window[..., 1:]", "torch.cat((state[..., 1:], F.silu(x.transpose(1, 2))), dim=-1)"),),
-        stepped=True,
     ),
     Mutant(
         "conv-state-of-outputs",
@@ -669,7 +663,6 @@ _ALL = (
                 "torch.cat((state[..., 1:], (window * self.weight).sum(-1)[..., None]), dim=-1)",
             ),
         ),
-        stepped=True,
     ),
     # -- feed-forward
     Mutant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,18 @@ from coreai_zoo.overlay import QuantizationSpec
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.resolve import BuildRequest, Resolved, resolve
 from coreai_zoo.store import WeightStore
-from decoders import feed, fresh_states
+from decoders import feed, fresh_states, one_thread
 
 INT4 = QuantizationSpec("int4", "symmetric_with_clipping", 32)
 INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
 TOKENS = [5, 80, 17, 200, 33, 8, 120, 64, 9, 250, 11, 77]
 ENTRY = "qwen3.6-35b-a3b"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
