@@ -149,13 +149,20 @@ def _rank(ctx: click.Context, bundle: Path, options: GateOptions, *, as_json: bo
     """Run `zoo sensitivity` with what it has in common with `zoo gate`."""
     from coreai_zoo.cli_sensitivity import sensitivity
 
-    shared = {"checkpoint": options.checkpoint, "prompt": options.prompt, "positions": options.positions}
-    if options != GateOptions(**shared):
+    shared = GateOptions(checkpoint=options.checkpoint, prompt=options.prompt, positions=options.positions)
+    if options != shared:
         raise BadInput(
             "--sensitivity goes with --checkpoint, --prompt, --positions and --json only.",
             "`zoo sensitivity` has more options of its own.",
         )
-    ctx.invoke(sensitivity, subject=str(bundle), as_json=as_json, **shared)
+    ctx.invoke(
+        sensitivity,
+        subject=str(bundle),
+        checkpoint=shared.checkpoint,
+        prompt=shared.prompt,
+        positions=shared.positions,
+        as_json=as_json,
+    )
 
 
 def run_gate(

@@ -63,22 +63,33 @@ class Outcome:
 
     @property
     def caught_by(self) -> str | None:
-        """The first measure that fails, in the gate's order; None when it passed."""
+        """Confident flips, or else the measure that exceeds its bound by the largest factor; None when it passed."""
         if not self.verdict.passed:
             return "confident flips"
-        return next((check.name for check in self.checks if not check.passed), None)
+        return None if self._worst is None else self._worst.name
 
     @property
     def evidence(self) -> str:
-        """That measure with its number."""
+        """That measure in numbers; empty when it passed."""
         if not self.verdict.passed:
             return f"{len(self.verdict.confident_flips)} of {self.verdict.confident_positions}"
-        check = next(check for check in self.checks if not check.passed)
-        return f"{_short(check.value, check)} (limit {_short(check.limit, check)})"
+        if self._worst is None:
+            return ""
+        value, limit = (
+            (f"{n:.5f}" if self._worst.at_least else f"{n:.2g}") for n in (self._worst.value, self._worst.limit)
+        )
+        return f"{value}, the bound is {limit}"
 
+    @property
+    def _worst(self) -> BoundCheck | None:
+        broken = [check for check in self.checks if not check.passed]
+        return max(broken, key=self._excess, default=None)
 
-def _short(value: float, check: BoundCheck) -> str:
-    return f"{value:.5f}" if check.at_least else f"{value:.2g}"
+    @staticmethod
+    def _excess(check: BoundCheck) -> float:
+        # A cosine is as far from 1 as an error is from 0.
+        value, limit = ((1 - n if check.at_least else n) for n in (check.value, check.limit))
+        return value / limit if limit else math.inf
 
 
 class Target:
@@ -101,7 +112,7 @@ class Target:
         self._stores: dict[str, WeightStore] = {}
 
     def attack(self, mutant: Mutant) -> Outcome:
-        """The gate's verdict on `mutant`. The control runs where nothing else has caught it: it cannot undo a failure.
+        """The gate's verdict on `mutant`. The control runs where no token flips: it cannot undo a failure.
 
         A control is built from the checkpoint, so it shares what is wrong with the decoder and the weight map, and
         nothing that is wrong with a quantized file.
@@ -109,11 +120,11 @@ class Target:
         layers = len(self.config.layer_types)
         bounds = of_recipe(_record(mutant.declared or mutant.recipe), layers, "torch", self.bounds_kind)
         verdict = self.compare(self.run(mutant, mutant.recipe))
-        outcome = Outcome(verdict, check_bounds(verdict, bounds))
-        if outcome.caught_by is not None:
-            return outcome
+        checks = check_bounds(verdict, bounds)
+        if not verdict.passed:
+            return Outcome(verdict, checks)
         control = self.control if mutant.in_file else self.compare(self.run(mutant, RECIPES["fp16"]))
-        return Outcome(verdict, (*outcome.checks, *check_control(verdict, control, bounds)))
+        return Outcome(verdict, (*checks, *check_control(verdict, control, bounds)))
 
     @functools.cached_property
     def control(self) -> Verdict:
@@ -209,9 +220,9 @@ table, which was printed by
 
 Each is run over the first {positions} positions of the built-in prompt `code`, as the decoder that is exported
 (contract `static-s1`, token by token, states carried) in PyTorch, with weights quantized as `int8hu`, the recipe that
-ships, unless the mutant says otherwise. "Caught by" names the first measure that fails, in the gate's order: confident
-flips (how many, of how many positions where the oracle was sure), then the bounds of the recipe (docs/gate.md), then
-those of the fp16 control, which has the same decoder and no quantization noise to hide under.
+ships, unless the mutant says otherwise. "Caught by" says how many tokens flip of those that the oracle is sure of. Where
+none does, it names the measure that exceeds its bound (docs/gate.md) by the largest factor, be it one of the candidate
+or of the fp16 control, which has the same decoder and no quantization noise to hide under.
 
 """
 

@@ -232,4 +232,5 @@ def margins_lost(reference: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) 
         found: np.ndarray[Any, Any] = np.take_along_axis(values, best, axis=-1)[:, 0] - others.max(axis=-1)
         return found
 
-    return np.maximum(lead(reference) - lead(logits), 0)
+    lost: np.ndarray[Any, Any] = np.maximum(lead(reference) - lead(logits), 0)
+    return lost
