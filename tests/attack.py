@@ -220,7 +220,7 @@ table, which was printed by
 
 Each is run over the first {positions} positions of the built-in prompt `code`, as the decoder that is exported
 (contract `static-s1`, token by token, states carried) in PyTorch, with weights quantized as `int8hu`, the recipe that
-ships, unless the mutant says otherwise. "Caught by" says how many tokens flip of those that the oracle is sure of. Where
+ships, unless the mutant says otherwise. "Caught by" says how many tokens flip of those the oracle is sure of. Where
 none does, it names the measure that exceeds its bound (docs/gate.md) by the largest factor, be it one of the candidate
 or of the fp16 control, which has the same decoder and no quantization noise to hide under.
 
