@@ -40,7 +40,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
         "gate": ("coreai_zoo.cli_gate:gate", "Compare a bundle with Hugging Face, position by position."),
         "sensitivity": (
             "coreai_zoo.cli_sensitivity:sensitivity",
-            "Rank weights by what quantizing them costs per byte saved.",
+            "Rank a model's weights by what quantizing them costs for each byte that it saves.",
         ),
         "verify": (
             "coreai_zoo.cli_build:verify",
