@@ -251,8 +251,8 @@ _TAIL = """
 * **A constant offset on all RoPE positions** changes nothing: RoPE depends on the distance of query and key only. The
   off-by-one mutants therefore shift queries against keys, or where keys are written.
 * **Router softmax after top-k** is the same as before it with renormalisation: the sum that divides cancels.
-* **The recurrent state carried in bf16**, or eps of 1e-5 in the two norms of a layer only, are at most 1.8 times the
-  error that fp16 has anyway (on the dense sample the control's median relative error is 0.0008 instead of 0.0006). No
+* **The recurrent state carried in bf16**, or eps of 1e-5 in the first norm of a layer only, make at most 1.8 times the
+  error that fp16 makes anyway on the dense sample (median relative error of the control 0.0008 instead of 0.0006). No
   bound that leaves room for fp16 sees that, and no token changes.
 * **The order in which key / value heads are repeated** cannot show on samples with one key / value head; random
   architectures with up to three are compared with transformers in `tests/test_parity.py`.

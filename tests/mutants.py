@@ -292,7 +292,7 @@ _ALL = (
     # -- softmax attention
     Mutant(
         "attention-gate-not-interleaved",
-        "[query | gate] is split once, not per head",
+        "query and gate are split once, not per head",
         edits=(
             Edit(
                 _ATTENTION,
@@ -303,7 +303,7 @@ _ALL = (
     ),
     Mutant(
         "attention-gate-first",
-        "[gate | query] is read where it is [query | gate]",
+        "gate and query are read in the wrong order",
         edits=(Edit(_ATTENTION, "query, gate = self", "gate, query = self"),),
     ),
     Mutant(
@@ -450,7 +450,7 @@ _ALL = (
     ),
     Mutant(
         "gdn-grouped-by-key-head",
-        "[q | k | v] is read per key head, as Qwen3-Next packs it",
+        "q, k and v are read per key head, as Qwen3-Next packs them",
         edits=(
             Edit(
                 _GDN,
@@ -682,7 +682,7 @@ _ALL = (
     ),
     Mutant(
         "expert-gate-and-up-swapped",
-        "[up | gate] is read where it is [gate | up]",
+        "gate and up are read in the wrong order",
         MOE,
         edits=(Edit("feed_forward.Experts.forward", "gate, up = self", "up, gate = self"),),
     ),

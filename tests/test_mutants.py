@@ -74,6 +74,7 @@ def test_the_documentation_lists_every_mutant_once_and_no_other(listed: dict[tup
     assert len(MUTANTS) >= 28
     assert sorted(listed) == sorted((mutant.name, kind) for mutant, kind in CASES)
     for item in (*MUTANTS.values(), *REFUSALS):
+        assert "|" not in item.mistake
         assert text.count(f"| `{item.name}` | {item.mistake} |") == 1
 
 
