@@ -125,6 +125,9 @@ def _request(subject: str, options: _Options, plugins: Plugins) -> BuildRequest:
         sample=options.sample,
         recipe=options.recipe,
         layers=options.layers,
+        # Nothing is built that could claim to be the published model.
+        custom=options.checkpoint is not None,
+        allow_unverified=True,
     )
 
 

@@ -66,7 +66,7 @@ def test_a_wrong_checkpoint_is_refused_before_a_weight_is_converted(
     weights = tmp_path / "checkpoint" / "model.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in refusal.change(load_file(weights)).items()}, weights)
     with pytest.raises(BadInput, match=refusal.phrase):
-        resolve(BuildRequest(ENTRIES[kind], checkpoint=tmp_path / "checkpoint", output=tmp_path), plugins)
+        resolve(BuildRequest(ENTRIES[kind], checkpoint=tmp_path / "checkpoint", custom=True, output=tmp_path), plugins)
 
 
 def test_the_documentation_lists_every_mutant_once_and_no_other(listed: dict[tuple[str, str], str]) -> None:

@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resolved(checkpoint: Path) -> Resolved:
-    return resolve(BuildRequest(ENTRY, checkpoint=checkpoint, output=checkpoint.parent), default_plugins())
+    return resolve(BuildRequest(ENTRY, checkpoint=checkpoint, custom=True, output=checkpoint.parent), default_plugins())
 
 
 @pytest.fixture(scope="module")
