@@ -44,6 +44,7 @@ class _Options:
 
     checkpoint: Path | None
     sample: bool
+    custom: bool
     recipe: str | None
     layers: int | None
     quantize_as: str | None
@@ -57,6 +58,7 @@ class _Options:
 @click.argument("subject", metavar="BUNDLE_OR_ENTRY")
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local Hugging Face checkpoint.")
 @click.option("--sample", is_flag=True, help="Of an entry: the miniature that ships with it.")
+@click.option("--custom", is_flag=True, help="Of an entry: the checkpoint is of other sizes, as in `zoo build`.")
 @click.option("--recipe", metavar="R", help=f"Of an entry: {', '.join(RECIPES)}. Default: the entry's.")
 @click.option("--layers", type=click.IntRange(1), metavar="N", help="Of an entry: its first N layers only.")
 @click.option(
@@ -112,8 +114,10 @@ def _request(subject: str, options: _Options, plugins: Plugins) -> BuildRequest:
     """The build that made a bundle, or that would make one of an entry."""
     path = Path(subject)
     if path.is_dir():
-        if options.sample or options.recipe or options.layers:
-            raise BadInput("--sample, --recipe and --layers are for an entry; a bundle says what it was built from.")
+        if options.sample or options.custom or options.recipe or options.layers:
+            raise BadInput(
+                "--sample, --custom, --recipe and --layers are for an entry; a bundle says what it was built from."
+            )
         from coreai_zoo.gates.teacher_forced import check_checkpoint
 
         bundle = Bundle.open(path)
@@ -125,9 +129,8 @@ def _request(subject: str, options: _Options, plugins: Plugins) -> BuildRequest:
         sample=options.sample,
         recipe=options.recipe,
         layers=options.layers,
-        # Nothing is built that could claim to be the published model.
-        custom=options.checkpoint is not None,
-        allow_unverified=True,
+        custom=options.custom,
+        allow_unverified=True,  # nothing is built that could claim to be the published model
     )
 
 
