@@ -54,7 +54,7 @@ def tensors_of(hf_config: Mapping[str, Any], plugins: Plugins) -> list[Tensor]:
     overlay, _ = plugins.claim_overlay(str(hf_config["model_type"]), hf_config)
     config = overlay.read_config(hf_config)
     module = export.build_module(lambda: overlay.decoder(config, find_contract("static-s1")), [])
-    table = plugins.weight_map(overlay, config)
+    table = plugins.weight_map(overlay, None, config)
     parameters = export.parameters_of(module)
     tensors = {tensor.key: tensor for name, info in parameters.items() for tensor in _sources(name, info.shape, table)}
     return list(tensors.values())
@@ -116,8 +116,8 @@ def _write_random(file: Any, tensor: Tensor, values: int, rng: np.random.Generat
 
 def write_checkpoint(hf_config: Mapping[str, Any], tokenizer: Path, fill: str, output: Path, plugins: Plugins) -> int:
     """Write the whole checkpoint; the bytes of its tensors."""
-    output.mkdir(parents=True)
     rng, shards = np.random.default_rng(SEED), shards_of(tensors_of(hf_config, plugins))
+    output.mkdir(parents=True)
     names = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--fill", choices=("random", "sparse"), default="random")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.output.exists():
+        parser.error(f"{arguments.output} exists")
     plugins = default_plugins()
     tokenizer = find_entry(arguments.entry or "qwen3.6-27b", plugins)[0].sample_directory()
     if arguments.config:

@@ -46,10 +46,10 @@ def load(directory: Path) -> tuple[nn.Module, TraceSpec, WeightPlan, Recipe]:
     plugins, checkpoint = default_plugins(), Checkpoint.open(directory)
     overlay, _ = plugins.claim_overlay(str(checkpoint.config["model_type"]), checkpoint.config)
     config = overlay.read_config(checkpoint.config)
-    rewrites = plugins.layer_rewrites(overlay, config, STATIC_S1)
+    rewrites = plugins.layer_rewrites(overlay, None, config, STATIC_S1)
     module = export.build_module(lambda: overlay.decoder(config, STATIC_S1), rewrites).to_empty(device="cpu")
     recipe = find_recipe("int8hu").with_head(plugins.head_quantization(overlay, None, config))
-    table = plugins.weight_map(overlay, config)
+    table = plugins.weight_map(overlay, None, config)
     plan = plan_weights(table, export.parameters_of(module), checkpoint.tensors, recipe)
     for planned in plan.tensors:
         rows = [checkpoint.read_rows(s.key, 0, s.stop - s.start) for s in planned.sources]
@@ -59,7 +59,7 @@ def load(directory: Path) -> tuple[nn.Module, TraceSpec, WeightPlan, Recipe]:
         parameter = module.get_parameter(planned.name)
         parameter.data = value.to(parameter.dtype).reshape(parameter.shape)
         parameter.requires_grad = False
-    states = plugins.extra_states(overlay, config, STATIC_S1)
+    states = plugins.extra_states(overlay, None, config, STATIC_S1)
     spec = STATIC_S1.trace_spec(overlay.kv_cache(config), states, overlay.facts(config)["vocab_size"], 4096)
     return module, spec, plan, recipe
 

@@ -1,0 +1,70 @@
+"""The scripts under benchmarks/ run: what they measure is another matter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from checkpoints import text_config
+
+
+def run(root: Path, script: str, *arguments: str) -> str:
+    command = [sys.executable, "-W", "ignore", str(root / "benchmarks" / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps(text_config(request.param)))
+    return path
+
+
+@pytest.mark.parametrize("fill", ["random", "sparse"])
+def test_a_synthetic_checkpoint_has_no_two_equal_tensors_but_gains(
+    fill: str, config: Path, root: Path, tmp_path: Path
+) -> None:
+    run(root, "synthetic_checkpoint.py", "--config", str(config), "--fill", fill, "-o", str(tmp_path / "made"))
+    index = json.loads((tmp_path / "made" / "model.safetensors.index.json").read_text())
+    seen: dict[bytes, str] = {}
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "made" / file, "pt") as shard:
+            values = shard.get_tensor(name).float().numpy().tobytes()
+        if "norm" not in name:
+            assert any(values), name
+            assert seen.setdefault(values, name) == name
+    assert seen
+
+
+@pytest.mark.slow
+def test_the_baseline_writes_the_constants_that_a_build_writes(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(text_config("dense")))
+    run(root, "synthetic_checkpoint.py", "--config", str(path), "-o", str(tmp_path / "made"))
+    answer: dict[str, Any] = json.loads(
+        run(root, "whole_model_baseline.py", str(tmp_path / "made"), "-o", str(tmp_path / "whole")).splitlines()[-1]
+    )
+    assert set(answer) == {"load", "quantize", "convert", "seconds"}
+    assert (tmp_path / "whole" / "whole_model.aimodel" / "main.mlirb").stat().st_size > 50_000
+
+
+def test_measure_tells_time_memory_and_stages(root: Path) -> None:
+    script = (
+        'import sys, time; print(\'{"event": "stage", "stage": "a", "state": "start"}\', file=sys.stderr, '
+        'flush=True); held = bytearray(b\'x\') * 60_000_000; time.sleep(0.3); print(\'{"event": "stage", "stage": '
+        '"a", "state": "end", "seconds": 0.3}\', file=sys.stderr, flush=True); print(\'[1, 2]\')'
+    )
+    answer = json.loads(run(root, "measure.py", "--", sys.executable, "-c", script))
+    assert answer["exit_code"] == 0
+    assert answer["output"] == [1, 2]
+    assert answer["seconds"] >= 0.3
+    assert 60_000_000 <= answer["peak_anonymous_bytes"] <= answer["peak_rss_bytes"] < 120_000_000
+    assert answer["stages"]["a"]["peak_anonymous_bytes"] >= 60_000_000
