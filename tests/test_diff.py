@@ -22,10 +22,8 @@ from coreai_zoo.backends.coreai import CoreAIBackend
 from coreai_zoo.cli import cli
 from coreai_zoo.diff import Difference, Section, as_markdown, numerics_missing
 from coreai_zoo.errors import BadInput
-from coreai_zoo.graph import count
-from coreai_zoo.quantize import find_recipe
+from coreai_zoo.graph import Graph, LayerKind, count
 from coreai_zoo.revision import build_sample, worktree
-from test_coreai_backend import filled, toy
 
 BACKEND = CoreAIBackend()
 POSITIONS = "6"
@@ -214,15 +212,11 @@ def test_every_operation_is_counted_once(built: Callable[[str], Path]) -> None:
     assert {name: len(view) for name, view in BACKEND.constants(asset).items()}.keys() == program.stored.keys()
 
 
-def test_few_layers_tell_what_more_layers_hold(tmp_path: Path) -> None:
-    graphs = {}
-    for layers in (2, 5):
-        model = toy(layers=layers)
-        store = filled(model, find_recipe("int8hu"), tmp_path / str(layers))
-        module, constants = model.bound(store, values=False)
-        graphs[layers] = count(BACKEND.trace(module, model.spec).lowered(constants))
-    assert graphs[2] != graphs[5]
-    assert graphs[2].repeated(["layer"] * 5) == graphs[5]
+def test_layers_that_were_not_lowered_are_counted_like_the_last_of_their_kind() -> None:
+    kinds = LayerKind("l", (0,), {"mul": 1}), LayerKind("l", (1,), {"mul": 2}), LayerKind("f", (2,), {"mul": 3})
+    graph = Graph(kinds, {"cos": 1}, {}).repeated(["l", "l", "f", "l", "l", "f"])
+    assert [(kind.name, kind.layers) for kind in graph.kinds] == [("l", (0,)), ("l", (1, 3, 4)), ("f", (2, 5))]
+    assert graph.total == {"mul": 1 + 3 * 2 + 2 * 3, "cos": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
