@@ -46,6 +46,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
             "coreai_zoo.cli_build:verify",
             "Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.",
         ),
+        "diff": (
+            "coreai_zoo.cli_diff:diff",
+            "What differs between two bundles, entries, recipes or revisions of the code.",
+        ),
+        "check": ("coreai_zoo.cli_check:check", "Everything that has to hold before a change is merged."),
         "plugins": ("coreai_zoo.cli:list_plugins", "Which plugins are installed and what each brings."),
         "doctor": ("coreai_zoo.cli:doctor", "What this machine and installation can and cannot do."),
     }

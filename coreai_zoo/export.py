@@ -153,6 +153,19 @@ class Layout(Protocol):
         """How it is quantized, or None."""
 
 
+class Stored(Layout, Protocol):
+    """A parameter with its bytes; see `store.StoredTensor`."""
+
+    def data(self) -> Any:
+        """Plain values or codes."""
+
+    def scales(self) -> Any:
+        """One for each block."""
+
+    def zero_points(self) -> Any:
+        """One for each block, or None when all are zero."""
+
+
 def allocate(module: nn.Module, layouts: Mapping[str, Layout]) -> None:
     """Give every parameter of `module` memory as it will be stored: enough to trace, and costs nothing until touched.
 
@@ -201,7 +214,7 @@ def _put(module: nn.Module, name: str, value: Tensor, dequantize: Dequantize | N
         parametrize.register_parametrization(owner, leaf, dequantize, unsafe=True)
 
 
-def constants(store: WeightStore, names: Iterable[str]) -> dict[str, Constant]:
+def constants(store: WeightStore | Mapping[str, Stored], names: Iterable[str]) -> dict[str, Constant]:
     """The stored bytes of the parameters `names`, by the names that they have in the state of a bound module."""
     found: dict[str, Constant] = {}
     for name in names:

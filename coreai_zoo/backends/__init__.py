@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from attrs import frozen
 
 from coreai_zoo.overlay import TraceSpec
+from coreai_zoo.program import Program
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +41,9 @@ class Traced(Protocol):
         Raises:
             EnvironmentLacks: when the disk is full.
         """
+
+    def lowered(self, constants: Mapping[str, Constant]) -> Program:
+        """What `save` would write, without writing it."""
 
 
 class Stepper(Protocol):
@@ -105,6 +109,13 @@ class Backend(Protocol):
 
         Raises:
             CheckFailed: when the asset cannot be read, or holds other constants than these.
+        """
+
+    def program(self, asset: Path) -> Program:
+        """Read what a saved asset computes, without the bytes of its constants.
+
+        Raises:
+            CheckFailed: when it cannot be read.
         """
 
     def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> AbstractContextManager[Stepper]:

@@ -33,6 +33,7 @@ from coreai_zoo.bundle import source_date_epoch
 from coreai_zoo.digest import file_sha256
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.overlay import TraceSpec
+from coreai_zoo.program import Program
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,6 +87,11 @@ class CoreAIBackend:
         """See `Backend.state`."""
         _checked_versions()
         return _read_state(asset, state)
+
+    def program(self, asset: Path) -> Program:
+        """See `Backend.program`."""
+        _checked_versions()
+        return _read_program(asset)
 
     @contextlib.contextmanager
     def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[CoreAIStepper]:
@@ -151,6 +157,13 @@ class CoreAITraced:
         """See `Traced.save`."""
         with _toolchain():
             _save(self.lower(constants), destination)
+
+    def lowered(self, constants: Mapping[str, Constant]) -> Program:
+        """See `Traced.lowered`."""
+        from coreai_zoo.backends._coreai_program import read_program
+
+        with _toolchain():
+            return read_program(self.lower(constants))
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
         """The `AIProgram` of all layers."""
@@ -383,6 +396,23 @@ def _read_state(asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -
         raise CheckFailed(
             f"The weights of {asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again."
         ) from error
+
+
+def _read_program(asset: Path) -> Program:
+    """What `asset` computes.
+
+    Raises:
+        CheckFailed: when it is damaged.
+    """
+    from coreai.authoring import AIModelAsset
+
+    from coreai_zoo.backends._coreai_program import read_program
+
+    try:
+        with tempfile.TemporaryDirectory() as folder, _toolchain(), _native_output_captured():
+            return read_program(AIModelAsset.load(str(_without_weights(asset, Path(folder)))).program)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
 
 
 _TIMES = " \N{MULTIPLICATION SIGN} "

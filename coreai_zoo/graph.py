@@ -1,0 +1,262 @@
+"""How many operations a program has, by kind of layer.
+
+A saved program does not say which layer an operation came from, but the constants that it stores carry the names of
+the decoder's parameters, and values flow from layer to layer. So an operation belongs to the last layer that anything
+before it belongs to, starting from those that read a layer's own parameter. What is before the first layer, after the
+last one, or shared by several is `outside`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from attrs import field, frozen
+
+from coreai_zoo.program import Function, Operation, Program
+
+_NOWHERE = -1
+_IN_A_LIST = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
+
+
+@frozen
+class LayerKind:
+    """Layers that hold the same operations.
+
+    Attributes:
+        name: the submodules that not every layer has, or `layer` where all have the same.
+        layers: their positions.
+        operations: of one of them, how often each occurs.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    operations: Mapping[str, int]
+
+
+@frozen
+class Graph:
+    """Operation counts of a program; constants are not operations.
+
+    Attributes:
+        kinds: the layers, in order of their first.
+        outside: operations that belong to no layer.
+        composites: name of each composite to how many operations one is made of, sorted; one number per distinct shape.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    outside: Mapping[str, int]
+    composites: Mapping[str, tuple[int, ...]]
+
+    @property
+    def total(self) -> Counter[str]:
+        """How often each operation occurs, a composite being one."""
+        total = Counter(self.outside)
+        for kind in self.kinds:
+            total.update({name: count * len(kind.layers) for name, count in kind.operations.items()})
+        return total
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return sum(len(kind.layers) for kind in self.kinds)
+
+    def repeated(self, names: Sequence[str]) -> Graph:
+        """The graph of a deeper decoder whose layer at each position is of the kind `names[position]`.
+
+        Layers that this graph has are taken as they are; those beyond are like the last of their kind.
+        """
+        own = {position: kind for kind in self.kinds for position in kind.layers}
+        last = {own[position].name: own[position] for position in sorted(own)}
+        members: dict[int, list[int]] = {}
+        for position, name in enumerate(names):
+            kind = own.get(position) or last[name]
+            members.setdefault(self.kinds.index(kind), []).append(position)
+        kinds = [LayerKind(self.kinds[k].name, tuple(p), self.kinds[k].operations) for k, p in sorted(members.items())]
+        return Graph(tuple(kinds), self.outside, self.composites)
+
+
+def count(program: Program) -> Graph:
+    """Count a program's operations."""
+    names = [operation.stored for operation in program.main.operations if operation.stored]
+    anchors = _Anchors.of(names)
+    layers = _assigned(program.main, anchors)
+    counts: dict[int, Counter[str]] = {}
+    for operation, layer in zip(program.main.operations, layers, strict=True):
+        if not operation.is_constant:
+            counts.setdefault(layer, Counter())[operation.name] += 1
+    outside = counts.pop(_NOWHERE, Counter())
+    composites: dict[str, list[int]] = {}
+    called = {operation.callee: operation.name for operation in program.main.operations if operation.callee}
+    for name, function in program.composites.items():
+        size = sum(not operation.is_constant for operation in function.operations)
+        composites.setdefault(called.get(name, name), []).append(size)
+    sizes = {name: tuple(sorted(found)) for name, found in sorted(composites.items())}
+    return Graph(_kinds(counts, anchors), dict(sorted(outside.items())), sizes)
+
+
+def layer_names(parameters: Iterable[str]) -> list[str]:
+    """The kind of each layer, by name, from the names of a decoder's parameters."""
+    anchors = _Anchors.of(list(parameters))
+    names = anchors.kind_names()
+    return [names[layer] for layer in sorted(names)]
+
+
+@frozen
+class _Anchors:
+    """What the names of constants say about layers.
+
+    Attributes:
+        layer: the layer of each constant that is stored once and named after a parameter of a layer.
+        shared: constants that are read in several places: equal ones are stored once, so the name says nothing.
+    """
+
+    layer: Mapping[str, int]
+    shared: frozenset[str]
+    children: Mapping[int, frozenset[str]] = field(repr=False)
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> _Anchors:
+        shared = frozenset(name for name, times in Counter(names).items() if times > 1)
+        places: dict[str, dict[str, tuple[int, str]]] = {}
+        for name in dict.fromkeys(names):
+            match = _IN_A_LIST.fullmatch(name)
+            if match and name not in shared:
+                places.setdefault(match[1] or "", {})[name] = (int(match[2]), match[3].partition(".")[0])
+        # The longest list; an overlay may have others.
+        inside = max(places.values(), key=lambda found: len({layer for layer, _ in found.values()}), default={})
+        children: dict[int, set[str]] = {}
+        for layer, child in inside.values():
+            children.setdefault(layer, set()).add(child)
+        return cls(
+            {name: layer for name, (layer, _) in inside.items()},
+            shared,
+            {layer: frozenset(found) for layer, found in children.items()},
+        )
+
+    def kind_names(self) -> dict[int, str]:
+        """Of each layer."""
+        common = frozenset.intersection(*self.children.values()) if self.children else frozenset()
+        return {layer: "+".join(sorted(found - common)) or "layer" for layer, found in sorted(self.children.items())}
+
+
+def _kinds(counts: Mapping[int, Counter[str]], anchors: _Anchors) -> tuple[LayerKind, ...]:
+    names = anchors.kind_names()
+    groups: dict[tuple[str, str], list[int]] = {}
+    for layer in sorted(counts):
+        groups.setdefault((names[layer], repr(sorted(counts[layer].items()))), []).append(layer)
+    return tuple(
+        LayerKind(name, tuple(layers), dict(sorted(counts[layers[0]].items()))) for (name, _), layers in groups.items()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which layer an operation belongs to
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _assigned(function: Function, anchors: _Anchors) -> list[int]:
+    """The layer of each operation."""
+    operations = function.operations
+    flow = _Flow.of(operations)
+    anchored = [
+        max((anchors.layer.get(name, _NOWHERE) for name in flow.stored[index]), default=_NOWHERE)
+        for index in range(len(operations))
+    ]
+    layer = [_NOWHERE] * len(operations)
+    for index in range(len(operations)):
+        layer[index] = max(anchored[index], *(layer[before] for before in flow.producers[index]), _NOWHERE)
+    ahead = [_NOWHERE] * len(operations)  # the last layer that anything behind this operation reads a parameter of
+    for index in reversed(range(len(operations))):
+        ahead[index] = max((max(anchored[user], ahead[user]) for user in flow.users[index]), default=_NOWHERE)
+    after = _after_the_layers(flow, anchored, layer, ahead)
+    slots = _slot_reads(flow, layer)
+    for index in reversed(range(len(operations))):
+        if flow.on_state[index] or index in after:
+            layer[index] = _NOWHERE
+            continue
+        behind = {layer[user] for user in flow.users[index]} - {_NOWHERE}
+        if anchored[index] == _NOWHERE and flow.stored[index] & anchors.shared and behind:
+            # Its own parameter has another's name: it is where its result is used first.
+            layer[index] = min(behind)
+        elif index in slots:
+            layer[index] = behind.pop() if len(behind) == 1 else _NOWHERE
+    return layer
+
+
+def _after_the_layers(flow: _Flow, anchored: Sequence[int], layer: Sequence[int], ahead: Sequence[int]) -> set[int]:
+    """Operations behind the last layer: those that read another parameter, and those that gather the new states."""
+    after: set[int] = set()
+
+    def continues(index: int) -> bool:
+        return any(before in after for before in flow.producers[index])
+
+    last = max((index for index, own in enumerate(anchored) if own != _NOWHERE), default=0)
+    # The compiler may rename a constant that it folds, so a parameter of another name says nothing before that.
+    behind = [index for index in range(last + 1, len(flow.users)) if not flow.on_state[index]]
+    for index in behind:
+        is_last = ahead[index] == _NOWHERE and layer[index] != _NOWHERE
+        if continues(index) or (is_last and flow.stored[index]):
+            after.add(index)
+    leads_there: set[int] = set()
+    for index in reversed(behind):
+        if any(user in after or user in leads_there for user in flow.users[index]):
+            leads_there.add(index)
+    for index in behind:
+        sources = {layer[before] for before in flow.producers[index]} - {_NOWHERE}
+        if continues(index) or (len(sources) > 1 and index not in leads_there):
+            after.add(index)
+    return after
+
+
+def _slot_reads(flow: _Flow, layer: Sequence[int]) -> set[int]:
+    """Operations that take a slot out of a state, which an earlier layer may have written another slot of."""
+    slots: set[int] = set()
+    for index, producers in enumerate(flow.producers):
+        states = [before for before in producers if flow.whole_state[before] or before in slots]
+        others = [before for before in producers if before not in states and layer[before] != _NOWHERE]
+        if states and not others and not flow.on_state[index] and not flow.whole_state[index]:
+            slots.add(index)
+    return slots
+
+
+@frozen
+class _Flow:
+    """Who reads whose results; by index of the operation, constants left out.
+
+    Attributes:
+        stored: names of the stored constants that an operation reads.
+        on_state: see `Operation.on_state`.
+        whole_state: whether its result is a state with all its slots.
+    """
+
+    producers: list[list[int]]
+    users: list[list[int]]
+    stored: list[frozenset[str]]
+    on_state: list[bool]
+    whole_state: list[bool]
+
+    @classmethod
+    def of(cls, operations: Sequence[Operation]) -> _Flow:
+        made = {value: index for index, operation in enumerate(operations) for value in operation.results}
+        state_types = {
+            operation.types[0] for operation in operations if operation.on_state and len(operation.types) > 1
+        }
+        producers: list[list[int]] = []
+        stored: list[frozenset[str]] = []
+        users: list[list[int]] = [[] for _ in operations]
+        for index, operation in enumerate(operations):
+            before = [made[value] for value in operation.operands if value in made]
+            stored.append(frozenset(name for at in before if (name := operations[at].stored)))
+            computed = [at for at in before if not operations[at].is_constant and at < index]
+            producers.append(computed)
+            for at in computed:
+                users[at].append(index)
+        return cls(
+            producers,
+            users,
+            stored,
+            [operation.on_state for operation in operations],
+            [any(type_ in state_types for type_ in operation.types) for operation in operations],
+        )

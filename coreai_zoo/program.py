@@ -1,0 +1,93 @@
+"""A lowered program as data: what `zoo diff` and the golden graphs look at. The toolchain's own objects stay behind the
+backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from attrs import frozen
+
+
+@frozen
+class Operation:
+    """One operation.
+
+    Attributes:
+        name: as the toolchain calls it, without the dialect, for example `silu`; of a call, the composite's name.
+        operands: numbers of the values that it reads. Values are numbered in the order of the function, arguments
+            first.
+        results: numbers of the values that it makes.
+        types: of the results, for example `tensor<64x2xfloat16>`; a dynamic size is `?`.
+        attributes: everything else that it says, as text: for a constant its value, or the name of a stored one.
+        stored: name of the stored constant that this is, or None.
+        callee: name of the composite's function that this calls, or None.
+        on_state: whether it reads or writes a whole state, orders such accesses, or returns.
+    """
+
+    name: str
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    types: tuple[str, ...]
+    attributes: tuple[str, ...] = ()
+    stored: str | None = None
+    callee: str | None = None
+    on_state: bool = False
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it computes nothing."""
+        return self.name == "constant"
+
+    def __str__(self) -> str:
+        """What it is, without the values that it is wired to."""
+        attributes = f" {{{', '.join(self.attributes)}}}" if self.attributes else ""
+        return f"{self.name}{attributes} -> {', '.join(self.types) or 'nothing'}"
+
+
+@frozen
+class Function:
+    """A list of operations; those of nested regions follow the operation that holds them.
+
+    Attributes:
+        declaration: names and types of arguments and results, and of a composite its name and attributes.
+    """
+
+    name: str
+    declaration: tuple[str, ...]
+    operations: tuple[Operation, ...]
+
+
+@frozen
+class Program:
+    """Everything that an asset says, but for the bytes of its stored constants.
+
+    Attributes:
+        main: the function that an engine calls.
+        composites: the functions that `main` calls, by name.
+    """
+
+    main: Function
+    composites: Mapping[str, Function]
+
+    @property
+    def functions(self) -> Iterator[Function]:
+        """All functions, `main` first."""
+        yield self.main
+        yield from self.composites.values()
+
+    @property
+    def stored(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Logical shape and dtype of each stored constant. Equal ones are stored once, under the name of one."""
+        return {
+            operation.stored: _shape_and_dtype(operation.types[0])
+            for function in self.functions
+            for operation in function.operations
+            if operation.stored is not None
+        }
+
+
+def _shape_and_dtype(type_: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a type such as `tensor<64x2xfloat16>`."""
+    *shape, dtype = type_.removeprefix("tensor<").removesuffix(">").split("x")
+    return tuple(map(int, shape)), dtype

@@ -1,0 +1,217 @@
+"""`zoo check` passes what holds, fails what does not, and runs all checks either way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from coreai_zoo import goldens
+from coreai_zoo.check import CHECKS
+from coreai_zoo.cli import cli
+from coreai_zoo.entry import find_entry
+from coreai_zoo.errors import BadInput
+from coreai_zoo.goldens import compare, golden, golden_path, of_recipe, read, write
+from coreai_zoo.graph import Graph, LayerKind
+from coreai_zoo.plugins import Plugins, default_plugins
+from coreai_zoo.structure import of_entry
+
+GOLDENS = Path(__file__).parent / "goldens"
+FILES = sorted(GOLDENS.glob("*.toml"))
+
+
+def checked(plugins: Plugins, *only: str) -> Result:
+    arguments = [part for name in only for part in ("--only", name)]
+    return CliRunner().invoke(cli, ["check", "--json", *arguments], obj=plugins)
+
+
+def outcome(result: Result, name: str) -> dict[str, object]:
+    (found,) = (each for each in json.loads(result.stdout)["checks"] if each["name"] == name)
+    return dict(found)
+
+
+def with_entry(path: Path, make_plugin: Callable[..., types.ModuleType]) -> Plugins:
+    """What is installed, and one more entry."""
+    plugins = Plugins.discover()
+    plugins.register(make_plugin(zoo_entries=lambda: [path]), "another")
+    return plugins
+
+
+def sibling(root: Path, tmp_path: Path, *replacements: tuple[str, str]) -> Path:
+    """The dense entry under another name, with pieces of its text replaced."""
+    text = (root / "zoo_entries" / "qwen3.6-27b.toml").read_text()
+    for old, new in (('name = "qwen3.6-27b"', 'name = "sibling"'), *replacements):
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "sibling.toml"
+    path.write_text(text)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_installed_has_valid_entries_and_unambiguous_overlays() -> None:
+    result = checked(default_plugins(), "entries", "overlays")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"]
+    assert [(check["name"], check["passed"]) for check in found["checks"]] == [("entries", True), ("overlays", True)]
+
+
+@pytest.mark.parametrize(
+    ("replacement", "message"),
+    [
+        (('recipe = "int8hu"', 'recipe = "int9"'), "There is no recipe 'int9'"),
+        (('contract = "static-s1"', 'contract = "dynamic"'), "There is no contract 'dynamic'"),
+        (('path = "samples/dense"', 'path = "samples/none"'), "samples/none"),
+        (
+            ("linear_attention_layers = 48", "linear_attention_layers = 47"),
+            "linear_attention_layers is 47, and the other facts make it 48",
+        ),
+    ],
+)
+def test_an_entry_that_cannot_be_built_from_fails(
+    replacement: tuple[str, str],
+    message: str,
+    root: Path,
+    tmp_path: Path,
+    make_plugin: Callable[..., types.ModuleType],
+) -> None:
+    result = checked(with_entry(sibling(root, tmp_path, replacement), make_plugin), "entries", "overlays")
+    assert result.exit_code == 1, result.output
+    assert outcome(result, "entries")["passed"] is False
+    assert message in str(outcome(result, "entries")["detail"])
+    assert outcome(result, "overlays")["passed"] is True  # the next check ran all the same
+    assert "Failed: entries." in result.output
+
+
+def test_two_overlays_for_one_architecture_fail(make_plugin: Callable[..., types.ModuleType]) -> None:
+    from coreai_zoo_overlays.qwen3_5 import Qwen35Overlay
+
+    plugins = Plugins.discover()
+    plugins.register(make_plugin(zoo_claim_overlay=lambda model_type: Qwen35Overlay()), "greedy")
+    result = checked(plugins, "overlays")
+    assert result.exit_code == 1
+    assert "greedy" in str(outcome(result, "overlays")["detail"])
+
+
+def test_a_sample_that_does_not_build_fails(
+    root: Path, tmp_path: Path, make_plugin: Callable[..., types.ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "broken_samples"
+    shutil.copytree(root / "coreai_zoo_qwen36" / "samples" / "dense", package / "dense")
+    (package / "__init__.py").touch()
+    config = json.loads((package / "dense" / "config.json").read_text())
+    config.get("text_config", config)["hidden_size"] = 161
+    (package / "dense" / "config.json").write_text(json.dumps(config))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package_line = ('package = "coreai_zoo_qwen36"', 'package = "broken_samples"')
+    entry = sibling(root, tmp_path, package_line, ("samples/dense", "dense"))
+
+    class OneEntry(Plugins):
+        """What is installed, with no entry but the broken one."""
+
+        def entries(self) -> list[tuple[str, Path]]:
+            return [("another", entry)]
+
+    shown = OneEntry.discover()
+    result = checked(shown, "samples")
+    assert result.exit_code == 1, result.output
+    assert str(outcome(result, "samples")["detail"]).startswith("sibling: ")
+
+
+def test_the_documentation_is_checked_by_the_tests_of_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    nothing = checked(Plugins(), "docs")
+    assert nothing.exit_code == 0
+    assert outcome(nothing, "docs")["passed"] is None
+    (tmp_path / "tests").mkdir()
+    tests = tmp_path / "tests" / "test_docs.py"
+    tests.write_text("def test_a_hook_is_documented():\n    pass\n")
+    assert outcome(checked(Plugins(), "docs"), "docs")["passed"] is True
+    tests.write_text("def test_a_hook_is_documented():\n    assert 'zoo_new_hook' == 'documented'\n")
+    failed = checked(Plugins(), "docs")
+    assert failed.exit_code == 1
+    assert "test_a_hook_is_documented" in str(outcome(failed, "docs")["detail"])
+
+
+def test_a_check_that_is_none_and_an_update_of_nothing_are_refused() -> None:
+    assert CliRunner().invoke(cli, ["check", "--only", "spelling"]).exit_code == 2
+    result = CliRunner().invoke(cli, ["check", "--only", "entries", "--update-goldens"])
+    assert result.exit_code == 2
+    assert "writes nothing" in result.output
+
+
+def test_every_check_says_what_it_is() -> None:
+    assert [*CHECKS] == ["entries", "overlays", "goldens", "samples", "docs"]
+    assert all(check.__doc__ for check in CHECKS.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Golden graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def graph(linear: dict[str, int]) -> Graph:
+    kinds = (LayerKind("linear", (0, 2), linear), LayerKind("full", (1,), {"mul": 3}))
+    return Graph(kinds, {"cos": 1}, {"rms_norm": (9, 9)})
+
+
+def test_a_golden_graph_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    entry, _ = find_entry("qwen3.6-27b", default_plugins())
+    made = golden(entry, {"fp16": graph({"mul": 2}), "int8": graph({"mul": 2, "blockwise_shift_scale": 4})})
+    write(made, tmp_path / "golden.toml")
+    assert read(tmp_path / "golden.toml") == made
+    assert compare(made, made) == []
+    text = (tmp_path / "golden.toml").read_text()
+    assert "blockwise_shift_scale = { fp16 = 0, int8 = 4 } # one for each quantized matrix" in text
+    counts = [line for line in text.splitlines() if " = " in line and not line.startswith(("#", "entry", "ffn"))]
+    assert counts and all(" # " in line for line in counts)
+    assert of_recipe(made, "fp16")["linear"] == {"layers": 2, "operations": 2, "mul": 2}
+
+
+def test_a_count_that_changed_is_named_with_both_numbers() -> None:
+    entry, _ = find_entry("qwen3.6-27b", default_plugins())
+    before, after = (golden(entry, {"fp16": graph(counts)}) for counts in ({"mul": 2}, {"mul": 3, "add": 1}))
+    assert compare(before, after) == [
+        "all: operations is 12, the golden graph has 8",
+        "linear: add is 1, the golden graph has none",
+        "linear: mul is 3, the golden graph has 2",
+        "linear: operations is 4, the golden graph has 2",
+    ]
+
+
+def test_a_file_that_is_no_golden_graph_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("a = [")
+    with pytest.raises(BadInput, match="cannot be read as a golden graph"):
+        read(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text("a = 1")
+    with pytest.raises(BadInput, match="names no entry"):
+        goldens.golden_entries(tmp_path, default_plugins())
+
+
+def test_there_is_a_golden_graph_of_each_kind_of_feed_forward() -> None:
+    plugins = default_plugins()
+    assert {read(path)["ffn"] for path in FILES} == {"dense", "moe"}
+    for path in FILES:
+        assert golden_path(GOLDENS, find_entry(read(path)["entry"], plugins)[0]) == path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_golden_graph_is_what_the_shipped_recipe_gives(path: Path) -> None:
+    """The other recipes take as long each: `zoo check` compares them all."""
+    plugins = default_plugins()
+    entry, _ = find_entry(read(path)["entry"], plugins)
+    found = golden(entry, {entry.recipe: of_entry(entry, plugins).graph})
+    assert compare(of_recipe(read(path), entry.recipe), of_recipe(found, entry.recipe)) == []

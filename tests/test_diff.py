@@ -1,0 +1,341 @@
+"""`zoo diff` says what changed, and says that nothing did only when that is so."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from checkpoints import tiny_checkpoint
+from coreai_zoo.backends._bytecode import Bytecode
+from coreai_zoo.backends.coreai import CoreAIBackend
+from coreai_zoo.cli import cli
+from coreai_zoo.diff import Difference, Section, as_markdown, numerics_missing
+from coreai_zoo.errors import BadInput
+from coreai_zoo.graph import Graph, LayerKind, count
+from coreai_zoo.revision import build_sample, worktree
+
+BACKEND = CoreAIBackend()
+POSITIONS = "6"
+
+
+def zoo(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), "dense")
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A bundle of the tiny checkpoint, once per recipe."""
+
+    @functools.cache
+    def build(recipe: str) -> Path:
+        output = tmp_path_factory.mktemp(recipe)
+        arguments = (
+            "--checkpoint",
+            checkpoint,
+            "--custom",
+            "--recipe",
+            recipe,
+            "-o",
+            output,
+            "--max-context",
+            64,
+            "--json",
+        )
+        result = zoo("build", "qwen3.6-27b", *arguments)
+        assert result.exit_code == 0, result.output
+        return Path(json.loads(result.stdout)["path"])
+
+    return build
+
+
+@pytest.fixture
+def copy(built: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built("int8hu"), tmp_path / "copy"))
+
+
+def difference(a: Path, b: Path, *options: object) -> dict[str, Any]:
+    result = zoo("diff", a, b, "--json", "--positions", POSITIONS, *options)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def changes(found: Mapping[str, Any], section: str) -> dict[str, tuple[str | None, str | None]]:
+    (chosen,) = (each for each in found["sections"] if each["name"] == section)
+    return {change["what"]: (change["before"], change["after"]) for change in chosen["changes"]}
+
+
+def changed_sections(found: Mapping[str, Any]) -> list[str]:
+    return [section["name"] for section in found["sections"] if section["changes"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two bundles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_has_no_change_and_everything_was_compared(
+    built: Callable[[str], Path], copy: Path, checkpoint: Path
+) -> None:
+    found = difference(built("int8hu"), copy, "--checkpoint", checkpoint)
+    assert found["summary"] == "no change in graph, weights or numerics"
+    assert not found["changed"]
+    assert all(section["missing"] is None for section in found["sections"])
+    assert zoo("diff", built("int8hu"), copy, "--no-numerics", "--exit-code").exit_code == 0
+
+
+def test_what_was_not_compared_is_not_called_unchanged(built: Callable[[str], Path], copy: Path) -> None:
+    found = difference(built("int8hu"), copy)
+    expected = "no change in graph or weights; numerics not compared: they are no samples; pass --checkpoint DIR"
+    assert found["summary"] == expected
+    found = difference(built("int8hu"), copy, "--no-numerics")
+    assert found["summary"] == "no change in graph or weights; numerics not compared: they were left out"
+
+
+def test_one_byte_of_one_weight_is_found_and_its_effect_is_shown(
+    built: Callable[[str], Path], copy: Path, checkpoint: Path
+) -> None:
+    (asset,) = copy.glob("*.aimodel")
+    name = "model.layers.1.mlp.down_proj.parametrizations.weight.original"
+    blob = next(blob for blob in Bytecode.open(asset / "main.mlirb").blobs if blob.name == name)
+    content = bytearray((asset / "main.mlirb").read_bytes())
+    content[blob.offset + 5] ^= 0x40
+    (asset / "main.mlirb").write_bytes(content)
+    (asset / "main.hash").write_bytes(hashlib.sha256(content).digest())
+
+    found = difference(built("int8hu"), copy, "--checkpoint", checkpoint)
+
+    assert changed_sections(found) == ["constants", "numerics"]
+    content_change = changes(found, "constants")
+    assert content_change == {"content of model.layers.*.mlp.down_proj.weight": ("1 x", "1 bytes are others")}
+    assert found["summary"] == "no change in graph; weights and numerics changed"
+    assert float(changes(found, "numerics")["largest difference of a logit, A to B"][1] or 0) > 0
+
+
+def test_a_recipe_shows_in_operations_constants_bytes_and_numerics(
+    built: Callable[[str], Path], checkpoint: Path
+) -> None:
+    found = difference(built("int8hu"), built("int4lin"), "--checkpoint", checkpoint)
+    operations = changes(found, "operations")
+    # The head is not quantized any more; nothing else is counted differently, but for the sum.
+    assert operations["outside of the layers: blockwise_shift_scale"] == ("1", "0")
+    assert {what.rpartition(": ")[2] for what in operations if not what.startswith(("only in", "and "))} == {
+        "blockwise_shift_scale",
+        "operations",
+    }
+    constants = changes(found, "constants")
+    assert constants["lm_head.weight"] == ("1 x int8 [288, 32]", "1 x float16 [288, 32]")
+    assert constants["lm_head.weight scales"] == ("1 x float16 [288, 1]", None)
+    assert constants["model.layers.*.mlp.down_proj.weight"] == ("2 x int8 [32, 64]", "2 x int4 [32, 64]")
+    assert changes(found, "recipe per role")["head"] == ("int8 block 32 symmetric", "not quantized")
+    before, after = changes(found, "bytes per token")["weights read per decoded token"]
+    assert int((before or "").replace(",", "")) > int((after or "").replace(",", ""))
+    assert changes(found, "numerics")["against the oracle: matched"][0] == f"{POSITIONS} of {POSITIONS}"
+    assert changes(found, "signature") == changes(found, "facts") == {}
+    assert found["summary"].startswith("graph, weights and numerics changed; also changed: bytes per token")
+
+
+def test_metadata_alone_is_no_change_of_what_is_computed(
+    built: Callable[[str], Path], copy: Path, checkpoint: Path
+) -> None:
+    metadata = json.loads((copy / "metadata.json").read_text())
+    metadata["language"]["max_context_length"] = 32
+    (copy / "metadata.json").write_text(json.dumps(metadata))
+    found = difference(built("int8hu"), copy, "--checkpoint", checkpoint)
+    assert found["summary"] == "no change in graph, weights or numerics; also changed: metadata"
+    assert changes(found, "metadata") == {"language.max_context_length": ("64", "32")}
+    assert zoo("diff", built("int8hu"), copy, "--no-numerics", "--exit-code").exit_code == 1
+
+
+def test_a_state_of_another_dtype_is_a_change_of_the_graph(built: Callable[[str], Path], copy: Path) -> None:
+    build = json.loads((copy / "build.json").read_text())
+    build["function"]["states"][2]["dtype"] = "float32"
+    (copy / "build.json").write_text(json.dumps(build))
+    found = difference(built("int8hu"), copy, "--no-numerics")
+    ((before, after),) = changes(found, "signature").values()
+    assert (before or "").replace("float16", "float32") == after
+    assert "graph changed" in found["summary"]
+
+
+def test_text_and_markdown_say_the_same(built: Callable[[str], Path]) -> None:
+    arguments = ("diff", built("int8hu"), built("int4lin"), "--no-numerics")
+    text, markdown = zoo(*arguments), zoo(*arguments, "--markdown")
+    assert text.exit_code == markdown.exit_code == 0
+    summary = text.output.splitlines()[-1]
+    assert f"**{summary}**" in markdown.output
+    row = re.search(r"^\| lm_head\.weight scales \| 1 x float16 \[288, 1\] \| - \|$", markdown.output, re.MULTILINE)
+    assert row
+    assert re.search(r"^lm_head\.weight scales +1 x float16 \[288, 1\] +- *$", text.output, re.MULTILINE)
+    tables = [line for line in markdown.output.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in tables} == {4}
+
+
+def test_a_summary_of_sections_that_are_left_out_claims_nothing() -> None:
+    empty = Difference("a", "b", (Section("operations", (), about="graph"), numerics_missing("no runtime")))
+    assert (
+        empty.summary
+        == "no change in graph; weights not compared: they were left out; numerics not compared: no runtime"
+    )
+    assert "Not compared: no runtime." in as_markdown(empty)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_operation_is_counted_once(built: Callable[[str], Path]) -> None:
+    (asset,) = built("int8hu").glob("*.aimodel")
+    program = BACKEND.program(asset)
+    graph = count(program)
+    assert graph.total == Counter(op.name for op in program.main.operations if not op.is_constant)
+    assert [(kind.name, kind.layers) for kind in graph.kinds] == [("linear_attn", (0,)), ("self_attn", (1,))]
+    assert graph.outside["gather_nd"] == graph.outside["cos"] == 1  # embedding and rotation
+    assert graph.kinds[1].operations["scaled_dot_product_attention"] == 1
+    assert {name: len(view) for name, view in BACKEND.constants(asset).items()}.keys() == program.stored.keys()
+
+
+def test_layers_that_were_not_lowered_are_counted_like_the_last_of_their_kind() -> None:
+    kinds = LayerKind("l", (0,), {"mul": 1}), LayerKind("l", (1,), {"mul": 2}), LayerKind("f", (2,), {"mul": 3})
+    graph = Graph(kinds, {"cos": 1}, {}).repeated(["l", "l", "f", "l", "l", "f"])
+    assert [(kind.name, kind.layers) for kind in graph.kinds] == [("l", (0,)), ("l", (1, 3, 4)), ("f", (2, 5))]
+    assert graph.total == {"mul": 1 + 3 * 2 + 2 * 3, "cos": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Things that cannot be compared
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refused(*arguments: object) -> str:
+    result = zoo("diff", *arguments)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
+def test_a_bundle_and_an_entry_cannot_be_compared(built: Callable[[str], Path]) -> None:
+    assert "is a bundle and qwen3.6-27b is none" in refused(built("int8hu"), "qwen3.6-27b")
+    assert "is a bundle and qwen3.6-27b is none" in refused("qwen3.6-27b", built("int8hu"))
+
+
+@pytest.mark.parametrize("what", ["overlay", "backend"])
+def test_bundles_that_have_nothing_in_common_cannot_be_compared(
+    what: str, built: Callable[[str], Path], copy: Path
+) -> None:
+    build = json.loads((copy / "build.json").read_text())
+    if what == "overlay":
+        build["overlay"]["name"] = "another"
+        expected = "different overlays, qwen3_5 and another"
+    else:
+        build["backend"] = "another"
+        expected = "was written by the backend 'another', which is not installed"
+    (copy / "build.json").write_text(json.dumps(build))
+    assert expected in refused(built("int8hu"), copy)
+
+
+def test_arguments_that_make_no_sense_are_explained(built: Callable[[str], Path], tmp_path: Path) -> None:
+    assert "Give two things to compare, or one entry and --rev REV" in refused("qwen3.6-27b")
+    assert "Give two things to compare, or one entry" in refused("qwen3.6-27b", "qwen3.6-35b-a3b", "--rev", "HEAD")
+    assert "int8hu is a recipe" in refused("int8hu", "fp16")
+    assert "There is no recipe 'int9'" in refused("qwen3.6-27b:int9", "qwen3.6-27b")
+    assert "neither a bundle's folder nor an entry" in refused(tmp_path / "nothing", "qwen3.6-27b")
+    assert "neither a bundle's folder nor an entry" in refused(built("int8hu"), "--rev", "HEAD")
+    assert "is not a bundle of this zoo" in refused(tmp_path, built("int8hu"))
+    assert "--checkpoint is for two bundles" in refused("qwen3.6-27b", ":fp16", "--checkpoint", tmp_path)
+    assert "exclude each other" in refused("qwen3.6-27b", ":fp16", "--json", "--markdown")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Revisions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def git(*arguments: str, cwd: Path) -> str:
+    identity = ("-c", "user.name=tester", "-c", "user.email=tester@example.org")
+    return subprocess.run(["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with two commits, in which the test runs."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    git("init", "--quiet", cwd=folder)
+    for text in ("before", "after"):
+        (folder / "file").write_text(text)
+        git("add", ".", cwd=folder)
+        git("commit", "--quiet", "-m", text, cwd=folder)
+    (folder / "file").write_text("not committed")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_worktree_has_the_code_of_its_revision_and_is_gone_afterwards(repository: Path) -> None:
+    with worktree("HEAD~1") as before, worktree("HEAD") as after, worktree(None) as now:
+        assert [(tree / "file").read_text() for tree in (before, after, now)] == ["before", "after", "not committed"]
+    assert not before.exists()
+    assert len(git("worktree", "list", cwd=repository).splitlines()) == 1
+    assert (repository / "file").read_text() == "not committed"
+
+
+def test_an_interruption_removes_the_worktree(repository: Path) -> None:
+    trees = []
+
+    def interrupted() -> None:
+        with worktree("HEAD") as tree:
+            trees.append(tree)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not trees[0].exists()
+    assert len(git("worktree", "list", cwd=repository).splitlines()) == 1
+
+
+def test_revisions_that_are_none_are_explained(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "has no revision 'nowhere'" in refused("qwen3.6-27b", "--rev", "nowhere")
+    assert "has no revision '--all'" in refused("qwen3.6-27b", "--rev=--all")
+    monkeypatch.chdir(tmp_path)
+    assert "is not in a git repository" in refused("qwen3.6-27b", "--rev", "HEAD")
+
+
+def test_code_from_elsewhere_does_not_pass_for_that_of_a_revision(repository: Path, tmp_path: Path) -> None:
+    with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"at HEAD does not build .* coreai_zoo is found at"):
+        build_sample("qwen3.6-27b", None, tree, tmp_path / "out", "HEAD")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_revision_that_does_not_build_is_reported_with_its_reason(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = tmp_path / "clone"
+    ignored = shutil.ignore_patterns(".git", ".venv", "*.safetensors", "__pycache__", "exports")
+    for name in ("coreai_zoo", "coreai_zoo_qwen36", "overlays", "zoo_entries"):
+        shutil.copytree(root / name, clone / name, symlinks=True, ignore=ignored)
+    git("init", "--quiet", cwd=clone)
+    git("add", ".", cwd=clone)
+    git("commit", "--quiet", "-m", "all", cwd=clone)
+    monkeypatch.chdir(clone)
+    monkeypatch.syspath_prepend(str(clone / "overlays"))
+    monkeypatch.syspath_prepend(str(clone))
+    # The weights of the sample were left out: the code there starts, and says so itself.
+    with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"does not build the sample .*safetensors"):
+        build_sample("qwen3.6-27b", "fp16", tree, tmp_path / "out", "HEAD")
