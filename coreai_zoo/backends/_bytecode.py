@@ -96,11 +96,14 @@ class Bytecode:
             content = {_BLOBS: entries, _BLOB_TABLE: table}.get(section.id)
             if content is None:
                 content = self.data[section.start : section.end]
-            if section.alignment is None:
+            alignment = section.alignment
+            if section.id == _BLOBS and self.blobs:  # a section that happens to start where it should does not say so
+                alignment = max(blob.alignment for blob in self.blobs)
+            if alignment is None:
                 result += bytes([section.id]) + _varint(len(content))
             else:
-                result += bytes([section.id | _ALIGNED]) + _varint(len(content)) + _varint(section.alignment)
-                result += _PADDING * (-len(result) % section.alignment)
+                result += bytes([section.id | _ALIGNED]) + _varint(len(content)) + _varint(alignment)
+                result += _PADDING * (-len(result) % alignment)
             result += content
         return bytes(result)
 
