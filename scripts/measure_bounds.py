@@ -1,0 +1,70 @@
+"""What the untouched samples show at most, from the transcripts of their gates: the rows of `gates/bounds.py`.
+
+    for recipe in fp16 int8lin int8hu int4lin; do
+        zoo build qwen3.6-27b --sample --recipe $recipe -o out/$recipe       # and qwen3.6-35b-a3b
+        for candidate in coreai torch; do
+            zoo gate out/$recipe/* --candidate $candidate --allow-weak-prompt -o out/$recipe-$candidate
+        done
+    done
+    python scripts/measure_bounds.py out/*-*/transcript.json
+
+Prints one row for each class of recipes, arithmetic and kind of model. Paste them into `_MEASURED`, then the table of
+`bounds.table()` into docs/gate.md. On the samples that takes some half an hour.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLUMNS = ("median", "largest", "near-tie", "1 - cos", "med. KL", "KL", "hidden", "/ control")
+
+
+def measures(prompt: Mapping[str, Any]) -> list[float]:
+    """The columns for one prompt of a transcript."""
+    positions = prompt["positions"]
+    firm = [position for position in positions if not position["near_tie"]]
+    near = [position for position in positions if position["near_tie"]]
+    errors = [position["relative_error"] for position in positions]
+    control = [position["control"]["relative_error"] for position in positions if position["control"]]
+    return [
+        float(np.median(errors)),
+        max((position["relative_error"] for position in firm), default=0.0),
+        max((position["relative_error"] for position in near), default=0.0),
+        max((1 - position["cosine"] for position in firm), default=0.0),
+        float(np.median([position["kl_divergence"] for position in positions])),
+        max((position["kl_divergence"] for position in firm), default=0.0),
+        max(prompt["hidden_error"] or [0.0]),
+        float(np.median(errors) / np.median(control)) if control else 0.0,
+    ]
+
+
+def rows(transcripts: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[float]]:
+    """The largest over all prompts that were judged, by class of recipes, arithmetic and kind of model."""
+    found: dict[tuple[str, str, str], list[list[float]]] = defaultdict(list)
+    for transcript in transcripts:
+        for prompt in transcript["prompts"]:
+            if prompt["judged"]:
+                bounds = prompt["bounds"]
+                kind = "dense" if bounds["router_gap"] is None else "routed"
+                found[bounds["name"], bounds["arithmetic"], kind].append(measures(prompt))
+    return {key: np.max(values, axis=0).tolist() for key, values in sorted(found.items())}
+
+
+def main(paths: list[str]) -> None:
+    """Print the rows."""
+    if not paths or "-h" in paths or "--help" in paths:
+        sys.exit(__doc__)
+    print("#", "  ".join(COLUMNS))
+    for key, values in rows(json.loads(Path(path).read_text()) for path in paths).items():
+        print(f"({', '.join(map(json.dumps, key))}): ({', '.join(f'{value:.2e}' for value in values)}),")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
