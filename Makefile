@@ -23,7 +23,7 @@ demo: $(stamp)  ## Build the sample of qwen3.6-27b, gate it against Hugging Face
 	$(bin)/python -m coreai_zoo.demo $(ENTRY)
 
 test: $(stamp)  ## Run the whole test suite
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: $(stamp)  ## Measure quantizer, build and baseline side by side, some three minutes (RUNS=3 for medians)
 	$(bin)/python benchmarks/bench.py --runs $(RUNS)

@@ -105,12 +105,11 @@ def write_shard(path: Path, tensors: list[Tensor], fill: str, rng: np.random.Gen
                 _write_random(file, tensor, tensor.values if fill == "random" else min(STAMP, tensor.values), rng)
 
 
-def _write_random(file: Any, tensor: Tensor, values: int, rng: np.random.Generator) -> None:
-    """Normal values, truncated to bf16, at the scale that keeps a linear layer's output near its input's."""
+def _write_random(file: Any, tensor: Tensor, count: int, rng: np.random.Generator) -> None:
+    """`count` normal values, cut to bf16, at the scale that keeps a linear layer's output near its input's."""
     scale = np.float32(1.0 / np.sqrt(tensor.shape[-1]) if len(tensor.shape) > 1 else 0.5)
-    for begin in range(0, values, CHUNK):
-        count = min(CHUNK, values - begin)
-        values = rng.standard_normal(count, dtype=np.float32) * scale
+    for begin in range(0, count, CHUNK):
+        values = rng.standard_normal(min(CHUNK, count - begin), dtype=np.float32) * scale
         file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
 
 

@@ -501,6 +501,22 @@ class Checkpoint:
         """
         self._files.clear()
 
+    def evict(self) -> None:
+        """Also give back the memory in which the system keeps the files' content: nobody reads the weights twice.
+
+        What is written next takes their place. In a virtual machine that has not used all of its memory yet, fresh memory
+        is several times slower to write to.
+        """
+        self.release()
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for path in {tensor.file for tensor in self.tensors.values()}:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
     def stamp(self, key: str) -> list[Any]:
         """The stamp (see `Header`) of the file that holds `key`, JSON-able."""
         return list(self._stamps[self.tensors[key].file])

@@ -147,6 +147,14 @@ def test_links_into_the_blobs_of_a_hugging_face_cache_are_followed(tmp_path: Pat
     assert Checkpoint.open(snapshot).read_rows("w", 0, 1).tolist() == [[0, 1, 2, 3]]
 
 
+def test_reading_goes_on_after_the_cached_content_was_given_back(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_sharded(tmp_path))
+    before = {key: checkpoint.read_rows(key, 0, 2).clone() for key in ("a", "c")}
+    checkpoint.evict()
+    for key, rows in before.items():
+        assert torch.equal(checkpoint.read_rows(key, 0, 2), rows)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What does not
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""Time and memory of tracing and lowering an entry at its true width, without its weights.
+
+    python benchmarks/lowering.py qwen3.6-27b [--every-layer]
+
+Constants are handed over as untouched memory, which is what the compiler is given of real ones: it looks at none of them.
+Prints a JSON line. `--every-layer` traces all layers instead of the first few, to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from synthetic_checkpoint import write_checkpoint
+
+from coreai_zoo import export
+from coreai_zoo.backends.coreai import CoreAIBackend
+from coreai_zoo.entry import find_entry
+from coreai_zoo.plugins import default_plugins
+from coreai_zoo.resolve import BuildRequest, Resolved, resolve
+
+
+def untouched(resolved: Resolved) -> dict[str, export.Constant]:
+    """Constants of the right shapes in memory that costs nothing until somebody touches it."""
+    constants = {}
+    for name, (shape, dtype) in export.state_of(resolved.module, resolved.weights).items():
+        array = np.zeros(shape, dtype)
+        array.flat[0] = len(constants) % 100 + 1  # the compiler would merge equal ones
+        constants[name] = export.Constant(array, shape, dtype)
+    return {name: constant for name, constant in constants.items() if name not in dict(resolved.module.named_buffers())}
+
+
+def main() -> None:
+    """Parse the command line, lower, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entry")
+    parser.add_argument("--every-layer", action="store_true")
+    arguments = parser.parse_args()
+    plugins = default_plugins()
+    entry, _ = find_entry(arguments.entry, plugins)
+    overlay, _ = plugins.claim_overlay(entry.model_type[0], {})
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        config = overlay.config_of_facts(entry.facts.stated)
+        write_checkpoint(config, entry.sample_directory(), "sparse", checkpoint, plugins)
+        resolved = resolve(BuildRequest(entry.name, checkpoint, allow_unverified=True), plugins)
+    constants = untouched(resolved)
+    export.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    backend = CoreAIBackend(every_layer=arguments.every_layer)
+    started = time.monotonic()
+    traced = backend.trace(resolved.module, resolved.signature)
+    done = time.monotonic()
+    traced.lower(constants)
+    lowered = time.monotonic()
+    answer = {"trace": done - started, "lower": lowered - done, "both": lowered - started}
+    print(json.dumps({"layers": resolved.facts["layers"], **{name: round(value, 1) for name, value in answer.items()}}))
+
+
+if __name__ == "__main__":
+    main()
