@@ -2,7 +2,7 @@
 
     python benchmarks/lowering.py qwen3.6-27b [--every-layer]
 
-Constants are handed over as untouched memory, which is what the compiler is given of real ones: it looks at none of them.
+Constants are handed over as untouched memory: the compiler looks at none of the large ones.
 Prints a JSON line. `--every-layer` traces all layers instead of the first few, to compare with.
 """
 

@@ -504,8 +504,8 @@ class Checkpoint:
     def evict(self) -> None:
         """Also give back the memory in which the system keeps the files' content: nobody reads the weights twice.
 
-        What is written next takes their place. In a virtual machine that has not used all of its memory yet, fresh memory
-        is several times slower to write to.
+        What is written next takes their place. In a virtual machine that has not used all of its memory yet, fresh
+        memory is several times slower to write to.
         """
         self.release()
         if not hasattr(os, "posix_fadvise"):
