@@ -39,7 +39,7 @@ NORM = LAYER + "input_layernorm.weight"
 HEAD = "lm_head.weight"
 
 # What a build says on stderr while all is well: a stage at the start of a line, remarks indented.
-PROGRESS = re.compile(r"(resolve|weights|lower|bundle|verify|gate) |         \S")
+PROGRESS = re.compile(r"(resolve|trace|weights|lower|bundle|verify|oracle|control|judge|long) |         \S")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1172,40 +1172,45 @@ def roll_head_in_place(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_bundle_that_matches_its_checkpoint_passes_the_gate(built: Path, dense: Path) -> None:
-    result = zoo("gate", built, "--checkpoint", dense, "--positions", 16, "--json")
+def flips_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [position for position in record["prompts"][0]["positions"] if position["verdict"] == "FLIP"]
 
-    report = json.loads(result.stdout)
-    assert result.exit_code == 0, result.stderr
-    assert (report["passed"], report["confident_flips"]) == (True, 0)
-    assert len(report["positions"]) == 16
-    assert sum(position["margin"] >= 0.1 for position in report["positions"]) >= 14, "a gate that could not fail"
+
+def test_a_bundle_that_matches_its_checkpoint_has_no_confident_flip(built: Path, dense: Path) -> None:
+    result = zoo("gate", built, "--checkpoint", dense, "--positions", 16, "--prompts", "code", "--json")
+
+    record = json.loads(result.stdout)
+    positions = record["prompts"][0]["positions"]
+    assert flips_of(record) == []
+    # Its weights are random and its layers few: the bounds of trained samples may not hold.
+    assert all("bound" in reason or "is allowed" in reason for reason in record["verdict"]["reasons"])
+    assert len(positions) == 16
+    assert sum(position["margin"] >= 0.1 for position in positions) >= 14, "a gate that could not fail"
 
 
 def test_a_bundle_with_confident_flips_fails_the_gate_with_exit_code_1(built: Path, checkpoint: Path) -> None:
     roll_head_in_place(checkpoint)
 
-    result = zoo("gate", built, "--checkpoint", checkpoint, "--positions", 16)
+    result = zoo("gate", built, "--checkpoint", checkpoint, "--positions", 16, "--prompts", "code")
 
     text = paragraph(result, code=1)
-    flips = re.fullmatch(
-        r"(\d+) confident flips in 16 positions; the worst at position \d+ with an oracle margin of (\d+\.\d\d)\.", text
+    flips = re.search(
+        r"code: (\d+) confident flips, the worst at position \d+ with an oracle margin of (\d+\.\d\d)", text
     )
     assert flips is not None, text
     assert int(flips[1]) >= 14
     assert float(flips[2]) >= 0.1
-    assert result.stdout.count("FLIP") == int(flips[1])
 
 
 def test_a_failed_gate_says_so_to_programs_too(built: Path, checkpoint: Path) -> None:
     roll_head_in_place(checkpoint)
 
-    result = zoo("gate", built, "--checkpoint", checkpoint, "--positions", 8, "--json")
+    result = zoo("gate", built, "--checkpoint", checkpoint, "--positions", 8, "--prompts", "code", "--json")
 
-    report = json.loads(result.stdout)
+    record = json.loads(result.stdout)
     assert result.exit_code == 1
-    assert report["passed"] is False
-    assert report["confident_flips"] == sum(position["verdict"] == "FLIP" for position in report["positions"]) > 0
-    for position in report["positions"]:
-        if position["verdict"] == "FLIP":
-            assert position["candidate"] == (position["oracle"] - 1) % text_config("dense")["vocab_size"]
+    assert record["verdict"]["passed"] is False
+    flips = flips_of(record)
+    assert record["prompts"][0]["confident_flips"] == len(flips) > 0
+    for position in flips:
+        assert position["candidate"] == (position["oracle"] - 1) % text_config("dense")["vocab_size"]
