@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import filecmp
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,7 +49,7 @@ def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> t
     build: Mapping[str, Any] = bundle.build
     try:
         request = pipeline.BuildRequest(
-            entry=build["entry"]["name"],
+            entry=_entry(build["entry"]),
             checkpoint=checkpoint,
             sample=bool(build["sample"]),
             recipe=build["recipe"]["name"],
@@ -62,6 +64,18 @@ def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> t
         return request, int(build["source_date_epoch"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"build.json of {bundle.directory} does not say how it was built: {error!r}.") from error
+
+
+def _entry(recorded: Mapping[str, Any]) -> str:
+    """Name of the recorded entry; or, where no plugin brought it, the path of a copy of its file, kept until we end."""
+    name, text = str(recorded["name"]), recorded.get("file")
+    if text is None:
+        return name
+    folder = Path(tempfile.mkdtemp(prefix="zoo-entry-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "entry.toml"
+    path.write_text(str(text), encoding="utf-8")
+    return str(path)
 
 
 def require_versions(bundle: Bundle, plugins: Plugins) -> None:

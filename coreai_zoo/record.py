@@ -71,6 +71,8 @@ def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
             "status": resolved.entry.status,
             "sha256": _digest(attrs.asdict(resolved.entry)),
             "differences": list(resolved.differences),
+            # A file that no plugin brings: gates and rebuilds need it again.
+            "file": _loose_entry(resolved),
         },
         "sample": resolved.sample,
         "source": {
@@ -116,6 +118,11 @@ def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
         "max_context": resolved.max_context,
         "function": bundles.signature_record(resolved.signature),
     }
+
+
+def _loose_entry(resolved: Resolved) -> str | None:
+    name = resolved.request.entry
+    return Path(name).read_text(encoding="utf-8") if name.endswith(".toml") else None
 
 
 def _values_digest(resolved: Resolved, store: WeightStore) -> str:
