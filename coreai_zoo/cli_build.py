@@ -143,10 +143,10 @@ def run(
         zoo run exports/qwen3_6_27b_sample_decode_int8hu_block32_sym -p "def main(" -n 40
     """
     from coreai_zoo.generate import Sampling, chat_prompt, generate
-    from coreai_zoo.verify import require_asset
+    from coreai_zoo.verify import backend_of, require_asset
 
     opened = Bundle.open(bundle)
-    backend = backend_of(opened, plugins_of(ctx))
+    backend = backend_of(opened, plugins_of(ctx).backends())
     require_asset(opened)
     if chat:
         prompt = chat_prompt(opened, prompt)
@@ -161,14 +161,6 @@ def run(
 # ---------------------------------------------------------------------------------------------------------------------
 # What a bundle's record leads to
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def backend_of(bundle: Bundle, plugins: Plugins) -> Any:
-    """The backend that wrote `bundle`."""
-    name, backends = str(bundle.build.get("backend")), plugins.backends()
-    if name not in backends:
-        raise BadInput(f"{bundle.directory} was written by the backend {name!r}, which is not installed.")
-    return backends[name]
 
 
 def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:

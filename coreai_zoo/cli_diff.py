@@ -13,12 +13,13 @@ from attrs import frozen
 from coreai_zoo import pipeline
 from coreai_zoo.bundle import Bundle
 from coreai_zoo.cli import json_option, new_table, plugins_of, print_json, print_table
-from coreai_zoo.cli_build import backend_of, checkpoint_of, config_of
+from coreai_zoo.cli_build import checkpoint_of, config_of
 from coreai_zoo.entry import Entry, find_entry, load_entries
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.quantize import RECIPES, find_recipe
+from coreai_zoo.verify import backend_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,7 +153,7 @@ def _of_bundles(a: Bundle, b: Bundle, options: Options, plugins: Plugins, report
     from coreai_zoo import diff as differences
     from coreai_zoo import structure
 
-    backends = backend_of(a, plugins), backend_of(b, plugins)
+    backends = backend_of(a, plugins.backends()), backend_of(b, plugins.backends())
     with report.stage("read", f"{a.directory.name} and {b.directory.name}"):
         sides = structure.of_bundle(a, backends[0]), structure.of_bundle(b, backends[1])
         differences.require_comparable(*sides)
@@ -272,7 +273,7 @@ def _run(
     from coreai_zoo.gates.rule import judge
 
     with report.steps(f"run      {letter}, {len(tokens)} positions", len(tokens)) as step:
-        logits = AssetCandidate(bundle, backend_of(bundle, plugins), step).run(tokens).logits
+        logits = AssetCandidate(bundle, backend_of(bundle, plugins.backends()), step).run(tokens).logits
     return logits, judge(tokens, oracle.logits, logits)
 
 

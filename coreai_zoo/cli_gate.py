@@ -12,13 +12,14 @@ from attrs import evolve, frozen
 
 from coreai_zoo.bundle import GATE_FOLDER, Bundle
 from coreai_zoo.cli import json_option, new_table, plugins_of, print_table
-from coreai_zoo.cli_build import backend_of, checkpoint_of, config_of, run_plugin_gates
+from coreai_zoo.cli_build import checkpoint_of, config_of, run_plugin_gates
 from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.overlay import LayeredDecoder
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.rebuild import recorded_request
 from coreai_zoo.resolve import Resolved, resolve
+from coreai_zoo.verify import backend_of
 
 _EXISTING = click.Path(path_type=Path)
 
@@ -339,7 +340,7 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
     from coreai_zoo.gates.teacher_forced import Models, Runner, Ticker
     from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights
 
-    backend = backend_of(bundle, plugins)
+    backend = backend_of(bundle, plugins.backends())
     ticker = Ticker()
     asset = Runner(AssetCandidate(bundle, backend, ticker), ticker)
     shipped = _resolved(bundle, plugins, checkpoint)

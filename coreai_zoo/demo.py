@@ -13,13 +13,13 @@ import click
 from coreai_zoo import pipeline
 from coreai_zoo.bundle import Bundle
 from coreai_zoo.cli import new_table, print_table
-from coreai_zoo.cli_build import backend_of
 from coreai_zoo.cli_gate import GateOptions, run_gate, write_report
 from coreai_zoo.errors import ZooError
 from coreai_zoo.gates.report import totals
 from coreai_zoo.generate import generate
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.verify import backend_of
 
 POSITIONS = 32
 PROMPT = "def main("
@@ -40,7 +40,7 @@ def demo(entry: str, output: Path) -> None:
     request = pipeline.BuildRequest(entry=entry, sample=True, output=output, force=True)
     result = pipeline.build(request, plugins, report)
     bundle = Bundle.open(result.path)
-    backend = backend_of(bundle, plugins)
+    backend = backend_of(bundle, plugins.backends())
     (record,) = run_gate([bundle], GateOptions(prompts="code", positions=POSITIONS), plugins, report)
     page = write_report(bundle, [record])
     with report.stage("generate", f"{NEW_TOKENS} tokens on the {backend.name} runtime"):

@@ -16,8 +16,8 @@ from coreai_zoo.overlay import DTYPE_BYTES, ROLES, ParameterInfo, QuantizationSp
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.preflight import Preflight, asset_bytes, bytes_read, foresee, tokenizer_bytes
 from coreai_zoo.quantize import Recipe, find_recipe
-from coreai_zoo.resolve import DEFAULT_OUTPUT, Model, read_model, signature
-from coreai_zoo.weights import PlannedTensor, WeightPlan, foresee_weights, plan_weights
+from coreai_zoo.resolve import DEFAULT_OUTPUT, Model, config_of_entry, read_model, signature
+from coreai_zoo.weights import PlannedTensor, WeightPlan, active_share, foresee_weights, plan_weights
 from coreai_zoo.workspace import Workspace
 
 DEFAULT_RECIPE, DEFAULT_CONTRACT, DEFAULT_CONTEXT = "int8hu", "static-s1", 32768
@@ -100,9 +100,9 @@ class Plan:
         """Which share of a role's weights a token reads: one row of the embedding table, the chosen experts."""
         if role == "embedding":
             return 1 / int(self.model.facts["vocab_size"])
-        if role == "moe.expert":
-            return float(self.model.facts["experts_per_token"] / self.model.facts["experts"])
-        return 1.0
+        share = active_share(role, self.model.facts)
+        assert share is not None, "a plan is not made without these facts"
+        return share
 
     @property
     def asset(self) -> int:
@@ -170,16 +170,8 @@ def plan_entry(
         PluginError: when what a plugin tells is not usable.
     """
     entry, _ = find_entry(name, plugins)
-    overlay, plugin = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
-    try:
-        with plugins.blame(plugin, f"overlay {overlay.name!r}", except_input=True):
-            hf_config = overlay.config_of_facts(entry.facts.stated)
-    except BadInput as error:
-        raise BadInput(
-            f"Entry {entry.name} states too little to plan from. {error.message}",
-            "Pass --checkpoint DIR with a folder that holds the model's config.json.",
-        ) from error
-    model = read_model(hf_config, plugins)
+    hint = "Pass --checkpoint DIR with a folder that holds the model's config.json."
+    model = read_model(config_of_entry(entry, plugins, hint), plugins)
     context = context or min(entry.bundle.max_context, int(model.facts["max_context_length"]))
     return _plan(entry.name, entry, model, None, recipe or entry.recipe, contract or entry.contract, context, plugins)
 

@@ -18,7 +18,7 @@ from coreai_zoo.card import CARD, without_measurements
 from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
-from coreai_zoo.verify import Check
+from coreai_zoo.verify import Check, backend_of
 
 
 def rebuild(bundle: Bundle, checkpoint: Path | None, plugins: Plugins, report: Reporter) -> Check:
@@ -84,9 +84,7 @@ def require_versions(bundle: Bundle, plugins: Plugins) -> None:
     Raises:
         EnvironmentLacks: naming each with both versions.
     """
-    backend = plugins.backends().get(bundle.build["backend"])
-    if backend is None:
-        raise BadInput(f"{bundle.directory} was written by the backend {bundle.build['backend']!r}, not installed.")
+    backend = backend_of(bundle, plugins.backends())
     recorded = {**bundle.build.get("versions", {}), "coreai-zoo": bundle.build.get("zoo")}
     installed = record.versions(backend)
     differing = [

@@ -166,6 +166,26 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[str, Any]:
+    """The `config.json` of the model whose facts an entry states.
+
+    Args:
+        entry: which.
+        plugins: what claims it.
+        hint: what to do when it states too little.
+
+    Raises:
+        BadInput: when no overlay claims it, or it states too little.
+        PluginError: when the overlay fails.
+    """
+    overlay, plugin = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
+    try:
+        with plugins.blame(plugin, f"overlay {overlay.name!r}", except_input=True):
+            return overlay.config_of_facts(entry.facts.stated)
+    except BadInput as error:
+        raise BadInput(f"Entry {entry.name} states too little to plan from. {error.message}", hint) from error
+
+
 @frozen
 class Model:
     """What the overlay makes of a `config.json`.

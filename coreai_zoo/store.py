@@ -774,14 +774,11 @@ class WeightStore:
     def damaged(self, name: str) -> bool:
         """Read the files of `name` in full; whether one differs from what was written."""
         for file in self[name].files.values():
-            sha256 = hashlib.sha256()
             if not file.path.is_file():
                 return True
-            with file.path.open("rb") as content:
-                while block := content.read(1 << 20):
-                    sha256.update(block)
-            if sha256.hexdigest() != file.sha256:
-                return True
+            with file.path.open("rb") as content:  # not `digest.file_sha256`, which may remember it: the disk is asked
+                if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
+                    return True
         return False
 
     def discard(self, name: str) -> None:

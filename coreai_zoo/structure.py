@@ -20,13 +20,11 @@ from coreai_zoo.overlay import QuantizationSpec, TraceSpec
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.program import Program
 from coreai_zoo.quantize import Recipe, blocks_per_row, find_recipe, has_zero_points
-from coreai_zoo.resolve import Model, read_model, signature
-from coreai_zoo.weights import PlannedTensor, WeightPlan, foresee_weights
+from coreai_zoo.resolve import Model, config_of_entry, read_model, signature
+from coreai_zoo.weights import PlannedTensor, WeightPlan, active_share, foresee_weights
 
 if TYPE_CHECKING:
     from torch import nn
-
-_EMBEDDING, _EXPERT = "embedding", "moe.expert"
 
 
 @frozen
@@ -98,13 +96,12 @@ class Structure:
         """
         total = 0.0
         for role, weights in self.roles.items():
-            if role == _EXPERT:
-                experts, active = self.facts.get("experts"), self.facts.get("experts_per_token")
-                if not experts or not active:
-                    return None
-                total += weights.bytes * active / experts
-            elif role != _EMBEDDING:
-                total += weights.bytes
+            if role == "embedding":
+                continue
+            share = active_share(role, self.facts)
+            if share is None:
+                return None
+            total += weights.bytes * share
         return round(total)
 
 
@@ -242,9 +239,7 @@ def _backend(plugins: Plugins) -> Backend:
 def _config_of(entry: Entry, plugins: Plugins, *, sample: bool) -> Mapping[str, Any]:
     if sample:
         return read_config(entry.sample_directory())
-    overlay, plugin = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
-    with plugins.blame(plugin, f"overlay {overlay.name!r}", except_input=True):
-        return overlay.config_of_facts(entry.facts.stated)
+    return config_of_entry(entry, plugins)
 
 
 def _telling_depth(names: list[str]) -> int:

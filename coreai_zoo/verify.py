@@ -40,13 +40,23 @@ def verify(bundle: Bundle, backends: Mapping[str, Backend]) -> list[Check]:
     Raises:
         BadInput: when the bundle was written by a backend that is not installed.
     """
-    backend = backends.get(str(bundle.build.get("backend")))
-    if backend is None:
-        raise BadInput(f"{bundle.directory} was written by the backend {bundle.build.get('backend')!r}, not installed.")
+    backend = backend_of(bundle, backends)
     checks = [check_files(bundle), _metadata(bundle), _tokenizer(bundle)]
     if checks[0].passed:
         checks += _asset(bundle, backend)
     return checks
+
+
+def backend_of(bundle: Bundle, backends: Mapping[str, Backend]) -> Backend:
+    """The one of `backends` that wrote `bundle`.
+
+    Raises:
+        BadInput: when it is not installed.
+    """
+    name = str(bundle.build.get("backend"))
+    if name not in backends:
+        raise BadInput(f"{bundle.directory} was written by the backend {name!r}, which is not installed.")
+    return backends[name]
 
 
 def require(checks: Sequence[Check]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from attrs import define, field, frozen
 
@@ -501,6 +502,17 @@ def plan_weights(
     planned = [planner.plan(target, recipe) for target in planner.targets.values()]
     planner.problems.raise_if_any()
     return WeightPlan(tuple(tensor for tensor in planned if tensor is not None), tuple(planner.dropped))
+
+
+def active_share(role: str, facts: Mapping[str, Any]) -> float | None:
+    """Which share of a role's weights one token is multiplied by: of the experts those that its router chooses.
+
+    None when there are experts and `facts` does not say how many are chosen.
+    """
+    if role != "moe.expert":
+        return 1.0
+    experts, chosen = facts.get("experts"), facts.get("experts_per_token")
+    return float(chosen / experts) if experts and chosen else None
 
 
 def foresee_weights(weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], recipe: Recipe) -> WeightPlan:

@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import save_file
 
 from checkpoints import read_weights, text_config, tiny_checkpoint, write_json, write_weights
+from command import zoo as run_zoo
 from coreai_zoo.backends import builtin
-from coreai_zoo.cli import cli
 from coreai_zoo.overlay import LayerRewrite, WeightMap
 from coreai_zoo.plugins import Plugins
 from coreai_zoo_overlays import qwen3_5
@@ -113,7 +113,7 @@ def put(key: str, value: float, at: int = 0) -> Callable[[dict[str, torch.Tensor
 def zoo(*arguments: object, plugins: Plugins | None = None) -> Result:
     if arguments[0] == "build" and "--checkpoint" in arguments:
         arguments = (*arguments, "--custom")  # none of these is as large as an entry's model
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], obj=plugins, prog_name="zoo")
+    return run_zoo(*arguments, plugins=plugins)
 
 
 def contents(folder: Path) -> dict[str, str]:

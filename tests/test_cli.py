@@ -11,9 +11,10 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from packaging.requirements import Requirement
 
+from command import zoo as run_zoo
 from coreai_zoo import __version__
 from coreai_zoo import cli as cli_module
 from coreai_zoo.cli import COMMANDS, cli
@@ -31,7 +32,7 @@ FAMILY = [
 
 
 def zoo(plugins: Plugins, *arguments: str) -> Result:
-    return CliRunner().invoke(cli, list(arguments), obj=plugins, prog_name="zoo")
+    return run_zoo(*arguments, plugins=plugins)
 
 
 def host(**plugins: types.ModuleType) -> Plugins:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from checkpoints import tiny_checkpoint
+from command import zoo
 from coreai_zoo.backends._bytecode import Bytecode
 from coreai_zoo.backends.coreai import CoreAIBackend
-from coreai_zoo.cli import cli
 from coreai_zoo.diff import Difference, Section, as_markdown, numerics_missing
 from coreai_zoo.errors import BadInput
 from coreai_zoo.graph import Graph, LayerKind, count
@@ -27,10 +26,6 @@ from coreai_zoo.revision import build_sample, worktree
 
 BACKEND = CoreAIBackend()
 POSITIONS = "6"
-
-
-def zoo(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

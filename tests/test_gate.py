@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
+from command import zoo
 from coreai_zoo.bundle import Bundle
-from coreai_zoo.cli import cli
 from coreai_zoo.rebuild import differences
 
 ENTRY = "qwen3.6-27b"
 # Of this prompt no oracle margin is a tie, also not in its first tokens.
 SHORT = ("--prompts", "digits", "--positions", "6")
-
-
-def zoo(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="zoo")
 
 
 @pytest.fixture(scope="module")

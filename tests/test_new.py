@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from checkpoints import text_config, tiny_checkpoint, write_json
+from command import zoo
 from coreai_zoo import hookspecs
 from coreai_zoo.bundle import Bundle
-from coreai_zoo.cli import cli
 from coreai_zoo.entry import find_entry, load_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plan import plan_checkpoint
-from coreai_zoo.plugins import Plugins, default_plugins
+from coreai_zoo.plugins import default_plugins
 from coreai_zoo.rebuild import recorded_request
 from coreai_zoo.resolve import BuildRequest, resolve
 from coreai_zoo.scaffold import NEEDED_HOOKS, USUAL_HOOKS
@@ -28,10 +28,6 @@ from decoders import OVERLAY
 
 ENTRY = "qwen3.6-27b"
 WRAPPED = {"model_type": "qwen3_5", "text_config": text_config("dense"), "vision_config": {"depth": 2}}
-
-
-def zoo(*arguments: object, plugins: Plugins | None = None) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], obj=plugins, prog_name="zoo")
 
 
 def error_of(result: Result, code: int = 2) -> str:

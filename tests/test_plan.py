@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from click.testing import CliRunner, Result
 
 import toy_plugin
 from checkpoints import text_config, tiny_checkpoint, write_json
+from command import zoo
 from coreai_zoo import export
 from coreai_zoo.chips import CHIPS, EFFICIENCY, GIB, Chip, gpu_bytes, tokens_per_second
-from coreai_zoo.cli import cli
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.entry import find_entry, load_entries
 from coreai_zoo.errors import BadInput, PluginError
@@ -30,10 +29,6 @@ from decoders import OVERLAY
 
 DENSE, MOE = "qwen3.6-27b", "qwen3.6-35b-a3b"
 PUBLISHED_27B_INT8HU = 29_774_040_281
-
-
-def zoo(*arguments: object, plugins: Plugins | None = None) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], obj=plugins, prog_name="zoo")
 
 
 @pytest.fixture(scope="module")

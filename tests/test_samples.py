@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 from coreai_zoo.bundle import Bundle
 from coreai_zoo.cli import cli
-from coreai_zoo.cli_build import backend_of
 from coreai_zoo.entry import find_entry
 from coreai_zoo.gates import Activations
 from coreai_zoo.gates.candidate import AssetCandidate
@@ -24,6 +23,7 @@ from coreai_zoo.gates.weights import AssetWeights
 from coreai_zoo.generate import chat_prompt, generate
 from coreai_zoo.plugins import Plugins, default_plugins
 from coreai_zoo.resolve import BuildRequest, resolve
+from coreai_zoo.verify import backend_of
 from reference import whole_model
 
 ENTRIES = ("qwen3.6-27b", "qwen3.6-35b-a3b")
@@ -68,7 +68,7 @@ def on_the_runtime(
     @functools.cache
     def run(entry: str, recipe: str) -> np.ndarray[Any, Any]:
         bundle, (tokens, _) = built(entry, recipe), oracle(entry)
-        return AssetCandidate(bundle, backend_of(bundle, plugins)).run(tokens).logits
+        return AssetCandidate(bundle, backend_of(bundle, plugins.backends())).run(tokens).logits
 
     return run
 
@@ -194,7 +194,7 @@ def test_the_bundle_says_that_it_is_a_sample_and_writes_readable_text(
     assert "_sample_" in bundle.directory.name
     assert bundle.metadata["user_data"]["sample"] == "true"
     assert "A sample, not Qwen3.6" in (bundle.directory / "README.md").read_text()
-    text = "".join(generate(bundle, backend_of(bundle, plugins), "def main(", 24))
+    text = "".join(generate(bundle, backend_of(bundle, plugins.backends()), "def main(", 24))
     words = [word for word in text.replace("(", " ").replace(".", " ").split() if word.isidentifier()]
     assert len(words) >= 4, text
 
@@ -203,7 +203,7 @@ def test_a_chat_answer_ends_with_the_end_of_turn_token(built: Callable[[str, str
     bundle = built("qwen3.6-27b", "int8hu")
     prompt = chat_prompt(bundle, "What is 12 + 30?")
     assert prompt == "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n"
-    pieces = list(generate(bundle, backend_of(bundle, plugins), prompt, 12))
+    pieces = list(generate(bundle, backend_of(bundle, plugins.backends()), prompt, 12))
     assert len(pieces) < 12
     assert "".join(pieces).strip().isdigit()
 

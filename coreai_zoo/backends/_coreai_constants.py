@@ -12,15 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import frozen
 from coreai._compiler.ir import DenseElementsAttr
-from coreai.authoring import AIModelAsset
-
-from coreai_zoo.backends._bytecode import Bytecode
 
 _DTYPES = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "i1": "bool"}
 _SHIFT_SCALE = "coreai.blockwise_shift_scale"
@@ -47,22 +43,24 @@ class _Found:
     uses: tuple[int, ...]
 
 
-def read_state(asset: Path, state: State) -> dict[str, memoryview]:
+def read_state(program: Any, stored: Mapping[str, memoryview], state: State) -> dict[str, memoryview]:
     """The bytes of each of `state`; see `Backend.state`.
+
+    Args:
+        program: an `AIProgram`; the bytes of its stored constants are not looked at.
+        stored: these bytes, by name.
+        state: shape and dtype of each state, by name.
 
     Raises:
         RuntimeError: when the constants are not those of `state`.
-        ValueError: when the bytecode is not as it is known here.
     """
-    bytecode = Bytecode.open(asset / "main.mlirb")
-    views = {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
-    placed = _placed(list(_main_constants(asset)), state)
-    return {name: views[place] if isinstance(place, str) else place for name, place in placed.items()}
+    placed = _placed(list(_main_constants(program)), state)
+    return {name: stored[place] if isinstance(place, str) else place for name, place in placed.items()}
 
 
-def _main_constants(asset: Path) -> Iterator[_Found]:
+def _main_constants(program: Any) -> Iterator[_Found]:
     """Every constant of the function `main` in its order."""
-    module = AIModelAsset.load(str(asset)).program._module._mlir_module
+    module = program._module._mlir_module
     mains = [
         op for op in module.body.operations if "sym_name" in op.attributes and op.attributes["sym_name"].value == "main"
     ]

@@ -331,36 +331,48 @@ def _save(program: Any, destination: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _damage_told(asset: Path) -> Iterator[None]:
+    """Within the block, what shows that `asset` is damaged becomes an error in words."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
+
+
+@contextlib.contextmanager
+def _without_weights(asset: Path) -> Iterator[Any]:
+    """The toolchain's own view of `asset` without its stored constants, which it would copy into memory.
+
+    Raises:
+        CheckFailed: when the asset is damaged, or what is looked at in the block shows that it is.
+    """
+    from coreai.authoring import AIModelAsset
+
+    with _damage_told(asset), tempfile.TemporaryDirectory() as folder:
+        bare = Path(folder) / asset.name
+        bare.mkdir()
+        bytecode = _bytecode(asset).without_blobs()
+        (bare / "main.mlirb").write_bytes(bytecode)
+        (bare / "main.hash").write_bytes(hashlib.sha256(bytecode).digest())
+        shutil.copyfile(asset / "metadata.json", bare / "metadata.json")
+        with _toolchain(), _native_output_captured():
+            yield AIModelAsset.load(str(bare))
+
+
 def _read_signature(asset: Path) -> Signature:
-    """The signature of `main`, from the toolchain's summary of the asset without its weights.
+    """The signature of `main`, from the toolchain's summary.
 
     Raises:
         CheckFailed: when the asset is damaged, or describes a tensor in words that are not known.
     """
-    from coreai.authoring import AIModelAsset
-
-    try:
-        with tempfile.TemporaryDirectory() as folder, _toolchain(), _native_output_captured():
-            summary = AIModelAsset.load(str(_without_weights(asset, Path(folder)))).summary(include_statistics=False)
+    with _without_weights(asset) as bare:
+        summary = bare.summary(include_statistics=False)
         if summary is None or "main" not in summary.function_names:
             raise RuntimeError("it has no function main")
         described = (summary.function_inputs, summary.function_states, summary.function_outputs)
         inputs, states, outputs = ({name: _tensor(text) for name, text in of("main")} for of in described)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
     return Signature(inputs, states, outputs)
-
-
-def _without_weights(asset: Path, folder: Path) -> Path:
-    """A copy of `asset` in `folder` whose stored constants are empty: the toolchain copies them all into memory."""
-    _require_intact(asset)
-    copy = folder / asset.name
-    copy.mkdir()
-    bytecode = Bytecode.open(asset / "main.mlirb").without_blobs()
-    (copy / "main.mlirb").write_bytes(bytecode)
-    (copy / "main.hash").write_bytes(hashlib.sha256(bytecode).digest())
-    shutil.copyfile(asset / "metadata.json", copy / "metadata.json")
-    return copy
 
 
 def _read_constants(asset: Path) -> dict[str, memoryview]:
@@ -369,11 +381,8 @@ def _read_constants(asset: Path) -> dict[str, memoryview]:
     Raises:
         CheckFailed: when the asset is damaged.
     """
-    try:
-        _require_intact(asset)
-        bytecode = Bytecode.open(asset / "main.mlirb")
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
+    with _damage_told(asset):
+        bytecode = _bytecode(asset)
     return {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
 
 
@@ -383,19 +392,13 @@ def _read_state(asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -
     Raises:
         CheckFailed: when the asset is damaged, or its constants are not those of `state`.
     """
-    try:
-        _require_intact(asset)
-        with _toolchain():
-            import coreai_torch  # noqa: F401  # before the compiler's dialects, as for lowering
+    import coreai_torch  # noqa: F401  # before the compiler's dialects, as for lowering
 
-            from coreai_zoo.backends._coreai_constants import read_state
+    from coreai_zoo.backends._coreai_constants import read_state
 
-            with _native_output_captured():
-                return read_state(asset, state)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckFailed(
-            f"The weights of {asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again."
-        ) from error
+    stored = _read_constants(asset)
+    with _without_weights(asset) as bare:
+        return read_state(bare.program, stored, state)
 
 
 def _read_program(asset: Path) -> Program:
@@ -404,15 +407,10 @@ def _read_program(asset: Path) -> Program:
     Raises:
         CheckFailed: when it is damaged.
     """
-    from coreai.authoring import AIModelAsset
-
     from coreai_zoo.backends._coreai_program import read_program
 
-    try:
-        with tempfile.TemporaryDirectory() as folder, _toolchain(), _native_output_captured():
-            return read_program(AIModelAsset.load(str(_without_weights(asset, Path(folder)))).program)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
+    with _without_weights(asset) as bare:
+        return read_program(bare.program)
 
 
 _TIMES = " \N{MULTIPLICATION SIGN} "
@@ -469,6 +467,12 @@ def _require_intact(asset: Path) -> None:
     """
     if bytes.fromhex(file_sha256(asset / "main.mlirb")) != (asset / "main.hash").read_bytes():
         raise RuntimeError("main.mlirb is not what main.hash says")
+
+
+def _bytecode(asset: Path) -> Bytecode:
+    """The bytecode of an asset, mapped, if it is what was written; raises as `_require_intact` does, and ValueError."""
+    _require_intact(asset)
+    return Bytecode.open(asset / "main.mlirb")
 
 
 class CoreAIStepper:

@@ -84,6 +84,7 @@ class TorchCandidate:
     def _threads(self) -> Iterator[None]:
         """One thread where matrices are small: there torch's half-precision product loses more time than it gains."""
         before = torch.get_num_threads()
+        workers()  # they are made once, as many as torch has threads then: before it has one
         if max(tensor.parameters for tensor in self.plan.tensors) < _WORTH_THREADS:
             torch.set_num_threads(1)
         try:
