@@ -810,6 +810,19 @@ def load_damaged(directory: Path) -> None:
                 print(f"{asset.stem}: {error}")  # the answer to the parent
 
 
+@pytest.mark.parametrize("use", ["signature(asset)", "constants(asset)", "state(asset, state)", "program(asset)"])
+def test_whatever_is_done_first_with_an_asset_prints_nothing(toy_asset: Compiled, use: str) -> None:
+    state = {name: (constant.shape, constant.dtype) for name, constant in toy_asset.constants.items()}
+    program = f"""
+from pathlib import Path
+from coreai_zoo.backends.coreai import CoreAIBackend
+asset, state = Path({str(toy_asset.path)!r}), {state!r}
+CoreAIBackend().{use}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_damaged_asset_is_an_error_and_not_the_end_of_the_process(toy_asset: Compiled, tmp_path: Path) -> None:
     bytecode = toy_asset.path.joinpath("main.mlirb").read_bytes()
     damages = {

@@ -392,9 +392,10 @@ def _read_state(asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -
     Raises:
         CheckFailed: when the asset is damaged, or its constants are not those of `state`.
     """
-    import coreai_torch  # noqa: F401  # before the compiler's dialects, as for lowering
+    with _toolchain():
+        import coreai_torch  # noqa: F401  # before the compiler's dialects, as for lowering
 
-    from coreai_zoo.backends._coreai_constants import read_state
+        from coreai_zoo.backends._coreai_constants import read_state
 
     stored = _read_constants(asset)
     with _without_weights(asset) as bare:
