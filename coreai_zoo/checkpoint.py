@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -78,12 +79,14 @@ class TensorInfo:
         shape: sizes; `()` is a scalar.
         dtype: the torch name without prefix, for example `bfloat16`.
         file: the safetensors file that holds it.
+        span: its first byte in the file, and one past its last.
     """
 
     key: str
     shape: tuple[int, ...]
     dtype: str
     file: Path
+    span: tuple[int, int] = (0, 0)
 
     @property
     def rows(self) -> int:
@@ -270,6 +273,12 @@ def _read_header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
         raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def _span(entry: Mapping[str, Any], data: int) -> tuple[int, int]:
+    """Where a tensor is in its file, whose data section begins at byte `data`."""
+    start, stop = entry["data_offsets"]
+    return data + start, data + stop
+
+
 def read_header(path: Path) -> Header:
     """Read and check the header of one safetensors file.
 
@@ -289,7 +298,8 @@ def read_header(path: Path) -> Header:
         raise BadInput(f"{path} is corrupt: {listing(problems, 4)}.", "Download it again.")
     _check_layout(path, entries, status.st_size - len(raw))
     tensors = {
-        key: TensorInfo(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]][0], path) for key, entry in entries.items()
+        key: TensorInfo(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]][0], path, _span(entry, len(raw)))
+        for key, entry in entries.items()
     }
     sha256 = hashlib.sha256(raw).hexdigest()
     stamp = (str(path.resolve()), sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -487,12 +497,13 @@ class Checkpoint:
         status = path.stat()
         if (status.st_size, status.st_mtime_ns) != self._stamps[path][2:4]:
             raise BadInput(f"{path} has changed since the build began.", "Leave the checkpoint alone and build again.")
-        # One mapping per file for the life of the checkpoint: opening one parses its header again.
-        if path not in self._files:
+        # One mapping per file until it is released: opening one parses its header again.
+        file = self._files.get(path)
+        if file is None:
             from safetensors import safe_open
 
-            self._files[path] = safe_open(path, framework="pt", device="cpu")
-        return self._files[path]
+            file = self._files[path] = safe_open(path, framework="pt", device="cpu")
+        return file
 
     def release(self) -> None:
         """Unmap the files, so that what was read of them no longer counts as this process's memory.
@@ -501,19 +512,20 @@ class Checkpoint:
         """
         self._files.clear()
 
-    def evict(self) -> None:
-        """Also give back the memory in which the system keeps the files' content: nobody reads the weights twice.
+    def evict(self, keys: Iterable[str]) -> None:
+        """Also give back the memory in which the system keeps some tensors: nobody reads the weights twice.
 
         What is written next takes their place. In a virtual machine that has not used all of its memory yet, fresh
-        memory is several times slower to write to.
+        memory is ten times slower to write to. A file of which a view is still in use keeps its memory.
         """
         self.release()
         if not hasattr(os, "posix_fadvise"):
             return
-        for path in {tensor.file for tensor in self.tensors.values()}:
+        for path, tensors in groupby((self.tensors[key] for key in keys), key=lambda tensor: tensor.file):
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                for start, stop in (tensor.span for tensor in tensors):
+                    os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
 

@@ -85,8 +85,6 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
                 report.note(f"damaged and redone: {listing(list(filled.repaired))}")
             if filled.removed:
                 report.note(f"removed {len(filled.removed)} tensors that this build does not use")
-            if filled.computed:
-                resolved.checkpoint.evict()
         # The disk may have filled meanwhile, and the toolchain's writer ends the whole process when it meets its end.
         preflight(resolved, workspace).require()
         with report.stage("lower", resolved.asset):

@@ -61,6 +61,8 @@ IN_FLIGHT = 8
 """Small tensors that may wait to be synced; a large one waits alone."""
 LARGE_BYTES = 4 * 2**20
 """From this size on a tensor is large: writing it takes longer than waiting for the disk."""
+EVICT_BYTES = 128 * 2**20
+"""So much is read of a checkpoint before the system is told that it need not keep it."""
 
 _KINDS = ("data", "scales", "zero_points")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
@@ -793,6 +795,33 @@ class WeightStore:
 
 
 @define
+class _Eviction:
+    """Gives back the memory in which the system keeps what was read of a checkpoint, some at a time.
+
+    What was read last may still be in use, and keeps its memory until the next time.
+    """
+
+    checkpoint: Checkpoint
+    bytes: int = 0
+    read: list[str] = field(factory=list)
+    again: list[str] = field(factory=list)
+
+    def add(self, planned: PlannedTensor) -> None:
+        """All sources of `planned` were read."""
+        for source in planned.sources:
+            start, stop = self.checkpoint.tensors[source.key].span
+            self.bytes += stop - start
+            self.read.append(source.key)
+        if self.bytes >= EVICT_BYTES:
+            self.evict()
+
+    def evict(self) -> None:
+        """Give back what can be given back now."""
+        self.checkpoint.evict([*self.again, *self.read])
+        self.bytes, self.read, self.again = 0, [], self.read
+
+
+@define
 class _Work:
     """One `WeightStore.fill`: finds the tensors that are not current, computes them and counts."""
 
@@ -803,6 +832,10 @@ class _Work:
     computed: int = 0
     bytes_written: int = 0
     repaired: list[str] = field(factory=list)
+    eviction: _Eviction = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.eviction = _Eviction(self.checkpoint)
 
     def run(self, plan: WeightPlan) -> None:
         """Compute what is not current, chunk by chunk and without a pause between tensors."""
@@ -811,6 +844,8 @@ class _Work:
         with _Committer(self.store.directory, self.store.journal) as committer, closing(results):
             for result in results:
                 self._write_tensor(result, results, committer)
+                self.eviction.add(result.chunk.planned)
+        self.eviction.evict()
 
     def _write_tensor(self, first: _Result, results: Iterator[_Result], committer: _Committer) -> None:
         """Write the tensor that begins with `first` and hand it to the committer."""

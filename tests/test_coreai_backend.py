@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import inspect
 import io
@@ -808,6 +809,38 @@ def load_damaged(directory: Path) -> None:
                 use(asset)
             except CheckFailed as error:
                 print(f"{asset.stem}: {error}")  # the answer to the parent
+
+
+def test_the_hash_taken_while_the_asset_is_written_is_that_of_the_file(tmp_path: Path) -> None:
+    asset = compiled(toy(intermediate_size=16384), recipe_of(INT8), tmp_path).path
+    bytecode = asset.joinpath("main.mlirb").read_bytes()
+    assert len(bytecode) > 2**20  # or its hash is not kept
+    assert asset.joinpath("main.hash").read_bytes() == hashlib.sha256(bytecode).digest()
+
+
+def save_on_a_small_disk(store: Path, room: int) -> None:
+    """In a process of its own, which the toolchain ends."""
+    import resource
+
+    model = hybrid("dense")
+    module, constants = model.bound(WeightStore(store), values=False)
+    traced = BACKEND.trace(module, model.spec)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    traced.save(constants, Path("small.aimodel"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_disk_that_fills_in_the_toolchains_own_writer_is_said(
+    hybrids: Mapping[str, Compiled], tmp_path: Path
+) -> None:
+    room = (hybrids["dense"].path / "main.mlirb").stat().st_size // 2
+    call = f"save_on_a_small_disk(Path({str(hybrids['dense'].store.directory)!r}), {room})"
+    process = run_here(call, directory=tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == EnvironmentLacks.exit_code
+    assert errors.splitlines()[-1].startswith("error: There is no space left to write small.aimodel; ")
+    assert "LLVM" not in errors
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("use", ["signature(asset)", "constants(asset)", "state(asset, state)", "program(asset)"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,29 @@ def test_a_file_that_took_the_place_of_another_is_not_taken_for_it(tmp_path: Pat
     other.write_bytes(b"b" * MIB)
     other.replace(path)
     assert digest.file_sha256(path) == hashlib.sha256(b"b" * MIB).hexdigest() != first
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, block = tmp_path / "big", bytes(range(256)) * 5000
+    with digest.hashed_while_written(path), path.open("wb") as file:
+        for _ in range(3):
+            file.write(block)
+            file.flush()
+            time.sleep(0.05)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("the file was read again"))
+    assert digest.file_sha256(path) == hashlib.sha256(3 * block).hexdigest()
+
+
+def test_what_replaces_the_file_that_was_being_hashed_is_hashed_itself(tmp_path: Path) -> None:
+    path, other = tmp_path / "big", tmp_path / "other"
+    with digest.hashed_while_written(path):
+        path.write_bytes(b"y" * MIB)
+        other.write_bytes(b"x" * MIB)
+        other.replace(path)
+    assert digest.file_sha256(path) == hashlib.sha256(b"x" * MIB).hexdigest()
+
+
+def test_nothing_follows_a_file_whose_writing_failed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no more"), digest.hashed_while_written(tmp_path / "big"):
+        raise RuntimeError("no more")
+    assert digest.file_sha256(tmp_path / "big") == hashlib.sha256(b"").hexdigest()

@@ -29,8 +29,9 @@ from attrs import frozen
 
 from coreai_zoo.backends import Signature
 from coreai_zoo.backends._bytecode import Bytecode
+from coreai_zoo.backends._native_exit import exit_explained
 from coreai_zoo.bundle import source_date_epoch
-from coreai_zoo.digest import file_sha256
+from coreai_zoo.digest import file_sha256, hashed_while_written
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.overlay import TraceSpec
 from coreai_zoo.program import Program
@@ -135,23 +136,21 @@ def _toolchain() -> Iterator[None]:
 
 @frozen
 class CoreAITraced:
-    """A traced decoder; see `Traced`.
+    """A decoder that can be traced; see `Traced`.
 
     Attributes:
         module: the decoder.
         spec: its signature.
         present: externalization specs of its composites.
-        program: traced from the module, or from its first layers.
-        composites: the programs of its composites.
-        continued: how the module was shortened, and the signature that it had then; None when all layers were traced.
+        whole: the program traced from all layers and those of its composites, or None where layers repeat.
+        repetition: how they repeat.
     """
 
     module: nn.Module
     spec: TraceSpec
     present: list[Any]
-    program: ExportedProgram
-    composites: list[Any]
-    continued: tuple[Repetition, TraceSpec] | None = None
+    whole: tuple[ExportedProgram, list[Any]] | None
+    repetition: Repetition | None = None
 
     def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
         """See `Traced.save`."""
@@ -185,38 +184,47 @@ class CoreAITraced:
         from coreai_zoo import export
         from coreai_zoo.extension import extend
 
-        if self.continued is None:
-            return self.program, self.composites
+        if self.whole is not None:
+            return self.whole
+        assert self.repetition is not None
         try:
-            program = extend(self.program, self.module, self.continued[0], self.continued[1], self.spec)
+            short, traced, composites = _traced_short(self.module, self.spec, self.present, self.repetition)
+            program = extend(traced, self.module, self.repetition, short, self.spec)
         except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
             _tell_that_all_are_traced(reason)
             return _traced_with_composites(self.module, self.spec, self.present)
         export.check_traced(program, self.spec)
-        return program, self.composites
+        return program, composites
 
 
 def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> CoreAITraced:
-    """Trace `module` with its composites kept whole: its first layers, where the others are like them.
-
-    What the others add is copied when the weights are there: until then a deep decoder takes no more memory than a
-    shallow one.
+    """Trace `module` with its composites kept whole. Where layers repeat, trace one of each kind to see that it can be
+    done, and forget them: until the weights are there a deep decoder takes no more memory than a shallow one.
     """
     import coreai_torch  # noqa: F401  # before the compiler's dialects, which import each other in a circle otherwise
 
-    from coreai_zoo.repetition import find_repetition, short_signature, shortened
+    from coreai_zoo.repetition import find_repetition
 
     present = _use_toolchain_composites(module)
     repetition = None if every_layer else find_repetition(module)
     if repetition is not None:
         try:
-            short = short_signature(spec, repetition)
-            with shortened(module, repetition):
-                traced = _traced_with_composites(module, short, present)
-            return CoreAITraced(module, spec, present, *traced, (repetition, short))
+            _traced_short(module, spec, present, repetition.one_of_each)
+            return CoreAITraced(module, spec, present, None, repetition)
         except Exception as reason:  # noqa: BLE001  # as above
             _tell_that_all_are_traced(reason)
-    return CoreAITraced(module, spec, present, *_traced_with_composites(module, spec, present))
+    return CoreAITraced(module, spec, present, _traced_with_composites(module, spec, present))
+
+
+def _traced_short(
+    module: nn.Module, spec: TraceSpec, present: list[Any], repetition: Repetition
+) -> tuple[TraceSpec, ExportedProgram, list[Any]]:
+    """The first layers of `module`: their signature, their program and its composites."""
+    from coreai_zoo.repetition import short_signature, shortened
+
+    short = short_signature(spec, repetition)
+    with shortened(module, repetition):
+        return short, *_traced_with_composites(module, short, present)
 
 
 def _tell_that_all_are_traced(reason: Exception) -> None:
@@ -312,7 +320,8 @@ def _save(program: Any, destination: Path) -> None:
 
     destination.mkdir(parents=True)
     asset = _AIModelAsset._create(path=str(destination), metadata=None)
-    program._save_bytecode(asset._program_bytecode_path)
+    with exit_explained(destination), hashed_while_written(Path(asset._program_bytecode_path)):
+        program._save_bytecode(asset._program_bytecode_path)
 
     def stamp(fields: Any) -> None:
         fields.creation_date = float(source_date_epoch())

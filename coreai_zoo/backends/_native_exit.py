@@ -1,0 +1,89 @@
+"""Words for a native library that ends the process when it cannot write.
+
+The compiler behind the toolchain reports a failed write by printing a line and calling `exit(1)`: no exception, and
+nothing of Python's runs any more. What the C library still runs are exit handlers, so one is registered meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from coreai_zoo.errors import CheckFailed, EnvironmentLacks, ZooError
+
+_NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+@contextlib.contextmanager
+def exit_explained(destination: Path) -> Iterator[None]:
+    """Within the block, a native call that ends the process says why, and removes `destination`, which is half written.
+
+    The process still ends, with the exit code of the error (see `errors`): 3 when there is no space left.
+    """
+    with tempfile.TemporaryFile() as captured, _stderr_in(captured) as stderr:
+
+        def explain(_: object) -> None:
+            captured.seek(0)
+            shutil.rmtree(destination, ignore_errors=True)
+            error = _error(destination, captured.read().decode(errors="replace").strip())
+            os.write(stderr, f"error: {error}\n".encode())
+            os._exit(error.exit_code)
+
+        with _at_exit(explain):
+            yield
+
+
+@contextlib.contextmanager
+def _stderr_in(captured: BinaryIO) -> Iterator[int]:
+    """Within the block what is written to stderr goes to a file; gives the descriptor of what stderr was.
+
+    What the file holds in the end is passed on.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    os.dup2(captured.fileno(), 2)
+    try:
+        yield saved
+    finally:
+        os.dup2(saved, 2)
+        captured.seek(0)
+        os.write(2, captured.read())
+        os.close(saved)
+
+
+@contextlib.contextmanager
+def _at_exit(explain: Callable[[object], None]) -> Iterator[None]:
+    """Within the block, `explain` runs when the C library's `exit` is called, where that library knows handlers."""
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if library is None or not hasattr(library, "__cxa_atexit"):
+        yield
+        return
+    inside = True
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda argument: explain(argument) if inside else None)
+    # Handlers are registered for a shared object, by an address in it, and can be taken back by that. This one must be
+    # taken back: at the end of every process it would run when there is no Python any more.
+    owner = ctypes.byref(ctypes.c_char())
+    library.__cxa_atexit(handler, None, owner)
+    try:
+        yield
+    finally:
+        inside = False
+        library.__cxa_finalize(owner)  # runs it once more
+
+
+def _error(destination: Path, said: str) -> ZooError:
+    """What a native library that ended the process meant by its last words."""
+    if any(words in said for words in _NO_SPACE):
+        return EnvironmentLacks(
+            f"There is no space left to write {destination}; what was written of it is removed.",
+            "Free some space or choose another output folder, then run the same command again: finished tensors are "
+            "kept.",
+        )
+    return CheckFailed(f"The toolchain ended the process while it wrote {destination}, saying: {said[-500:]}.")
