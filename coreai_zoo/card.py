@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coreai_zoo.backends import Backend
 from coreai_zoo.overlay import ROLES
 
 CARD = "README.md"
@@ -36,25 +37,26 @@ def with_measurements(card: bytes, markdown: str) -> bytes:
     return (head + block + found + tail if found else built + block).encode()
 
 
-def render(record: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+def render(record: Mapping[str, Any], sizes: Mapping[str, int], backend: Backend) -> str:
     """The card as Markdown.
 
     Args:
         record: of the build, as `record.build_record` makes it.
         sizes: bytes by relative path of the files so far.
+        backend: that wrote the asset.
     """
     sections = (
-        _head(record),
+        _head(record, backend.title),
         _architecture(record),
         _recipe(record),
         _function(record, sizes),
-        _run(record),
+        _run(record, backend.running),
         _provenance(record),
     )
     return "\n\n".join(sections) + "\n"
 
 
-def _head(record: Mapping[str, Any]) -> str:
+def _head(record: Mapping[str, Any], target: str) -> str:
     title = record["entry"]["title"]
     lines = [f"# {record['name']}"]
     if record["sample"]:
@@ -67,7 +69,7 @@ def _head(record: Mapping[str, Any]) -> str:
         lines.append(f"**Not {title}, but a model of its architecture.** {differences}.")
     else:
         hf_id = record["entry"]["hf_id"]
-        lines.append(f"{title}{f' ([{hf_id}](https://huggingface.co/{hf_id}))' if hf_id else ''} for Core AI.")
+        lines.append(f"{title}{f' ([{hf_id}](https://huggingface.co/{hf_id}))' if hf_id else ''} for {target}.")
         if record["entry"]["status"] == "unverified":
             lines.append(
                 "**Unverified.** It was built with `--allow-unverified`: what the zoo states of this model was not "
@@ -129,13 +131,12 @@ def _function(record: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     )
 
 
-def _run(record: Mapping[str, Any]) -> str:
+def _run(record: Mapping[str, Any], running: str) -> str:
     needs = "\n".join(f"- {need}" for need in record["contract"]["prerequisites"])
     return (
         "## Running it\n\n"
         f"On a Mac, with an engine for the `{record['contract']['name']}` contract. It needs:\n\n{needs}\n\n"
-        "On Linux, on the Core AI CPU interpreter (slow; for checking):\n\n"
-        f'```\nzoo run PATH/TO/{record["name"]} -p "def main(" -n 40\n```'
+        f"{running.format(name=record['name'])}"
     )
 
 
@@ -145,9 +146,10 @@ def _provenance(record: Mapping[str, Any]) -> str:
     files = "\n".join(f"- `{name}`: {file['size']:,} bytes" for name, file in source.get("files", {}).items())
     dropped = "".join(f"\n- {count} tensors left out: {reason}" for reason, count in record["dropped"].items())
     revision = source.get("hf_revision") or "not recorded (built from a local copy)"
+    remarks = "".join(f"\n\nNote: {remark}." for remark in record["remarks"])
     return (
         f"## Provenance\n\nBuilt by coreai-zoo {record['zoo']} with {versions}; overlay "
-        f"`{record['overlay']['name']}`.\n\n"
+        f"`{record['overlay']['name']}`.{remarks}\n\n"
         f"Checkpoint revision: {revision}. Its files:\n\n{files}{dropped}\n\n"
         "`build.json` records everything that determined these bytes, and the SHA-256 of every file."
     )

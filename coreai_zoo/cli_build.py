@@ -19,6 +19,7 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import EventReporter, Reporter
 from coreai_zoo.quantize import RECIPES
+from coreai_zoo.resolve import DEFAULT_BACKEND
 
 _EXISTING = click.Path(path_type=Path)
 
@@ -29,7 +30,7 @@ _EXISTING = click.Path(path_type=Path)
 @click.option("--sample", is_flag=True, help="The miniature trained checkpoint that ships with the entry.")
 @click.option("--recipe", metavar="R", help=f"Quantization: {', '.join(RECIPES)}. Default: the entry's.")
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
-@click.option("--backend", default="coreai", show_default=True, metavar="B", help="Target toolchain.")
+@click.option("--backend", default=DEFAULT_BACKEND, show_default=True, metavar="B", help="coreai or coreml.")
 @click.option(
     "-o",
     "--output",

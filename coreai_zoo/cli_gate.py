@@ -37,7 +37,7 @@ class GateOptions:
     prompt_file: Sequence[Path] = ()
     positions: int | None = None
     allow_weak_prompt: bool = False
-    candidate: Literal["auto", "coreai", "torch"] = "auto"
+    candidate: Literal["auto", "coreai", "mil", "torch"] = "auto"
     control: bool = True
     oracle_dtype: Literal["float32", "bfloat16"] = "float32"
     oracle_cache: Path | None = None
@@ -75,10 +75,11 @@ class GateOptions:
 @click.option("--allow-weak-prompt", is_flag=True, help="Judge prompts too on which the oracle is unsure of itself.")
 @click.option(
     "--candidate",
-    type=click.Choice(["auto", "coreai", "torch"]),
+    type=click.Choice(["auto", "coreai", "mil", "torch"]),
     default="auto",
     show_default=True,
-    help="The asset on the Core AI runtime, or the overlay in PyTorch on the asset's weights; auto: by size.",
+    help="The asset on the Core AI runtime, of a Core ML bundle in the reference interpreter (mil); or the overlay in "
+    "PyTorch on the asset's weights; auto: by size.",
 )
 @click.option(
     "--control/--no-control", default=True, help="Also run unquantized weights, to tell where flips are from."
@@ -342,7 +343,13 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
 
     backend = backend_of(bundle, plugins.backends())
     ticker = Ticker()
-    asset = Runner(AssetCandidate(bundle, backend, ticker), ticker)
+    if options.candidate not in {"auto", "torch", backend.runtime}:
+        raise BadInput(
+            f"{bundle.directory.name} is a {backend.name} bundle, which the candidate {options.candidate} cannot run.",
+            f"Use --candidate {backend.runtime} or torch.",
+        )
+    arithmetic: Literal["torch", "runtime"] = "torch" if backend.sums == "single" else "runtime"
+    asset = Runner(AssetCandidate(bundle, backend, ticker), ticker, arithmetic=arithmetic)
     shipped = _resolved(bundle, plugins, checkpoint)
     overlay: Runner | None = None
     control: Runner | None = None
@@ -354,9 +361,9 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
             control = _overlay_runner(plain, CheckpointWeights("unquantized weights", plain.checkpoint, plain.weights))
     size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
     in_time = sys.platform == "darwin" or size <= _INTERPRETED_BYTES  # a Mac has the OS runtime
-    runs_asset = options.candidate == "coreai" or (options.candidate == "auto" and in_time)
+    runs_asset = options.candidate == backend.runtime or (options.candidate == "auto" and in_time)
     # A long prompt is the overlay's in any case but the one in which the asset was asked for.
-    long_candidate = asset if options.candidate == "coreai" else overlay
+    long_candidate = asset if options.candidate == backend.runtime else overlay
     return Models(asset if overlay is None or runs_asset else overlay, long_candidate, control)
 
 

@@ -32,6 +32,9 @@ class Contract:
         summary: one line.
         query_length: tokens per call, or None when the engine may pass any number.
         prerequisites: what a machine needs to run such a bundle, for the card.
+        fixed_context: whether the KV pair has its full length from the start, and `position_ids` names the new tokens
+            only; else both grow with the tokens.
+        default_context: positions that a bundle allows unless it is told, or None for what the model allows.
         compute_dtype: dtype of states and logits.
     """
 
@@ -39,37 +42,41 @@ class Contract:
     summary: str
     query_length: int | None = field(validator=optional(ge(1)))
     prerequisites: tuple[str, ...]
+    fixed_context: bool = False
+    default_context: int | None = None
     compute_dtype: str = "float16"
 
     def trace_spec(self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int) -> TraceSpec:
         """The function's signature.
 
         `input_ids` [1, S] int32; `position_ids` [1, T] int32, the whole range 0..T-1, so that the S new tokens are
-        written at T - S; the KV pair [layers, 1, heads, capacity, head_dim]; then `extra`; `logits` [1, S, V].
+        written at T - S; the KV pair [layers, 1, heads, capacity, head_dim]; then `extra`; `logits` [1, S, V]. With a
+        fixed context `position_ids` is [1, S] and the capacity is `max_context`.
 
         Raises:
             ValueError: when names collide.
         """
         length = self.query_length if self.query_length is not None else "query"
+        capacity = max_context if self.fixed_context else "capacity"
         pair = tuple(
             StateSpec(
                 name=name,
-                shape=(kv.layers, 1, kv.heads, "capacity", kv.head_dim),
+                shape=(kv.layers, 1, kv.heads, capacity, kv.head_dim),
                 dtype=self.compute_dtype,
                 kind="kv_cache",
             )
             for name in ("keyCache", "valueCache")
         )
-        axes = {
-            "positions": Axis(1, max_context, _TRACED_POSITIONS),
-            "capacity": Axis(1, _largest_capacity(max_context), _TRACED_CAPACITY),
-        }
+        axes = {}
+        if not self.fixed_context:
+            axes["positions"] = Axis(1, max_context, _TRACED_POSITIONS)
+            axes["capacity"] = Axis(1, _largest_capacity(max_context), _TRACED_CAPACITY)
         if self.query_length is None:
             axes["query"] = Axis(1, max_context, _TRACED_POSITIONS - 2)
         return TraceSpec(
             inputs=(
                 TensorSpec("input_ids", (1, length), "int32"),
-                TensorSpec("position_ids", (1, "positions"), "int32"),
+                TensorSpec("position_ids", (1, length if self.fixed_context else "positions"), "int32"),
             ),
             states=(*pair, *extra),
             outputs=(TensorSpec("logits", (1, length, vocab_size), self.compute_dtype),),
@@ -96,7 +103,16 @@ STATIC_S1 = Contract(
     ),
 )
 
-CONTRACTS: Mapping[str, Contract] = MappingProxyType({contract.name: contract for contract in (STATIC_S1,)})
+FIXED_S1 = Contract(
+    name="fixed-s1",
+    summary="decode-only, loop-free, one token per call, no dynamic axis: the context is allocated whole",
+    query_length=1,
+    prerequisites=("macOS 15 or iOS 18, or later", "a caller that carries the states from call to call (MLState)"),
+    fixed_context=True,
+    default_context=4096,
+)
+
+CONTRACTS: Mapping[str, Contract] = MappingProxyType({contract.name: contract for contract in (STATIC_S1, FIXED_S1)})
 
 
 def find_contract(name: str) -> Contract:

@@ -89,7 +89,8 @@ class StateSpec(TensorSpec):
     """A tensor that a step mutates and the engine carries to the next step.
 
     Attributes:
-        kind: `kv_cache` grows along its one dynamic axis; `fixed` has a static shape and is zeroed at reset.
+        kind: `kv_cache` holds something of every position: it grows along its one dynamic axis, or has none where the
+            contract fixes the context; `fixed` has a static shape and is zeroed at reset.
     """
 
     kind: Literal["kv_cache", "fixed"] = field(default="fixed", validator=in_(("kv_cache", "fixed")))
@@ -98,7 +99,7 @@ class StateSpec(TensorSpec):
 
     def __attrs_post_init__(self) -> None:
         dynamic = [size for size in self.shape if isinstance(size, str)]
-        if len(dynamic) != (1 if self.kind == "kv_cache" else 0):
+        if len(dynamic) > (1 if self.kind == "kv_cache" else 0):
             raise ValueError(f"state {self.name!r} is a {self.kind} and has dynamic axes {dynamic}")
 
 
@@ -364,7 +365,8 @@ class LayeredDecoder(Protocol):
         Args:
             index: which.
             x: output of the layer before.
-            position_ids: int32 [1, T], as the decoder takes them: the S tokens are the last of T.
+            position_ids: int32 [1, T], as the decoder takes them: the S tokens are the last of T; with a fixed context
+                they are all of T.
             states: all states in the order of the trace spec; the layer mutates its part in place.
         """
 

@@ -41,7 +41,10 @@ def write_records(resolved: Resolved, store: WeightStore, partial: Path) -> None
             )
         ),
     )
-    (partial / card.CARD).write_text(card.render(record, bundles.file_sizes(partial)), encoding="utf-8")
+    for name, text in resolved.backend.companions.items():
+        (partial / name).write_text(text, encoding="utf-8")
+    rendered = card.render(record, bundles.file_sizes(partial), resolved.backend)
+    (partial / card.CARD).write_text(rendered, encoding="utf-8")
     bundles.write_json(partial / "build.json", {**record, "files": bundles.file_digests(partial)})
 
 
@@ -104,6 +107,7 @@ def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
         "whole_layers": resolved.whole_layers,
         "contract": {"name": resolved.contract.name, "prerequisites": list(resolved.contract.prerequisites)},
         "backend": resolved.backend.name,
+        "remarks": list(resolved.backend.remarks),
         "recipe": {
             "name": resolved.recipe.name,
             "published_name": resolved.recipe.published_name,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_OUTPUT = Path("exports")
+DEFAULT_BACKEND = "coreai"
 
 
 @frozen
@@ -43,7 +44,7 @@ class BuildRequest:
     sample: bool = False
     recipe: str | None = None
     contract: str | None = None
-    backend: str = "coreai"
+    backend: str = DEFAULT_BACKEND
     output: Path = DEFAULT_OUTPUT
     max_context: int | None = None
     layers: int | None = None
@@ -118,10 +119,10 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
         ZooError: for every input that cannot be built from.
     """
     entry, _ = find_entry(request.entry, plugins)
-    contract = find_contract(request.contract or entry.contract)
+    backend = _find_backend(request.backend, plugins)
+    contract = _contract(request, entry, backend)
     recipe = find_recipe(request.recipe or entry.recipe)
     _check_status(request, entry)
-    backend = _find_backend(request.backend, plugins)
     _ = backend.versions  # another version of the toolchain is refused now, not after the weights
     source_date_epoch = bundles.source_date_epoch()
     check_output_folder(request.output)
@@ -129,12 +130,14 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
     model = read_model(read_config(directory), plugins, request.layers)
     _check_model_type(entry, model, directory)
     differences = _differences(request, entry, model, directory)
-    max_context = _max_context(request, entry, model.facts)
+    max_context = _max_context(request, entry, contract, model.facts)
     bundles.check_tokenizer(directory, model.facts["vocab_size"])
     checkpoint = Checkpoint.open(directory)
     head = plugins.head_quantization(model.overlay, entry, model.config)
     recipe = recipe.with_head(head)
     module, rewrites, weights = _plan(model, entry, contract, checkpoint, recipe, plugins)
+    spec = signature(model, entry, contract, max_context, plugins)
+    backend.require(spec, weights)
     return Resolved(
         name=_bundle_name(request, entry, recipe, contract, differences),
         request=request,
@@ -153,7 +156,7 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
         recipe=recipe,
         head=head if recipe.roles["head"] is not None else None,
         rewrites=rewrites,
-        signature=signature(model, entry, contract, max_context, plugins),
+        signature=spec,
         module=module,
         weights=weights,
         max_context=max_context,
@@ -402,13 +405,25 @@ def _find_backend(name: str, plugins: Plugins) -> Backend:
     return backends[name]
 
 
-def _max_context(request: BuildRequest, entry: Entry, facts: Mapping[str, Any]) -> int:
+def _contract(request: BuildRequest, entry: Entry, backend: Backend) -> Contract:
+    """The contract that was asked for, or the entry's, or where the backend does not write for that one its own."""
+    default = entry.contract if entry.contract in backend.contracts else backend.contracts[0]
+    contract = find_contract(request.contract or default)
+    if contract.name not in backend.contracts:
+        raise BadInput(
+            f"The backend {backend.name} does not write for the contract {contract.name}.",
+            f"It writes for {listing(list(backend.contracts))}.",
+        )
+    return contract
+
+
+def _max_context(request: BuildRequest, entry: Entry, contract: Contract, facts: Mapping[str, Any]) -> int:
     limit = int(facts["max_context_length"])
     if request.max_context is not None and not MINIMUM_CONTEXT <= request.max_context <= limit:
         raise BadInput(
             f"--max-context {request.max_context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit."
         )
-    chosen = request.max_context or min(entry.bundle.max_context, limit)
+    chosen = request.max_context or min(entry.bundle.max_context, limit, contract.default_context or limit)
     if chosen < MINIMUM_CONTEXT:
         raise BadInput(
             f"The bundle would allow {chosen} positions (the model {limit}, the entry {entry.bundle.max_context}); "
@@ -428,4 +443,7 @@ def _bundle_name(
     if request.layers is not None:
         parts.append(f"{request.layers}layers")
     parts.append("decode" if contract.query_length == 1 else "dynamic")
-    return "_".join([*parts, recipe.published_name])
+    parts.append(recipe.published_name)
+    if request.backend != DEFAULT_BACKEND:
+        parts.append(request.backend)
+    return "_".join(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from attrs import frozen
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from coreai_zoo.export import Constant
+    from coreai_zoo.weights import WeightPlan
 
 
 @frozen
@@ -67,6 +68,41 @@ class Backend(Protocol):
     @property
     def asset_suffix(self) -> str:
         """File-name suffix of the asset in a bundle, with the dot."""
+
+    @property
+    def title(self) -> str:
+        """Name of the target, for the card."""
+
+    @property
+    def running(self) -> str:
+        """How its assets are run and what they were checked with, for the card: Markdown, `{name}` being the bundle."""
+
+    @property
+    def companions(self) -> Mapping[str, str]:
+        """Further files of a bundle, by name: text."""
+
+    @property
+    def contracts(self) -> tuple[str, ...]:
+        """Names of the engine contracts that it writes for, the default one first."""
+
+    @property
+    def runtime(self) -> str:
+        """What runs its assets on this machine, as the gate names that candidate."""
+
+    @property
+    def sums(self) -> Literal["half", "single"]:
+        """The precision in which that sums products of half-precision values: what a gate has to allow for."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the toolchain says of the versions that it finds; recorded in build.json."""
+
+    def require(self, spec: TraceSpec, weights: WeightPlan) -> None:
+        """Refuse what the target cannot hold, before anything is traced.
+
+        Raises:
+            BadInput: naming it.
+        """
 
     @property
     def versions(self) -> Mapping[str, str]:

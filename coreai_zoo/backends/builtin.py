@@ -10,7 +10,8 @@ from coreai_zoo.backends import Backend
 
 @hookimpl
 def zoo_backends() -> Iterable[Backend]:
-    """Core AI."""
+    """Core AI and Core ML."""
     from coreai_zoo.backends.coreai import CoreAIBackend
+    from coreai_zoo.backends.coreml import CoreMLBackend
 
-    return (CoreAIBackend(),)
+    return (CoreAIBackend(), CoreMLBackend())

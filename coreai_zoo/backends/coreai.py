@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from attrs import frozen
 
@@ -31,6 +31,7 @@ from coreai_zoo.backends import Signature
 from coreai_zoo.backends._bytecode import Bytecode
 from coreai_zoo.backends._native_exit import exit_explained
 from coreai_zoo.bundle import source_date_epoch
+from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.digest import file_sha256, hashed_while_written
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.overlay import TraceSpec
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from coreai_zoo.export import Constant
     from coreai_zoo.repetition import Repetition
+    from coreai_zoo.weights import WeightPlan
 
 _log = logging.getLogger(__name__)
 
@@ -61,13 +63,26 @@ class CoreAIBackend:
     """
 
     name: str = "coreai"
+    title: str = "Core AI"
+    running: str = (
+        "On Linux, on the Core AI CPU interpreter (slow; for checking):\n\n"
+        '```\nzoo run PATH/TO/{name} -p "def main(" -n 40\n```'
+    )
+    companions: Mapping[str, str] = MappingProxyType({})
     asset_suffix: str = ".aimodel"
+    contracts: tuple[str, ...] = (STATIC_S1.name,)
+    runtime: str = "coreai"
+    sums: Literal["half", "single"] = "half"
+    remarks: tuple[str, ...] = ()
     every_layer: bool = False
 
     @property
     def versions(self) -> Mapping[str, str]:
         """Versions of the toolchain, checked."""
         return _checked_versions()
+
+    def require(self, spec: TraceSpec, weights: WeightPlan) -> None:
+        """See `Backend.require`: nothing is known that the format cannot hold."""
 
     def trace(self, module: nn.Module, spec: TraceSpec) -> CoreAITraced:
         """See `Backend.trace`."""

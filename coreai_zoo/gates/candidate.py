@@ -23,7 +23,7 @@ class AssetCandidate:
     @property
     def name(self) -> str:
         """Which runtime."""
-        return f"{self.bundle.asset.name} on the {self.backend.name} runtime"
+        return f"{self.bundle.asset.name} on the {self.backend.runtime} runtime"
 
     def run(self, tokens: Sequence[int]) -> Activations:
         """Teacher-forced logits in float16."""

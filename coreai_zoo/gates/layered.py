@@ -51,7 +51,7 @@ class TorchCandidate:
         if not isinstance(self.module, LayeredDecoder):
             raise BadInput(
                 f"A {type(self.module).__name__} cannot be run layer by layer: it is no overlay.LayeredDecoder.",
-                "Gate the asset itself: --candidate coreai.",
+                "Gate the asset itself: --candidate coreai, or mil.",
             )
 
     @property
@@ -71,7 +71,8 @@ class TorchCandidate:
                     length = 0
                     for place, tensor in enumerate(x):
                         length += tensor.shape[1]
-                        positions = torch.arange(length, dtype=torch.int32)[None]
+                        first = length - tensor.shape[1] if self._names_new_only else 0
+                        positions = torch.arange(first, length, dtype=torch.int32)[None]
                         x[place] = self.module.layer(index, tensor, positions, states)
                 hidden.append(torch.cat(x, dim=1)[0].float().numpy())
                 self.on_layer()
@@ -79,6 +80,11 @@ class TorchCandidate:
             logits = self._logits(torch.cat(x, dim=1))
         found = [torch.cat(rows).float().numpy() for rows in routers.values()]
         return Activations(logits.numpy(), hidden, found or None)
+
+    @property
+    def _names_new_only(self) -> bool:
+        """Whether `position_ids` holds the new tokens' positions, or all so far."""
+        return isinstance(self.signature.inputs[1].shape[1], int)
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:

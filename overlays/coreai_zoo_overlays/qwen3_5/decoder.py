@@ -40,7 +40,9 @@ class Decoder(nn.Module):
         conv_state: Tensor,
         recurrent_state: Tensor,
     ) -> Tensor:
-        """`input_ids` int32 [1, S], `position_ids` int32 [1, T], states as in `states`; logits [1, S, V]."""
+        """`input_ids` int32 [1, S], `position_ids` int32 as the contract has them, the S new ones last, states as in
+        `states`; logits [1, S, V].
+        """
         states = FixedStates(conv_state, recurrent_state)
         hidden = self.model(input_ids, position_ids, (key_cache, value_cache), states)
         states.commit()
@@ -60,7 +62,7 @@ class Decoder(nn.Module):
         key_cache, value_cache, conv_state, recurrent_state = states
         rotation = self.model.rotation(position_ids, x)
         fixed = LayerStates(conv_state, recurrent_state)
-        return self.model.layers[index](x, rotation, position_ids.shape[1], (key_cache, value_cache), fixed)
+        return self.model.layers[index](x, rotation, position_ids, (key_cache, value_cache), fixed)
 
     def head(self, x: Tensor) -> Tensor:
         """[1, S, D] after the last layer; logits [1, S, V]."""
@@ -87,7 +89,7 @@ class DecoderModel(nn.Module):
         x = self.embed_tokens(input_ids)
         rotation = self.rotation(position_ids, x)
         for layer in self.layers:
-            x = layer(x, rotation, position_ids.shape[1], kv_cache, states)
+            x = layer(x, rotation, position_ids, kv_cache, states)
         return self.norm(x)
 
     def rotation(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        length: int,
+        position_ids: Tensor,
         kv_cache: tuple[Tensor, Tensor],
         states: FixedStates,
     ) -> Tensor:
@@ -124,7 +126,7 @@ class DecoderLayer(nn.Module):
         normed = self.input_layernorm(x)
         if self.kind == FULL:
             keys, values = kv_cache
-            mixed = self.self_attn(normed, rotation, (keys[self.index], values[self.index]), length)
+            mixed = self.self_attn(normed, rotation, (keys[self.index], values[self.index]), position_ids)
         else:
             mixed, *updated = self.linear_attn(normed, *states.read(self.index))
             states.replace(self.index, *updated)

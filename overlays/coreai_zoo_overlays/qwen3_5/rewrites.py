@@ -15,7 +15,7 @@ def layer_rewrites(contract: Contract) -> tuple[LayerRewrite, ...]:
     """The rewrites of a contract that hands over one token per call; none otherwise."""
     if contract.query_length != 1:
         return ()
-    return (
+    one_token = (
         LayerRewrite(
             name="loop-free-step",
             pattern="model.layers.*.linear_attn.rule",
@@ -27,6 +27,17 @@ def layer_rewrites(contract: Contract) -> tuple[LayerRewrite, ...]:
             pattern="model.layers.*.linear_attn.conv1d",
             reason="with one token the convolution is K multiplies, and the compiler folds no weight of it",
             apply=_conv_as_shifts,
+        ),
+    )
+    if not contract.fixed_context:
+        return one_token
+    return (
+        *one_token,
+        LayerRewrite(
+            name="fixed-context-attention",
+            pattern="model.layers.*.self_attn.attend",
+            reason="no axis of the function may be dynamic, so the new key is written by position and the rest masked",
+            apply=_fixed_context_attention,
         ),
     )
 
@@ -42,3 +53,10 @@ def _conv_as_shifts(conv1d: nn.Module) -> nn.Module:
 
     assert isinstance(conv1d, CausalConv1d)
     return CausalConv1dStep(conv1d.weight)
+
+
+def _fixed_context_attention(attend: nn.Module) -> nn.Module:
+    from .attention import CachedAttention, FixedContextAttention
+
+    assert isinstance(attend, CachedAttention)
+    return FixedContextAttention(attend.scale)
