@@ -117,7 +117,8 @@ def gate(
     closer than that it is a tie. It also fails where errors are larger than the recipe's bounds (see docs/gate.md). A
     prompt on which more than one position in eight is a tie for the oracle is refused before the bundle runs.
 
-    Writes BUNDLE/gate/report.html and transcript.json, and puts the measured numbers into the bundle's card.
+    Writes BUNDLE/gate/report.html and transcript.json, and puts the measured numbers into the bundle's card. A Core ML
+    bundle also gets the logits that its compare_on_mac.py compares a device with.
 
     \b
     Example:
@@ -134,8 +135,9 @@ def gate(
         _rank(ctx, bundle, options, as_json=as_json)
         return
     opened = [Bundle.open(path) for path in (bundle, against) if path is not None]
-    transcripts.check_writable(bundle / GATE_FOLDER if output is None else output)
-    records = run_gate(opened, options, plugins_of(ctx), Reporter(silent=as_json))
+    folder = bundle / GATE_FOLDER if output is None else output
+    transcripts.check_writable(folder)
+    records = run_gate(opened, options, plugins_of(ctx), Reporter(silent=as_json), keep_in=folder)
     page = write_report(opened[0], records, output)
     if as_json:
         click.echo(transcripts.to_json(records[0] | ({"against": records[1]} if against else {})), nl=False)
@@ -168,9 +170,16 @@ def _rank(ctx: click.Context, bundle: Path, options: GateOptions, *, as_json: bo
 
 
 def run_gate(
-    bundles: Sequence[Bundle], options: GateOptions, plugins: Plugins, report: Reporter
+    bundles: Sequence[Bundle], options: GateOptions, plugins: Plugins, report: Reporter, keep_in: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Judge bundles of one checkpoint on the same oracle; a transcript for each. Nothing is written.
+    """Judge bundles of one checkpoint on the same oracle; a transcript for each. No transcript is written.
+
+    Args:
+        bundles: the first is the one whose prompts and oracle they are.
+        options: what was asked for.
+        plugins: for overlays, backends and gates.
+        report: for progress.
+        keep_in: where the logits of a bundle that brings a script to compare them with go; None to keep none.
 
     Raises:
         BadInput: for anything that was given and does not fit.
@@ -185,7 +194,7 @@ def run_gate(
         teacher_forced.check_checkpoint(bundle, checkpoint)  # before its config is cut to the bundle's layers
         _require_unchanged(bundle)
         _require_same_tokenizer(bundles[0], bundle)
-        subjects.append(_subject(bundle, options, plugins, checkpoint))
+        subjects.append(_subject(bundle, options, plugins, checkpoint, keep_in if bundle is bundles[0] else None))
     prompts = _prompts(bundles[0], options)
     oracle = _oracle(bundles[0], options, plugins, checkpoint)
     if options.cached_only:
@@ -226,14 +235,16 @@ class _Subject:
     plugin_gates: Callable[[], list[Any]]
 
 
-def _subject(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path) -> _Subject:
+def _subject(
+    bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None
+) -> _Subject:
     try:
         roles, facts = dict(bundle.build["recipe"]["roles"]), bundle.build["facts"]
         experts = facts.get("experts_per_token")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"build.json of {bundle.directory} does not say how it was built: {error!r}."
         raise BadInput(message, "Build the bundle again.") from error
-    models = _models(bundle, options, plugins, checkpoint)
+    models = _models(bundle, options, plugins, checkpoint, keep_in)
     return _Subject(bundle, models, roles, experts, lambda: run_plugin_gates(bundle, plugins, checkpoint))
 
 
@@ -335,7 +346,7 @@ def _require_cached(oracle: Any, prompts: Sequence[Any]) -> None:
         )
 
 
-def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path) -> Any:
+def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None) -> Any:
     """What judges and what controls: auto is the asset where this machine runs it in time, else the overlay."""
     from coreai_zoo.gates.candidate import AssetCandidate
     from coreai_zoo.gates.teacher_forced import Models, Runner, Ticker
@@ -349,7 +360,8 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
             f"Use --candidate {backend.runtime} or torch.",
         )
     arithmetic: Literal["torch", "runtime"] = "torch" if backend.sums == "single" else "runtime"
-    asset = Runner(AssetCandidate(bundle, backend, ticker), ticker, arithmetic=arithmetic)
+    candidate = AssetCandidate(bundle, backend, ticker, keep_in if backend.companions else None)
+    asset = Runner(candidate, ticker, arithmetic=arithmetic)
     shipped = _resolved(bundle, plugins, checkpoint)
     overlay: Runner | None = None
     control: Runner | None = None

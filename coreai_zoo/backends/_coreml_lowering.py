@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,12 @@ TARGET = ct.target.iOS18  # the same as macOS 15
 _PLACEHOLDER = "decoder."
 """Path of the decoder in the module that is traced."""
 
-# It would merge placeholders, which are equal, and with them the weights that take their places.
-_SKIPPED_PASSES = {"common::const_deduplication"}
+_SKIPPED_PASSES = {
+    # It would merge placeholders, which are equal, and with them the weights that take their places.
+    "common::const_deduplication",
+    # It compares every constant with itself, which takes a byte per element; what it cancels moves a few KiB.
+    "common::reduce_transposes",
+}
 _TO_HALF = "common::add_fp16_cast"
 
 
@@ -96,7 +100,7 @@ def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
     with torch.no_grad(), quietly():
         module = _Stateful(decoder, spec)
         program: ExportedProgram = torch.export.export(module, (), inputs, strict=False).run_decompositions({})
-    written = set(program.graph_signature.buffers_to_mutate.values())
+    written = set(_written_buffers(program))
     states = {state.name for state in spec.states}
     problems = [f"state {name} is never written" for name in sorted(states - written)]
     problems += [f"{name} is written" for name in sorted(written - states)]
@@ -107,6 +111,26 @@ def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
     if problems:
         raise PluginError(f"The traced decoder does not meet its contract: {listing(problems)}.")
     return program
+
+
+def _written_buffers(program: ExportedProgram) -> Iterator[str]:
+    """Names of the buffers that get another value than they had."""
+    mutated = program.graph_signature.buffers_to_mutate
+    for node in program.graph.output_node().args[0]:
+        if node.name in mutated:
+            origin = node
+            while origin.target in _KEEPS_VALUES:
+                origin = origin.args[_KEEPS_VALUES[origin.target]]
+            if origin.op != "placeholder":
+                yield mutated[node.name]
+
+
+# Operations that only pass on the value of one of their arguments, and which.
+_KEEPS_VALUES = {
+    torch.ops.aten._to_copy.default: 0,
+    torch.ops.aten.clone.default: 0,
+    torch.ops.aten.copy.default: 1,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,13 +170,12 @@ class Converted:
         return found
 
 
-def convert(decoder: nn.Module, spec: TraceSpec, *, plain_fp16: bool = False) -> Converted:
+def convert(decoder: nn.Module, spec: TraceSpec) -> Converted:
     """Trace and convert a decoder.
 
     Args:
         decoder: its parameters allocated as they will be stored, see `export.allocate`; what they hold is not read.
         spec: its signature, without dynamic axes.
-        plain_fp16: compute everything in float16; what the declared precision is compared with.
 
     Raises:
         PluginError: when the decoder does not meet its contract, or its weights do not arrive in the program as they
@@ -161,13 +184,13 @@ def convert(decoder: nn.Module, spec: TraceSpec, *, plain_fp16: bool = False) ->
     traced = trace(decoder, spec)
     names = _hide_weights(traced)
     pipeline = ct.PassPipeline.DEFAULT
-    pipeline.remove_passes(_SKIPPED_PASSES | (set() if plain_fp16 else {_TO_HALF}))
+    pipeline.remove_passes({*_SKIPPED_PASSES, _TO_HALF})
     with quietly():
         program = ct.convert(
             traced,
             convert_to="milinternal",
             minimum_deployment_target=TARGET,
-            compute_precision=ct.precision.FLOAT16 if plain_fp16 else ct.precision.FLOAT32,
+            compute_precision=ct.precision.FLOAT32,
             pass_pipeline=pipeline,
             states=[
                 ct.StateType(ct.TensorType(shape=state.shape, dtype=np.dtype(state.dtype).type), name=state.name)
@@ -221,22 +244,18 @@ def _check(converted: Converted, traced: ExportedProgram, spec: TraceSpec) -> No
         found = None if value is None else (tuple(value.val.val.shape), str(value.val.val.dtype))
         if found != expected:
             problems.append(f"weight {converted.names[constant]} is {found}, not {expected}")
-    for name, operation in constants.items():
-        value = operation.val.val
-        if (
-            name not in parameters
-            and isinstance(value, np.ndarray)
-            and value.dtype.kind == "f"
-            and np.isnan(value).any()
-        ):
-            problems.append(f"constant {name} was computed from a weight that is not there yet")
+    problems += [
+        f"constant {name} was computed from a weight that is not there yet"
+        for name, operation in constants.items()
+        if name not in parameters and _has_nan(operation.val.val)
+    ]
     problems += _misquantized(converted, operations, parameters)
     if problems:
         raise PluginError(f"coremltools changed the decoder on its way: {listing(problems)}.")
 
 
 def _has_nan(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind == "f" and bool(np.isnan(value).any())
+    return isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f" and bool(np.isnan(value).any())
 
 
 def _misquantized(converted: Converted, operations: Sequence[Any], parameters: Mapping[str, str]) -> list[str]:

@@ -232,4 +232,5 @@ def write_specification(path: Path, model: Any) -> None:
     }
     (root, *_) = entries
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": root}
-    (path / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
+    # In the very form that coremltools gives it: opening a package rewrites its manifest.
+    (path / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", encoding="utf-8")

@@ -36,9 +36,7 @@ class Interpreter:
         self._operations = list(package.block.operations)
         unknown = {operation.type for operation in self._operations} - set(_OPERATIONS) - _SPECIAL
         if unknown:
-            raise Damaged(
-                f"it uses operations that the reference interpreter does not know: {', '.join(sorted(unknown))}"
-            )
+            raise Damaged(f"the reference interpreter does not know its operations {', '.join(sorted(unknown))}")
         # Constants, and the weights that are made of them, are the same in every step.
         self._constants: dict[str, Any] = {}
         self._changing = [operation for operation in self._operations if not self._fold(operation)]

@@ -54,12 +54,7 @@ _MAX_ELEMENTS = 2**31 - 1
 
 @frozen
 class CoreMLBackend:
-    """Writes and runs `.mlpackage` folders; see `Backend`.
-
-    Attributes:
-        plain_fp16: compute everything in float16, as coremltools does unless told otherwise. Overflows unnoticed; what
-            the declared precision is compared with.
-    """
+    """Writes and runs `.mlpackage` folders; see `Backend`."""
 
     name: str = "coreml"
     title: str = "Core ML"
@@ -68,7 +63,6 @@ class CoreMLBackend:
     contracts: tuple[str, ...] = (FIXED_S1.name,)
     runtime: str = "mil"
     sums: Literal["half", "single"] = "single"
-    plain_fp16: bool = False
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -106,7 +100,7 @@ class CoreMLBackend:
         from coreai_zoo.backends._coreml_lowering import convert
 
         _checked_versions()
-        return CoreMLTraced(convert(module, spec, plain_fp16=self.plain_fp16))
+        return CoreMLTraced(convert(module, spec))
 
     def signature(self, asset: Path) -> Signature:
         """See `Backend.signature`."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from attrs import frozen
@@ -14,11 +17,17 @@ from coreai_zoo.gates import Activations
 
 @frozen
 class AssetCandidate:
-    """The bundle's own asset on its runtime, token by token, states carried."""
+    """The bundle's own asset on its runtime, token by token, states carried.
+
+    Attributes:
+        keep_in: folder for the tokens and logits of each run, which the bundle's owner compares a device with; None to
+            keep nothing.
+    """
 
     bundle: Bundle
     backend: Backend
     on_step: Callable[[], None] = lambda: None
+    keep_in: Path | None = None
 
     @property
     def name(self) -> str:
@@ -32,4 +41,13 @@ class AssetCandidate:
             for row in drain(stepper, tokens):
                 rows.append(row)
                 self.on_step()
-        return Activations(np.stack(rows))
+        logits = np.stack(rows)
+        if self.keep_in is not None:
+            self._keep(np.array(tokens, np.int32), logits, self.keep_in)
+        return Activations(logits)
+
+    @staticmethod
+    def _keep(tokens: np.ndarray[Any, Any], logits: np.ndarray[Any, Any], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(tokens.tobytes()).hexdigest()[:8]
+        np.savez(folder / f"logits-{name}.npz", tokens=tokens, logits=logits)

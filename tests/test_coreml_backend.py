@@ -1,0 +1,607 @@
+"""The Core ML backend: the same overlay and the same weights as an ML Program, judged where there is no Mac.
+
+Oracle and margin rule are the gate's; what runs the package is the reference interpreter, on the saved file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve, frozen
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from attack import ENTRIES
+from coreai_zoo import export, pipeline
+from coreai_zoo.backends import drain
+from coreai_zoo.backends.coreai import CoreAIBackend
+from coreai_zoo.backends.coreml import _REQUIRED, CoreMLBackend
+from coreai_zoo.bundle import Bundle
+from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.contracts import FIXED_S1
+from coreai_zoo.entry import find_entry
+from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, PluginError
+from coreai_zoo.gates import Activations, rule
+from coreai_zoo.gates.bounds import check_bounds, of_recipe
+from coreai_zoo.gates.huggingface import quiet_transformers
+from coreai_zoo.gates.oracle import Oracle
+from coreai_zoo.gates.prompts import named_prompts
+from coreai_zoo.overlay import Axis, KVCache, StateSpec, TraceSpec
+from coreai_zoo.plugins import default_plugins
+from coreai_zoo.resolve import BuildRequest, Resolved, resolve
+from coreai_zoo.store import WeightStore
+from coreai_zoo.verify import verify
+from coreai_zoo.weights import WeightPlan
+from coreai_zoo_overlays import qwen3_5
+
+POSITIONS, LONG, CONTEXT = 64, 512, 512
+FLOAT16, FLOAT32 = 10, 11  # of the format's DataType
+BACKEND = CoreMLBackend()
+KINDS = ("dense", "moe")
+
+
+@frozen
+class Built:
+    """A sample as a Core ML bundle, and what it was built of."""
+
+    bundle: Bundle
+    resolved: Resolved
+    store: WeightStore
+
+    @property
+    def package(self) -> Path:
+        return self.bundle.asset
+
+    @property
+    def model_file(self) -> Path:
+        return self.package / "Data/com.apple.CoreML/model.mlmodel"
+
+    def tokens(self, prompt: str = "code", positions: int = POSITIONS) -> list[int]:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.bundle.tokenizer / "tokenizer.json"))
+        return list(tokenizer.encode(named_prompts([prompt])[0].text).ids[:positions])
+
+    def logits(self, package: Path | None = None, tokens: list[int] | None = None) -> np.ndarray[Any, Any]:
+        """Of the reference interpreter, float16 [P, V]."""
+        tokens = tokens or self.tokens()
+        with BACKEND.stepper(package or self.package, self.bundle.signature, len(tokens)) as stepper:
+            return np.stack(list(drain(stepper, tokens)))
+
+
+def build(kind: str, output: Path, **options: Any) -> Built:
+    usual = {"sample": True, "backend": "coreml", "max_context": CONTEXT, "keep_weights": True}
+    request = BuildRequest(ENTRIES[kind], output=output, **{**usual, **options})
+    plugins = default_plugins()
+    result = pipeline.build(request, plugins)
+    store = next(output.glob(".zoo-work/*/*/journal.jsonl"), None) or next(output.rglob("journal.jsonl"))
+    return Built(Bundle.open(result.path), resolve(request, plugins), WeightStore(store.parent))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+    return {kind: build(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it computes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Judged:
+    """The gate's rule and bounds on what a package computed."""
+
+    verdict: rule.Verdict
+    broken: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict.passed and not self.broken
+
+
+def judge(resolved: Resolved, checkpoint: Checkpoint, tokens: list[int], logits: np.ndarray[Any, Any]) -> Judged:
+    """Against transformers in fp32, by the bounds of PyTorch's arithmetic, which the interpreter's is."""
+    moe = resolved.config.moe
+    oracle = Oracle(checkpoint, checkpoint.config).run(tokens)
+    with np.errstate(all="ignore"):
+        verdict = rule.compare(tokens, oracle, Activations(logits), None if moe is None else moe.top_k)
+    roles = {role: None if spec is None else {"dtype": spec.dtype} for role, spec in resolved.recipe.roles.items()}
+    kind = "dense" if moe is None else "routed"
+    bounds = of_recipe(roles, resolved.facts["layers"], "torch", kind)
+    return Judged(verdict, [check.name for check in check_bounds(verdict, bounds) if not check.passed])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_package_keeps_the_margin_rule_and_the_bounds_against_transformers(
+    kind: str, built: dict[str, Built]
+) -> None:
+    model = built[kind]
+    judged = judge(model.resolved, model.resolved.checkpoint, model.tokens(), model.logits())
+    assert judged.verdict.confident_positions > POSITIONS // 2  # the rule has something to say
+    assert judged.passed, judged.broken
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_after_64_positions_are_those_of_transformers(kind: str, built: dict[str, Built]) -> None:
+    model = built[kind]
+    tokens = model.tokens()
+    with BACKEND.stepper(model.package, model.bundle.signature, POSITIONS) as stepper:
+        for _ in drain(stepper, tokens):
+            pass
+        ours = {state.name: stepper.state(state.name).astype(np.float32) for state in model.bundle.signature.states}
+    theirs = states_of_transformers(model.resolved.checkpoint.directory, tokens, CONTEXT)
+    assert set(ours) == set(theirs)
+    for name, expected in theirs.items():
+        spread = expected.max() - expected.min()
+        assert np.abs(ours[name] - expected).max() < 0.06 * spread, name  # int8 weights are among what differs
+        assert np.corrcoef(ours[name].ravel(), expected.ravel())[0, 1] > 0.999, name
+
+
+def states_of_transformers(directory: Path, tokens: list[int], context: int) -> dict[str, np.ndarray[Any, Any]]:
+    """transformers' own cache after `tokens`, in the shapes of the contract."""
+    with quiet_transformers(), torch.no_grad():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        layers = model(torch.tensor([tokens]), use_cache=True).past_key_values.layers
+    full = [layer for layer in layers if hasattr(layer, "keys")]
+    linear = [layer for layer in layers if not hasattr(layer, "keys")]
+    room = (0, 0, 0, context - len(tokens))
+
+    def padded(part: Callable[[Any], torch.Tensor]) -> np.ndarray[Any, Any]:
+        return torch.stack([nn.functional.pad(part(layer), room) for layer in full]).numpy()
+
+    return {
+        "keyCache": padded(lambda layer: layer.keys),
+        "valueCache": padded(lambda layer: layer.values),
+        # transformers keeps one input more than the next step needs.
+        "convState": torch.stack([only(layer.conv_states)[..., 1:] for layer in linear]).numpy(),
+        "recState": torch.stack([only(layer.recurrent_states) for layer in linear]).numpy(),
+    }
+
+
+def only(by_index: dict[int, torch.Tensor]) -> torch.Tensor:
+    (state,) = by_index.values()
+    return state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_interpreter_agrees_with_the_overlay_in_pytorch_within_half_precision(
+    kind: str, built: dict[str, Built]
+) -> None:
+    model = built[kind]
+    module = export.build_module(
+        lambda: model.resolved.overlay.decoder(model.resolved.config, FIXED_S1), list(model.resolved.rewrites)
+    )
+    export.bind(module, model.store)
+    states = [torch.zeros(state.shape, dtype=torch.float16) for state in model.bundle.signature.states]
+    rows = []
+    with torch.no_grad():
+        for position, token in enumerate(model.tokens()):
+            ids, at = (torch.tensor([[number]], dtype=torch.int32) for number in (token, position))
+            rows.append(module(ids, at, *states)[0, -1].float().numpy())
+    expected, found = np.stack(rows), model.logits().astype(np.float32)
+    assert np.abs(found - expected).max() < 0.01 * (expected.max() - expected.min())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it must not pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def copied(model: Built, folder: Path, change: Callable[[Any], None]) -> Path:
+    """The package with its program changed."""
+    from coreai_zoo.backends._coreml_package import Package, write_specification
+
+    package = folder / model.package.name
+    shutil.copytree(model.package, package)
+    opened = Package.open(package)
+    change(opened)
+    write_specification(package, opened.model)
+    return package
+
+
+@pytest.mark.parametrize("state", ["keyCache", "valueCache", "convState", "recState"])
+def test_a_package_that_loses_one_state_write_fails(state: str, built: dict[str, Built], tmp_path: Path) -> None:
+    def lose(package: Any) -> None:
+        (write,) = [
+            o
+            for o in package.block.operations
+            if o.type == "write_state" and o.inputs["input"].arguments[0].name == state
+        ]
+        package.block.operations.remove(write)
+
+    model = built["dense"]
+    logits = model.logits(copied(model, tmp_path, lose))
+    assert not judge(model.resolved, model.resolved.checkpoint, model.tokens(), logits).passed
+
+
+@pytest.mark.slow
+def test_a_package_whose_rope_frequencies_are_quantized_fails(built: dict[str, Built], tmp_path: Path) -> None:
+    """int8 leaves only the three highest frequencies; with 64 positions that is within the bounds of int8 weights."""
+
+    def quantize(package: Any) -> None:
+        (name,) = [made for made, state in package.names.items() if state.endswith("inverse_frequency")]
+        (table,) = [o for o in package.block.operations if o.outputs and o.outputs[0].name == name]
+        values = package.array(table.attributes["val"])
+        scale = np.abs(values).max() / 127
+        tensor = table.attributes["val"].immediateValue.tensor
+        tensor.floats.values[:] = (np.round(values / scale) * scale).tolist()
+
+    model = built["dense"]
+    tokens = model.tokens("long", LONG)
+    logits = model.logits(copied(model, tmp_path, quantize), tokens)
+    judged = judge(model.resolved, model.resolved.checkpoint, tokens, logits)
+    assert not judged.verdict.passed and judged.broken
+
+
+def test_plain_half_precision_fails_on_an_outlier_channel_and_the_declared_precision_does_not(tmp_path: Path) -> None:
+    sample = find_entry(ENTRIES["dense"], default_plugins())[0].sample_directory()
+    checkpoint = with_outlier(sample, tmp_path / "outlier")
+    model = build("dense", tmp_path / "out", checkpoint=checkpoint, sample=False, custom=True, recipe="fp16")
+
+    def halve(package: Any) -> None:
+        for operation in package.block.operations:
+            for output in operation.outputs if operation.type != "const" else ():
+                if output.type.tensorType.dataType == FLOAT32:
+                    output.type.tensorType.dataType = FLOAT16
+
+    half = model.logits(copied(model, tmp_path, halve))
+    assert np.isfinite(half).all()  # nothing warns
+    assert not judge(model.resolved, model.resolved.checkpoint, model.tokens(), half).passed
+    assert judge(model.resolved, model.resolved.checkpoint, model.tokens(), model.logits()).passed
+
+
+def with_outlier(sample: Path, directory: Path) -> Path:
+    """The sample with one channel of the residual stream so large that its square overflows float16."""
+    shutil.copytree(sample, directory)
+    (path,) = directory.glob("*.safetensors")
+    tensors = load_file(path)
+    (key,) = [name for name in tensors if name.endswith("embed_tokens.weight")]
+    tensors[key][:, 7] = 600.0
+    path.unlink()
+    save_file(tensors, path, {"format": "pt"})
+    return directory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_is_stored_once_with_the_very_bytes_of_the_store(kind: str, built: dict[str, Built]) -> None:
+    """The store's are those of the Core AI backend, see test_coreai_backend."""
+    model = built[kind]
+    constants = export.constants(model.store, (tensor.name for tensor in model.resolved.weights.tensors))
+    stored = BACKEND.constants(model.package)
+    assert set(stored) == set(constants) | {"model.rotary_emb.inverse_frequency"}
+    for name, constant in constants.items():
+        assert stored[name] == constant.data.tobytes(), name
+    quantized = {name for name in constants if name.endswith(".original")}
+    assert len(quantized) == sum(tensor.quantization is not None for tensor in model.resolved.weights.tensors) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: dict[str, Built]) -> None:
+    import coremltools as ct
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    model = built[kind]
+    manifest = (model.package / "Manifest.json").read_bytes()
+    spec = ct.models.MLModel(str(model.package), skip_model_load=True).get_spec()
+    assert (model.package / "Manifest.json").read_bytes() == manifest  # coremltools rewrites it
+    assert [state.name for state in spec.description.state] == [state.name for state in model.bundle.signature.states]
+    weights = model.package / "Data/com.apple.CoreML/weights"
+    program = load(spec, specification_version=9, file_weights_dir=str(weights))
+    found = {
+        operation.outputs[0].name: operation.data.val
+        for operation in program.functions["main"].operations
+        if operation.op_type == "constexpr_blockwise_shift_scale"
+    }
+    names = json.loads(spec.description.metadata.userDefined["coreai_zoo.constants"])
+    ours = BACKEND.constants(model.package)
+    assert len(found) > 30
+    for name, values in found.items():
+        assert ours[names[name]] == np.ascontiguousarray(values).tobytes(), name
+
+
+def test_signature_and_state_are_read_back(built: dict[str, Built]) -> None:
+    model = built["dense"]
+    assert all(check.passed for check in verify(model.bundle, {"coreml": BACKEND}))
+    expected = export.state_of(model.resolved.module, model.resolved.weights)
+    read = BACKEND.state(model.package, expected)
+    assert list(read) == list(expected)
+    wrong = {name: ((*shape, 1), dtype) for name, (shape, dtype) in expected.items()}
+    with pytest.raises(CheckFailed, match="other constants than the decoder"):
+        BACKEND.state(model.package, wrong)
+
+
+def test_its_program_as_data_names_every_stored_weight(built: dict[str, Built]) -> None:
+    for model in built.values():
+        program = BACKEND.program(model.package)
+        constants = export.constants(model.store, (tensor.name for tensor in model.resolved.weights.tensors))
+        assert {name: stored for name, stored in program.stored.items() if name in constants} == {
+            name: (constant.shape, constant.dtype) for name, constant in constants.items()
+        }
+        writes = [operation for operation in program.main.operations if operation.name == "write_state"]
+        assert len(writes) == len(model.bundle.signature.states)
+
+
+def test_another_process_writes_the_same_bytes(built: dict[str, Built], tmp_path: Path) -> None:
+    zoo = Path(sys.executable).with_name("zoo")
+    options = ["--sample", "--backend", "coreml", "--max-context", str(CONTEXT), "-o", str(tmp_path / "again")]
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [zoo, "build", ENTRIES["dense"], *options],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # All of it is the zoo's own: nothing of coremltools reaches the terminal.
+    assert not [line for line in done.stderr.splitlines() if "coremltools" in line or "Torch version" in line]
+    model = built["dense"].bundle
+    again = tmp_path / "again" / model.directory.name
+    files = sorted(path.relative_to(model.directory) for path in model.directory.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    for path in files:
+        assert (model.directory / path).read_bytes() == (again / path).read_bytes(), path
+
+
+def test_card_and_record_say_what_was_not_done(built: dict[str, Built]) -> None:
+    bundle = built["dense"].bundle
+    card = (bundle.directory / "README.md").read_text()
+    assert "Not run on Apple hardware" in card and "reference interpreter" in card
+    assert "coremltools 9.0 was tested with torch" in card
+    assert bundle.build["remarks"] == list(BACKEND.remarks)
+    script = bundle.directory / "compare_on_mac.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (
+        1,
+        "There is nothing to compare with: run `zoo gate` on this bundle first.\n",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoders, recipes and packages that it refuses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Forgetful(nn.Module):
+    """Writes one state of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4, dtype=torch.float16)
+        self.head = nn.Linear(4, 8, bias=False, dtype=torch.float16)
+
+    def forward(
+        self, ids: torch.Tensor, position: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        key[:, :, :, position[0]] = self.embed(ids).sum().reshape(1, 1, 1, 1, 1)
+        return self.head(self.embed(ids)) + value.sum()
+
+
+def forgetful_spec() -> TraceSpec:
+    return FIXED_S1.trace_spec(KVCache(layers=1, heads=1, head_dim=1), (), vocab_size=8, max_context=8)
+
+
+def test_a_decoder_that_leaves_a_state_unwritten_is_refused() -> None:
+    with pytest.raises(PluginError, match="state valueCache is never written"):
+        BACKEND.trace(Forgetful(), forgetful_spec())
+
+
+def test_a_pass_that_merges_weights_is_noticed(built: dict[str, Built], monkeypatch: pytest.MonkeyPatch) -> None:
+    lowering = importlib.import_module("coreai_zoo.backends._coreml_lowering")
+    monkeypatch.setattr(lowering, "_SKIPPED_PASSES", set())
+    resolved = resolve(built["dense"].resolved.request, default_plugins())
+    export.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    with pytest.raises(PluginError, match="coremltools changed the decoder on its way: weight"):
+        BACKEND.trace(resolved.module, resolved.signature)
+
+
+def test_a_weight_that_is_folded_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Folded(Forgetful):
+        def forward(
+            self, ids: torch.Tensor, position: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ) -> torch.Tensor:
+            value[:, :, :, position[0]] = self.embed(ids).sum().reshape(1, 1, 1, 1, 1)
+            doubled = self.embed.weight * 2  # a constant that coremltools computes
+            return super().forward(ids, position, key, value) + doubled.sum()
+
+    with pytest.raises(PluginError, match="computed from a weight that is not there yet"):
+        BACKEND.trace(Folded(), forgetful_spec())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": (2, 1, 2, 2**20, 1024)}, "4,294,967,296 elements, and 2,147,483,647 are the most"),
+        ({"shape": (1, 1, 1, 1, 8, 1)}, "6 axes, and a state has 5 at most"),
+        ({"dtype": "float32"}, "is float32, and a state is float16"),
+    ],
+)
+def test_a_state_beyond_the_limits_of_core_ml_is_refused(change: dict[str, Any], words: str) -> None:
+    spec = forgetful_spec()
+    first = evolve(spec.states[0], **change)
+    with pytest.raises(BadInput, match=words):
+        BACKEND.require(evolve(spec, states=(first, *spec.states[1:])), WeightPlan((), ()))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "int4lin"], "writes int8 without zero points and float16, not int4"),
+        (["--contract", "static-s1"], "does not write for the contract static-s1"),
+    ],
+)
+def test_what_the_backend_cannot_write_leaves_the_output_alone(options: list[str], words: str, tmp_path: Path) -> None:
+    zoo = Path(sys.executable).with_name("zoo")
+    command = [zoo, "build", ENTRIES["dense"], "--sample", "--backend", "coreml", "-o", str(tmp_path / "out"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def edited(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("part", ["Manifest.json", "model.mlmodel", "weight.bin"])
+def test_a_package_edited_by_hand_is_not_run(part: str, built: dict[str, Built], tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(built["dense"].bundle.directory, bundle)
+    (path,) = bundle.rglob(part)
+    edited(path)
+    zoo = Path(sys.executable).with_name("zoo")
+    for command, words in ((["verify", str(bundle)], "was changed"), (["run", str(bundle), "-p", "x"], "was changed")):
+        done = subprocess.run([zoo, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and words in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda package: (package / "Manifest.json").write_text("{}"),
+        lambda package: (package / "Data/com.apple.CoreML/model.mlmodel").write_bytes(b"no protobuf"),
+        lambda package: (package / "Data/com.apple.CoreML/model.mlmodel").unlink(),
+        lambda package: os.truncate(package / "Data/com.apple.CoreML/weights/weight.bin", 1000),
+    ],
+)
+def test_a_damaged_package_is_an_error_in_words(
+    damage: Callable[[Path], object], built: dict[str, Built], tmp_path: Path
+) -> None:
+    package = tmp_path / "damaged.mlpackage"
+    shutil.copytree(built["dense"].package, package)
+    damage(package)
+    with pytest.raises(CheckFailed, match="cannot be read"), contextlib.ExitStack() as stack:
+        stack.enter_context(BACKEND.stepper(package, built["dense"].bundle.signature, 8))
+
+
+def test_an_operation_that_is_not_known_is_an_error(built: dict[str, Built], tmp_path: Path) -> None:
+    def rename(package: Any) -> None:
+        next(operation for operation in package.block.operations if operation.type == "silu").type = "gelu"
+
+    package = copied(built["dense"], tmp_path, rename)
+    with pytest.raises(CheckFailed, match="does not know its operations gelu"), contextlib.ExitStack() as stack:
+        stack.enter_context(BACKEND.stepper(package, built["dense"].bundle.signature, 8))
+
+
+def test_a_result_of_another_shape_than_declared_is_an_error(built: dict[str, Built], tmp_path: Path) -> None:
+    def widen(package: Any) -> None:
+        silu = next(operation for operation in package.block.operations if operation.type == "silu")
+        silu.outputs[0].type.tensorType.dimensions[-1].constant.size += 1
+
+    package = copied(built["dense"], tmp_path, widen)
+    with (
+        pytest.raises(CheckFailed, match="declared is"),
+        BACKEND.stepper(package, built["dense"].bundle.signature, 8) as stepper,
+    ):
+        stepper.step(5)
+
+
+def test_more_positions_than_the_package_allows_are_refused(built: dict[str, Built]) -> None:
+    signature = built["dense"].bundle.signature
+    with pytest.raises(BadInput, match=f"the package allows {CONTEXT}"), contextlib.ExitStack() as stack:
+        stack.enter_context(BACKEND.stepper(built["dense"].package, signature, CONTEXT + 1))
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(built: dict[str, Built], tmp_path: Path) -> None:
+    model = built["dense"]
+    resolved = resolve(model.resolved.request, default_plugins())
+    export.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    constants = export.constants(model.store, (tensor.name for tensor in resolved.weights.tensors))
+    traced = BACKEND.trace(resolved.module, resolved.signature)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(EnvironmentLacks, match="cannot be written"):
+            traced.save(constants, tmp_path / "small.mlpackage")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toolchain
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_another_version_of_the_toolchain_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coreai_zoo.backends.coreml._REQUIRED", {"coremltools": "8.0"})
+    with pytest.raises(EnvironmentLacks, match=r"is 9\.0, and this version of the zoo is written against 8\.0"):
+        _ = BACKEND.versions
+
+
+def test_the_required_version_is_that_of_the_package(root: Path) -> None:
+    dependencies = (root / "pyproject.toml").read_text()
+    for name, version in _REQUIRED.items():
+        assert f'"{name}=={version}"' in dependencies
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "coremltools._deps._TORCH_MAX_VERSION",
+        "coremltools.converters.mil.backend.mil.helper.create_file_value_tensor",
+        "coremltools.converters.mil.backend.mil.helper.create_tensor_value",
+        "coremltools.converters.mil.backend.mil.helper.types_to_proto_primitive",
+        "coremltools.converters.mil.backend.mil.load.CoreMLProtoExporter",
+        "coremltools.converters.mil.backend.mil.load.MILProtoExporter.get_milproto_value",
+        "coremltools.converters.mil.backend.mil.load.MILProtoExporter.get_blob_writer",
+        "coremltools.converters.mil.frontend.torch.torch_op_registry.register_torch_op",
+        "coremltools.converters.mil.mil.passes.pass_pipeline.PassPipelineManager.apply_pipeline",
+    ],
+)
+def test_what_is_not_documented_of_the_toolchain_is_where_the_backend_expects_it(name: str) -> None:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            found: Any = importlib.import_module(".".join(parts[:end]))
+            for part in parts[end:]:
+                found = getattr(found, part)
+            return
+    pytest.fail(f"{name} is gone")
+
+
+def test_both_backends_come_with_the_host() -> None:
+    backends = default_plugins().backends()
+    assert {name: type(backend) for name, backend in backends.items()} == {
+        "coreai": CoreAIBackend,
+        "coreml": CoreMLBackend,
+    }
+    assert not set(backends["coreai"].contracts) & set(backends["coreml"].contracts)
+
+
+def test_a_state_that_grows_is_refused() -> None:
+    growing = StateSpec(name="keyCache", shape=(1, 1, 1, "capacity", 1), kind="kv_cache")
+    with pytest.raises(BadInput, match="state keyCache has a dynamic axis"):
+        BACKEND.require(
+            evolve(forgetful_spec(), states=(growing,), axes={"capacity": Axis(1, 8, 8)}), WeightPlan((), ())
+        )
+
+
+def test_the_overlay_has_one_rewrite_more_for_it() -> None:
+    names = [rewrite.name for rewrite in qwen3_5.layer_rewrites(FIXED_S1)]
+    assert names == ["loop-free-step", "conv-as-shifts", "fixed-context-attention"]
+    assert math.prod(FIXED_S1.trace_spec(KVCache(1, 1, 1), (), 8, 8).inputs[1].shape) == 1  # type: ignore[arg-type]
