@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -363,6 +364,28 @@ def test_another_process_writes_the_same_bytes(built: dict[str, Built], tmp_path
     assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
     for path in files:
         assert (model.directory / path).read_bytes() == (again / path).read_bytes(), path
+
+
+def test_a_build_that_was_killed_while_it_wrote_the_package_resumes(built: dict[str, Built], tmp_path: Path) -> None:
+    zoo = str(Path(sys.executable).with_name("zoo"))
+    command = [zoo, "build", ENTRIES["dense"], "--sample", "--backend", "coreml", "--max-context", str(CONTEXT)]
+    command += ["-o", str(tmp_path), "--json", "--progress", "json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if '"stage": "lower", "state": "start"' in line:
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    model = built["dense"].bundle.directory
+    assert not (tmp_path / model.name).exists()
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert json.loads(again.stdout)["weights"] == {
+        "computed": 0,
+        "reused": len(built["dense"].resolved.weights.tensors),
+    }
+    for path in (path for path in model.rglob("*") if path.is_file()):
+        assert (tmp_path / model.name / path.relative_to(model)).read_bytes() == path.read_bytes(), path
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or "work" in path.name] == []
 
 
 def test_card_and_record_say_what_was_not_done(built: dict[str, Built]) -> None:
