@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,16 @@ OVERLAY = qwen3_5.Qwen35Overlay()
 
 
 def load_decoder(
-    directory: Path, work: Path, *, dtype: str = "float32", rewritten: bool = True, recipe: str = "fp16"
+    directory: Path,
+    work: Path,
+    *,
+    dtype: str = "float32",
+    rewritten: bool = True,
+    recipe: str = "fp16",
+    contract: Contract = STATIC_S1,
 ) -> tuple[nn.Module, TraceSpec]:
-    """The decoder in `dtype`, in the form of the static contract or as the reference, and its signature."""
-    contract = evolve(STATIC_S1, compute_dtype=dtype)
+    """The decoder in `dtype`, in the form of the contract or as the reference, and its signature."""
+    contract = evolve(contract, compute_dtype=dtype)
     checkpoint = Checkpoint.open(directory)
     config = OVERLAY.read_config(checkpoint.config)
     rewrites = [("qwen36", rewrite) for rewrite in qwen3_5.layer_rewrites(contract)] if rewritten else []
@@ -58,12 +64,21 @@ def fresh_states(spec: TraceSpec, capacity: int = 64) -> list[Tensor]:
 
 def feed(module: nn.Module, tokens: list[int], states: list[Tensor], *pieces: int) -> Tensor:
     """Logits [len(tokens), V] when the tokens are fed in pieces that end at `pieces`, or one by one without any."""
-    ends = sorted({*pieces, len(tokens)}) if pieces else list(range(1, len(tokens) + 1))
+    return _fed(module, tokens, states, sorted({*pieces, len(tokens)}) if pieces else range(1, len(tokens) + 1), 0)
+
+
+def feed_by_position(module: nn.Module, tokens: list[int], states: list[Tensor]) -> Tensor:
+    """The same one by one, where `position_ids` is the new token's position only."""
+    return _fed(module, tokens, states, range(1, len(tokens) + 1), None)
+
+
+def _fed(module: nn.Module, tokens: list[int], states: list[Tensor], ends: Sequence[int], first: int | None) -> Tensor:
     rows, start = [], 0
     with torch.no_grad():
         for end in ends:
             ids = torch.tensor([tokens[start:end]], dtype=torch.int32)
-            rows.append(module(ids, torch.arange(end, dtype=torch.int32)[None], *states)[0])
+            positions = torch.arange(start if first is None else first, end, dtype=torch.int32)[None]
+            rows.append(module(ids, positions, *states)[0])
             start = end
     return torch.cat(rows)
 

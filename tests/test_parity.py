@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from checkpoints import tiny_checkpoint
 from coreai_zoo.checkpoint import read_config
+from coreai_zoo.contracts import FIXED_S1
 from coreai_zoo.gates.huggingface import quiet_transformers
-from decoders import feed, fresh_states, load_decoder
+from decoders import feed, feed_by_position, fresh_states, load_decoder
 from reference import whole_model
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -92,7 +93,10 @@ def test_any_architecture_steps_to_the_logits_of_transformers(options: dict[str,
         one_by_one = feed(stepped, tokens, fresh_states(spec))
         assert (one_by_one - expected).abs().max() <= TOLERANCE
 
-        reference, _ = load_decoder(directory, Path(folder) / "store", rewritten=False)
+        by_position, spec = load_decoder(directory, Path(folder) / "store", contract=FIXED_S1)
+        assert (feed_by_position(by_position, tokens, fresh_states(spec)) - expected).abs().max() <= TOLERANCE
+
+        reference, spec = load_decoder(directory, Path(folder) / "store", rewritten=False)
         in_two = feed(reference, tokens, fresh_states(spec), split)
         assert (in_two - expected).abs().max() <= TOLERANCE
 
