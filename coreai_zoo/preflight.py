@@ -57,6 +57,7 @@ class Preflight:
         written: of the bundle.
         disks: the file systems that hold the two.
         memory: bytes of memory that are available, None where that is not known.
+        least_memory: bytes that the build takes.
     """
 
     read: int
@@ -64,6 +65,7 @@ class Preflight:
     written: int
     disks: tuple[Disk, ...]
     memory: int | None
+    least_memory: int = LEAST_MEMORY
 
     def __str__(self) -> str:
         free = ", ".join(f"{size(disk.free)} free at {_shown(disk.path)}" for disk in self.disks)
@@ -85,9 +87,9 @@ class Preflight:
                     f"free: {size(self.written)} for the bundle and {size(self.scratch)} of scratch in all.",
                     "Free some, or put one of the two on another disk with -o DIR or --work-dir DIR.",
                 )
-        if self.memory is not None and self.memory < LEAST_MEMORY:
+        if self.memory is not None and self.memory < self.least_memory:
             raise EnvironmentLacks(
-                f"The build needs {size(LEAST_MEMORY)} of memory at least, and {size(self.memory)} are available.",
+                f"The build needs {size(self.least_memory)} of memory at least, and {size(self.memory)} are available.",
                 "Close other programs.",
             )
 
@@ -99,7 +101,9 @@ class Preflight:
 def preflight(resolved: Resolved, workspace: Workspace) -> Preflight:
     """Add up what the plan says and ask the machine what there is."""
     written = asset_bytes(resolved.weights, resolved.facts) + tokenizer_bytes(resolved.checkpoint.directory)
-    return foresee(bytes_read(resolved.weights, resolved.checkpoint), resolved.weights, written, workspace)
+    found = foresee(bytes_read(resolved.weights, resolved.checkpoint), resolved.weights, written, workspace)
+    takes = resolved.backend.memory(int(resolved.facts["layers"]))
+    return attrs.evolve(found, least_memory=max(LEAST_MEMORY, takes))
 
 
 def foresee(read: int, weights: WeightPlan, written: int, workspace: Workspace) -> Preflight:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from checkpoints import tiny_checkpoint
+from coreai_zoo.errors import EnvironmentLacks
+from coreai_zoo.plugins import default_plugins
+from coreai_zoo.preflight import LEAST_MEMORY, preflight, size
+from coreai_zoo.resolve import BuildRequest, resolve
+from coreai_zoo.workspace import Workspace
 
 ZOO = (sys.executable, "-c", "from coreai_zoo.cli import main; main()")
 Disk = Callable[[str], Path]
@@ -128,3 +135,19 @@ def test_progress_as_json_says_which_stage_failed(checkpoint: Path, tmp_path: Pa
     *events, error = result.stderr.splitlines()
     assert result.returncode == 2 and error.startswith("error: ")
     assert [json.loads(line)["state"] for line in events] == ["start", "failed"]
+
+
+@pytest.mark.parametrize("backend", ["coreai", "coreml"])
+@pytest.mark.parametrize("layers", [8, 64])
+def test_memory_that_does_not_suffice_is_refused_with_the_numbers(
+    backend: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coreai_zoo.preflight.available_memory", lambda: 300 * 2**20)
+    resolved = resolve(BuildRequest("qwen3.6-27b", sample=True, backend=backend, output=tmp_path), default_plugins())
+    deep = evolve(resolved, facts={**resolved.facts, "layers": layers})
+    needs = preflight(deep, Workspace.of(tmp_path, resolved.name, None, keep=False))
+    wanted = max(LEAST_MEMORY, resolved.backend.memory(layers))
+    assert layers == 8 or wanted > LEAST_MEMORY  # a deep decoder takes more than any build does
+    words = re.escape(f"needs {size(wanted)} of memory at least, and 300.0 MiB are available")
+    with pytest.raises(EnvironmentLacks, match=words):
+        needs.require()

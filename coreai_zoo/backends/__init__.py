@@ -104,6 +104,9 @@ class Backend(Protocol):
             BadInput: naming it.
         """
 
+    def memory(self, layers: int) -> int:
+        """Bytes of anonymous memory that a build of so many layers takes at its peak, at any width: as measured."""
+
     @property
     def versions(self) -> Mapping[str, str]:
         """Distribution name to version of everything that determines the asset's bytes."""
