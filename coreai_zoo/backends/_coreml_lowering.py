@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import frozen
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -35,8 +36,6 @@ with quietly():  # what it says of versions, see `remarks`
     from coremltools.converters.mil.mil.passes.pass_pipeline import PassPipelineManager
 
 TARGET = ct.target.iOS18  # the same as macOS 15
-_PLACEHOLDER = "decoder."
-"""Path of the decoder in the module that is traced."""
 
 _SKIPPED_PASSES = {
     # It would merge placeholders, which are equal, and with them the weights that take their places.
@@ -49,17 +48,20 @@ _TO_HALF = "common::add_fp16_cast"
 
 def remarks() -> tuple[str, ...]:
     """What coremltools says of the versions that it finds."""
-    if ct.__version__ and torch.__version__.split("+")[0] != _deps._TORCH_MAX_VERSION:
-        return (
-            f"coremltools {ct.__version__} was tested with torch {_deps._TORCH_MAX_VERSION} at the latest, and this is "
-            f"{torch.__version__.split('+')[0]}",
-        )
-    return ()
+    installed, tested = Version(torch.__version__), Version(_deps._TORCH_MAX_VERSION)
+    if installed <= tested:
+        return ()
+    return (
+        f"coremltools {ct.__version__} was tested with torch {tested} at the latest, and this is {installed.public}",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tracing
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+_DECODER = "decoder."  # where the decoder is in the module that is traced
 
 
 class _Stateful(nn.Module):
@@ -74,9 +76,8 @@ class _Stateful(nn.Module):
         self.decoder = decoder
         self.dtypes = {state.name: getattr(torch, state.dtype) for state in spec.states}
         for state in spec.states:
-            self.register_buffer(
-                state.name, torch.empty([int(size) for size in state.shape])
-            )  # untouched: costs nothing
+            untouched = torch.empty([int(size) for size in state.shape])  # takes no memory
+            self.register_buffer(state.name, untouched)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """The decoder's inputs to its output; the buffers are mutated."""
@@ -217,9 +218,9 @@ def _hide_weights(traced: ExportedProgram) -> dict[str, str]:
         blank = torch.full((1,), math.nan if tensor.is_floating_point() else 1, dtype=tensor.dtype)
         traced.state_dict[name] = nn.Parameter(blank.expand(tensor.shape), requires_grad=False)
     return {
-        placeholder: name.removeprefix(_PLACEHOLDER)
+        placeholder: name.removeprefix(_DECODER)
         for placeholder, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()
-        if name.startswith(_PLACEHOLDER)
+        if name.startswith(_DECODER)
     }
 
 

@@ -90,7 +90,7 @@ _MEASURED: Mapping[tuple[str, Arithmetic, Kind], tuple[float, ...]] = MappingPro
     {
         #                             median    largest   near-tie  1 - cos   med. KL   KL        hidden    / control
         ("fp16", "torch", "dense"): (8.53e-04, 5.11e-03, 0, 7.80e-06, 3.16e-06, 3.71e-05, 1.26e-03, 1.00),
-        # Median, median KL and hidden states: the form for a fixed context on `spanish`, where one expert more is swapped.
+        # Medians and hidden states are those of the form for a fixed context on `spanish`, which swaps one expert more.
         ("fp16", "torch", "routed"): (3.71e-03, 4.44e-02, 1.53e-01, 3.52e-04, 3.62e-05, 5.06e-03, 5.44e-03, 1.00),
         ("fp16", "runtime", "dense"): (3.76e-03, 1.14e-02, 0, 4.47e-05, 6.94e-05, 4.58e-04, 0, 4.64),
         ("fp16", "runtime", "routed"): (5.68e-03, 2.92e-02, 1.60e-01, 4.24e-04, 6.94e-05, 1.15e-03, 0, 4.45),
