@@ -15,7 +15,7 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.graph import Graph
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.quantize import RECIPES
-from coreai_zoo.structure import of_entry
+from coreai_zoo.structure import graphs as graphs_of
 
 DEFAULT_FOLDER = Path("tests/goldens")
 
@@ -51,6 +51,7 @@ _OTHERWISE = "arithmetic"
 
 _HEAD = """\
 # Operation counts of {name}, per kind of layer, as the toolchain lowers it at its true sizes. Constants do not count.
+# Of experts there are fewer: how many has no influence.
 # A table in place of a number is by recipe. Written by `zoo check --update-goldens`; a change of a number belongs into
 # the same commit as what changed it, and its reason into the message.
 """
@@ -65,8 +66,8 @@ def take(entry: Entry, plugins: Plugins, on_recipe: Callable[[str], None] = lamb
         on_recipe: told what has been counted.
     """
     graphs: dict[str, Graph] = {}
-    for recipe in RECIPES:
-        graphs[recipe] = of_entry(entry, plugins, recipe=recipe).graph
+    for recipe, graph in graphs_of(entry, plugins, RECIPES):
+        graphs[recipe] = graph
         on_recipe(f"{entry.name} as {recipe}")
     return golden(entry, graphs)
 

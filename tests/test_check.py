@@ -210,7 +210,7 @@ def test_there_is_a_golden_graph_of_each_kind_of_feed_forward() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_golden_graph_is_what_the_shipped_recipe_gives(path: Path) -> None:
-    """The other recipes take as long each: `zoo check` compares them all."""
+    """Traced as it is built, with every expert; `zoo check` compares all recipes, from one trace with few experts."""
     plugins = default_plugins()
     entry, _ = find_entry(read(path)["entry"], plugins)
     found = golden(entry, {entry.recipe: of_entry(entry, plugins).graph})

@@ -39,6 +39,7 @@ from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.overlay import KVCache, LayerRewrite, QuantizationSpec, TensorSpec, TraceSpec, WeightMap, WeightRule
+from coreai_zoo.program import Program
 from coreai_zoo.quantize import Recipe, find_recipe, has_zero_points
 from coreai_zoo.store import StoredFile, StoredTensor, WeightStore
 from coreai_zoo.weights import plan_weights
@@ -758,6 +759,24 @@ def test_tracing_needs_no_unpacked_copy_of_a_4_bit_weight(
     module, constants = asset.model.bound(asset.store, values=True)
     BACKEND.trace(module, asset.model.spec).save(constants, tmp_path / "again.aimodel")
     assert contents(tmp_path / "again.aimodel") == contents(asset.path)
+
+
+@pytest.mark.parametrize("stored", STORAGE, indirect=True)
+def test_a_plain_trace_is_lowered_with_quantized_weights_to_the_same_program(
+    stored: tuple[QuantizationSpec, Compiled], tmp_path: Path
+) -> None:
+    def described(program: Program) -> tuple[list[str], object, list[object]]:
+        """All but the order of the constants."""
+        operations = [str(operation) for operation in program.main.operations if not operation.is_constant]
+        return operations, program.stored, [function.operations for function in program.composites.values()]
+
+    _, asset = stored
+    plain = filled(asset.model, find_recipe("fp16"), tmp_path / "plain")
+    module, constants = asset.model.bound(plain, values=False)
+    traced = BACKEND.trace(module, asset.model.spec)
+    unquantized, quantized = traced.lowered(constants), traced.lowered(asset.constants)
+    assert described(quantized) == described(BACKEND.program(asset.path))
+    assert described(quantized) != described(unquantized)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

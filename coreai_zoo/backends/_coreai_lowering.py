@@ -4,9 +4,10 @@ distinct composite is exported once instead of once per layer.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import coreai.authoring  # before the dialects, which import each other through it
 import torch
@@ -51,14 +52,19 @@ def element_type(dtype: str) -> Type:
     return IntegerType.get_unsigned(bits) if dtype.startswith("u") else IntegerType.get_signed(bits)
 
 
+State: TypeAlias = Mapping[str, Constant]
+"""A constant under its state name, or the integers, scales and perhaps zero points of one weight under theirs."""
+
+
 class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no types
     """Lowers one traced program whose state is given by name."""
 
-    def __init__(self, state: Mapping[str, tuple[str, Constant]]) -> None:
-        """Args: placeholder of the graph to (state name, constant)."""
+    def __init__(self, state: Mapping[str, State]) -> None:
+        """Args: placeholder of the graph to what it stands for."""
         # Release mode records no stack traces, hence no path of the machine that built the bundle.
         super().__init__(mode=TorchConverter.Mode.RELEASE)
         self._state = state
+        self._quantized: dict[str, list[Value]] = {}  # by placeholder, until it is read
         self.register_torch_lowering("coreai_zoo::dequantize.default")(_lower_dequantize)
 
     def convert(
@@ -88,10 +94,20 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
 
     def _handle_placeholder_op(self, node: fx.Node) -> None:
         if self.exported_program is self._main and node.name in self._state:
-            name, constant = self._state[node.name]
-            self._values_map[node.name] = _constant(name, constant)
+            constants = [_constant(name, constant) for name, constant in self._state[node.name].items()]
+            if len(constants) == 1:
+                self._values_map[node.name] = constants[0]
+            else:
+                self._quantized[node.name] = constants
         else:
             super()._handle_placeholder_op(node)
+
+    def _handle_call_function_op(self, node: fx.Node) -> None:
+        for read in node.all_input_nodes:
+            # Where it is read first, as in a graph that was traced with quantized weights.
+            if read.name in self._quantized and self.exported_program is self._main:
+                self._values_map[read.name] = _dequantized(*self._quantized.pop(read.name))
+        super()._handle_call_function_op(node)
 
 
 def _constant(name: str, constant: Constant) -> Value:
@@ -111,11 +127,12 @@ def _lower_dequantize(values: dict[str, Value], node: fx.Node, loc: Any) -> Valu
     """`coreai_zoo::dequantize` to `coreai.blockwise_shift_scale`; a missing zero point costs a splat, not a tensor."""
     arguments: tuple[Any, ...] = node.args
     codes, scales, zero_points = values[arguments[0].name], values[arguments[1].name], arguments[2]
+    return _dequantized(codes, scales, values[zero_points.name] if isinstance(zero_points, fx.Node) else None, loc)
+
+
+def _dequantized(codes: Value, scales: Value, zero_points: Value | None = None, loc: Any = None) -> Value:
     shape = list(scales.type.shape)
-    if isinstance(zero_points, fx.Node):
-        offset = values[zero_points.name]
-    else:
-        offset = _splat_zero(shape, codes.type.element_type)
+    offset = _splat_zero(shape, codes.type.element_type) if zero_points is None else zero_points
     return coreai.blockwise_shift_scale(codes, scales, offset, _splat_zero(shape, scales.type.element_type), loc=loc)
 
 
@@ -142,15 +159,17 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
     return list(distinct.values())
 
 
-def add_call_sites(composites: Sequence[_ExternalizedExportedProgram], program: ExportedProgram) -> None:
-    """Replace the call sites that each composite was found at by all those in `program`, which calls no others."""
-    known = {_call(node): composite for composite in composites for node in composite.source_nodes}
+def with_call_sites(
+    composites: Sequence[_ExternalizedExportedProgram], program: ExportedProgram
+) -> list[_ExternalizedExportedProgram]:
+    """The composites with all their call sites in `program`, which calls no others, in place of those seen."""
+    own = [dataclasses.replace(composite, source_nodes=[]) for composite in composites]
+    known = {_call(node): at for at, composite in enumerate(composites) for node in composite.source_nodes}
     targets = {target for target, _ in known}
-    for composite in composites:
-        composite.source_nodes = []
     for node in program.graph.nodes:
         if node.target in targets:
-            known[_call(node)].source_nodes.append(node.name)
+            own[known[_call(node)]].source_nodes.append(node.name)
+    return own
 
 
 def _call(node: fx.Node) -> tuple[object, object]:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+    from coreai_zoo.backends._coreai_lowering import State
     from coreai_zoo.export import Constant
     from coreai_zoo.repetition import Repetition
     from coreai_zoo.weights import WeightPlan
@@ -177,7 +178,9 @@ class CoreAITraced:
             _save(self.lower(constants), destination)
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
-        """See `Traced.lowered`."""
+        """See `Traced.lowered`. Of a parameter that was allocated plain, `constants` may hold the integers and scales
+        as well: they are lowered to the weight that was traced. So one trace serves every recipe.
+        """
         from coreai_zoo.backends._coreai_program import read_program
 
         with _toolchain():
@@ -185,14 +188,13 @@ class CoreAITraced:
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
         """The `AIProgram` of all layers."""
-        from coreai_zoo.backends._coreai_lowering import Converter, add_call_sites
+        from coreai_zoo.backends._coreai_lowering import Converter, with_call_sites
 
         program, composites = self._whole()
-        add_call_sites(composites, program)
         converter = Converter(_named_state(program, constants))
         return converter.convert(
             program,
-            composites,
+            with_call_sites(composites, program),
             input_names=[tensor.name for tensor in self.spec.inputs],
             output_names=[tensor.name for tensor in self.spec.outputs],
             state_names=[state.name for state in self.spec.states],
@@ -297,13 +299,15 @@ def _use_toolchain_composites(module: nn.Module) -> list[Any]:
     return [ExternalizeSpec(cls, composite_op_name=name, composite_attrs=attrs) for name, (cls, attrs) in specs.items()]
 
 
-def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) -> dict[str, tuple[str, Constant]]:
-    """Placeholder of the graph to (state name, constant), for everything that the graph reads but its arguments.
+def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) -> dict[str, State]:
+    """Placeholder of the graph to its constant by state name, for everything that the graph reads but its arguments.
+
+    A weight that was traced plain and is given quantized is several constants.
 
     State that is not stored, such as an overlay's buffers and literals, is small and handed over by name all the same:
     whatever goes the toolchain's own way is named by a hash that differs from process to process.
     """
-    from coreai_zoo.export import Constant
+    from coreai_zoo.export import Constant, quantized_names
 
     signature = program.graph_signature
     tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
@@ -312,16 +316,16 @@ def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) ->
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    named: dict[str, tuple[str, Constant]] = {}
+    named: dict[str, State] = {}
     for placeholder, name in placeholders.items():
-        constant = constants.get(name)
-        if constant is None:
+        found = {each: constants[each] for each in (name, *quantized_names(name)) if each in constants}
+        if not found:
             tensor = tensors[name].detach().contiguous()
             narrow = {"int64": "int32", "float64": "float32"}
             dtype = str(tensor.dtype).removeprefix("torch.")
             array = tensor.numpy().astype(narrow.get(dtype, dtype))
-            constant = Constant(array, tuple(tensor.shape), narrow.get(dtype, dtype))
-        named[placeholder] = (name, constant)
+            found[name] = Constant(array, tuple(tensor.shape), narrow.get(dtype, dtype))
+        named[placeholder] = found
     return named
 
 
