@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from attrs import frozen
 
@@ -18,6 +18,7 @@ from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.quantize import find_recipe
+from coreai_zoo.resolve import contradictions
 
 Gate = Callable[[Path], str]
 """Judges a bundle and says in one line how it passed; raises CheckFailed when it did not."""
@@ -104,11 +105,7 @@ def _contradictions(entry: Entry, plugins: Plugins) -> list[str]:
     """Facts that the config which they describe does not have."""
     overlay, _ = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
     facts = overlay.facts(overlay.read_config(overlay.config_of_facts(entry.facts.stated)))
-    return [
-        f"{entry.name}: {name} is {stated}, and the other facts make it {facts[name]}"
-        for name, stated in entry.facts.stated.items()
-        if name in facts and facts[name] != stated
-    ]
+    return contradictions(entry, facts)
 
 
 def _is_silence(entry: Entry, error: ZooError, plugins: Plugins) -> bool:
@@ -142,22 +139,26 @@ def _samples(self: Checks) -> _Found:
     """Every sample builds, verifies, and passes its gate."""
     problems, passed = [], []
     with tempfile.TemporaryDirectory(prefix="zoo-check-") as folder:
-        for entry in _with_samples(self.plugins).values():
+        for name, entry in _with_samples(self.plugins).items():
             request = pipeline.BuildRequest(entry.name, sample=True, output=Path(folder))
             try:
                 bundle = pipeline.build(request, self.plugins, Reporter(silent=True)).path
-                passed.append(f"{entry.name}: {self.gate(bundle)}")
+                passed.append(f"{name}: {self.gate(bundle)}")
                 self.report.note(passed[-1])
             except ZooError as error:
-                problems.append(f"{entry.name}: {error}")
+                problems.append(f"{name}: {error}")
     _raise(problems)
     return f"{len(passed)} samples build and pass their gates", True if passed else None
 
 
-def _with_samples(plugins: Plugins) -> Mapping[Path, Entry]:
-    """Entries by sample; siblings may share one."""
-    entries = [entry for entry, _ in load_entries(plugins).values() if entry.sample is not None]
-    return {entry.sample_directory(): entry for entry in reversed(entries)}
+def _with_samples(plugins: Plugins) -> Mapping[str, Entry]:
+    """An entry for each sample, by what the sample is called; siblings may share one."""
+    entries = [(entry.sample, entry) for entry, _ in load_entries(plugins).values()]
+    return {
+        f"sample {PurePosixPath(sample.path).name} of {sample.package}": entry
+        for sample, entry in reversed(entries)
+        if sample is not None
+    }
 
 
 def _goldens(self: Checks) -> _Found:

@@ -234,10 +234,10 @@ def _numerics(a: Bundle, b: Bundle, options: Options, plugins: Plugins, report: 
 
     if not options.numerics:
         return differences.numerics_missing("they were left out")
-    if options.checkpoint is None and not (a.build.get("sample") and b.build.get("sample")):
-        return differences.numerics_missing("they are no samples; pass --checkpoint DIR")
     if _source(a) != _source(b):
         return differences.numerics_missing("they were built from different checkpoints")
+    if options.checkpoint is None and not (a.build.get("sample") and b.build.get("sample")):
+        return differences.numerics_missing("they are no samples; pass --checkpoint DIR")
     if a.build["layers"] != b.build["layers"]:
         return differences.numerics_missing("they have different numbers of layers")
     checkpoint = checkpoint_of(a, plugins, options.checkpoint)

@@ -26,6 +26,9 @@ _EXISTING = click.Path(path_type=Path)
 # Up to this size the CPU interpreter takes some tokens a second; beyond it a token takes minutes.
 _INTERPRETED_BYTES = 64 * 2**20
 
+# Of a bundle that fails badly; the report has them all.
+_SHOWN_FLIPS, _SHOWN_REASONS = 5, 5
+
 
 @frozen
 class GateOptions:
@@ -145,8 +148,7 @@ def gate(
         show(records)
         click.echo(f"Report: {page}")
     if not records[0]["verdict"]["passed"]:
-        reasons = records[0]["verdict"]["reasons"]
-        raise CheckFailed(f"{bundle.name} fails the gate: {'; '.join(reasons)}.")
+        raise failure(bundle.name, records[0]["verdict"]["reasons"])
 
 
 def _rank(ctx: click.Context, bundle: Path, options: GateOptions, *, as_json: bool) -> None:
@@ -399,6 +401,11 @@ def _overlay_runner(resolved: Resolved, weights: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def failure(name: str, reasons: list[str]) -> CheckFailed:
+    """What a gate that failed ends with."""
+    return CheckFailed(f"{name} fails the gate: {listing(reasons, _SHOWN_REASONS, '; ')}.")
+
+
 def show(records: Sequence[Mapping[str, Any]]) -> None:
     """A table of prompts for each bundle, what went wrong, and the verdict."""
     from coreai_zoo.gates.report import prompt_totals, significant
@@ -429,15 +436,16 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
 
 def _show_flips(record: Mapping[str, Any]) -> None:
     for prompt in record["prompts"]:
-        for position in prompt.get("positions", ()):
-            if position["verdict"] != "FLIP":
-                continue
+        flips = [position for position in prompt.get("positions", ()) if position["verdict"] == "FLIP"]
+        for position in sorted(flips, key=lambda flip: -flip["margin"])[:_SHOWN_FLIPS]:
             source = position.get("attribution")
             click.echo(
                 f"  {prompt['name']} position {position['index']}: after {prompt['pieces'][position['index']]!r} "
                 f"{position['candidate']} instead of {position['oracle']}, oracle margin {position['margin']:.3f}"
                 + (f", from {source}" if source else "")
             )
+        if len(flips) > _SHOWN_FLIPS:
+            click.echo(f"  {prompt['name']}: {len(flips) - _SHOWN_FLIPS} more flips, of smaller margins, in the report")
 
 
 def _verdict_line(record: Mapping[str, Any]) -> str:

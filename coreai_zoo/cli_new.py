@@ -114,7 +114,10 @@ def _print(made: Draft, origin: Origin, path: Path, plugins: Plugins) -> None:
     print_table(table)
     brought = any(path.resolve() == other.resolve() for _, other in plugins.entries())
     build = f"zoo build {path.stem if brought else path} --checkpoint {origin.directory} --allow-unverified"
-    click.echo(f"\nWrote {path}. Read it, then:\n    zoo plan {path.stem if brought else path}\n    {build}")
+    click.echo(f"\nWrote {path}. Read it, then:\n    zoo plan {path.stem if brought else path}")
+    if made.weights is None:
+        click.echo(f"A build needs weights and tokenizer, which are not in {origin.directory}; put them there, then:")
+    click.echo(f"    {build}")
     if not brought:
         click.echo("A plugin that lists the file in zoo_entries makes the name alone enough.")
 
@@ -135,6 +138,6 @@ def _explain_unclaimed(model_type: str, *, as_json: bool) -> NoReturn:
         )
     raise BadInput(
         f"The architecture {model_type!r} is claimed by no plugin, so no entry was written.",
-        f"Write the hooks {listing([*NEEDED_HOOKS])}, and {listing([*USUAL_HOOKS])} as needed: {' and '.join(DOCS)} "
-        "show how.",
+        f"Write the hooks {listing([*NEEDED_HOOKS])}, and {listing([*USUAL_HOOKS])} as needed: "
+        f"{', '.join(DOCS[:-1])} and {DOCS[-1]} show how.",
     )

@@ -46,7 +46,7 @@ class PluginError(ZooError):
     """A plugin that raised or answered wrongly; the message names the plugin and the hook (exit code 2)."""
 
 
-def listing(items: list[str], limit: int = 12) -> str:
+def listing(items: list[str], limit: int = 12, separator: str = ", ") -> str:
     """Join `items` for a one-paragraph message, cut after `limit` with a count of the rest."""
-    shown = ", ".join(items[:limit])
+    shown = separator.join(items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

@@ -16,7 +16,7 @@ from coreai_zoo.overlay import DTYPE_BYTES, ROLES, ParameterInfo, QuantizationSp
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.preflight import Preflight, asset_bytes, bytes_read, foresee, tokenizer_bytes
 from coreai_zoo.quantize import Recipe, find_recipe
-from coreai_zoo.resolve import DEFAULT_OUTPUT, Model, config_of_entry, read_model, signature
+from coreai_zoo.resolve import DEFAULT_OUTPUT, Model, config_of_entry, contradictions, read_model, signature
 from coreai_zoo.weights import PlannedTensor, WeightPlan, active_share, foresee_weights, plan_weights
 from coreai_zoo.workspace import Workspace
 
@@ -172,6 +172,8 @@ def plan_entry(
     entry, _ = find_entry(name, plugins)
     hint = "Pass --checkpoint DIR with a folder that holds the model's config.json."
     model = read_model(config_of_entry(entry, plugins, hint), plugins)
+    if problems := contradictions(entry, model.facts):
+        raise BadInput(f"The facts of an entry contradict each other: {'; '.join(problems)}.", "Correct the entry.")
     context = context or min(entry.bundle.max_context, int(model.facts["max_context_length"]))
     return _plan(entry.name, entry, model, None, recipe or entry.recipe, contract or entry.contract, context, plugins)
 

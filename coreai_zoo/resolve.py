@@ -131,8 +131,8 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
     _check_model_type(entry, model, directory)
     differences = _differences(request, entry, model, directory)
     max_context = _max_context(request, entry, contract, model.facts)
-    bundles.check_tokenizer(directory, model.facts["vocab_size"])
     checkpoint = Checkpoint.open(directory)
+    bundles.check_tokenizer(directory, model.facts["vocab_size"])
     head = plugins.head_quantization(model.overlay, entry, model.config)
     recipe = recipe.with_head(head)
     module, rewrites, weights = _plan(model, entry, contract, checkpoint, recipe, plugins)
@@ -278,6 +278,20 @@ def _differences(request: BuildRequest, entry: Entry, model: Model, directory: P
     if request.custom and not differences:
         raise BadInput(f"{directory} has the facts of entry {entry.name}: there is nothing --custom about it.")
     return differences
+
+
+def contradictions(entry: Entry, facts: Mapping[str, Any]) -> list[str]:
+    """Facts that an entry states and the config that they describe does not have, one phrase each.
+
+    Args:
+        entry: which.
+        facts: what the overlay makes of that config, see `config_of_entry`.
+    """
+    return [
+        f"{entry.name}: {name} is {stated}, and the other facts make it {facts[name]}"
+        for name, stated in entry.facts.stated.items()
+        if name in facts and facts[name] != stated
+    ]
 
 
 def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from coreai_zoo.plan import DEFAULT_CONTEXT, DEFAULT_CONTRACT, DEFAULT_RECIPE, P
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.resolve import Model, compare_facts, from_hub, read_model
 
-DOCS = ("docs/tutorial.md", "docs/hooks.md")
+DOCS = ("docs/tutorial.md", "docs/hooks.md", "docs/overlay.md (Writing one)")
 
 _NOT_A_VALUE = "?"  # stands for a field's value to see whether anything reads it
 

@@ -299,9 +299,10 @@ class _Problems:
         if not found:
             return
         count = sum(map(len, found.values()))
-        text = "; ".join(f"{title}: {listing(items, 20)}" for title, items in found.items())
+        text = "; ".join(f"{title}: {listing(_grouped(items), 20)}" for title, items in found.items())
+        subject = "recipe" if [*found] == [titles["blocks"]] else "checkpoint"  # there may be none
         raise BadInput(
-            f"The checkpoint does not fit the model ({count} problem{'s' if count > 1 else ''}). {text}.", self._hint()
+            f"The {subject} does not fit the model ({count} problem{'s' if count > 1 else ''}). {text}.", self._hint()
         )
 
     def _hint(self) -> str:
@@ -310,6 +311,21 @@ class _Problems:
         if self.blocks:
             return "Choose a recipe that leaves these roles alone."
         return "Use the original checkpoint."
+
+
+def _grouped(items: list[str]) -> list[str]:
+    """Problems that are told apart by numbers in names only, such as a layer's, as one with their count."""
+    groups: dict[str, list[str]] = {}
+    for item in items:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", item), []).append(item)
+    return [
+        text
+        for pattern, alike in groups.items()
+        for text in ([f"{len(alike)} x {pattern}"] if len(alike) >= _ALIKE else alike)
+    ]
+
+
+_ALIKE = 3  # fewer are named one by one
 
 
 # ---------------------------------------------------------------------------------------------------------------------

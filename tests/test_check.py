@@ -125,7 +125,7 @@ def test_a_sample_that_does_not_build_fails(
     shown = OneEntry.discover()
     result = checked(shown, "samples")
     assert result.exit_code == 1, result.output
-    assert str(outcome(result, "samples")["detail"]).startswith("sibling: ")
+    assert str(outcome(result, "samples")["detail"]).startswith("sample dense of broken_samples: ")
 
 
 def test_the_documentation_is_checked_by_the_tests_of_the_repository(

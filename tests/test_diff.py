@@ -103,6 +103,14 @@ def test_what_was_not_compared_is_not_called_unchanged(built: Callable[[str], Pa
     assert found["summary"] == "no change in graph or weights; numerics not compared: they were left out"
 
 
+def test_bundles_of_two_checkpoints_are_said_to_be_that(built: Callable[[str], Path], copy: Path) -> None:
+    build = json.loads((copy / "build.json").read_text())
+    build["source"]["config_sha256"] = "0" * 64
+    (copy / "build.json").write_text(json.dumps(build))
+    reason = "numerics not compared: they were built from different checkpoints"
+    assert difference(built("int8hu"), copy)["summary"].endswith(reason)
+
+
 def test_one_byte_of_one_weight_is_found_and_its_effect_is_shown(
     built: Callable[[str], Path], copy: Path, checkpoint: Path
 ) -> None:

@@ -15,6 +15,7 @@ from attrs import evolve, frozen
 
 from coreai_zoo import card
 from coreai_zoo.bundle import Bundle, file_digests
+from coreai_zoo.cli_gate import failure, show
 from coreai_zoo.gates import Activations, GateResult
 from coreai_zoo.gates.bounds import of_recipe
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
@@ -70,7 +71,7 @@ def off_by(activations: Activations, factor: float, **rows: np.ndarray) -> Activ
 def judged(
     *,
     error: float = 1e-4,
-    flip_at: int | None = None,
+    flip_at: int | Sequence[int] | None = None,
     control_flips: bool = False,
     nan: bool = False,
     stop: bool = True,
@@ -82,8 +83,9 @@ def judged(
     code, chat = (prompt.tokens for prompt in prompts()[:2])
     if flip_at is not None:
         for table in (found, control) if control_flips else (found,):
-            wrong = (table[code].logits[flip_at].argmax() + 1) % V
-            table[code].logits[flip_at, wrong] += 40.0
+            for at in [flip_at] if isinstance(flip_at, int) else flip_at:
+                wrong = (table[code].logits[at].argmax() + 1) % V
+                table[code].logits[at, wrong] += 40.0
     if nan:
         found[code].logits[5, 0] = np.nan
     if not stop:
@@ -183,6 +185,24 @@ def test_a_flip_is_attributed_by_what_the_control_does(bundle: Bundle, control_f
     flips = [row for row in record["prompts"][0]["positions"] if row["verdict"] == "FLIP"]
     assert [(row["index"], row["attribution"]) for row in flips] == [(7, source)]
     assert source in render(record)
+
+
+def test_of_many_flips_the_worst_are_printed_and_the_others_counted(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(bundle, judged(flip_at=range(12)))
+    show([record])
+    printed = capsys.readouterr().out
+    rows = record["prompts"][0]["positions"]
+    worst = sorted((row for row in rows if row["verdict"] == "FLIP"), key=lambda row: -row["margin"])
+    shown = [int(at) for at in re.findall(r"^  code position (\d+):", printed, re.MULTILINE)]
+    assert shown == [row["index"] for row in worst[:5]] and len(worst) == 12
+    assert "  code: 7 more flips, of smaller margins, in the report" in printed
+
+
+def test_of_many_reasons_the_first_are_named_and_the_others_counted() -> None:
+    told = str(failure("toy", [f"reason {n}" for n in range(70)]))
+    assert told == "toy fails the gate: reason 0; reason 1; reason 2; reason 3; reason 4 and 65 more."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from coreai_zoo.rebuild import recorded_request
 from coreai_zoo.resolve import BuildRequest, resolve
 from coreai_zoo.scaffold import NEEDED_HOOKS, USUAL_HOOKS
 from decoders import OVERLAY
+from documents import read
 
 ENTRY = "qwen3.6-27b"
 WRAPPED = {"model_type": "qwen3_5", "text_config": text_config("dense"), "vision_config": {"depth": 2}}
@@ -109,6 +110,13 @@ def test_a_config_alone_is_enough(bare: Callable[..., Path], tmp_path: Path) -> 
     assert told["weights"] is None
     assert told["facts"]["hidden_size"] == 32
 
+    folder = bare(WRAPPED)
+    said = " ".join(zoo("new", "other", "--from", folder, "-o", tmp_path).stdout.split())
+    build = f"zoo build {tmp_path / 'other.toml'} --checkpoint {folder} --allow-unverified"
+    assert f"A build needs weights and tokenizer, which are not in {folder}; put them there, then: {build}" in said
+    arguments = ("--checkpoint", folder, "-o", tmp_path / "out", "--allow-unverified")
+    assert f"{folder} has no weights" in error_of(zoo("build", tmp_path / "other.toml", *arguments))
+
 
 def test_fields_that_the_overlay_does_not_look_at_are_named(bare: Callable[..., Path], tmp_path: Path) -> None:
     folder = bare({**WRAPPED, "text_config": {**text_config("dense"), "mtp_num_hidden_layers": 1}})
@@ -183,7 +191,8 @@ def test_an_architecture_that_nobody_claims_is_answered_with_the_hooks_to_write(
 
     text = error_of(result)
     assert "'llama' is claimed by no plugin, so no entry was written" in text
-    assert "docs/tutorial.md and docs/hooks.md" in text
+    assert "docs/tutorial.md, docs/hooks.md and docs/overlay.md (Writing one) show how" in text
+    assert "\n## Writing one\n" in read("overlay.md")
     for hook in (*NEEDED_HOOKS, *USUAL_HOOKS):
         assert hook in text and hook in result.stdout and hasattr(hookspecs, hook)
     assert "Claim an architecture." in result.stdout and "coreai_zoo.overlay.Overlay" in result.stdout

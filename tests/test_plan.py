@@ -203,6 +203,15 @@ def test_an_entry_that_states_too_little_says_what_is_lacking(tmp_path: Path) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_an_entry_whose_facts_contradict_each_other_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    text = Path("zoo_entries/qwen3.5-2b.toml").read_text(encoding="utf-8")
+    assert "\nlayers = 24\n" in text
+    path.write_text(text.replace("\nlayers = 24\n", "\nlayers = 30\n"), encoding="utf-8")
+    with pytest.raises(BadInput, match="linear_attention_layers is 18, and the other facts make it 2"):
+        plan_entry(str(path), default_plugins())
+
+
 def test_the_efficiency_is_what_the_published_measurement_reaches(plans: Mapping[str, Plan]) -> None:
     (published,) = plans[DENSE].published
     (chip,) = (chip for chip in CHIPS if chip.name == published.machine)

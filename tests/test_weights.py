@@ -15,7 +15,7 @@ from coreai_zoo.checkpoint import TensorInfo
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import ROLES, Drop, Part, QuantizationSpec, Transform, WeightMap, WeightRule
 from coreai_zoo.quantize import RECIPES, Recipe, find_recipe
-from coreai_zoo.weights import ParameterInfo, PlannedTensor, Source, WeightPlan, plan_weights
+from coreai_zoo.weights import ParameterInfo, PlannedTensor, Source, WeightPlan, foresee_weights, plan_weights
 
 FP16, INT8 = find_recipe("fp16"), find_recipe("int8hu")
 EXPERTS = (
@@ -184,6 +184,19 @@ def test_every_problem_is_in_one_error() -> None:
         "not divisible by the recipe's block: c (mlp, int8 block 32 symmetric_with_clipping: "
         "33 columns are not divisible by the block size 32). "
         "Check that it is a checkpoint of this architecture, complete and original."
+    )
+
+
+def test_problems_that_differ_in_a_number_are_one_with_their_count() -> None:
+    wide = {f"l.{n}.up.w": (2, 33) for n in range(30)} | {f"l.{n}.q.w": (2, 33) for n in range(2)}
+    table = WeightMap((rule("l.{n}.up.w"), rule("l.{n}.q.w", role="attention")))
+    with pytest.raises(BadInput) as caught:
+        foresee_weights(table, floats(**wide), INT8)
+    spec = "int8 block 32 symmetric_with_clipping: 33 columns are not divisible by the block size 32"
+    assert str(caught.value) == (
+        "The recipe does not fit the model (32 problems). not divisible by the recipe's block: "
+        f"30 x l.*.up.w (mlp, {spec}), l.0.q.w (attention, {spec}), l.1.q.w (attention, {spec}). "
+        "Choose a recipe that leaves these roles alone."
     )
 
 
