@@ -388,6 +388,25 @@ def test_a_build_that_was_killed_while_it_wrote_the_package_resumes(built: dict[
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or "work" in path.name] == []
 
 
+def test_the_gate_runs_a_package_in_the_interpreter_and_leaves_its_logits(
+    built: dict[str, Built], tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(built["dense"].bundle.directory, bundle)
+    zoo = Path(sys.executable).with_name("zoo")
+    command = [zoo, "gate", str(bundle), "--prompts", "code", "--positions", "16", "--no-control"]
+    refused = subprocess.run([*command, "--candidate", "coreai"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "is a coreml bundle, which the candidate coreai cannot run" in refused.stderr
+    subprocess.run([*command, "--candidate", "mil"], capture_output=True, text=True, check=True)
+    (prompt,) = json.loads((bundle / "gate" / "transcript.json").read_text())["prompts"]
+    assert prompt["candidate"].endswith(".mlpackage on the mil runtime")
+    (stored,) = (bundle / "gate").glob("logits-*.npz")
+    kept, tokens = np.load(stored), built["dense"].tokens()[:16]
+    assert kept["tokens"].tolist() == prompt["tokens"] == tokens
+    assert np.array_equal(kept["logits"], built["dense"].logits(tokens=tokens))
+    assert subprocess.run([zoo, "verify", str(bundle)], capture_output=True, check=False).returncode == 0
+
+
 def test_card_and_record_say_what_was_not_done(built: dict[str, Built]) -> None:
     bundle = built["dense"].bundle
     card = (bundle.directory / "README.md").read_text()
