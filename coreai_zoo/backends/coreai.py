@@ -20,7 +20,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -30,6 +29,7 @@ from attrs import frozen
 from coreai_zoo.backends import Signature
 from coreai_zoo.backends._bytecode import Bytecode
 from coreai_zoo.backends._native_exit import exit_explained
+from coreai_zoo.backends._versions import checked_versions
 from coreai_zoo.bundle import source_date_epoch
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.digest import file_sha256, hashed_while_written
@@ -80,7 +80,7 @@ class CoreAIBackend:
     @property
     def versions(self) -> Mapping[str, str]:
         """Versions of the toolchain, checked."""
-        return _checked_versions()
+        return checked_versions(_REQUIRED)
 
     def require(self, spec: TraceSpec, weights: WeightPlan) -> None:
         """See `Backend.require`: nothing is known that the format cannot hold."""
@@ -91,13 +91,13 @@ class CoreAIBackend:
 
     def trace(self, module: nn.Module, spec: TraceSpec) -> CoreAITraced:
         """See `Backend.trace`."""
-        _checked_versions()
+        checked_versions(_REQUIRED)
         with _toolchain():
             return _trace(module, spec, every_layer=self.every_layer)
 
     def signature(self, asset: Path) -> Signature:
         """See `Backend.signature`."""
-        _checked_versions()
+        checked_versions(_REQUIRED)
         return _read_signature(asset)
 
     def constants(self, asset: Path) -> Mapping[str, memoryview]:
@@ -106,37 +106,20 @@ class CoreAIBackend:
 
     def state(self, asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> Mapping[str, memoryview]:
         """See `Backend.state`."""
-        _checked_versions()
+        checked_versions(_REQUIRED)
         return _read_state(asset, state)
 
     def program(self, asset: Path) -> Program:
         """See `Backend.program`."""
-        _checked_versions()
+        checked_versions(_REQUIRED)
         return _read_program(asset)
 
     @contextlib.contextmanager
     def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[CoreAIStepper]:
         """See `Backend.stepper`."""
-        _checked_versions()
+        checked_versions(_REQUIRED)
         with _Loaded(asset) as loaded:
             yield CoreAIStepper(loaded, spec, capacity)
-
-
-def _checked_versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for distribution, required in _REQUIRED.items():
-        try:
-            found[distribution] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            raise EnvironmentLacks(
-                f"{distribution} is not installed.", f"Install it with: pip install {distribution}=={required}"
-            ) from None
-        if found[distribution] != required:
-            raise EnvironmentLacks(
-                f"{distribution} is {found[distribution]}, and this version of the zoo is written against {required}.",
-                f"Install it with: pip install {distribution}=={required}",
-            )
-    return found
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import frozen
 
 from coreai_zoo.backends import Signature
+from coreai_zoo.backends._versions import checked_versions
 from coreai_zoo.contracts import FIXED_S1
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
 from coreai_zoo.overlay import StateSpec, TraceSpec
@@ -67,7 +67,7 @@ class CoreMLBackend:
     @property
     def versions(self) -> Mapping[str, str]:
         """Versions of the toolchain, checked."""
-        return _checked_versions()
+        return checked_versions(_REQUIRED)
 
     @property
     def companions(self) -> Mapping[str, str]:
@@ -103,7 +103,7 @@ class CoreMLBackend:
         """See `Backend.trace`."""
         from coreai_zoo.backends._coreml_lowering import convert
 
-        _checked_versions()
+        checked_versions(_REQUIRED)
         return CoreMLTraced(convert(module, spec))
 
     def signature(self, asset: Path) -> Signature:
@@ -143,18 +143,6 @@ class CoreMLBackend:
         with _opened(asset) as package:
             interpreter = Interpreter(package)
         yield MILStepper(interpreter, spec, capacity)
-
-
-def _checked_versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for distribution, required in _REQUIRED.items():
-        found[distribution] = metadata.version(distribution)
-        if found[distribution] != required:
-            raise EnvironmentLacks(
-                f"{distribution} is {found[distribution]}, and this version of the zoo is written against {required}.",
-                f"Install it with: pip install {distribution}=={required}",
-            )
-    return found
 
 
 def _state_problems(state: StateSpec) -> Iterator[str]:
