@@ -33,7 +33,7 @@ from coreai_zoo.backends._versions import checked_versions
 from coreai_zoo.bundle import source_date_epoch
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.digest import file_sha256, hashed_while_written
-from coreai_zoo.errors import CheckFailed, EnvironmentLacks
+from coreai_zoo.errors import CheckFailed
 from coreai_zoo.overlay import TraceSpec
 from coreai_zoo.program import Program
 
