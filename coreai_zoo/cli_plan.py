@@ -181,7 +181,7 @@ def _figures(plan: Plan) -> list[tuple[str, str]]:
         *figures,
         ("states", f"{plan.state_bytes:,} bytes ({size(plan.state_bytes)}) at {plan.context:,} positions: {states}"),
         ("", f"{plan.growth:,} bytes more with each position; a token reads them all"),
-        ("build", f"{plan.build}; needs {size(LEAST_MEMORY)} of memory at least, whatever the depth"),
+        ("build", f"{plan.build}; needs {size(LEAST_MEMORY)} of memory at least"),
     ]
 
 
