@@ -136,7 +136,7 @@ def _run(record: Mapping[str, Any], running: str) -> str:
     return (
         "## Running it\n\n"
         f"On a Mac, with an engine for the `{record['contract']['name']}` contract. It needs:\n\n{needs}\n\n"
-        f"{running.format(name=record['name'])}"
+        f'{running}\n\n```\nzoo run PATH/TO/{record["name"]} -p "def main(" -n 40\n```'
     )
 
 

@@ -138,7 +138,7 @@ def gate(
         _rank(ctx, bundle, options, as_json=as_json)
         return
     opened = [Bundle.open(path) for path in (bundle, against) if path is not None]
-    folder = bundle / GATE_FOLDER if output is None else output
+    folder = _report_folder(opened[0], output)
     transcripts.check_writable(folder)
     records = run_gate(opened, options, plugins_of(ctx), Reporter(silent=as_json), keep_in=folder)
     page = write_report(opened[0], records, output)
@@ -219,11 +219,15 @@ def write_report(bundle: Bundle, records: Sequence[Mapping[str, Any]], output: P
     """
     from coreai_zoo.gates import report, transcript
 
-    folder = bundle.directory / GATE_FOLDER if output is None else output
+    folder = _report_folder(bundle, output)
     transcript.write(folder, records[0], report.render(*records))
     if output is None:
         transcript.write_card(bundle, report.markdown(records[0]))
     return folder / transcript.REPORT
+
+
+def _report_folder(bundle: Bundle, output: Path | None) -> Path:
+    return bundle.directory / GATE_FOLDER if output is None else output
 
 
 @frozen

@@ -14,7 +14,7 @@ from coreai_zoo.cli import json_option, new_table, plugins_of, print_json, print
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plan import Plan, plan_checkpoint, plan_entry
-from coreai_zoo.preflight import LEAST_MEMORY, size
+from coreai_zoo.preflight import size
 from coreai_zoo.quantize import RECIPES
 
 
@@ -181,7 +181,7 @@ def _figures(plan: Plan) -> list[tuple[str, str]]:
         *figures,
         ("states", f"{plan.state_bytes:,} bytes ({size(plan.state_bytes)}) at {plan.context:,} positions: {states}"),
         ("", f"{plan.growth:,} bytes more with each position; a token reads them all"),
-        ("build", f"{plan.build}; needs {size(LEAST_MEMORY)} of memory at least"),
+        ("build", f"{plan.build}; needs {size(plan.build.least_memory)} of memory at least"),
     ]
 
 
@@ -290,7 +290,7 @@ def _described(plan: Plan, machines: _Machines) -> Mapping[str, Any]:
             "state_growth_per_position": plan.growth,
         },
         "states": {"context": plan.context, "bytes": plan.state_bytes, "by_name": dict(plan.states)},
-        "build": {**plan.build.as_json(), "least_memory": LEAST_MEMORY},
+        "build": plan.build.as_json(),
         "efficiency": {"share": machines.efficiency, "source": machines.efficiency_source},
         "machines": [
             {

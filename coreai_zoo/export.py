@@ -261,6 +261,11 @@ def quantized_names(name: str) -> tuple[str, str, str]:
     return state + "original", state + "0.scales", state + "0.zero_points"
 
 
+def scales_name(codes: str) -> str:
+    """Name of the scales that belong to the integers called `codes`; see `quantized_names`."""
+    return f"{codes.removesuffix('original')}0.scales"
+
+
 def _carrier(spec: QuantizationSpec) -> torch.dtype:
     return torch.int8 if spec.signed else torch.uint8
 
@@ -329,9 +334,26 @@ def check_traced(program: ExportedProgram, spec: TraceSpec) -> None:
     names = dict(zip(signature.user_inputs, (tensor.name for tensor in (*spec.inputs, *spec.states)), strict=True))
     mutated = {names[str(argument)] for argument in signature.user_inputs_to_mutate.values()}
     states = {state.name for state in spec.states}
-    problems = [f"state {name} is never written" for name in sorted(states - mutated)]
-    problems += [f"input {name} is written" for name in sorted(mutated - states)]
-    problems += [f"buffer {name} is written" for name in sorted(signature.buffers_to_mutate.values())]
+    strays = [f"input {name}" for name in sorted(mutated - states)]
+    strays += [f"buffer {name}" for name in sorted(signature.buffers_to_mutate.values())]
+    require_contract(program, spec, mutated & states, strays)
+
+
+def require_contract(program: ExportedProgram, spec: TraceSpec, written: set[str], strays: Sequence[str]) -> None:
+    """Compare what a traced program gives and writes with the spec, however it was traced.
+
+    Args:
+        program: its last results are the outputs.
+        spec: what it has to be.
+        written: names of the states that it writes.
+        strays: what it writes that is no state, in words.
+
+    Raises:
+        PluginError: with everything that is not so.
+    """
+    states = {state.name for state in spec.states}
+    problems = [f"state {name} is never written" for name in sorted(states - written)]
+    problems += [f"{stray} is written" for stray in strays]
     outputs = [node.meta["val"] for node in program.graph.output_node().args[0]][-len(spec.outputs) :]
     for tensor, value in zip(spec.outputs, outputs, strict=True):
         found = (tuple(value.shape), str(value.dtype).removeprefix("torch."))

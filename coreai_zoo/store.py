@@ -30,7 +30,7 @@ from threading import BoundedSemaphore, Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, TypeVar
 
-from attrs import asdict, define, evolve, field, frozen
+from attrs import Factory, asdict, define, evolve, field, frozen
 
 from coreai_zoo.checkpoint import Checkpoint
 from coreai_zoo.errors import BadInput, EnvironmentLacks
@@ -832,10 +832,7 @@ class _Work:
     computed: int = 0
     bytes_written: int = 0
     repaired: list[str] = field(factory=list)
-    eviction: _Eviction = field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.eviction = _Eviction(self.checkpoint)
+    eviction: _Eviction = field(default=Factory(lambda work: _Eviction(work.checkpoint), takes_self=True))
 
     def run(self, plan: WeightPlan) -> None:
         """Compute what is not current, chunk by chunk and without a pause between tensors."""

@@ -89,7 +89,7 @@ def build(kind: str, output: Path, **options: Any) -> Built:
     request = BuildRequest(ENTRIES[kind], output=output, **{**usual, **options})
     plugins = default_plugins()
     result = pipeline.build(request, plugins)
-    store = next(output.glob(".zoo-work/*/*/journal.jsonl"), None) or next(output.rglob("journal.jsonl"))
+    store = next(output.rglob("journal.jsonl"))
     return Built(Bundle.open(result.path), resolve(request, plugins), WeightStore(store.parent))
 
 
@@ -611,6 +611,8 @@ def test_the_required_version_is_that_of_the_package(root: Path) -> None:
         "coremltools.converters.mil.backend.mil.load.CoreMLProtoExporter",
         "coremltools.converters.mil.backend.mil.load.MILProtoExporter.get_milproto_value",
         "coremltools.converters.mil.backend.mil.load.MILProtoExporter.get_blob_writer",
+        "coremltools.converters.mil.backend.mil.load.MILProtoExporter.get_weight_path",
+        "coremltools.converters.mil.backend.mil.load.should_use_weight_file",
         "coremltools.converters.mil.frontend.torch.torch_op_registry.register_torch_op",
         "coremltools.converters.mil.mil.passes.pass_pipeline.PassPipelineManager.apply_pipeline",
     ],

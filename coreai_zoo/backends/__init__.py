@@ -75,7 +75,7 @@ class Backend(Protocol):
 
     @property
     def running(self) -> str:
-        """How its assets are run and what they were checked with, for the card: Markdown, `{name}` being the bundle."""
+        """What its assets were checked with, for the card: Markdown that leads up to a `zoo run`."""
 
     @property
     def companions(self) -> Mapping[str, str]:

@@ -15,22 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from coreai_zoo.backends._coreml_package import NAMES, WEIGHT_FILE, WEIGHTS, quietly, write_specification
-from coreai_zoo.backends.coreml import scales_of
 from coreai_zoo.errors import PluginError, listing
-from coreai_zoo.export import Constant
+from coreai_zoo.export import Constant, example_inputs, require_contract, scales_name
 from coreai_zoo.overlay import TraceSpec
 
 with quietly():  # what it says of versions, see `remarks`
     import coremltools as ct
     from coremltools import _deps
     from coremltools.converters.mil.backend.mil import helper
-    from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter, MILProtoExporter
+    from coremltools.converters.mil.backend.mil.load import (
+        CoreMLProtoExporter,
+        MILProtoExporter,
+        should_use_weight_file,
+    )
     from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813  # coremltools' own name for it
     from coremltools.converters.mil.mil.passes.pass_pipeline import PassPipelineManager
@@ -94,23 +97,14 @@ def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
     Raises:
         PluginError: when it leaves a state unwritten, writes to something that is not one, or has another output.
     """
-    inputs = {
-        tensor.name: torch.zeros([int(size) for size in tensor.shape], dtype=getattr(torch, tensor.dtype))
-        for tensor in spec.inputs
-    }
+    examples = example_inputs(evolve(spec, states=()))  # states are buffers here, and may be large
+    inputs = {tensor.name: example for tensor, example in zip(spec.inputs, examples, strict=True)}
     with torch.no_grad(), quietly():
         module = _Stateful(decoder, spec)
         program: ExportedProgram = torch.export.export(module, (), inputs, strict=False).run_decompositions({})
     written = set(_written_buffers(program))
     states = {state.name for state in spec.states}
-    problems = [f"state {name} is never written" for name in sorted(states - written)]
-    problems += [f"{name} is written" for name in sorted(written - states)]
-    value = program.graph.output_node().args[0][-1].meta["val"]
-    found, declared = (tuple(value.shape), str(value.dtype).removeprefix("torch.")), spec.outputs[0]
-    if found != (declared.shape, declared.dtype):
-        problems.append(f"output {declared.name} is {found[1]} {found[0]}")
-    if problems:
-        raise PluginError(f"The traced decoder does not meet its contract: {listing(problems)}.")
+    require_contract(program, spec, written & states, [f"buffer {name}" for name in sorted(written - states)])
     return program
 
 
@@ -262,7 +256,7 @@ def _has_nan(value: Any) -> bool:
 def _misquantized(converted: Converted, operations: Sequence[Any], parameters: Mapping[str, str]) -> list[str]:
     """Quantized weights that are none, and the other way round."""
     expected = {
-        (path, scales_of(path)) for path in map(converted.names.__getitem__, parameters) if path.endswith(".original")
+        (path, scales_name(path)) for path in map(converted.names.__getitem__, parameters) if path.endswith(".original")
     }
     found = {
         tuple(converted.names.get(part.name, part.name) for part in (operation.data, operation.scale))
@@ -292,18 +286,18 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]  # coremltools ships no
         if weight is None:
             return super().get_milproto_value(var)
         data = np.asarray(weight.data).reshape(weight.shape)
-        if data.size < _STORED_ELEMENTS:  # as coremltools decides it
+        if not should_use_weight_file(data, TARGET):
             return helper.create_tensor_value(data)
         return helper.create_file_value_tensor(
             file_name=f"@model_path/weights/{Path(WEIGHT_FILE).name}",
-            offset=self._write(data.reshape(-1)),
+            offset=self._write(var.op, data.reshape(-1)),
             dim=data.shape,
             data_type=helper.types_to_proto_primitive(var.sym_type.get_primitive()),
         )
 
-    def _write(self, data: np.ndarray[Any, Any]) -> int:
-        """Append to the weights; where the description of the tensor is."""
-        writer = self.get_blob_writer(str(Path(self.weights_dir) / Path(WEIGHT_FILE).name))
+    def _write(self, constant: Any, data: np.ndarray[Any, Any]) -> int:
+        """Append the values of `constant` to the weights; where their description is."""
+        writer = self.get_blob_writer(self.get_weight_path(constant))
         match str(data.dtype):
             case "float16":
                 return int(writer.write_fp16_data(data.view(np.uint16)))
@@ -312,9 +306,6 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]  # coremltools ships no
             case "int8":
                 return int(writer.write_int8_data(data))
         raise PluginError(f"A weight is {data.dtype}, which the Core ML backend does not store.")
-
-
-_STORED_ELEMENTS = 10
 
 
 def save(converted: Converted, constants: Mapping[str, Constant], destination: Path) -> None:

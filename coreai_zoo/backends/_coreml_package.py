@@ -146,16 +146,21 @@ class Package:
         return cls(path, model)
 
     @property
-    def block(self) -> Any:
-        """The operations of `main`, with the outputs of that.
+    def function(self) -> Any:
+        """The function `main`.
 
         Raises:
-            Damaged: when there is no `main`, or not one form of it.
+            Damaged: when there is none, or not one form of it.
         """
         functions = self.model.mlProgram.functions
         if "main" not in functions or len(functions["main"].block_specializations) != 1:
             raise Damaged("it has no function main, or several forms of it")
-        (block,) = functions["main"].block_specializations.values()
+        return functions["main"]
+
+    @property
+    def block(self) -> Any:
+        """The operations of `main`, with the outputs of that; raises as `function` does."""
+        (block,) = self.function.block_specializations.values()
         return block
 
     @property

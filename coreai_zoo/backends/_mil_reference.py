@@ -33,13 +33,13 @@ class Interpreter:
             Damaged: when it uses an operation that is not known here.
         """
         self._package = package
-        self._operations = list(package.block.operations)
-        unknown = {operation.type for operation in self._operations} - set(_OPERATIONS) - _SPECIAL
+        operations = package.block.operations
+        unknown = {operation.type for operation in operations} - set(_OPERATIONS) - _SPECIAL
         if unknown:
             raise Damaged(f"the reference interpreter does not know its operations {', '.join(sorted(unknown))}")
         # Constants, and the weights that are made of them, are the same in every step.
         self._constants: dict[str, Any] = {}
-        self._changing = [operation for operation in self._operations if not self._fold(operation)]
+        self._changing = [operation for operation in operations if not self._fold(operation)]
 
     def _fold(self, operation: Any) -> bool:
         """Compute a constant or a quantized weight for good; whether `operation` was one."""

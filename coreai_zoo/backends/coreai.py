@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -28,7 +27,7 @@ from attrs import frozen
 
 from coreai_zoo.backends import Signature
 from coreai_zoo.backends._bytecode import Bytecode
-from coreai_zoo.backends._native_exit import exit_explained
+from coreai_zoo.backends._native import exit_explained, output_captured
 from coreai_zoo.backends._versions import checked_versions
 from coreai_zoo.bundle import source_date_epoch
 from coreai_zoo.contracts import STATIC_S1
@@ -65,10 +64,7 @@ class CoreAIBackend:
 
     name: str = "coreai"
     title: str = "Core AI"
-    running: str = (
-        "On Linux, on the Core AI CPU interpreter (slow; for checking):\n\n"
-        '```\nzoo run PATH/TO/{name} -p "def main(" -n 40\n```'
-    )
+    running: str = "On Linux, on the Core AI CPU interpreter (slow; for checking):"
     companions: Mapping[str, str] = MappingProxyType({})
     asset_suffix: str = ".aimodel"
     contracts: tuple[str, ...] = (STATIC_S1.name,)
@@ -371,7 +367,7 @@ def _without_weights(asset: Path) -> Iterator[Any]:
         (bare / "main.mlirb").write_bytes(bytecode)
         (bare / "main.hash").write_bytes(hashlib.sha256(bytecode).digest())
         shutil.copyfile(asset / "metadata.json", bare / "metadata.json")
-        with _toolchain(), _native_output_captured():
+        with _toolchain(), output_captured():
             yield AIModelAsset.load(str(bare))
 
 
@@ -454,7 +450,7 @@ class _Loaded:
 
         try:
             _require_intact(self._asset)
-            with _toolchain(), _native_output_captured():
+            with _toolchain(), output_captured():
                 model = self.run(self._open.enter_async_context(AIModelAsset.load(str(self._asset)).executable()))
                 self.function = model.load_function("main")
         except (RuntimeError, KeyError, OSError) as error:
@@ -534,21 +530,3 @@ class CoreAIStepper:
     def state(self, name: str) -> np.ndarray[Any, Any]:
         """A copy of a state as it is now."""
         return self._states[name].numpy().copy()
-
-
-@contextlib.contextmanager
-def _native_output_captured() -> Iterator[None]:
-    """Keep what the native runtime prints on stderr while it loads a function, unless loading fails."""
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            os.dup2(saved, 2)
-            captured.seek(0)
-            os.write(2, captured.read())
-            raise
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)

@@ -43,8 +43,7 @@ _RUNNING = (
     "saved package, which rounds as the program says and knows nothing of a device. On a Mac, "
     "`python compare_on_mac.py` (it needs coremltools and numpy) runs the package and compares its logits with those "
     "that `zoo gate` left in `gate/`.\n\n"
-    "Anywhere, in the reference interpreter (slow; for checking):\n\n"
-    '```\nzoo run PATH/TO/{name} -p "def main(" -n 40\n```'
+    "Anywhere, in the reference interpreter (slow; for checking):"
 )
 
 _MAX_RANK = 5
@@ -209,8 +208,7 @@ def _opened(asset: Path) -> Iterator[Package]:
 def _signature(package: Package) -> Signature:
     from coreai_zoo.backends._coreml_package import tensor_type
 
-    (function,) = package.model.mlProgram.functions.values()
-    arguments = {tensor.name: tensor.type for tensor in function.inputs}
+    arguments = {tensor.name: tensor.type for tensor in package.function.inputs}
     kinds = {name: (tensor_type(type_).shape, tensor_type(type_).dtype) for name, type_ in arguments.items()}
     states = {name: kinds.pop(name) for name, type_ in arguments.items() if type_.WhichOneof("type") == "stateType"}
     made = {output.name: output.type for operation in package.block.operations for output in operation.outputs}
@@ -220,6 +218,8 @@ def _signature(package: Package) -> Signature:
 
 def _constants(package: Package) -> dict[str, np.ndarray[Any, Any]]:
     """State of the decoder to value, for every constant that is one; arrays are views of the mapped file."""
+    from coreai_zoo.export import scales_name
+
     names = package.names
     found: dict[str, np.ndarray[Any, Any]] = {}
     for operation in package.block.operations:
@@ -230,13 +230,8 @@ def _constants(package: Package) -> dict[str, np.ndarray[Any, Any]]:
             found[name] = package.array(operation.attributes["val"])
         else:
             found[name] = package.array(operation.inputs["data"].arguments[0].value)
-            found[scales_of(name)] = package.array(operation.inputs["scale"].arguments[0].value)
+            found[scales_name(name)] = package.array(operation.inputs["scale"].arguments[0].value)
     return found
-
-
-def scales_of(codes: str) -> str:
-    """Name of the scales that belong to integers, see `export.quantized_names`."""
-    return f"{codes.removesuffix('original')}0.scales"
 
 
 def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
@@ -246,9 +241,9 @@ def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
 def _program(package: Package) -> Program:
     """The function `main` as data; a quantized weight is two stored constants and the operation that unpacks them."""
     from coreai_zoo.backends._coreml_package import tensor_type
+    from coreai_zoo.export import scales_name
 
-    (function,) = package.model.mlProgram.functions.values()
-    names = package.names
+    function, names = package.function, package.names
     numbers = {argument.name: number for number, argument in enumerate(function.inputs)}
     operations: list[Operation] = []
 
@@ -264,7 +259,7 @@ def _program(package: Package) -> Program:
         if operation.type == "const":
             numbers[made] = constant(operation.attributes["val"], names.get(made))
             continue
-        quantized = {"data": names[made], "scale": scales_of(names[made])} if made in names else {}
+        quantized = {"data": names[made], "scale": scales_name(names[made])} if made in names else {}
         operands = [
             numbers[binding.name]
             if binding.WhichOneof("binding") == "name"

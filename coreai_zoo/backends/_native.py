@@ -1,4 +1,4 @@
-"""Words for a native library that ends the process when it cannot write.
+"""What native libraries print, and words for one that ends the process when it cannot write.
 
 The compiler behind the toolchain reports a failed write by printing a line and calling `exit(1)`: no exception, and
 nothing of Python's runs any more. What the C library still runs are exit handlers, so one is registered meanwhile.
@@ -36,16 +36,27 @@ def exit_explained(destination: Path) -> Iterator[None]:
             os.write(stderr, f"error: {error}\n".encode())
             os._exit(error.exit_code)
 
-        with _at_exit(explain):
+        try:
+            with _at_exit(explain):
+                yield
+        finally:
+            _pass_on(captured, stderr)
+
+
+@contextlib.contextmanager
+def output_captured() -> Iterator[None]:
+    """Within the block, what native code prints on stderr is kept from the terminal, unless the block fails."""
+    with tempfile.TemporaryFile() as captured, _stderr_in(captured) as stderr:
+        try:
             yield
+        except BaseException:
+            _pass_on(captured, stderr)
+            raise
 
 
 @contextlib.contextmanager
 def _stderr_in(captured: BinaryIO) -> Iterator[int]:
-    """Within the block what is written to stderr goes to a file; gives the descriptor of what stderr was.
-
-    What the file holds in the end is passed on.
-    """
+    """Within the block what is written to stderr goes to a file; gives the descriptor of what stderr was."""
     sys.stderr.flush()
     saved = os.dup(2)
     os.dup2(captured.fileno(), 2)
@@ -53,9 +64,12 @@ def _stderr_in(captured: BinaryIO) -> Iterator[int]:
         yield saved
     finally:
         os.dup2(saved, 2)
-        captured.seek(0)
-        os.write(2, captured.read())
         os.close(saved)
+
+
+def _pass_on(captured: BinaryIO, stderr: int) -> None:
+    captured.seek(0)
+    os.write(stderr, captured.read())
 
 
 @contextlib.contextmanager
