@@ -20,7 +20,7 @@ help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(stamp)  ## Build the sample of qwen3.6-27b, gate it against Hugging Face, generate text with it
-	$(bin)/python -m coreai_zoo.demo $(ENTRY)
+	$(bin)/python -m coreai_zoo.cli.demo $(ENTRY)
 
 test: $(stamp)  ## Run the whole test suite
 	$(bin)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)

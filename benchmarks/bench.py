@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from measure import measure
 
-from coreai_zoo.quantize import SCALE_FLOOR, find_recipe, quantize_rows
+from coreai_zoo.recipes import find_recipe
+from coreai_zoo.weights.quantizer import SCALE_FLOOR, quantize_rows
 
 HERE = Path(__file__).parent
 ENTRY = "qwen3.6-27b"

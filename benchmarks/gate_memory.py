@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from measure import measure
 
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.gates import Model
+from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.rebuild import recorded_request
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.gate import Model
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.rebuild import recorded_request
-from coreai_zoo.resolve import Resolved, resolve
 
 PARTS = ("oracle", "control", "torch")
 

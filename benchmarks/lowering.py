@@ -17,20 +17,22 @@ from pathlib import Path
 import numpy as np
 from synthetic_checkpoint import write_checkpoint
 
-from coreai_zoo import export
-from coreai_zoo.backends.coreai import CoreAIBackend
-from coreai_zoo.entry import find_entry
+from coreai_zoo.backend import Constant
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.lowering.module import allocate, state_of
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.resolve import BuildRequest, Resolved, resolve
 
 
-def untouched(resolved: Resolved) -> dict[str, export.Constant]:
+def untouched(resolved: Resolved) -> dict[str, Constant]:
     """Constants of the right shapes in memory that costs nothing until somebody touches it."""
     constants = {}
-    for name, (shape, dtype) in export.state_of(resolved.module, resolved.weights).items():
+    for name, (shape, dtype) in state_of(resolved.module, resolved.weights).items():
         array = np.zeros(shape, dtype)
         array.flat[0] = len(constants) % 100 + 1  # the compiler would merge equal ones
-        constants[name] = export.Constant(array, shape, dtype)
+        constants[name] = Constant(array, shape, dtype)
     return {name: constant for name, constant in constants.items() if name not in dict(resolved.module.named_buffers())}
 
 
@@ -49,7 +51,7 @@ def main() -> None:
         write_checkpoint(config, entry.sample_directory(), "sparse", checkpoint, plugins)
         resolved = resolve(BuildRequest(entry.name, checkpoint, allow_unverified=True), plugins)
     constants = untouched(resolved)
-    export.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
     backend = CoreAIBackend(every_layer=arguments.every_layer)
     started = time.monotonic()
     traced = backend.trace(resolved.module, resolved.signature)

@@ -24,13 +24,15 @@ from coreai_torch import ExternalizeSpec, TorchConverter, get_decomp_table
 from coreai_torch.composite_ops import SDPA, GatherMM, RMSNormImpl
 from torch import nn
 
-from coreai_zoo import composites, export
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo import composites
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
-from coreai_zoo.overlay import QuantizationSpec, TraceSpec
+from coreai_zoo.lowering.module import build_module, parameters_of
+from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.quantize import Recipe, find_recipe
-from coreai_zoo.weights import WeightPlan, plan_weights
+from coreai_zoo.recipes import QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.signature import TraceSpec
+from coreai_zoo.weights.plan import WeightPlan, plan_weights
 
 EXTERNALIZED = [
     ExternalizeSpec(RMSNormImpl, composite_op_name="rms_norm", composite_attrs=["axes", "eps"]),
@@ -47,10 +49,10 @@ def load(directory: Path) -> tuple[nn.Module, TraceSpec, WeightPlan, Recipe]:
     overlay, _ = plugins.claim_overlay(str(checkpoint.config["model_type"]), checkpoint.config)
     config = overlay.read_config(checkpoint.config)
     rewrites = plugins.layer_rewrites(overlay, None, config, STATIC_S1)
-    module = export.build_module(lambda: overlay.decoder(config, STATIC_S1), rewrites).to_empty(device="cpu")
+    module = build_module(lambda: overlay.decoder(config, STATIC_S1), rewrites).to_empty(device="cpu")
     recipe = find_recipe("int8hu").with_head(plugins.head_quantization(overlay, None, config))
     table = plugins.weight_map(overlay, None, config)
-    plan = plan_weights(table, export.parameters_of(module), checkpoint.tensors, recipe)
+    plan = plan_weights(table, parameters_of(module), checkpoint.tensors, recipe)
     for planned in plan.tensors:
         rows = [checkpoint.read_rows(s.key, 0, s.stop - s.start) for s in planned.sources]
         value = torch.cat(rows) if len(rows) > 1 else rows[0]
@@ -83,7 +85,7 @@ def quantize(module: nn.Module, spec: TraceSpec, plan: WeightPlan) -> nn.Module:
     quantizer = Quantizer(
         module, QuantizerConfig(global_config=None, module_name_configs=named, execution_mode="eager")
     )
-    quantizer.prepare(export.example_inputs(spec))
+    quantizer.prepare(example_inputs(spec))
     finalized: nn.Module = quantizer.finalize()
     return finalized
 
@@ -104,7 +106,7 @@ def convert(module: nn.Module, spec: TraceSpec, path: Path) -> None:
                 child.impl = GatherMM()
 
     def traced(decoder: nn.Module) -> Any:
-        example, shapes = export.example_inputs(spec), export.dynamic_shapes(spec)
+        example, shapes = example_inputs(spec), dynamic_shapes(spec)
         program = torch.export.export(decoder, example, dynamic_shapes=shapes, strict=False)
         return program.run_decompositions(get_decomp_table())
 

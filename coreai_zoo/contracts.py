@@ -14,7 +14,7 @@ from attrs import field, frozen
 from attrs.validators import ge, optional
 
 from coreai_zoo.errors import BadInput
-from coreai_zoo.overlay import Axis, KVCache, StateSpec, TensorSpec, TraceSpec
+from coreai_zoo.signature import Axis, KVCache, StateSpec, TensorSpec, TraceSpec
 
 # The pipelined engine allocates KV at 256 and doubles it; the trace only has to leave the axis free.
 _TRACED_CAPACITY = 256

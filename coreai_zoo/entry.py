@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
@@ -23,10 +23,7 @@ from attrs.validators import in_, min_len, optional
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 from cattrs.gen import make_dict_structure_fn, override
 
-from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError, listing
-
-if TYPE_CHECKING:
-    from coreai_zoo.plugins import Plugins
+from coreai_zoo.errors import BadInput, EnvironmentLacks
 
 HF_ID = r"[\w.-]+/[\w.-]+"
 """What names a repository on the Hugging Face hub."""
@@ -385,52 +382,3 @@ def load_entry(path: Path) -> Entry:
             f"the entry file {path} has {len(problems)} bad key{'s' * (len(problems) > 1)}: {'; '.join(problems)}."
         )
     return entry
-
-
-def load_entries(plugins: Plugins) -> Mapping[str, tuple[Entry, str]]:
-    """Every entry of every plugin, by name, each with the name of the plugin that brought it.
-
-    Raises:
-        BadInput: when an entry file is bad; the plugin is named.
-        PluginError: when two files have one name, naming both plugins and files.
-    """
-    entries: dict[str, tuple[Entry, str]] = {}
-    files: dict[str, Path] = {}
-    for plugin, path in plugins.entries():
-        with plugins.blame(plugin, "zoo_entries"):
-            entry = load_entry(path)
-        if entry.name in entries:
-            raise PluginError(
-                f"the entry {entry.name!r} is there twice: from plugin {entries[entry.name][1]!r} "
-                f"({files[entry.name]}) and from plugin {plugin!r} ({path}).",
-                "Rename one, or uninstall one of the plugins.",
-            )
-        entries[entry.name] = (entry, plugin)
-        files[entry.name] = path
-    return dict(sorted(entries.items(), key=lambda item: _natural(item[0])))
-
-
-def _natural(name: str) -> tuple[tuple[str, int], ...]:
-    """Sorts names as people do: 9b before 27b."""
-    return tuple((text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name))
-
-
-def find_entry(name: str, plugins: Plugins) -> tuple[Entry, str]:
-    """The entry called `name` and the plugin that brought it; or of a file `name`, which no plugin brings.
-
-    Raises:
-        BadInput: when there is none, with the nearest names.
-    """
-    if name.endswith(".toml"):
-        return load_entry(Path(name)), f"none: the file {name}"
-    entries = load_entries(plugins)
-    if name in entries:
-        return entries[name]
-    near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.5)
-    if near:
-        hint = f"Did you mean {' or '.join(near)}?"
-    elif entries:
-        hint = f"There are: {listing(list(entries))}."
-    else:
-        hint = "No plugin brings any entry: `zoo plugins` shows what is installed."
-    raise BadInput(f"no entry is called {name!r}.", hint)

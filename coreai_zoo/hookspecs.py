@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, StateSpec, WeightMap
+from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
+from coreai_zoo.recipes import HeadQuantization
+from coreai_zoo.signature import StateSpec
 
 if TYPE_CHECKING:
     import click
 
-    from coreai_zoo.backends import Backend
+    from coreai_zoo.backend import Backend
     from coreai_zoo.contracts import Contract
     from coreai_zoo.entry import Entry
-    from coreai_zoo.gates import Gate
+    from coreai_zoo.gate import Gate
 
 hookspec = pluggy.HookspecMarker("coreai_zoo")
 hookimpl = pluggy.HookimplMarker("coreai_zoo")

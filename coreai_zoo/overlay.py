@@ -7,27 +7,20 @@ frozen data; nothing here imports torch at run time.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from attrs import field, frozen
-from attrs.validators import deep_iterable, ge, in_, max_len, min_len
+from attrs.validators import deep_iterable, ge, in_, min_len
+
+from coreai_zoo.dtypes import STORED_DTYPES
+from coreai_zoo.signature import KVCache
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from coreai_zoo.contracts import Contract
-
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float16": 2, "float32": 4, "bfloat16": 2, "int32": 4})
-"""Bytes per element of every dtype that an input, a state, an output or a parameter can have."""
-
-DTYPES = tuple(DTYPE_BYTES)
-
-STORED_DTYPES = ("float16", "float32")
-"""Dtypes that an unquantized weight can be stored in."""
 
 ROLES = {
     "embedding": "token embedding table",
@@ -44,99 +37,6 @@ ROLES = {
     "scalar": "per-head decays, biases and other small vectors",
 }
 """Every role that a weight can have, and what it means. A recipe decides each of them."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Signature of the exported function
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _shape(sizes: Iterable[int | str]) -> tuple[int | str, ...]:
-    return tuple(sizes)
-
-
-def _positive_or_axis(_instance: object, attribute: Any, shape: tuple[int | str, ...]) -> None:
-    for size in shape:
-        if not (isinstance(size, str) and size) and not (isinstance(size, int) and size > 0):
-            raise ValueError(f"{attribute.name} holds {size!r}: a size is a positive integer or the name of an axis")
-
-
-@frozen
-class TensorSpec:
-    """A named input or output.
-
-    Attributes:
-        name: the name in the bundle.
-        shape: one entry per dimension, an integer or the name of a dynamic axis.
-        dtype: one of `DTYPES`.
-    """
-
-    name: str = field(validator=min_len(1))
-    shape: tuple[int | str, ...] = field(converter=_shape, validator=_positive_or_axis)
-    dtype: str = field(validator=in_(DTYPES))
-
-
-def _engine_safe_name(instance: StateSpec, _attribute: Any, name: str) -> None:
-    if not name:
-        raise ValueError("a state needs a name")
-    # Engines take any state with "cache" or "kv" in its name for a truncatable cache (rules of the pipelined engine).
-    if instance.kind == "fixed" and re.search("cache|kv", name, re.IGNORECASE):
-        raise ValueError(f"fixed state {name!r} must not have 'cache' or 'kv' in its name: engines would truncate it")
-
-
-@frozen
-class StateSpec(TensorSpec):
-    """A tensor that a step mutates and the engine carries to the next step.
-
-    Attributes:
-        kind: `kv_cache` holds something of every position: it grows along its one dynamic axis, or has none where the
-            contract fixes the context; `fixed` has a static shape and is zeroed at reset.
-    """
-
-    kind: Literal["kv_cache", "fixed"] = field(default="fixed", validator=in_(("kv_cache", "fixed")))
-    dtype: str = field(default="float16", validator=in_(DTYPES))
-    name: str = field(kw_only=True, validator=_engine_safe_name)
-
-    def __attrs_post_init__(self) -> None:
-        dynamic = [size for size in self.shape if isinstance(size, str)]
-        if len(dynamic) > (1 if self.kind == "kv_cache" else 0):
-            raise ValueError(f"state {self.name!r} is a {self.kind} and has dynamic axes {dynamic}")
-
-
-@frozen
-class Axis:
-    """Range of a dynamic axis, both ends included, and the size to trace with."""
-
-    minimum: int = field(validator=ge(1))
-    maximum: int
-    example: int
-
-    def __attrs_post_init__(self) -> None:
-        if not self.minimum <= self.example <= self.maximum:
-            raise ValueError(f"axis needs minimum <= example <= maximum, got {self}")
-
-
-@frozen
-class TraceSpec:
-    """The signature of one exported function, checked before anything is traced.
-
-    Raises:
-        ValueError: for duplicate names, an axis without a range, or a range that no tensor uses.
-    """
-
-    inputs: tuple[TensorSpec, ...]
-    states: tuple[StateSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    axes: Mapping[str, Axis]
-
-    def __attrs_post_init__(self) -> None:
-        names = [spec.name for spec in (*self.inputs, *self.states, *self.outputs)]
-        duplicates = sorted({name for name in names if names.count(name) > 1})
-        if duplicates:
-            raise ValueError(f"the function names {', '.join(duplicates)} more than once")
-        used = {size for spec in (*self.inputs, *self.states) for size in spec.shape if isinstance(size, str)}
-        if used != set(self.axes):
-            raise ValueError(f"tensors use the axes {sorted(used)} but ranges are given for {sorted(self.axes)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,75 +165,6 @@ class WeightMap:
     prefixes: tuple[tuple[str, str], ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Quantization
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _block(_instance: object, _attribute: Any, size: object) -> None:
-    if size is not None and (not isinstance(size, int) or size < 2):
-        raise ValueError(f"a block has at least 2 inputs, not {size!r}")
-
-
-@frozen
-class QuantizationSpec:
-    """How a weight is stored: integers of `dtype` in blocks of `block_size` along the last axis, one scale per block.
-
-    Attributes:
-        dtype: `int4`, `int8`, `uint4` or `uint8`.
-        scheme: `symmetric` uses the whole integer range; `symmetric_with_clipping` not its lowest signed integer,
-            so that both signs have as many; `asymmetric` has a zero point. Names and arithmetic are coreai-opt's.
-        block_size: inputs per scale; None for one scale per row ("per channel").
-    """
-
-    dtype: Literal["int4", "int8", "uint4", "uint8"] = field(validator=in_(("int4", "int8", "uint4", "uint8")))
-    scheme: Literal["symmetric", "symmetric_with_clipping", "asymmetric"] = field(
-        validator=in_(("symmetric", "symmetric_with_clipping", "asymmetric"))
-    )
-    block_size: int | None = field(default=32, validator=_block)
-
-    @property
-    def bits(self) -> int:
-        """Bits per integer: 4 or 8."""
-        return int(self.dtype.lstrip("uint"))
-
-    @property
-    def signed(self) -> bool:
-        """Whether the integers are signed."""
-        return not self.dtype.startswith("u")
-
-    def __str__(self) -> str:
-        blocks = "per channel" if self.block_size is None else f"block {self.block_size}"
-        return f"{self.dtype} {blocks} {self.scheme}"
-
-
-@frozen
-class HeadQuantization:
-    """How the output projection is quantized when the recipe quantizes the head, and why.
-
-    Attributes:
-        spec: the policy.
-        reason: in words, for the card and the build record.
-    """
-
-    spec: QuantizationSpec
-    reason: str = field(validator=[min_len(1), max_len(500)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The overlay itself
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@frozen
-class KVCache:
-    """Geometry of the growing key / value pair: both are [layers, 1, heads, T, head_dim]."""
-
-    layers: int = field(validator=ge(1))
-    heads: int = field(validator=ge(1))
-    head_dim: int = field(validator=ge(1))
-
-
 @runtime_checkable
 class LayeredDecoder(Protocol):
     """A decoder that can also be run one layer at a time, so that a model of any size is gated in the memory of one.
@@ -426,7 +257,7 @@ class Overlay(Protocol):
 
 
 @runtime_checkable
-class TellsParameters(Protocol):
+class HasParameterTable(Protocol):
     """An overlay that tells its decoder's parameters without building it, so that `zoo plan` answers without torch.
 
     A build compares what is told with the decoder itself. An overlay without this is planned too, only slower.

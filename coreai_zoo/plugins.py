@@ -20,13 +20,15 @@ from attrs import frozen
 
 from coreai_zoo import hookspecs
 from coreai_zoo.errors import BadInput, PluginError, ZooError, listing
-from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, StateSpec, WeightMap
+from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
+from coreai_zoo.recipes import HeadQuantization
+from coreai_zoo.signature import StateSpec
 
 if TYPE_CHECKING:
-    from coreai_zoo.backends import Backend
+    from coreai_zoo.backend import Backend
     from coreai_zoo.contracts import Contract
     from coreai_zoo.entry import Entry
-    from coreai_zoo.gates import Gate
+    from coreai_zoo.gate import Gate
 
 GROUP = "coreai_zoo"
 """Entry-point group in which a plugin advertises itself."""
@@ -175,7 +177,7 @@ class Plugins:
         return infos
 
     @contextmanager
-    def blame(self, plugin: str, what: str, *, except_input: bool = False) -> Iterator[None]:
+    def attribute_errors(self, plugin: str, what: str, *, except_input: bool = False) -> Iterator[None]:
         """Make every exception of the block name `plugin` and `what` it was doing, a hook for example.
 
         An error of the zoo keeps its type and exit code and gets a note; anything else becomes a PluginError.
@@ -214,7 +216,7 @@ class Plugins:
     def _ask(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """Each plugin's answer that is not None, in the order of registration."""
         for plugin, implementation in self._implementations(hook):
-            with self.blame(plugin, hook):
+            with self.attribute_errors(plugin, hook):
                 answer = implementation(**arguments)
             if answer is not None:
                 yield plugin, answer
@@ -225,7 +227,7 @@ class Plugins:
         for plugin, answer in self._ask(hook, **arguments):
             if isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Iterable):
                 raise _wrong(plugin, hook, answer, "a list")
-            with self.blame(plugin, hook):  # a generator runs here
+            with self.attribute_errors(plugin, hook):  # a generator runs here
                 found = list(answer)
             for item in found:
                 try:
@@ -237,7 +239,7 @@ class Plugins:
     def _first(self, hook: str, kind: type[_T], **arguments: Any) -> tuple[str, _T] | None:
         """The first answer, the last registered plugin asked first."""
         for plugin, implementation in reversed(self._implementations(hook)):
-            with self.blame(plugin, hook):
+            with self.attribute_errors(plugin, hook):
                 answer = implementation(**arguments)
             if answer is not None:
                 if not isinstance(answer, kind):
@@ -357,7 +359,7 @@ class Plugins:
         for plugin, implementation in self._implementations(hook):
             before = dict(cli.commands)
             taken = set(cli.list_commands(click.Context(cli)))
-            with self.blame(plugin, hook):
+            with self.attribute_errors(plugin, hook):
                 implementation(cli=cli)
             changed = {name for name, command in cli.commands.items() if command is not before.get(name)}
             clashes = sorted((changed & taken) | (before.keys() - cli.commands.keys()))

@@ -8,7 +8,9 @@ from typing import Any
 
 from coreai_zoo import hookimpl
 from coreai_zoo.contracts import Contract
-from coreai_zoo.overlay import HeadQuantization, LayerRewrite, Overlay, StateSpec, WeightMap
+from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
+from coreai_zoo.recipes import HeadQuantization
+from coreai_zoo.signature import StateSpec
 from coreai_zoo_overlays import qwen3_5
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from coreai_zoo.cli import COMMANDS, cli
+from coreai_zoo.cli.app import COMMANDS, cli
 from coreai_zoo.plugins import Plugins
 
 PAGE = Path(__file__).parent.parent / "docs" / "commands.md"

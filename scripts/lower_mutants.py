@@ -17,16 +17,18 @@ from pathlib import Path
 from attrs import evolve
 
 from attack import UNTOUCHED, Outcome, Target
-from coreai_zoo.backends import Backend
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.gates import Model
+from coreai_zoo.backend import Backend
+from coreai_zoo.build.design import resolve
+from coreai_zoo.build.pipeline import build
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.gate import Model
 from coreai_zoo.gates.bounds import Arithmetic, check_bounds, of_recipe
 from coreai_zoo.gates.candidate import AssetCandidate
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.weights import AssetWeights
-from coreai_zoo.pipeline import BuildRequest, build, resolve
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.quantize import RECIPES
+from coreai_zoo.recipes import RECIPES
 from mutants import MUTANTS, Mutant, applied
 
 ENTRY = "qwen3.6-27b"

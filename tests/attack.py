@@ -27,19 +27,20 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from coreai_zoo import export
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
-from coreai_zoo.entry import find_entry
-from coreai_zoo.gates import Activations, rule
+from coreai_zoo.gate import Activations
+from coreai_zoo.gates import rule
 from coreai_zoo.gates.bounds import BoundCheck, Kind, check_bounds, check_control, of_recipe
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
 from coreai_zoo.gates.rule import Verdict
+from coreai_zoo.lowering.module import bind, build_module, parameters_of
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.quantize import RECIPES, Recipe
-from coreai_zoo.store import WeightStore
-from coreai_zoo.weights import plan_weights
+from coreai_zoo.recipes import RECIPES, Recipe
+from coreai_zoo.weights.plan import plan_weights
+from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY, feed, fresh_states, one_thread, signature
 from mutants import BOTH, MUTANTS, REFUSALS, Mutant, applied
@@ -154,15 +155,15 @@ class Target:
 
     def _decoder(self, recipe: Recipe) -> nn.Module:
         rewrites = [("overlay", rewrite) for rewrite in qwen3_5.layer_rewrites(STATIC_S1)]
-        decoder = export.build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), rewrites)
-        export.bind(decoder, self._store(recipe))
+        decoder = build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), rewrites)
+        bind(decoder, self._store(recipe))
         return decoder
 
     def _store(self, recipe: Recipe) -> WeightStore:
         if recipe.name not in self._stores:
-            decoder = export.build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), [])
+            decoder = build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), [])
             weight_map = qwen3_5.weight_map(self.config)
-            plan = plan_weights(weight_map, export.parameters_of(decoder), self.checkpoint.tensors, recipe)
+            plan = plan_weights(weight_map, parameters_of(decoder), self.checkpoint.tensors, recipe)
             self._stores[recipe.name] = WeightStore(self.work / f"{self.kind}-{recipe.name}")
             self._stores[recipe.name].fill(plan, self.checkpoint)
         return self._stores[recipe.name]

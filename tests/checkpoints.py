@@ -192,7 +192,7 @@ def _random_tensors(text: Mapping[str, Any], dtype: str, head_scale: float, seed
     """State of transformers' own model of `text`, randomly initialised, gains and decays included."""
     import torch
 
-    from coreai_zoo.gates.huggingface import quiet_transformers
+    from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -231,7 +231,7 @@ def _tokenizer_files() -> Mapping[str, bytes]:
 
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    from coreai_zoo.gates.huggingface import quiet_transformers
+    from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))

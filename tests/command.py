@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from click.testing import CliRunner, Result
 
-from coreai_zoo.cli import cli
+from coreai_zoo.cli.app import cli
 from coreai_zoo.plugins import Plugins
 
 

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from coreai_zoo import hookimpl
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.cli import cli
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.cli.app import cli
 from coreai_zoo.plugins import Plugins
 
 ROOT = Path(__file__).parent.parent

@@ -12,13 +12,13 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from coreai_zoo import export
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1, Contract
-from coreai_zoo.overlay import TraceSpec
-from coreai_zoo.quantize import find_recipe
-from coreai_zoo.store import WeightStore
-from coreai_zoo.weights import plan_weights
+from coreai_zoo.lowering.module import bind, build_module, parameters_of
+from coreai_zoo.recipes import find_recipe
+from coreai_zoo.signature import TraceSpec
+from coreai_zoo.weights.plan import plan_weights
+from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 
 OVERLAY = qwen3_5.Qwen35Overlay()
@@ -38,13 +38,11 @@ def load_decoder(
     checkpoint = Checkpoint.open(directory)
     config = OVERLAY.read_config(checkpoint.config)
     rewrites = [("qwen36", rewrite) for rewrite in qwen3_5.layer_rewrites(contract)] if rewritten else []
-    module = export.build_module(lambda: OVERLAY.decoder(config, contract), rewrites)
-    plan = plan_weights(
-        qwen3_5.weight_map(config), export.parameters_of(module), checkpoint.tensors, find_recipe(recipe)
-    )
+    module = build_module(lambda: OVERLAY.decoder(config, contract), rewrites)
+    plan = plan_weights(qwen3_5.weight_map(config), parameters_of(module), checkpoint.tensors, find_recipe(recipe))
     store = WeightStore(work)
     store.fill(plan, checkpoint)
-    export.bind(module, store)
+    bind(module, store)
     return module, signature(config, contract)
 
 

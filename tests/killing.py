@@ -127,7 +127,7 @@ def _run_zoo(job: Job, answer: int) -> None:
         os.dup2(os.open(job.log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     operations = _Operations(job, answer)
     sys.addaudithook(operations)
-    from coreai_zoo.cli import main
+    from coreai_zoo.cli.app import main
 
     sys.argv[:] = ["zoo", *job.arguments]
     try:
@@ -152,10 +152,8 @@ def _serve() -> None:
     import coreai.authoring
     import coreai.runtime  # noqa: F401
     import coreai_torch  # noqa: F401
-    import torch
-
     import coreai_zoo.cli_build  # noqa: F401
-    from coreai_zoo.backends import _coreai_lowering  # noqa: F401
+    import torch
 
     assert torch.get_num_threads() == 1  # threads would not survive the fork
     for line in sys.stdin:

@@ -25,8 +25,7 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from coreai_zoo.composites import RMSNormImpl
-from coreai_zoo.overlay import QuantizationSpec
-from coreai_zoo.quantize import RECIPES, Recipe
+from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
 
 PACKAGE = "coreai_zoo_overlays.qwen3_5."
 DENSE, MOE = ("dense",), ("moe",)

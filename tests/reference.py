@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coreai_zoo.gates import Activations
-from coreai_zoo.gates.huggingface import quiet_transformers
+from coreai_zoo.checkpoint.tokenizer import quiet_transformers
+from coreai_zoo.gate import Activations
 
 
 def whole_model(directory: Path, tokens: Sequence[int], hf_config: Mapping[str, Any]) -> Activations:

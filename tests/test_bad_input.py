@@ -38,7 +38,7 @@ GATE_PROJ = LAYER + "mlp.gate_proj.weight"
 NORM = LAYER + "input_layernorm.weight"
 HEAD = "lm_head.weight"
 
-# What a build says on stderr while all is well: a stage at the start of a line, remarks indented.
+# What a build says on stderr while all is well: a stage at the start of a line, version_warnings indented.
 PROGRESS = re.compile(r"(resolve|trace|weights|lower|bundle|verify|oracle|control|judge|long) |         \S")
 
 
@@ -247,7 +247,7 @@ def test_no_checkpoint_and_no_network_is_the_environments_fault_and_says_what_to
         [
             sys.executable,
             "-c",
-            "from coreai_zoo.cli import main; main()",
+            "from coreai_zoo.cli.app import main; main()",
             "build",
             DENSE,
             "--allow-unverified",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coreai_zoo.backends._bytecode import Bytecode, _Cursor, _varint
+from coreai_zoo.backends.coreai.bytecode import Bytecode, _Cursor, _varint
 
 ALIGNMENT = 16
 

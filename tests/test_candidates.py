@@ -13,18 +13,18 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from checkpoints import read_weights, tiny_checkpoint, write_weights
-from coreai_zoo import export
-from coreai_zoo.backends import drain
-from coreai_zoo.backends.coreai import CoreAIBackend
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.backend import Constant, drain
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1, Contract
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights, WeightSource
-from coreai_zoo.overlay import QuantizationSpec, TraceSpec
-from coreai_zoo.quantize import find_recipe
-from coreai_zoo.store import WeightStore
-from coreai_zoo.weights import WeightPlan, plan_weights
+from coreai_zoo.lowering import module as lowering
+from coreai_zoo.recipes import QuantizationSpec, find_recipe
+from coreai_zoo.signature import TraceSpec
+from coreai_zoo.weights.plan import WeightPlan, plan_weights
+from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY, feed, fresh_states, signature
 from test_coreai_backend import recipe_of
@@ -45,12 +45,12 @@ class Planned:
     def module(self) -> nn.Module:
         config = OVERLAY.read_config(self.checkpoint.config)
         rewrites = [("qwen36", rewrite) for rewrite in qwen3_5.layer_rewrites(self.contract)]
-        return export.build_module(lambda: OVERLAY.decoder(config, self.contract), rewrites)
+        return lowering.build_module(lambda: OVERLAY.decoder(config, self.contract), rewrites)
 
     @property
     def plan(self) -> WeightPlan:
         table = qwen3_5.weight_map(OVERLAY.read_config(self.checkpoint.config))
-        return plan_weights(table, export.parameters_of(self.module()), self.checkpoint.tensors, self.recipe)
+        return plan_weights(table, lowering.parameters_of(self.module()), self.checkpoint.tensors, self.recipe)
 
     @property
     def signature(self) -> TraceSpec:
@@ -71,7 +71,7 @@ class Compiled:
 
     planned: Planned
     asset: Path
-    constants: dict[str, export.Constant]
+    constants: dict[str, Constant]
 
     def weights(self) -> AssetWeights:
         return AssetWeights.open(self.asset, BACKEND, self.planned.module(), self.planned.plan)
@@ -85,8 +85,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
         directory = tmp_path_factory.mktemp(kind)
         planned = Planned(Checkpoint.open(with_equal_norms(directory / "checkpoint", kind)), find_recipe("int8hu"))
         module, tensors = planned.module(), {tensor.name: tensor for tensor in planned.plan.tensors}
-        export.allocate(module, tensors)
-        constants = export.constants(planned.store(directory / "store"), tensors)
+        lowering.allocate(module, tensors)
+        constants = lowering.constants(planned.store(directory / "store"), tensors)
         BACKEND.trace(module, planned.signature).save(constants, directory / "m.aimodel")
         return Compiled(planned, directory / "m.aimodel", constants)
 
@@ -112,7 +112,7 @@ def with_equal_norms(directory: Path, kind: Any) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_state_comes_back_wherever_the_compiler_put_it(kind: str, compiled: dict[str, Compiled]) -> None:
     built = compiled[kind]
-    state = BACKEND.state(built.asset, export.state_of(built.planned.module(), built.planned.plan))
+    state = BACKEND.state(built.asset, lowering.state_of(built.planned.module(), built.planned.plan))
     assert set(state) == set(built.constants) | {"model.rotary_emb.inverse_frequency"}
     for name, constant in built.constants.items():
         assert bytes(state[name]) == constant.data.tobytes(), name
@@ -145,8 +145,8 @@ def test_integers_become_the_values_that_the_graph_makes_of_them(spec: Quantizat
     planned = Planned(Checkpoint.open(tiny_checkpoint(tmp_path / "checkpoint")), recipe_of(spec))
     module = planned.module()
     store = planned.store(tmp_path / "store")
-    export.bind(module, store)
-    constants = export.constants(store, [tensor.name for tensor in planned.plan.tensors])
+    lowering.bind(module, store)
+    constants = lowering.constants(store, [tensor.name for tensor in planned.plan.tensors])
     state = {name: torch.from_numpy(c.data.reshape(-1).view(np.uint8)) for name, c in constants.items()}
     weights = AssetWeights("the store", {tensor.name: tensor for tensor in planned.plan.tensors}, state)
     quantized = [tensor for tensor in planned.plan.tensors if tensor.quantization is not None]
@@ -175,7 +175,7 @@ def test_layer_by_layer_gives_the_bits_of_the_whole_decoder(
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "checkpoint", kind, num_hidden_layers=4))
     planned = Planned(checkpoint, find_recipe("int8hu"), contract)
     whole = planned.module()
-    export.bind(whole, planned.store(tmp_path / "store"))
+    lowering.bind(whole, planned.store(tmp_path / "store"))
     pieces = () if query_length else (len(TOKENS),)
     expected = feed(whole, TOKENS, fresh_states(planned.signature), *pieces)
 

@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from coreai_zoo import goldens
-from coreai_zoo.check import CHECKS
-from coreai_zoo.cli import cli
-from coreai_zoo.entry import find_entry
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.cli.app import cli
 from coreai_zoo.errors import BadInput
-from coreai_zoo.goldens import compare, golden, golden_path, of_recipe, read, write
-from coreai_zoo.graph import Graph, LayerKind
+from coreai_zoo.lowering.graph import Graph, LayerKind
 from coreai_zoo.plugins import Plugins, default_plugins
-from coreai_zoo.structure import of_entry
+from coreai_zoo.review.check import CHECKS
+from coreai_zoo.review.goldens import compare, golden, golden_entries, golden_path, of_recipe, read, write
+from coreai_zoo.review.structure import of_entry
 
 GOLDENS = Path(__file__).parent / "goldens"
 FILES = sorted(GOLDENS.glob("*.toml"))
@@ -197,7 +196,7 @@ def test_a_file_that_is_no_golden_graph_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "bad.toml")
     (tmp_path / "bad.toml").write_text("a = 1")
     with pytest.raises(BadInput, match="names no entry"):
-        goldens.golden_entries(tmp_path, default_plugins())
+        golden_entries(tmp_path, default_plugins())
 
 
 def test_there_is_a_golden_graph_of_each_kind_of_feed_forward() -> None:

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
-from coreai_zoo.checkpoint import INDEX, SINGLE, Checkpoint, read_config, read_header
+from coreai_zoo.checkpoint.files import INDEX, SINGLE, Checkpoint, read_config, read_header
 from coreai_zoo.errors import BadInput
 
 
@@ -55,7 +55,7 @@ def write_raw(path: Path, header: Any, data: bytes = b"", length: int | None = N
 def test_config_and_headers_are_read_without_torch(tmp_path: Path) -> None:
     write_single(tmp_path, model_type="toy")
     code = (
-        "import sys; from pathlib import Path; from coreai_zoo.checkpoint import Checkpoint;"
+        "import sys; from pathlib import Path; from coreai_zoo.checkpoint.files import Checkpoint;"
         "c = Checkpoint.open(Path(sys.argv[1])); assert c.tensors['w'].shape == (3, 4); c.identity();"
         "sys.exit('torch' in sys.modules)"
     )
@@ -112,7 +112,7 @@ def test_only_the_rows_that_are_asked_for_come_into_memory(tmp_path: Path) -> No
     write_single(tmp_path, {"w": torch.zeros(64, 1 << 20, dtype=torch.float16)})  # 128 MiB
     code = """
 import sys; from pathlib import Path; import torch
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.checkpoint.files import Checkpoint
 def resident():
     return int(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1])
 checkpoint = Checkpoint.open(Path(sys.argv[1]))

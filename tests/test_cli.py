@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 
 from command import zoo as run_zoo
 from coreai_zoo import __version__
-from coreai_zoo import cli as cli_module
-from coreai_zoo.cli import COMMANDS, cli
+from coreai_zoo.cli import doctor as doctor_module
+from coreai_zoo.cli.app import COMMANDS, cli
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks
 from coreai_zoo.plugins import Plugins
 
@@ -334,13 +334,13 @@ def test_doctor_exits_with_3_for_what_is_missing_or_another_version(
     ],
 )
 def test_what_a_platform_can_do(system: str, macos: str, able: dict[str, bool]) -> None:
-    abilities = cli_module._abilities(system, macos, toolchain=True)
+    abilities = doctor_module._abilities(system, macos, toolchain=True)
 
     assert {name: can for name, (can, _why) in abilities.items()} == able
     assert all(why for _can, why in abilities.values())
 
 
 def test_nothing_builds_without_the_toolchain() -> None:
-    abilities = cli_module._abilities("Darwin", "27.0", toolchain=False)
+    abilities = doctor_module._abilities("Darwin", "27.0", toolchain=False)
 
     assert (abilities["build"][0], abilities["gate"][0]) == (False, False)

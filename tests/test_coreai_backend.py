@@ -31,18 +31,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import toy_plugin
-from coreai_zoo import composites, export
-from coreai_zoo.backends import drain
-from coreai_zoo.backends._bytecode import Bytecode
-from coreai_zoo.backends.coreai import _REQUIRED, CoreAIBackend, _without_weights
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo import composites
+from coreai_zoo.backend import Constant, drain
+from coreai_zoo.backends.coreai.backend import _REQUIRED, CoreAIBackend, _without_weights
+from coreai_zoo.backends.coreai.bytecode import Bytecode
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
-from coreai_zoo.overlay import KVCache, LayerRewrite, QuantizationSpec, TensorSpec, TraceSpec, WeightMap, WeightRule
+from coreai_zoo.lowering import module as lowering
+from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
+from coreai_zoo.overlay import LayerRewrite, ParameterInfo, WeightMap, WeightRule
 from coreai_zoo.program import Program
-from coreai_zoo.quantize import Recipe, find_recipe, has_zero_points
-from coreai_zoo.store import StoredFile, StoredTensor, WeightStore
-from coreai_zoo.weights import plan_weights
+from coreai_zoo.recipes import QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.signature import KVCache, TensorSpec, TraceSpec
+from coreai_zoo.weights.formats import has_zero_points
+from coreai_zoo.weights.plan import plan_weights
+from coreai_zoo.weights.store import StoredFile, StoredTensor, WeightStore
 
 TESTS = Path(__file__).parent
 TOKENS = [5, 17, 3, 3, 60, 41]
@@ -75,9 +79,9 @@ class Model:
     def module(self) -> nn.Module:
         """The decoder on the meta device, rewritten."""
         rewrites = [("test", rewrite) for rewrite in self.rewrites]
-        return export.build_module(lambda: self.overlay.decoder(self.config, STATIC_S1), rewrites)
+        return lowering.build_module(lambda: self.overlay.decoder(self.config, STATIC_S1), rewrites)
 
-    def bound(self, store: WeightStore, *, values: bool) -> tuple[nn.Module, Mapping[str, export.Constant]]:
+    def bound(self, store: WeightStore, *, values: bool) -> tuple[nn.Module, Mapping[str, Constant]]:
         """The decoder with stored weights, and its constants."""
         module = self.module()
         return module, bound(module, store, values=values)
@@ -101,14 +105,14 @@ class Model:
             return np.stack(list(drain(stepper, TOKENS)))
 
 
-def bound(module: nn.Module, store: WeightStore, *, values: bool) -> dict[str, export.Constant]:
+def bound(module: nn.Module, store: WeightStore, *, values: bool) -> dict[str, Constant]:
     """Bind a module, or allocate it as it would be bound; its constants."""
     names = [name for name, _ in module.named_parameters()]
     if values:
-        export.bind(module, store)
+        lowering.bind(module, store)
     else:
-        export.allocate(module, {name: store[name] for name in names})
-    return export.constants(store, names)
+        lowering.allocate(module, {name: store[name] for name in names})
+    return lowering.constants(store, names)
 
 
 def _dtype(spec: TensorSpec) -> torch.dtype:
@@ -184,7 +188,7 @@ def _role(name: str) -> str:
     return next(role for pattern, role in _ROLES.items() if re.search(pattern, name))
 
 
-def _random(name: str, info: export.ParameterInfo, generator: torch.Generator) -> Tensor:
+def _random(name: str, info: ParameterInfo, generator: torch.Generator) -> Tensor:
     values = torch.randn(info.shape, generator=generator)
     if "norm" in name:
         return 1 + values / 8
@@ -195,7 +199,7 @@ def _random(name: str, info: export.ParameterInfo, generator: torch.Generator) -
 
 def filled(model: Model, recipe: Recipe, directory: Path) -> WeightStore:
     """A store of seeded random weights, made by the host's own planner and quantizer from a checkpoint."""
-    infos = export.parameters_of(model.module())
+    infos = lowering.parameters_of(model.module())
     generator = torch.Generator().manual_seed(3)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text("{}", encoding="utf-8")
@@ -214,7 +218,7 @@ class Compiled:
 
     model: Model
     store: WeightStore
-    constants: Mapping[str, export.Constant]
+    constants: Mapping[str, Constant]
     path: Path
 
     @property
@@ -286,11 +290,11 @@ def publicly_compiled(model: Model, store: WeightStore, directory: Path) -> Path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantizer = Quantizer(module, config)
-        quantizer.prepare(export.example_inputs(model.spec))
+        quantizer.prepare(example_inputs(model.spec))
         quantized: Any = quantizer.finalize()
 
     def traced(decoder: nn.Module) -> torch.export.ExportedProgram:
-        example, shapes = export.example_inputs(model.spec), export.dynamic_shapes(model.spec)
+        example, shapes = example_inputs(model.spec), dynamic_shapes(model.spec)
         program = torch.export.export(decoder, example, dynamic_shapes=shapes, strict=False)
         return program.run_decompositions(get_decomp_table())
 

@@ -27,26 +27,28 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from attack import ENTRIES
-from coreai_zoo import export, pipeline
-from coreai_zoo.backends import drain
-from coreai_zoo.backends.coreai import CoreAIBackend
-from coreai_zoo.backends.coreml import _REQUIRED, CoreMLBackend
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.backend import drain
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.backends.coreml.backend import _REQUIRED, CoreMLBackend
+from coreai_zoo.build import pipeline
+from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.verify import verify
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.contracts import FIXED_S1
-from coreai_zoo.entry import find_entry
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, PluginError
-from coreai_zoo.gates import Activations, rule
+from coreai_zoo.gate import Activations
+from coreai_zoo.gates import rule
 from coreai_zoo.gates.bounds import check_bounds, of_recipe
-from coreai_zoo.gates.huggingface import quiet_transformers
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
-from coreai_zoo.overlay import Axis, KVCache, StateSpec, TraceSpec
+from coreai_zoo.lowering import module as lowering_module
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.resolve import BuildRequest, Resolved, resolve
-from coreai_zoo.store import WeightStore
-from coreai_zoo.verify import verify
-from coreai_zoo.weights import WeightPlan
+from coreai_zoo.signature import Axis, KVCache, StateSpec, TraceSpec
+from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 
 POSITIONS, LONG, CONTEXT = 64, 512, 512
@@ -186,10 +188,10 @@ def test_the_interpreter_agrees_with_the_overlay_in_pytorch_within_half_precisio
     kind: str, built: dict[str, Built]
 ) -> None:
     model = built[kind]
-    module = export.build_module(
+    module = lowering_module.build_module(
         lambda: model.resolved.overlay.decoder(model.resolved.config, FIXED_S1), list(model.resolved.rewrites)
     )
-    export.bind(module, model.store)
+    lowering_module.bind(module, model.store)
     states = [torch.zeros(state.shape, dtype=torch.float16) for state in model.bundle.signature.states]
     rows = []
     with torch.no_grad():
@@ -207,7 +209,7 @@ def test_the_interpreter_agrees_with_the_overlay_in_pytorch_within_half_precisio
 
 def copied(model: Built, folder: Path, change: Callable[[Any], None]) -> Path:
     """The package with its program changed."""
-    from coreai_zoo.backends._coreml_package import Package, write_specification
+    from coreai_zoo.backends.coreml.package import Package, write_specification
 
     package = folder / model.package.name
     shutil.copytree(model.package, package)
@@ -289,7 +291,7 @@ def with_outlier(sample: Path, directory: Path) -> Path:
 def test_every_weight_is_stored_once_with_the_very_bytes_of_the_store(kind: str, built: dict[str, Built]) -> None:
     """The store's are those of the Core AI backend, see test_coreai_backend."""
     model = built[kind]
-    constants = export.constants(model.store, (tensor.name for tensor in model.resolved.weights.tensors))
+    constants = lowering_module.constants(model.store, (tensor.name for tensor in model.resolved.weights.tensors))
     stored = BACKEND.constants(model.package)
     assert set(stored) == set(constants) | {"model.rotary_emb.inverse_frequency"}
     for name, constant in constants.items():
@@ -325,7 +327,7 @@ def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: dict[str, Built
 def test_signature_and_state_are_read_back(built: dict[str, Built]) -> None:
     model = built["dense"]
     assert all(check.passed for check in verify(model.bundle, {"coreml": BACKEND}))
-    expected = export.state_of(model.resolved.module, model.resolved.weights)
+    expected = lowering_module.state_of(model.resolved.module, model.resolved.weights)
     read = BACKEND.state(model.package, expected)
     assert list(read) == list(expected)
     wrong = {name: ((*shape, 1), dtype) for name, (shape, dtype) in expected.items()}
@@ -336,7 +338,7 @@ def test_signature_and_state_are_read_back(built: dict[str, Built]) -> None:
 def test_its_program_as_data_names_every_stored_weight(built: dict[str, Built]) -> None:
     for model in built.values():
         program = BACKEND.program(model.package)
-        constants = export.constants(model.store, (tensor.name for tensor in model.resolved.weights.tensors))
+        constants = lowering_module.constants(model.store, (tensor.name for tensor in model.resolved.weights.tensors))
         assert {name: stored for name, stored in program.stored.items() if name in constants} == {
             name: (constant.shape, constant.dtype) for name, constant in constants.items()
         }
@@ -412,7 +414,7 @@ def test_card_and_record_say_what_was_not_done(built: dict[str, Built]) -> None:
     card = (bundle.directory / "README.md").read_text()
     assert "Not run on Apple hardware" in card and "reference interpreter" in card
     assert "coremltools 9.0 was tested with torch" in card
-    assert bundle.build["remarks"] == list(BACKEND.remarks)
+    assert bundle.build["version_warnings"] == list(BACKEND.version_warnings)
     script = bundle.directory / "compare_on_mac.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (
@@ -451,10 +453,10 @@ def test_a_decoder_that_leaves_a_state_unwritten_is_refused() -> None:
 
 
 def test_a_pass_that_merges_weights_is_noticed(built: dict[str, Built], monkeypatch: pytest.MonkeyPatch) -> None:
-    lowering = importlib.import_module("coreai_zoo.backends._coreml_lowering")
+    lowering = importlib.import_module("coreai_zoo.backends.coreml.lowering")
     monkeypatch.setattr(lowering, "_SKIPPED_PASSES", set())
     resolved = resolve(built["dense"].resolved.request, default_plugins())
-    export.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    lowering_module.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
     with pytest.raises(PluginError, match="coremltools changed the decoder on its way: weight"):
         BACKEND.trace(resolved.module, resolved.signature)
 
@@ -484,7 +486,7 @@ def test_a_state_beyond_the_limits_of_core_ml_is_refused(change: dict[str, Any],
     spec = forgetful_spec()
     first = evolve(spec.states[0], **change)
     with pytest.raises(BadInput, match=words):
-        BACKEND.require(evolve(spec, states=(first, *spec.states[1:])), WeightPlan((), ()))
+        BACKEND.require(evolve(spec, states=(first, *spec.states[1:])), ())
 
 
 @pytest.mark.parametrize(
@@ -571,8 +573,8 @@ def test_more_positions_than_the_package_allows_are_refused(built: dict[str, Bui
 def test_a_full_disk_is_said_and_nothing_is_left(built: dict[str, Built], tmp_path: Path) -> None:
     model = built["dense"]
     resolved = resolve(model.resolved.request, default_plugins())
-    export.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
-    constants = export.constants(model.store, (tensor.name for tensor in resolved.weights.tensors))
+    lowering_module.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    constants = lowering_module.constants(model.store, (tensor.name for tensor in resolved.weights.tensors))
     traced = BACKEND.trace(resolved.module, resolved.signature)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -590,7 +592,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(built: dict[str, Built], tmp_pa
 
 
 def test_another_version_of_the_toolchain_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coreai_zoo.backends.coreml._REQUIRED", {"coremltools": "8.0"})
+    monkeypatch.setattr("coreai_zoo.backends.coreml.backend._REQUIRED", {"coremltools": "8.0"})
     with pytest.raises(EnvironmentLacks, match=r"is 9\.0, and this version of the zoo is written against 8\.0"):
         _ = BACKEND.versions
 
@@ -640,9 +642,7 @@ def test_both_backends_come_with_the_host() -> None:
 def test_a_state_that_grows_is_refused() -> None:
     growing = StateSpec(name="keyCache", shape=(1, 1, 1, "capacity", 1), kind="kv_cache")
     with pytest.raises(BadInput, match="state keyCache has a dynamic axis"):
-        BACKEND.require(
-            evolve(forgetful_spec(), states=(growing,), axes={"capacity": Axis(1, 8, 8)}), WeightPlan((), ())
-        )
+        BACKEND.require(evolve(forgetful_spec(), states=(growing,), axes={"capacity": Axis(1, 8, 8)}), ())
 
 
 def test_the_overlay_has_one_rewrite_more_for_it() -> None:

@@ -17,12 +17,12 @@ import pytest
 
 from checkpoints import tiny_checkpoint
 from command import zoo
-from coreai_zoo.backends._bytecode import Bytecode
-from coreai_zoo.backends.coreai import CoreAIBackend
-from coreai_zoo.diff import Difference, Section, as_markdown, numerics_missing
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.errors import BadInput
-from coreai_zoo.graph import Graph, LayerKind, count
-from coreai_zoo.revision import build_sample, worktree
+from coreai_zoo.lowering.graph import Graph, LayerKind, count
+from coreai_zoo.review.diff import Difference, Section, as_markdown, numerics_missing
+from coreai_zoo.review.revision import build_sample, worktree
 
 BACKEND = CoreAIBackend()
 POSITIONS = "6"

@@ -20,13 +20,13 @@ import click
 import pytest
 
 from coreai_zoo import hookspecs
-from coreai_zoo.cli import COMMANDS
+from coreai_zoo.cli.app import COMMANDS
 from coreai_zoo.contracts import CONTRACTS, STATIC_S1
 from coreai_zoo.entry import BundleDefaults, Entry, Facts, Published, Sample, load_entry
 from coreai_zoo.overlay import ROLES, Overlay
-from coreai_zoo.plan import plan_entry
+from coreai_zoo.planning.plan import plan_entry
 from coreai_zoo.plugins import HOOKS, Plugins, default_plugins
-from coreai_zoo.quantize import RECIPES
+from coreai_zoo.recipes import RECIPES
 from coreai_zoo_overlays import qwen3_5
 from documents import DOCS, blocks, first_column, public_modules, read, sections
 from toy_plugin import ToyOverlay

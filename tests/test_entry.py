@@ -11,7 +11,8 @@ import attrs
 import pytest
 
 from conftest import ROOT
-from coreai_zoo.entry import Entry, Sample, find_entry, load_entries, load_entry
+from coreai_zoo.catalogue import find_entry, load_entries
+from coreai_zoo.entry import Entry, Sample, load_entry
 from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError
 from coreai_zoo.plugins import Plugins
 

@@ -12,8 +12,8 @@ import pytest
 from click.testing import Result
 
 from command import zoo
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.rebuild import differences
+from coreai_zoo.build.rebuild import differences
+from coreai_zoo.bundle.bundle import Bundle
 
 ENTRY = "qwen3.6-27b"
 # Of this prompt no oracle margin is a tie, also not in its first tokens.
@@ -122,7 +122,8 @@ def test_an_edited_bundle_is_refused(copy: Path, name: str) -> None:
 
 
 def test_a_tokenizer_with_more_tokens_than_logits_is_refused(copy: Path) -> None:
-    from coreai_zoo.bundle import file_digests, write_json
+    from coreai_zoo.bundle.layout import file_digests
+    from coreai_zoo.json_files import write_json
 
     path = copy / "tokenizer" / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))

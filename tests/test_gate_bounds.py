@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 from attrs import evolve
 
-from coreai_zoo.gates import Activations
-from coreai_zoo.gates.bounds import (
-    MEASURED_LAYERS,
-    Bounds,
-    check_bounds,
-    check_control,
-    of_class,
-    of_recipe,
-    table,
-)
+from coreai_zoo.gate import Activations
+from coreai_zoo.gates.bounds import MEASURED_LAYERS, Bounds, check_bounds, check_control, of_class, of_recipe, table
 from coreai_zoo.gates.rule import Position, Verdict, compare, router_swaps
 
 BOUNDS = Bounds(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gates import Activations
+from coreai_zoo.gate import Activations
 from coreai_zoo.gates.prompts import (
     BUILT_IN,
     LONG_POSITIONS,

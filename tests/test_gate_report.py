@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from attrs import evolve, frozen
 
-from coreai_zoo import card
-from coreai_zoo.bundle import Bundle, file_digests
-from coreai_zoo.cli_gate import failure, show
-from coreai_zoo.gates import Activations, GateResult
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.card import CARD, without_measurements
+from coreai_zoo.bundle.layout import file_digests
+from coreai_zoo.cli.gate import failure, show
+from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates.bounds import of_recipe
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
 from coreai_zoo.gates.report import damage, markdown, render, totals
@@ -111,7 +112,7 @@ def bundle(tmp_path: Path) -> Bundle:
     directory = tmp_path / "toy"
     (directory / "toy.aimodel").mkdir(parents=True)
     (directory / "toy.aimodel" / "main.mlirb").write_bytes(bytes(100))
-    (directory / card.CARD).write_text("# toy\n\nA toy.\n\n## Running it\n\nRun it.\n", encoding="utf-8")
+    (directory / CARD).write_text("# toy\n\nA toy.\n\n## Running it\n\nRun it.\n", encoding="utf-8")
     (directory / "metadata.json").write_text(json.dumps({"assets": {"main": "toy.aimodel"}}))
     spec = {"dtype": "int8", "scheme": "symmetric", "block": 32}
     build = {
@@ -279,7 +280,7 @@ def test_the_layer_that_adds_most_is_named(bundle: Bundle) -> None:
 
 
 def test_the_card_gets_what_was_measured_and_keeps_its_digest(bundle: Bundle) -> None:
-    before, path = file_digests(bundle.directory), bundle.directory / card.CARD
+    before, path = file_digests(bundle.directory), bundle.directory / CARD
     built = path.read_bytes()
 
     for report in (judged(flip_at=7), judged()):  # the second in the place of the first
@@ -289,7 +290,7 @@ def test_the_card_gets_what_was_measured_and_keeps_its_digest(bundle: Bundle) ->
         assert text.index("## Measured") < text.index("## Running it")
         assert ("FAILED" in text) == (not report.passed)
         assert file_digests(bundle.directory) == before
-        assert card.without_measurements(path.read_bytes()) == built
+        assert without_measurements(path.read_bytes()) == built
     assert "| code | 16 | 16 | 0 | 0 |" in text
 
     path.write_bytes(path.read_bytes().replace(b"A toy.", b"A boy."))
@@ -297,7 +298,7 @@ def test_the_card_gets_what_was_measured_and_keeps_its_digest(bundle: Bundle) ->
 
 
 def test_text_after_the_measurements_is_in_the_digest(bundle: Bundle) -> None:
-    path = bundle.directory / card.CARD
+    path = bundle.directory / CARD
     write_card(bundle, "numbers")
     before = file_digests(bundle.directory)
     path.write_bytes(path.read_bytes() + b"more\n")

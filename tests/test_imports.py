@@ -10,7 +10,7 @@ HEAVY = ("torch", "transformers", "numpy", "coreai", "coreai_torch", "coreai_opt
 
 IMPORTED_AFTER = """
 import sys
-from coreai_zoo.cli import cli
+from coreai_zoo.cli.app import cli
 try:
     cli.main(sys.argv[2:], prog_name="zoo")
 except SystemExit as stop:
@@ -70,13 +70,17 @@ def test_dependencies_point_one_way(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line", "contract"),
     [
-        ("coreai_zoo/errors.py", "import coreai_zoo.overlay", "vocabulary <- steps <- pipeline <- command line"),
-        ("coreai_zoo/checkpoint.py", "import coreai_zoo.pipeline", "vocabulary <- steps <- pipeline <- command line"),
-        ("coreai_zoo/brand_new.py", "", "vocabulary <- steps <- pipeline <- command line"),
-        ("coreai_zoo/quantize.py", "import coreai_opt", "only backends import"),
+        ("coreai_zoo/errors.py", "import coreai_zoo.overlay", "every import points down"),
+        (
+            "coreai_zoo/checkpoint/files.py",
+            "import coreai_zoo.build.pipeline",
+            "every import points down",
+        ),
+        ("coreai_zoo/brand_new.py", "", "every import points down"),
+        ("coreai_zoo/weights/quantizer.py", "import coreai_opt", "only backends import"),
         ("coreai_zoo/gates/rule.py", "def late():\n    import coreai.runtime", "only backends import"),
-        ("coreai_zoo/cli.py", "import coreai_zoo_qwen36", "the host imports neither"),
-        ("coreai_zoo/weights.py", "import coreai_zoo_overlays.qwen3_5", "the host imports neither"),
+        ("coreai_zoo/cli/app.py", "import coreai_zoo_qwen36", "the host imports neither"),
+        ("coreai_zoo/weights/plan.py", "import coreai_zoo_overlays.qwen3_5", "the host imports neither"),
         ("overlays/coreai_zoo_overlays/qwen3_5/decoder.py", "import coreai_torch", "an overlay imports only the host"),
         ("coreai_zoo/entry.py", "import torch", "vocabulary and discovery import no torch"),
     ],

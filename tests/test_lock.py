@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from attrs import asdict, evolve
 
+from coreai_zoo.build.lock import Holder, exclusive, lock_file
 from coreai_zoo.errors import BadInput
-from coreai_zoo.lock import Holder, exclusive, lock_file
 
 HOLD = """
 import sys
 from pathlib import Path
-from coreai_zoo.lock import exclusive
+from coreai_zoo.build.lock import exclusive
 with exclusive(Path(sys.argv[1]), "a test"):
     print("held", flush=True)
     sys.stdin.readline()
@@ -137,7 +137,7 @@ RACE = """
 import os, sys
 from pathlib import Path
 from coreai_zoo.errors import BadInput
-from coreai_zoo.lock import exclusive
+from coreai_zoo.build.lock import exclusive
 path, done, refused = Path(sys.argv[1]), 0, 0
 print("ready", flush=True)
 sys.stdin.readline()

@@ -13,17 +13,19 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from checkpoints import tiny_checkpoint
-from coreai_zoo import export
-from coreai_zoo.backends import drain
-from coreai_zoo.backends.coreai import CoreAIBackend
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.backend import Constant, drain
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
-from coreai_zoo.extension import extend
-from coreai_zoo.overlay import LayerRewrite, StateSpec, TensorSpec, TraceSpec
-from coreai_zoo.quantize import find_recipe
-from coreai_zoo.repetition import NotRepeated, Repetition, find_repetition, short_signature, shortened
-from coreai_zoo.store import WeightStore
-from coreai_zoo.weights import plan_weights
+from coreai_zoo.lowering.extension import extend
+from coreai_zoo.lowering.module import build_module, parameters_of
+from coreai_zoo.lowering.repetition import NotRepeated, Repetition, find_repetition, short_signature, shortened
+from coreai_zoo.lowering.trace import check_traced, trace
+from coreai_zoo.overlay import LayerRewrite
+from coreai_zoo.recipes import find_recipe
+from coreai_zoo.signature import StateSpec, TensorSpec, TraceSpec
+from coreai_zoo.weights.plan import plan_weights
+from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY, signature
 from test_coreai_backend import INT8, Model, bound, filled, recipe_of, toy
@@ -52,9 +54,9 @@ class Checkpointed:
 
     def module(self) -> nn.Module:
         rewrites = [("test", rewrite) for rewrite in self.rewrites]
-        return export.build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), rewrites)
+        return build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), rewrites)
 
-    def bound(self, store: WeightStore, *, values: bool) -> tuple[nn.Module, dict[str, export.Constant]]:
+    def bound(self, store: WeightStore, *, values: bool) -> tuple[nn.Module, dict[str, Constant]]:
         module = self.module()
         return module, bound(module, store, values=values)
 
@@ -67,7 +69,7 @@ def checkpointed(directory: Path, kind: Any, layers: str, *rewrites: LayerRewrit
     config = OVERLAY.read_config(checkpoint.config)
     store = WeightStore(directory / "store")
     made = Checkpointed(config, store, (*qwen3_5.layer_rewrites(STATIC_S1), *rewrites))
-    parameters = export.parameters_of(made.module())
+    parameters = parameters_of(made.module())
     store.fill(
         plan_weights(qwen3_5.weight_map(config), parameters, checkpoint.tensors, find_recipe("int8hu")), checkpoint
     )
@@ -298,14 +300,14 @@ def continued(module: nn.Module, slots: int = 8) -> torch.export.ExportedProgram
     assert repetition is not None
     short = short_signature(spec, repetition)
     with shortened(module, repetition):
-        program = export.trace(module, short, {})
+        program = trace(module, short, {})
     return extend(program, module, repetition, short, spec)
 
 
 def test_a_continued_program_computes_what_the_module_does() -> None:
     module = Stack([Layer(index) for index in range(8)]).eval()
     program = continued(module)
-    export.check_traced(program, stack_spec(8))
+    check_traced(program, stack_spec(8))
     x, state = torch.randn(2, 4), torch.randn(8, 2, 4)
     expected_state, found_state = state.clone(), state.clone()
     with torch.no_grad():

@@ -13,10 +13,11 @@ from attrs import evolve
 from safetensors.torch import load_file, save_file
 
 from attack import DOCUMENT, ENTRIES, UNTOUCHED, Outcome, Target, caught
-from coreai_zoo.entry import find_entry
+from coreai_zoo.build.design import resolve
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.catalogue import find_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.resolve import BuildRequest, resolve
 from coreai_zoo_overlays.qwen3_5 import attention, gated_delta_net
 from mutants import BOTH, MUTANTS, REFUSALS, Edit, Mutant, Refusal, applied
 

@@ -16,14 +16,16 @@ from click.testing import Result
 from checkpoints import text_config, tiny_checkpoint, write_json
 from command import zoo
 from coreai_zoo import hookspecs
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.entry import find_entry, load_entry
+from coreai_zoo.build.design import resolve
+from coreai_zoo.build.rebuild import recorded_request
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.entry import load_entry
 from coreai_zoo.errors import BadInput
-from coreai_zoo.plan import plan_checkpoint
+from coreai_zoo.planning.plan import plan_checkpoint
+from coreai_zoo.planning.scaffold import NEEDED_HOOKS, USUAL_HOOKS
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.rebuild import recorded_request
-from coreai_zoo.resolve import BuildRequest, resolve
-from coreai_zoo.scaffold import NEEDED_HOOKS, USUAL_HOOKS
 from decoders import OVERLAY
 from documents import read
 
@@ -236,7 +238,15 @@ def test_a_source_that_is_neither_folder_nor_repository_is_refused(tmp_path: Pat
 
 
 def test_a_repository_without_network_is_the_environments_fault_and_says_what_to_pass(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from coreai_zoo.cli import main; main()", "new", "x", "--from", "lab/model"]
+    command = [
+        sys.executable,
+        "-c",
+        "from coreai_zoo.cli.app import main; main()",
+        "new",
+        "x",
+        "--from",
+        "lab/model",
+    ]
     process = subprocess.run(
         command,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},  # read once per process

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from checkpoints import read_weights, tiny_checkpoint, write_weights
-from coreai_zoo.checkpoint import Checkpoint, read_config
+from coreai_zoo.checkpoint.files import Checkpoint, read_config
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gates import Activations
+from coreai_zoo.gate import Activations
 from coreai_zoo.gates.oracle import Oracle, default_cache
 from decoders import OVERLAY
 from reference import whole_model

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from checkpoints import TEXT_CONFIGS, read_weights, text_config, tiny_checkpoint, write_weights
-from coreai_zoo import export
-from coreai_zoo.checkpoint import read_config
+from coreai_zoo.checkpoint.files import read_config
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput
+from coreai_zoo.lowering.module import build_module, parameters_of
+from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo_overlays import qwen3_5
 from coreai_zoo_overlays.qwen3_5 import feed_forward, gated_delta_net
 from decoders import OVERLAY, feed, fresh_states, load_decoder, paths, signature
@@ -30,7 +31,7 @@ def layout(config: dict[str, Any]) -> nn.Module:
     """The decoder on the meta device, with the rewrites of the static contract."""
     parsed = OVERLAY.read_config(config)
     rewrites = [("qwen36", rewrite) for rewrite in qwen3_5.layer_rewrites(STATIC_S1)]
-    return export.build_module(lambda: OVERLAY.decoder(parsed, STATIC_S1), rewrites)
+    return build_module(lambda: OVERLAY.decoder(parsed, STATIC_S1), rewrites)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def test_a_moe_module_has_a_router_in_every_layer_and_no_dense_mlp() -> None:
 
 def test_dense_and_moe_differ_in_nothing_but_the_feed_forward() -> None:
     shapes = [
-        {name: info for name, info in export.parameters_of(layout(text_config(kind))).items() if ".mlp." not in name}
+        {name: info for name, info in parameters_of(layout(text_config(kind))).items() if ".mlp." not in name}
         for kind in KINDS
     ]
     assert shapes[0] == shapes[1]
@@ -218,9 +219,7 @@ def test_fixed_states_are_named_so_that_no_engine_takes_them_for_a_cache() -> No
 def test_each_fixed_state_is_written_once_and_whole(tmp_path: Path) -> None:
     directory = tiny_checkpoint(tmp_path / "checkpoint", num_hidden_layers=6, dtype="float32")
     module, spec = load_decoder(directory, tmp_path / "store")
-    traced = torch.export.export(
-        module, export.example_inputs(spec), dynamic_shapes=export.dynamic_shapes(spec), strict=False
-    )
+    traced = torch.export.export(module, example_inputs(spec), dynamic_shapes=dynamic_shapes(spec), strict=False)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     states = {node.name: 0 for node in placeholders if node.name in ("conv_state", "recurrent_state")}
     for node in traced.graph.nodes:

@@ -16,14 +16,15 @@ from attrs import evolve
 import toy_plugin
 from checkpoints import text_config, tiny_checkpoint, write_json
 from command import zoo
-from coreai_zoo import export
-from coreai_zoo.chips import CHIPS, EFFICIENCY, GIB, Chip, gpu_bytes, tokens_per_second
+from coreai_zoo.build.design import resolve
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.contracts import STATIC_S1
-from coreai_zoo.entry import find_entry, load_entries
 from coreai_zoo.errors import BadInput, PluginError
-from coreai_zoo.plan import Plan, plan_checkpoint, plan_entry
+from coreai_zoo.lowering.module import build_module, parameters_of
+from coreai_zoo.planning.chips import CHIPS, EFFICIENCY, GIB, Chip, gpu_bytes, tokens_per_second
+from coreai_zoo.planning.plan import Plan, plan_checkpoint, plan_entry
 from coreai_zoo.plugins import Plugins, default_plugins
-from coreai_zoo.resolve import BuildRequest, resolve
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY
 
@@ -68,7 +69,7 @@ def test_the_parameters_that_the_overlay_tells_are_those_of_its_decoder(kind: st
     config = OVERLAY.read_config(text_config(kind, num_hidden_layers=3, tie_word_embeddings=tied, **odd, **gdn, **ffn))
 
     for contract in (STATIC_S1, evolve(STATIC_S1, compute_dtype="float32")):
-        real = export.parameters_of(export.build_module(lambda: OVERLAY.decoder(config, contract), ()))  # noqa: B023
+        real = parameters_of(build_module(lambda: OVERLAY.decoder(config, contract), ()))  # noqa: B023
         assert list(OVERLAY.parameters(config, contract).items()) == list(real.items())
 
 
@@ -244,7 +245,7 @@ def test_the_plan_of_the_27b_takes_less_than_a_second_of_a_processor() -> None:
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-c", "from coreai_zoo.cli import main; main()", "plan", DENSE]
+        command = [sys.executable, "-c", "from coreai_zoo.cli.app import main; main()", "plan", DENSE]
         subprocess.run(command, check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)

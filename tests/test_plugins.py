@@ -14,16 +14,10 @@ import pytest
 
 from coreai_zoo import contracts, hookimpl, hookspecs
 from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError
-from coreai_zoo.overlay import (
-    HeadQuantization,
-    KVCache,
-    LayerRewrite,
-    Overlay,
-    QuantizationSpec,
-    StateSpec,
-    WeightMap,
-)
+from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
 from coreai_zoo.plugins import HOOKS, Plugins
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
+from coreai_zoo.signature import KVCache, StateSpec
 
 MakePlugin = Callable[..., types.ModuleType]
 
@@ -318,7 +312,7 @@ def test_a_generator_that_fails_half_way_is_blamed_too(make_plugin: MakePlugin) 
 def test_blame_covers_what_a_plugin_does_outside_of_its_hooks() -> None:
     with (
         pytest.raises(PluginError, match=r"'toy' failed in Overlay\.decoder: KeyError"),
-        Plugins().blame("toy", "Overlay.decoder"),
+        Plugins().attribute_errors("toy", "Overlay.decoder"),
     ):
         raise KeyError("layers")
 

@@ -13,13 +13,14 @@ import pytest
 from attrs import evolve
 
 from checkpoints import tiny_checkpoint
+from coreai_zoo.build.design import resolve
+from coreai_zoo.build.preflight import LEAST_MEMORY, preflight, size
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.build.workspace import Workspace
 from coreai_zoo.errors import EnvironmentLacks
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.preflight import LEAST_MEMORY, preflight, size
-from coreai_zoo.resolve import BuildRequest, resolve
-from coreai_zoo.workspace import Workspace
 
-ZOO = (sys.executable, "-c", "from coreai_zoo.cli import main; main()")
+ZOO = (sys.executable, "-c", "from coreai_zoo.cli.app import main; main()")
 Disk = Callable[[str], Path]
 
 
@@ -142,7 +143,7 @@ def test_progress_as_json_says_which_stage_failed(checkpoint: Path, tmp_path: Pa
 def test_memory_that_does_not_suffice_is_refused_with_the_numbers(
     backend: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coreai_zoo.preflight.available_memory", lambda: 300 * 2**20)
+    monkeypatch.setattr("coreai_zoo.build.preflight.available_memory", lambda: 300 * 2**20)
     resolved = resolve(BuildRequest("qwen3.6-27b", sample=True, backend=backend, output=tmp_path), default_plugins())
     deep = evolve(resolved, facts={**resolved.facts, "layers": layers})
     needs = preflight(deep, Workspace.of(tmp_path, resolved.name, None, keep=False))

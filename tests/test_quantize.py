@@ -16,19 +16,10 @@ from coreai_torch._compression._intx import IntxTensor, UintxTensor
 from hypothesis import example, given, settings
 
 from coreai_zoo.errors import BadInput
-from coreai_zoo.overlay import ROLES, HeadQuantization, QuantizationSpec
-from coreai_zoo.quantize import (
-    CHUNK_ELEMENTS,
-    RECIPES,
-    Recipe,
-    dequantize_rows,
-    find_recipe,
-    has_zero_points,
-    pack_int4,
-    quantize_rows,
-    unpack_int4,
-    workers,
-)
+from coreai_zoo.overlay import ROLES
+from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.weights.formats import has_zero_points, pack_int4, unpack_int4
+from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, dequantize_rows, quantize_rows, workers
 
 INTEGERS: tuple[Any, ...] = ("int4", "int8", "uint4", "uint8")
 SCHEMES: tuple[Any, ...] = ("symmetric", "symmetric_with_clipping", "asymmetric")

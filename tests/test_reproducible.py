@@ -17,7 +17,7 @@ import torch
 from checkpoints import read_weights, tiny_checkpoint, write_json, write_weights
 
 ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
-ZOO = (sys.executable, "-c", "from coreai_zoo.cli import main; main()")
+ZOO = (sys.executable, "-c", "from coreai_zoo.cli.app import main; main()")
 EPOCH = 1_700_000_000
 
 # Of the interpreter, of torch, and of everything that a program may ask the system for.

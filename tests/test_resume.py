@@ -19,7 +19,7 @@ import attrs
 import pytest
 
 from checkpoints import tiny_checkpoint
-from coreai_zoo.store import JOURNAL, WeightStore
+from coreai_zoo.weights.store import JOURNAL, WeightStore
 from killing import Job, Outcome, Zoo
 
 NAME = "qwen3_6_27b_custom_decode_int8hu_block32_sym"

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.cli import cli
-from coreai_zoo.entry import find_entry
-from coreai_zoo.gates import Activations
+from coreai_zoo.build.design import resolve
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.generate import chat_prompt, generate
+from coreai_zoo.bundle.verify import backend_of
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.cli.app import cli
+from coreai_zoo.gate import Activations
 from coreai_zoo.gates.candidate import AssetCandidate
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.prompts import BUILT_IN, tokenize
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict, judge, router_margins
 from coreai_zoo.gates.weights import AssetWeights
-from coreai_zoo.generate import chat_prompt, generate
 from coreai_zoo.plugins import Plugins, default_plugins
-from coreai_zoo.resolve import BuildRequest, resolve
-from coreai_zoo.verify import backend_of
 from reference import whole_model
 
 ENTRIES = ("qwen3.6-27b", "qwen3.6-35b-a3b")

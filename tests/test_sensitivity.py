@@ -12,16 +12,17 @@ from attrs import evolve
 from click.testing import CliRunner
 
 from checkpoints import tiny_checkpoint
-from coreai_zoo import export
-from coreai_zoo.cli import cli
-from coreai_zoo.entry import find_entry
+from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.cli.app import cli
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.rule import judge
 from coreai_zoo.gates.sensitivity import Part, Sensitivity, Subject, margins_lost, measure, parts_of, ranked
-from coreai_zoo.overlay import QuantizationSpec
+from coreai_zoo.lowering.module import bind, build_module
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.resolve import BuildRequest, Resolved, resolve
-from coreai_zoo.store import WeightStore
+from coreai_zoo.recipes import QuantizationSpec
+from coreai_zoo.weights.store import WeightStore
 from decoders import feed, fresh_states, one_thread
 
 INT4 = QuantizationSpec("int4", "symmetric_with_clipping", 32)
@@ -58,12 +59,10 @@ def fp16_and(resolved: Resolved, part: Part | None, work: Path) -> np.ndarray:
         resolved.weights,
         tensors=tuple(evolve(tensor, quantization=chosen.get(tensor.name)) for tensor in resolved.weights.tensors),
     )
-    module = export.build_module(
-        lambda: resolved.overlay.decoder(resolved.config, resolved.contract), list(resolved.rewrites)
-    )
+    module = build_module(lambda: resolved.overlay.decoder(resolved.config, resolved.contract), list(resolved.rewrites))
     store = WeightStore(work)
     store.fill(plan, resolved.checkpoint)
-    export.bind(module, store)
+    bind(module, store)
     return feed(module, TOKENS, fresh_states(resolved.signature)).float().numpy()
 
 

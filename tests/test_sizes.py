@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 
 from checkpoints import tiny_checkpoint
-from coreai_zoo import export, pipeline
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.checkpoint import TensorInfo
+from coreai_zoo.build.pipeline import build
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.checkpoint.files import TensorInfo
 from coreai_zoo.contracts import STATIC_S1
-from coreai_zoo.entry import find_entry
+from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.quantize import find_recipe
-from coreai_zoo.weights import plan_weights
+from coreai_zoo.recipes import find_recipe
+from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY
 
@@ -46,8 +48,8 @@ def test_the_bytecode_is_within_two_percent_of_parameters_and_recipe(
     entry: str, kind: Any, ffn: dict[str, int], tmp_path: Path
 ) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "checkpoint", kind, **WIDE, **ffn)
-    request = pipeline.BuildRequest(entry=entry, checkpoint=checkpoint, output=tmp_path / "exports", custom=True)
-    bundle = Bundle.open(pipeline.build(request, default_plugins()).path)
+    request = BuildRequest(entry=entry, checkpoint=checkpoint, output=tmp_path / "exports", custom=True)
+    bundle = Bundle.open(build(request, default_plugins()).path)
     parameters = {role: counts["parameters"] for role, counts in bundle.build["weights"].items()}
     quantized = {role for role, spec in bundle.build["recipe"]["roles"].items() if spec is not None}
     assert {"head", "attention", "gdn.in", "gdn.out"} < quantized
@@ -59,8 +61,8 @@ def test_the_bytecode_is_within_two_percent_of_parameters_and_recipe(
 def test_the_true_size_plan_of_the_27b_is_within_a_thousandth_of_the_published_bundle() -> None:
     facts = find_entry("qwen3.6-27b", default_plugins())[0].facts.stated
     config = OVERLAY.read_config(OVERLAY.config_of_facts(facts))
-    module = export.build_module(lambda: OVERLAY.decoder(config, STATIC_S1), [])
-    parameters = export.parameters_of(module)
+    module = build_module(lambda: OVERLAY.decoder(config, STATIC_S1), [])
+    parameters = parameters_of(module)
     plan = plan_weights(qwen3_5.weight_map(config), parameters, released_tensors(parameters), find_recipe("int8hu"))
     assert sum(tensor.parameters for tensor in plan.tensors) == facts["parameters"]
     assert abs(plan.stored_bytes / PUBLISHED_27B_INT8HU - 1) <= 0.001

@@ -18,21 +18,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from coreai_zoo import store as store_module
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
-from coreai_zoo.overlay import Part, QuantizationSpec, Transform, WeightMap, WeightRule
-from coreai_zoo.quantize import (
-    CHUNK_ELEMENTS,
-    QUANTIZER_VERSION,
-    Recipe,
-    find_recipe,
-    has_zero_points,
-    pack_int4,
-    quantize_rows,
-)
-from coreai_zoo.store import JOURNAL, PARTIAL, FillReport, WeightStore
-from coreai_zoo.weights import ParameterInfo, PlannedTensor, WeightPlan, plan_weights
+from coreai_zoo.overlay import Part, Transform, WeightMap, WeightRule
+from coreai_zoo.recipes import QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.weights import store as store_module
+from coreai_zoo.weights.formats import has_zero_points, pack_int4
+from coreai_zoo.weights.plan import ParameterInfo, PlannedTensor, WeightPlan, plan_weights
+from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, QUANTIZER_VERSION, quantize_rows
+from coreai_zoo.weights.store import JOURNAL, PARTIAL, FillReport, WeightStore
 
 INT8 = find_recipe("int8hu")
 # Files of the same sizes as int8hu's, with other bits in them.
@@ -292,9 +286,10 @@ def test_another_role_with_the_same_spec_is_noted_without_computing(checkpoint: 
 FILL_SAMPLE = """
 import sys
 from pathlib import Path
-from coreai_zoo.pipeline import BuildRequest, resolve
+from coreai_zoo.build.design import resolve
+from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.store import WeightStore
+from coreai_zoo.weights.store import WeightStore
 resolved = resolve(BuildRequest("qwen3.6-27b", sample=True), Plugins.discover())
 report = WeightStore(Path(sys.argv[1])).fill(resolved.weights, resolved.checkpoint)
 print(sys.modules[type(resolved.module).__module__].__file__, report.computed, report.reused)
@@ -494,8 +489,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_store import ABSMAX, INT8, plan
-from coreai_zoo.checkpoint import Checkpoint
-from coreai_zoo.store import WeightStore
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.weights.store import WeightStore
 
 def fill(store, left):
     # Audit events are raised before files are opened, renamed and removed: each is a place to be killed at.

@@ -23,10 +23,10 @@ import pytest
 import torch
 
 from checkpoints import tiny_checkpoint
-from coreai_zoo.backends import drain
-from coreai_zoo.backends.coreai import CoreAIBackend
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.gates.huggingface import quiet_transformers
+from coreai_zoo.backend import drain
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from documents import public_modules
 
 SOURCE = Path(__file__).parent / "third_party_plugin"

@@ -20,18 +20,23 @@ from torch import Tensor, nn
 
 import toy_plugin
 from coreai_zoo import hookimpl
-from coreai_zoo.backends import builtin, drain
-from coreai_zoo.backends.coreai import CoreAIBackend
-from coreai_zoo.bundle import Bundle
+from coreai_zoo.backend import drain
+from coreai_zoo.backends import builtin
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.build.pipeline import BuildResult, build
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.generate import generate
+from coreai_zoo.bundle.verify import verify
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput, PluginError
-from coreai_zoo.export import build_module, check_traced, trace
-from coreai_zoo.generate import generate
-from coreai_zoo.overlay import LayerRewrite, StateSpec, TensorSpec, TraceSpec
-from coreai_zoo.pipeline import BuildRequest, BuildResult, build
+from coreai_zoo.lowering.module import build_module
+from coreai_zoo.lowering.trace import check_traced, trace
+from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.quantize import Recipe, dequantize_rows, find_recipe, quantize_rows
-from coreai_zoo.verify import verify
+from coreai_zoo.recipes import Recipe, find_recipe
+from coreai_zoo.signature import StateSpec, TensorSpec, TraceSpec
+from coreai_zoo.weights.quantizer import dequantize_rows, quantize_rows
 
 CONFIG = {
     "model_type": toy_plugin.MODEL_TYPE,

@@ -11,11 +11,18 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from coreai_zoo.checkpoint import TensorInfo
+from coreai_zoo.checkpoint.files import TensorInfo
 from coreai_zoo.errors import BadInput
-from coreai_zoo.overlay import ROLES, Drop, Part, QuantizationSpec, Transform, WeightMap, WeightRule
-from coreai_zoo.quantize import RECIPES, Recipe, find_recipe
-from coreai_zoo.weights import ParameterInfo, PlannedTensor, Source, WeightPlan, foresee_weights, plan_weights
+from coreai_zoo.overlay import ROLES, Drop, Part, Transform, WeightMap, WeightRule
+from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.weights.plan import (
+    ParameterInfo,
+    PlannedTensor,
+    Source,
+    WeightPlan,
+    plan_weights,
+    plan_without_checkpoint,
+)
 
 FP16, INT8 = find_recipe("fp16"), find_recipe("int8hu")
 EXPERTS = (
@@ -50,7 +57,7 @@ def plan(
 
 
 def test_planning_does_not_import_torch() -> None:
-    code = "import coreai_zoo.weights, coreai_zoo.store, sys; sys.exit('torch' in sys.modules)"
+    code = "import coreai_zoo.weights.plan, coreai_zoo.weights.store, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -191,7 +198,7 @@ def test_problems_that_differ_in_a_number_are_one_with_their_count() -> None:
     wide = {f"l.{n}.up.w": (2, 33) for n in range(30)} | {f"l.{n}.q.w": (2, 33) for n in range(2)}
     table = WeightMap((rule("l.{n}.up.w"), rule("l.{n}.q.w", role="attention")))
     with pytest.raises(BadInput) as caught:
-        foresee_weights(table, floats(**wide), INT8)
+        plan_without_checkpoint(table, floats(**wide), INT8)
     spec = "int8 block 32 symmetric_with_clipping: 33 columns are not divisible by the block size 32"
     assert str(caught.value) == (
         "The recipe does not fit the model (32 problems). not divisible by the recipe's block: "

@@ -20,18 +20,9 @@ from torch import Tensor, nn
 from coreai_zoo import hookimpl
 from coreai_zoo.composites import SDPA, RMSNorm
 from coreai_zoo.errors import BadInput
-from coreai_zoo.overlay import (
-    Drop,
-    HeadQuantization,
-    KVCache,
-    LayerRewrite,
-    Overlay,
-    QuantizationSpec,
-    StateSpec,
-    Transform,
-    WeightMap,
-    WeightRule,
-)
+from coreai_zoo.overlay import Drop, LayerRewrite, Overlay, Transform, WeightMap, WeightRule
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
+from coreai_zoo.signature import KVCache, StateSpec
 
 if TYPE_CHECKING:
     from coreai_zoo.contracts import Contract

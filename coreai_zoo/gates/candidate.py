@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from coreai_zoo.backends import Backend, drain
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.gates import Activations
+from coreai_zoo.backend import Backend, drain
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.gate import Activations
 
 
 @frozen

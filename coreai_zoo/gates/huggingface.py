@@ -11,9 +11,6 @@ Shapes: P positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
-from coreai_zoo.gates import Activations
+from coreai_zoo.gate import Activations
 
 HEAD_CHUNK_ELEMENTS = 1 << 25
 """Elements of the head that are multiplied at a time: 128 MiB in float32."""
@@ -260,24 +258,3 @@ class _Loader:
                 values[key] = self._checkpoint.read_rows(key, 0, info.rows).reshape(info.shape)
         with quiet_transformers():
             self._fill(self._model, values, self._config(device_map={"": "cpu"}, **self._options))
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Import and run transformers without its progress bars and its advice on kernels that are not installed."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    noisy = [logging.getLogger(name) for name in ("torchao", "transformers", "torch.utils._pytree")]
-    levels = [logger.level for logger in noisy]
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from transformers.utils import logging as transformers_logging
-
-            transformers_logging.set_verbosity_error()
-            transformers_logging.disable_progress_bar()
-            yield
-    finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)

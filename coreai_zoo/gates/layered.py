@@ -16,11 +16,12 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gates import Activations
+from coreai_zoo.gate import Activations
 from coreai_zoo.gates.weights import WeightSource
-from coreai_zoo.overlay import LayeredDecoder, TraceSpec
-from coreai_zoo.quantize import chunk_rows, workers
-from coreai_zoo.weights import PlannedTensor, WeightPlan
+from coreai_zoo.overlay import LayeredDecoder
+from coreai_zoo.signature import TraceSpec
+from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
+from coreai_zoo.weights.quantizer import chunk_rows, workers
 
 _WORTH_THREADS = 1 << 22  # elements of a matrix
 HEAD_CHUNK_ELEMENTS = 1 << 25
@@ -29,7 +30,7 @@ HEAD_CHUNK_ELEMENTS = 1 << 25
 
 @define
 class TorchCandidate:
-    """An overlay's decoder on given weights; see `coreai_zoo.gates.Model`.
+    """An overlay's decoder on given weights; see `coreai_zoo.gate.Model`.
 
     Attributes:
         module: the decoder after its rewrites, on the meta device, a `LayeredDecoder`. Only one candidate may run on it

@@ -23,8 +23,8 @@ import numpy as np
 from attrs import field, frozen
 from attrs.validators import in_
 
-from coreai_zoo.checkpoint import Checkpoint
-from coreai_zoo.gates import Activations
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.gate import Activations
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def default_cache() -> Path:
 
 @frozen
 class Oracle:
-    """transformers on a checkpoint; see `coreai_zoo.gates.Model`.
+    """transformers on a checkpoint; see `coreai_zoo.gate.Model`.
 
     Attributes:
         checkpoint: what is judged by.

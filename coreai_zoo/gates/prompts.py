@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-from coreai_zoo.bundle import Bundle, load_tokenizer
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.generate import chat_text, end_of_turn, has_chat_template
+from coreai_zoo.checkpoint.tokenizer import load_tokenizer
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN
-from coreai_zoo.generate import chat_text, end_of_turn, has_chat_template
 
 DEFAULT_POSITIONS = 64
 """Positions of a prompt, where it has as many."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-from coreai_zoo.gates import Activations
+from coreai_zoo.gate import Activations
 
 CONFIDENT_MARGIN = 0.1
 """Oracle top-2 margin, in logits, from which a flip is an error; the rule of the published 27B results."""

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, judge
 from coreai_zoo.gates.weights import CheckpointWeights
-from coreai_zoo.overlay import QuantizationSpec, TraceSpec
-from coreai_zoo.quantize import blocks_per_row
-from coreai_zoo.weights import PlannedTensor, WeightPlan
+from coreai_zoo.recipes import QuantizationSpec
+from coreai_zoo.signature import TraceSpec
+from coreai_zoo.weights.formats import blocks_per_row
+from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 
 MIB = 2**20
 

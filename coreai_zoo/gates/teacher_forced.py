@@ -13,10 +13,10 @@ from typing import Protocol
 
 from attrs import field, frozen
 
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.checkpoint import Checkpoint
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gates import Activations, Model
+from coreai_zoo.gate import Activations, Model
 from coreai_zoo.gates.bounds import Arithmetic, BoundCheck, Bounds, check_bounds, check_control
 from coreai_zoo.gates.prompts import Strength, TokenizedPrompt, strength
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare

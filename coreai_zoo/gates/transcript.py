@@ -19,10 +19,11 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from coreai_zoo.bundle import GATE_FOLDER, Bundle
-from coreai_zoo.card import CARD, with_measurements
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.card import CARD, with_measurements
+from coreai_zoo.bundle.layout import GATE_FOLDER
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gates import GateResult
+from coreai_zoo.gate import GateResult
 from coreai_zoo.gates.prompts import WEAK_FRACTION, Strength
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict
 from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, attribution

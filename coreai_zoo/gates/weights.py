@@ -15,12 +15,14 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from coreai_zoo import export
-from coreai_zoo.backends import Backend
-from coreai_zoo.checkpoint import Checkpoint
-from coreai_zoo.quantize import has_zero_points, scratch, unpack_int4
-from coreai_zoo.store import values_of
-from coreai_zoo.weights import PlannedTensor, WeightPlan
+from coreai_zoo.backend import Backend
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.lowering.module import state_of
+from coreai_zoo.names import quantized_names
+from coreai_zoo.weights.convert import values_of
+from coreai_zoo.weights.formats import has_zero_points, unpack_int4
+from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
+from coreai_zoo.weights.quantizer import scratch
 
 
 class WeightSource(Protocol):
@@ -70,7 +72,7 @@ class AssetWeights:
         Raises:
             CheckFailed: when it cannot be read, or holds other weights than the plan says.
         """
-        state = backend.state(asset, export.state_of(module, plan))
+        state = backend.state(asset, state_of(module, plan))
         with warnings.catch_warnings():
             # Nothing writes to them, and torch need not warn that nothing may.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -84,7 +86,7 @@ class AssetWeights:
         if spec is None:
             out.copy_(self._matrix(name, getattr(torch, tensor.dtype), tensor.rows)[start:stop])
             return
-        codes_name, scales_name, zero_points_name = export.quantized_names(name)
+        codes_name, scales_name, zero_points_name = quantized_names(name)
         integer = torch.int8 if spec.signed else torch.uint8
         codes = self._matrix(codes_name, integer if spec.bits == 8 else torch.uint8, tensor.rows)[start:stop]
         if spec.bits == 4:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from coreai_zoo.contracts import Contract
-from coreai_zoo.overlay import KVCache, ParameterInfo
+from coreai_zoo.overlay import ParameterInfo
+from coreai_zoo.signature import KVCache
 
 from .config import MODEL_TYPES, Qwen35Config, config_of_facts, facts_of, read_config, with_layers
 from .parameters import parameters, stored_parameters

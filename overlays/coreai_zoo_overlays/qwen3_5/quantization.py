@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coreai_zoo.overlay import HeadQuantization, QuantizationSpec
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
 
 HEAD = HeadQuantization(
     spec=QuantizationSpec(dtype="int8", scheme="symmetric", block_size=32),

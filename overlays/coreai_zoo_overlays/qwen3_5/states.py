@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coreai_zoo.contracts import Contract
-from coreai_zoo.overlay import KVCache, StateSpec
+from coreai_zoo.signature import KVCache, StateSpec
 
 from .config import Qwen35Config
 

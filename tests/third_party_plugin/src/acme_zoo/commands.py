@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from coreai_zoo.bundle import Bundle
-from coreai_zoo.cli import json_option, print_json
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.commands import json_option, print_json
 from coreai_zoo.errors import BadInput
 
 

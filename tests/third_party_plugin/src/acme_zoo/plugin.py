@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coreai_zoo import hookimpl
-from coreai_zoo.overlay import HeadQuantization, LayerRewrite, QuantizationSpec
+from coreai_zoo.overlay import LayerRewrite
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
 
 if TYPE_CHECKING:
     import click

@@ -1,0 +1,181 @@
+"""What a backend is. The toolchains themselves are imported only by the modules that implement one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from attrs import frozen
+
+from coreai_zoo.program import Program
+from coreai_zoo.recipes import QuantizationSpec
+from coreai_zoo.signature import TraceSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+
+@frozen
+class Signature:
+    """The function of a saved asset as its toolchain reads it back: name to (shape, dtype), a dynamic size being -1."""
+
+    inputs: Mapping[str, tuple[tuple[int, ...], str]]
+    states: Mapping[str, tuple[tuple[int, ...], str]]
+    outputs: Mapping[str, tuple[tuple[int, ...], str]]
+
+
+class Traced(Protocol):
+    """A decoder that its backend has traced, and that waits for its weights."""
+
+    def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
+        """Lower it and write the asset to `destination`, which does not exist yet.
+
+        Args:
+            constants: the module's stored state by name, see `export.constants`; no copy of one may be made in memory.
+            destination: path of the asset.
+
+        Raises:
+            EnvironmentLacks: when the disk is full.
+        """
+
+    def lowered(self, constants: Mapping[str, Constant]) -> Program:
+        """What `save` would write, without writing it."""
+
+
+class Stepper(Protocol):
+    """A loaded asset that is stepped token by token, its states carried from call to call."""
+
+    def step(self, token: int) -> np.ndarray[Any, Any]:
+        """Feed one token at the next position; the logits, float16 [V]."""
+
+    def reset(self) -> None:
+        """Zero the states and start at position 0 again."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A target that bundles are written for."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+
+    @property
+    def asset_suffix(self) -> str:
+        """File-name suffix of the asset in a bundle, with the dot."""
+
+    @property
+    def title(self) -> str:
+        """Name of the target, for the card."""
+
+    @property
+    def run_instructions(self) -> str:
+        """What its assets were checked with, for the card: Markdown that leads up to a `zoo run`."""
+
+    @property
+    def extra_files(self) -> Mapping[str, str]:
+        """Further files of a bundle, by name: text."""
+
+    @property
+    def contracts(self) -> tuple[str, ...]:
+        """Names of the engine contracts that it writes for, the default one first."""
+
+    @property
+    def runtime(self) -> str:
+        """What runs its assets on this machine, as the gate names that candidate."""
+
+    @property
+    def accumulation(self) -> Literal["half", "single"]:
+        """The precision in which `runtime` adds products of half-precision values: what a gate has to allow for."""
+
+    @property
+    def version_warnings(self) -> tuple[str, ...]:
+        """What the toolchain says of the versions that it finds; recorded in build.json."""
+
+    def require(self, spec: TraceSpec, quantizations: Collection[QuantizationSpec]) -> None:
+        """Refuse what the target cannot hold, before anything is traced.
+
+        Raises:
+            BadInput: naming it.
+        """
+
+    def memory(self, layers: int) -> int:
+        """Bytes of anonymous memory that a build of so many layers takes at its peak, at any width: as measured."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Distribution name to version of everything that determines the asset's bytes."""
+
+    def trace(self, module: nn.Module, spec: TraceSpec) -> Traced:
+        """Trace `module`; everything that can be wrong with a decoder shows here, before a weight is read.
+
+        Args:
+            module: the decoder with its parameters allocated, see `export.allocate`; it is modified.
+            spec: its signature.
+
+        Raises:
+            PluginError: when the module does not meet the contract.
+            EnvironmentLacks: when the toolchain is missing or another version.
+        """
+
+    def signature(self, asset: Path) -> Signature:
+        """Read a saved asset's signature.
+
+        Raises:
+            CheckFailed: when it cannot be read.
+        """
+
+    def constants(self, asset: Path) -> Mapping[str, memoryview]:
+        """The stored constants of an asset by the names that `compile` was given, as views of the file.
+
+        A constant whose values are all the same, or the same as another's, may be stored otherwise and is not named.
+
+        Raises:
+            CheckFailed: when the asset cannot be read.
+        """
+
+    def state(self, asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> Mapping[str, memoryview]:
+        """The bytes of every state that an asset was written with, wherever they are stored; views of the file.
+
+        Args:
+            asset: the asset.
+            state: shape and logical dtype of each state in the order of the module; see `export.state_of`.
+
+        Raises:
+            CheckFailed: when the asset cannot be read, or holds other constants than these.
+        """
+
+    def program(self, asset: Path) -> Program:
+        """Read what a saved asset computes, without the bytes of its constants.
+
+        Raises:
+            CheckFailed: when it cannot be read.
+        """
+
+    def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> AbstractContextManager[Stepper]:
+        """Load an asset to run it on this machine, with room for `capacity` positions."""
+
+
+def drain(stepper: Stepper, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
+    """Step through `tokens` from position 0; the logits after each."""
+    stepper.reset()
+    for token in tokens:
+        yield stepper.step(token)
+
+
+@frozen
+class Constant:
+    """A stored tensor as a backend hands it over: the bytes as they are on disk, and what they mean.
+
+    Attributes:
+        data: bytes in memory or a memory map of them; nothing is read until it is written out.
+        shape: logical shape, in elements.
+        dtype: logical dtype, for example `float16`, `int8` or `int4` (two to a byte, low half first).
+    """
+
+    data: Any
+    shape: tuple[int, ...]
+    dtype: str

@@ -1,0 +1,533 @@
+"""Core AI: lowering to an `.aimodel`, reading one back, running one.
+
+The toolchain's public converter copies every weight into anonymous memory, names constants by a hash that is seeded per
+process, and stamps the time of day. This module goes around that, and is the only place that touches the toolchain's
+private functions; `_REQUIRED` pins the versions that they were read in, and tests/test_coreai_backend.py compares the
+result with the public path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from attrs import frozen
+
+from coreai_zoo.backend import Signature
+from coreai_zoo.backends.coreai.bytecode import Bytecode
+from coreai_zoo.backends.native import exit_explained, output_captured
+from coreai_zoo.backends.versions import checked_versions
+from coreai_zoo.contracts import STATIC_S1
+from coreai_zoo.dates import source_date_epoch
+from coreai_zoo.digest import file_sha256, hashed_while_written
+from coreai_zoo.errors import CheckFailed
+from coreai_zoo.program import Program
+from coreai_zoo.recipes import QuantizationSpec
+from coreai_zoo.signature import TraceSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    from coreai_zoo.backend import Constant
+    from coreai_zoo.backends.coreai.lowering import State
+    from coreai_zoo.lowering.repetition import Repetition
+
+_log = logging.getLogger(__name__)
+
+_REQUIRED = MappingProxyType({"coreai-core": "1.0.0b3", "coreai-torch": "0.4.3"})
+
+# A larger alignment is written but cannot be read back: AIModelAsset.summary() then expects sections aligned to 64.
+_ALIGNMENT = 16
+
+
+@frozen
+class CoreAIBackend:
+    """Writes `.aimodel` assets and runs them on the Core AI runtime (on Linux, its CPU interpreter).
+
+    Attributes:
+        every_layer: trace every layer, even where layers repeat. Slow; what a copied graph is compared with.
+    """
+
+    name: str = "coreai"
+    title: str = "Core AI"
+    run_instructions: str = "On Linux, on the Core AI CPU interpreter (slow; for checking):"
+    extra_files: Mapping[str, str] = MappingProxyType({})
+    asset_suffix: str = ".aimodel"
+    contracts: tuple[str, ...] = (STATIC_S1.name,)
+    runtime: str = "coreai"
+    accumulation: Literal["half", "single"] = "half"
+    version_warnings: tuple[str, ...] = ()
+    every_layer: bool = False
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the toolchain, checked."""
+        return checked_versions(_REQUIRED)
+
+    def require(self, spec: TraceSpec, quantizations: Collection[QuantizationSpec]) -> None:
+        """See `Backend.require`: nothing is known that the format cannot hold."""
+
+    def memory(self, layers: int) -> int:
+        """See `Backend.memory`: 331 MB at 4 layers, 405 at 16, 499 at 64."""
+        return (360 + 2 * layers) * 2**20
+
+    def trace(self, module: nn.Module, spec: TraceSpec) -> CoreAITraced:
+        """See `Backend.trace`."""
+        checked_versions(_REQUIRED)
+        with _toolchain():
+            return _trace(module, spec, every_layer=self.every_layer)
+
+    def signature(self, asset: Path) -> Signature:
+        """See `Backend.signature`."""
+        checked_versions(_REQUIRED)
+        return _read_signature(asset)
+
+    def constants(self, asset: Path) -> Mapping[str, memoryview]:
+        """See `Backend.constants`."""
+        return _read_constants(asset)
+
+    def state(self, asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> Mapping[str, memoryview]:
+        """See `Backend.state`."""
+        checked_versions(_REQUIRED)
+        return _read_state(asset, state)
+
+    def program(self, asset: Path) -> Program:
+        """See `Backend.program`."""
+        checked_versions(_REQUIRED)
+        return _read_program(asset)
+
+    @contextlib.contextmanager
+    def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[CoreAIStepper]:
+        """See `Backend.stepper`."""
+        checked_versions(_REQUIRED)
+        with _Loaded(asset) as loaded:
+            yield CoreAIStepper(loaded, spec, capacity)
+
+
+@contextlib.contextmanager
+def _toolchain() -> Iterator[None]:
+    """Keep the toolchain's warnings and banner from the user's terminal, and stdout for what the user asked for."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # It compares "2.13.0+cpu" with "2.13.0" and finds the former newer.
+        warnings.filterwarnings("ignore", message="coreai-torch has only been validated")
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lowering
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class CoreAITraced:
+    """A decoder that can be traced; see `Traced`.
+
+    Attributes:
+        module: the decoder.
+        spec: its signature.
+        present: externalization specs of its composites.
+        whole: the program traced from all layers and those of its composites, or None where layers repeat.
+        repetition: how they repeat.
+    """
+
+    module: nn.Module
+    spec: TraceSpec
+    present: list[Any]
+    whole: tuple[ExportedProgram, list[Any]] | None
+    repetition: Repetition | None = None
+
+    def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
+        """See `Traced.save`."""
+        with _toolchain():
+            _save(self.lower(constants), destination)
+
+    def lowered(self, constants: Mapping[str, Constant]) -> Program:
+        """See `Traced.lowered`. Of a parameter that was allocated plain, `constants` may hold the integers and scales
+        as well: they are lowered to the weight that was traced. So one trace serves every recipe.
+        """
+        from coreai_zoo.backends.coreai.program import read_program
+
+        with _toolchain():
+            return read_program(self.lower(constants))
+
+    def lower(self, constants: Mapping[str, Constant]) -> Any:
+        """The `AIProgram` of all layers."""
+        from coreai_zoo.backends.coreai.lowering import Converter, with_call_sites
+
+        program, composites = self._whole()
+        converter = Converter(_named_state(program, constants))
+        return converter.convert(
+            program,
+            with_call_sites(composites, program),
+            input_names=[tensor.name for tensor in self.spec.inputs],
+            output_names=[tensor.name for tensor in self.spec.outputs],
+            state_names=[state.name for state in self.spec.states],
+        )
+
+    def _whole(self) -> tuple[ExportedProgram, list[Any]]:
+        """The program of all layers, and its composites."""
+        from coreai_zoo.lowering.extension import extend
+        from coreai_zoo.lowering.trace import check_traced
+
+        if self.whole is not None:
+            return self.whole
+        assert self.repetition is not None
+        try:
+            short, traced, composites = _traced_short(self.module, self.spec, self.present, self.repetition)
+            program = extend(traced, self.module, self.repetition, short, self.spec)
+        except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
+            _tell_that_all_are_traced(reason)
+            return _traced_with_composites(self.module, self.spec, self.present)
+        check_traced(program, self.spec)
+        return program, composites
+
+
+def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> CoreAITraced:
+    """Trace `module` with its composites kept whole. Where layers repeat, trace one of each kind to see that it can be
+    done, and forget them: until the weights are there a deep decoder takes no more memory than a shallow one.
+    """
+    import coreai_torch  # noqa: F401  # before the compiler's dialects, which import each other in a circle otherwise
+
+    from coreai_zoo.lowering.repetition import find_repetition
+
+    present = _use_toolchain_composites(module)
+    repetition = None if every_layer else find_repetition(module)
+    if repetition is not None:
+        try:
+            _traced_short(module, spec, present, repetition.one_of_each)
+            return CoreAITraced(module, spec, present, None, repetition)
+        except Exception as reason:  # noqa: BLE001  # as above
+            _tell_that_all_are_traced(reason)
+    return CoreAITraced(module, spec, present, _traced_with_composites(module, spec, present))
+
+
+def _traced_short(
+    module: nn.Module, spec: TraceSpec, present: list[Any], repetition: Repetition
+) -> tuple[TraceSpec, ExportedProgram, list[Any]]:
+    """The first layers of `module`: their signature, their program and its composites."""
+    from coreai_zoo.lowering.repetition import short_signature, shortened
+
+    short = short_signature(spec, repetition)
+    with shortened(module, repetition):
+        return short, *_traced_with_composites(module, short, present)
+
+
+def _tell_that_all_are_traced(reason: Exception) -> None:
+    _log.warning("Every layer is traced, because the first ones cannot be continued: %s", reason)
+
+
+def _traced_with_composites(
+    module: nn.Module, spec: TraceSpec, present: list[Any]
+) -> tuple[ExportedProgram, list[Any]]:
+    from coreai_torch import get_decomp_table
+    from coreai_torch.externalize import (
+        _find_marked_submodules,
+        _patch_model_for_externalization,
+        _restore_externalized,
+    )
+
+    from coreai_zoo.backends.coreai.lowering import export_composites
+    from coreai_zoo.lowering.trace import trace
+
+    _patch_model_for_externalization(module, present)
+    try:
+        program = trace(module, spec, get_decomp_table())
+        return program, export_composites(module, program)
+    finally:
+        _restore_externalized(_find_marked_submodules(module))
+
+
+def _use_toolchain_composites(module: nn.Module) -> list[Any]:
+    """Replace the plain composites by the toolchain's; the externalization specs of those that occur.
+
+    Names and attributes are those under which Apple's own exporter externalizes them, which is what the device's fused
+    kernels look for (coreai-models, `_EXTERNALIZE_SPECS`).
+    """
+    from coreai_torch import ExternalizeSpec
+    from coreai_torch.composite_ops import SDPA, GatherMM, RMSNormImpl
+
+    from coreai_zoo import composites
+
+    specs: dict[str, Any] = {}
+    for child in list(module.modules()):
+        match child:
+            case composites.RMSNorm():
+                child.impl = RMSNormImpl(eps=child.impl.eps)
+                specs["rms_norm"] = (RMSNormImpl, ["axes", "eps"])
+            case composites.SDPA():
+                child.impl = SDPA(scale=child.impl.scale, is_causal=True)
+                specs["scaled_dot_product_attention"] = (SDPA, ["scale", "is_causal", "window_size"])
+            case composites.GatherMM():
+                child.impl = GatherMM()
+                specs["gather_mm"] = (GatherMM, ["num_batch_axes"])
+    return [ExternalizeSpec(cls, composite_op_name=name, composite_attrs=attrs) for name, (cls, attrs) in specs.items()]
+
+
+def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) -> dict[str, State]:
+    """Placeholder of the graph to its constant by state name, for everything that the graph reads but its arguments.
+
+    A weight that was traced plain and is given quantized is several constants.
+
+    State that is not stored, such as an overlay's buffers and literals, is small and handed over by name all the same:
+    whatever goes the toolchain's own way is named by a hash that differs from process to process.
+    """
+    from coreai_zoo.backend import Constant
+    from coreai_zoo.names import quantized_names
+
+    signature = program.graph_signature
+    tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
+    placeholders = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    named: dict[str, State] = {}
+    for placeholder, name in placeholders.items():
+        found = {each: constants[each] for each in (name, *quantized_names(name)) if each in constants}
+        if not found:
+            tensor = tensors[name].detach().contiguous()
+            narrow = {"int64": "int32", "float64": "float32"}
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            array = tensor.numpy().astype(narrow.get(dtype, dtype))
+            found[name] = Constant(array, tuple(tensor.shape), narrow.get(dtype, dtype))
+        named[placeholder] = found
+    return named
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _save(program: Any, destination: Path) -> None:
+    """Write the asset. What `AIProgram.save_asset` does, without reading the bytecode back whole to hash it and without
+    the time of day.
+    """
+    from coreai.authoring.asset import _COREAI_PRODUCER
+    from coreai.runtime import _AIModelAsset
+
+    destination.mkdir(parents=True)
+    asset = _AIModelAsset._create(path=str(destination), metadata=None)
+    with exit_explained(destination), hashed_while_written(Path(asset._program_bytecode_path)):
+        program._save_bytecode(asset._program_bytecode_path)
+
+    def stamp(fields: Any) -> None:
+        fields.creation_date = float(source_date_epoch())
+        fields._producer = _COREAI_PRODUCER
+
+    asset.update_metadata(updates=stamp)
+    # The runtime writes the keys in an order that differs from process to process.
+    fields = destination / "metadata.json"
+    fields.write_text(json.dumps(json.loads(fields.read_text()), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    digest = file_sha256(Path(asset._program_bytecode_path))
+    Path(asset._program_hash_path).write_bytes(bytes.fromhex(digest))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and running
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _damage_told(asset: Path) -> Iterator[None]:
+    """Within the block, what shows that `asset` is damaged becomes an error in words."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
+
+
+@contextlib.contextmanager
+def _without_weights(asset: Path) -> Iterator[Any]:
+    """The toolchain's own view of `asset` without its stored constants, which it would copy into memory.
+
+    Raises:
+        CheckFailed: when the asset is damaged, or what is looked at in the block shows that it is.
+    """
+    from coreai.authoring import AIModelAsset
+
+    with _damage_told(asset), tempfile.TemporaryDirectory() as folder:
+        bare = Path(folder) / asset.name
+        bare.mkdir()
+        bytecode = _bytecode(asset).without_blobs()
+        (bare / "main.mlirb").write_bytes(bytecode)
+        (bare / "main.hash").write_bytes(hashlib.sha256(bytecode).digest())
+        shutil.copyfile(asset / "metadata.json", bare / "metadata.json")
+        with _toolchain(), output_captured():
+            yield AIModelAsset.load(str(bare))
+
+
+def _read_signature(asset: Path) -> Signature:
+    """The signature of `main`, from the toolchain's summary.
+
+    Raises:
+        CheckFailed: when the asset is damaged, or describes a tensor in words that are not known.
+    """
+    with _without_weights(asset) as bare:
+        summary = bare.summary(include_statistics=False)
+        if summary is None or "main" not in summary.function_names:
+            raise RuntimeError("it has no function main")
+        described = (summary.function_inputs, summary.function_states, summary.function_outputs)
+        inputs, states, outputs = ({name: _tensor(text) for name, text in of("main")} for of in described)
+    return Signature(inputs, states, outputs)
+
+
+def _read_constants(asset: Path) -> dict[str, memoryview]:
+    """Name to bytes of every constant that is stored on its own; all views of the mapped file.
+
+    Raises:
+        CheckFailed: when the asset is damaged.
+    """
+    with _damage_told(asset):
+        bytecode = _bytecode(asset)
+    return {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
+
+
+def _read_state(asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, memoryview]:
+    """Name to bytes of every state; views of the mapped file, but for what the compiler moved among the operations.
+
+    Raises:
+        CheckFailed: when the asset is damaged, or its constants are not those of `state`.
+    """
+    with _toolchain():
+        import coreai_torch  # noqa: F401  # before the compiler's dialects, as for lowering
+
+        from coreai_zoo.backends.coreai.constants import read_state
+
+    stored = _read_constants(asset)
+    with _without_weights(asset) as bare:
+        return read_state(bare.program, stored, state)
+
+
+def _read_program(asset: Path) -> Program:
+    """What `asset` computes.
+
+    Raises:
+        CheckFailed: when it is damaged.
+    """
+    from coreai_zoo.backends.coreai.program import read_program
+
+    with _without_weights(asset) as bare:
+        return read_program(bare.program)
+
+
+_TIMES = " \N{MULTIPLICATION SIGN} "
+
+
+def _tensor(description: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype from a description such as `NDArray (Float16, 2 x ? x 64)` with times signs; dynamic is -1."""
+    match = re.fullmatch(rf"NDArray \((\w+), ([\d?]+(?:{_TIMES}[\d?]+)*)\)", description)
+    if match is None:
+        raise RuntimeError(f"a tensor is described as {description!r}")
+    sizes = tuple(-1 if size == "?" else int(size) for size in match[2].split(_TIMES))
+    return sizes, match[1].lower()
+
+
+class _Loaded:
+    """An asset loaded on the runtime, behind a private event loop: the runtime's calls are coroutines."""
+
+    def __init__(self, asset: Path) -> None:
+        self._asset = asset
+        self._loop = asyncio.new_event_loop()
+        self._open = contextlib.AsyncExitStack()
+
+    def __enter__(self) -> Self:
+        from coreai.authoring import AIModelAsset
+
+        try:
+            _require_intact(self._asset)
+            with _toolchain(), output_captured():
+                model = self.run(self._open.enter_async_context(AIModelAsset.load(str(self._asset)).executable()))
+                self.function = model.load_function("main")
+        except (RuntimeError, KeyError, OSError) as error:
+            self.__exit__()
+            raise CheckFailed(
+                f"{self._asset} cannot be loaded on the Core AI runtime: {str(error).strip()[:300]}.",
+                "Build the bundle again.",
+            ) from error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.function = None
+        self.run(self._open.aclose())
+        self._loop.close()
+
+    def run(self, coroutine: Any) -> Any:
+        return self._loop.run_until_complete(coroutine)
+
+
+def _require_intact(asset: Path) -> None:
+    """Compare the bytecode with its hash before the toolchain sees it: what it cannot parse ends the whole process.
+
+    Raises:
+        OSError: when a file is missing.
+        RuntimeError: when the bytecode is not what was written.
+    """
+    if bytes.fromhex(file_sha256(asset / "main.mlirb")) != (asset / "main.hash").read_bytes():
+        raise RuntimeError("main.mlirb is not what main.hash says")
+
+
+def _bytecode(asset: Path) -> Bytecode:
+    """The bytecode of an asset, mapped, if it is what was written; raises as `_require_intact` does, and ValueError."""
+    _require_intact(asset)
+    return Bytecode.open(asset / "main.mlirb")
+
+
+class CoreAIStepper:
+    """Steps a loaded asset; see `Stepper`."""
+
+    def __init__(self, loaded: _Loaded, spec: TraceSpec, capacity: int) -> None:
+        self._loaded, self._spec, self._capacity = loaded, spec, capacity
+        self.reset()
+
+    def reset(self) -> None:
+        """Zero the states and start at position 0 again."""
+        import numpy as np
+        from coreai.runtime import NDArray
+
+        self._position = 0
+        self._states = {
+            state.name: NDArray(
+                np.zeros([self._capacity if isinstance(size, str) else size for size in state.shape], state.dtype)
+            )
+            for state in self._spec.states
+        }
+
+    def step(self, token: int) -> np.ndarray[Any, Any]:
+        """Feed one token; the logits, float16 [V].
+
+        Raises:
+            CheckFailed: when the context that the stepper was made for is full.
+        """
+        import numpy as np
+        from coreai.runtime import NDArray
+
+        if self._position >= self._capacity:
+            raise CheckFailed(f"The context of {self._capacity} positions is full.")
+        self._position += 1
+        inputs = {
+            "input_ids": NDArray(np.array([[token]], np.int32)),
+            "position_ids": NDArray(np.arange(self._position, dtype=np.int32)[None]),
+        }
+        outputs = self._loaded.run(self._loaded.function(inputs, self._states))
+        logits: np.ndarray[Any, Any] = np.array(outputs["logits"].numpy()[0, -1])
+        return logits
+
+    def state(self, name: str) -> np.ndarray[Any, Any]:
+        """A copy of a state as it is now."""
+        return self._states[name].numpy().copy()

@@ -1,0 +1,181 @@
+"""The converter of `coreai_torch` with two things changed: constants are handed over by name without a copy, and each
+distinct composite is exported once instead of once per layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import coreai.authoring  # before the dialects, which import each other through it
+import torch
+from coreai._compiler.dialects import coreai
+from coreai._compiler.ir import (
+    BF16Type,
+    DenseElementsAttr,
+    DenseResourceElementsAttr,
+    F16Type,
+    F32Type,
+    FloatAttr,
+    IntegerAttr,
+    IntegerType,
+    RankedTensorType,
+    Type,
+    Value,
+)
+from coreai_torch import TorchConverter
+from coreai_torch._validate import validate_exported_program
+from coreai_torch.converter import _StagedEntry
+from coreai_torch.externalize import (
+    _ExternalizedExportedProgram,
+    _finalize_module_export,
+    _PreparedModules,
+    _torch_export_module,
+)
+from torch import fx
+from torch.export import ExportedProgram
+
+from coreai_zoo.backend import Constant
+from coreai_zoo.backends.coreai.backend import _ALIGNMENT
+
+
+def element_type(dtype: str) -> Type:
+    """The compiler's element type for a logical dtype such as `float16`, `int8` or `uint4`."""
+    floats = {"float16": F16Type, "float32": F32Type, "bfloat16": BF16Type}
+    if dtype in floats:
+        return floats[dtype].get()
+    if dtype == "bool":
+        return IntegerType.get_signless(1)
+    bits = int(dtype.lstrip("uint"))
+    return IntegerType.get_unsigned(bits) if dtype.startswith("u") else IntegerType.get_signed(bits)
+
+
+State: TypeAlias = Mapping[str, Constant]
+"""A constant under its state name, or the integers, scales and perhaps zero points of one weight under theirs."""
+
+
+class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no types
+    """Lowers one traced program whose state is given by name."""
+
+    def __init__(self, state: Mapping[str, State]) -> None:
+        """Args: placeholder of the graph to what it stands for."""
+        # Release mode records no stack traces, hence no path of the machine that built the bundle.
+        super().__init__(mode=TorchConverter.Mode.RELEASE)
+        self._state = state
+        self._quantized: dict[str, list[Value]] = {}  # by placeholder, until it is read
+        self.register_torch_lowering("coreai_zoo::dequantize.default")(_lower_dequantize)
+
+    def convert(
+        self,
+        program: ExportedProgram,
+        composites: Sequence[_ExternalizedExportedProgram],
+        *,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        state_names: Sequence[str],
+    ) -> Any:
+        """The lowered `AIProgram` with the one function `main`."""
+        # Not add_exported_program: it would unpack and repack every 4-bit weight in memory.
+        validate_exported_program(program, self._user_defined_torch_lowering)
+        self._main = program
+        self._staged.append(
+            _StagedEntry(
+                exported_program=program,
+                input_names=input_names,
+                output_names=output_names,
+                state_names=state_names,
+                entrypoint_name="main",
+                _externalized_exported_programs=list(composites),
+            )
+        )
+        return self.to_coreai()
+
+    def _handle_placeholder_op(self, node: fx.Node) -> None:
+        if self.exported_program is self._main and node.name in self._state:
+            constants = [_constant(name, constant) for name, constant in self._state[node.name].items()]
+            if len(constants) == 1:
+                self._values_map[node.name] = constants[0]
+            else:
+                self._quantized[node.name] = constants
+        else:
+            super()._handle_placeholder_op(node)
+
+    def _handle_call_function_op(self, node: fx.Node) -> None:
+        for read in node.all_input_nodes:
+            # Where it is read first, as in a graph that was traced with quantized weights.
+            if read.name in self._quantized and self.exported_program is self._main:
+                self._values_map[read.name] = _dequantized(*self._quantized.pop(read.name))
+        super()._handle_call_function_op(node)
+
+
+def _constant(name: str, constant: Constant) -> Value:
+    """A constant that refers to the bytes where they are."""
+    kind = RankedTensorType.get(list(constant.shape), element_type(constant.dtype))
+    buffer = memoryview(constant.data.reshape(-1)).cast("B")
+    attribute = DenseResourceElementsAttr.get_from_buffer(buffer, name, kind, alignment=_ALIGNMENT)
+    return coreai.ConstantOp(value=attribute).result
+
+
+def _splat_zero(shape: Sequence[int], element: Type) -> Value:
+    zero = FloatAttr.get(element, 0.0) if not IntegerType.isinstance(element) else IntegerAttr.get(element, 0)
+    return coreai.ConstantOp(value=DenseElementsAttr.get_splat(RankedTensorType.get(list(shape), element), zero)).result
+
+
+def _lower_dequantize(values: dict[str, Value], node: fx.Node, loc: Any) -> Value:
+    """`coreai_zoo::dequantize` to `coreai.blockwise_shift_scale`; a missing zero point costs a splat, not a tensor."""
+    arguments: tuple[Any, ...] = node.args
+    codes, scales, zero_points = values[arguments[0].name], values[arguments[1].name], arguments[2]
+    return _dequantized(codes, scales, values[zero_points.name] if isinstance(zero_points, fx.Node) else None, loc)
+
+
+def _dequantized(codes: Value, scales: Value, zero_points: Value | None = None, loc: Any = None) -> Value:
+    shape = list(scales.type.shape)
+    offset = _splat_zero(shape, codes.type.element_type) if zero_points is None else zero_points
+    return coreai.blockwise_shift_scale(codes, scales, offset, _splat_zero(shape, scales.type.element_type), loc=loc)
+
+
+def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list[_ExternalizedExportedProgram]:
+    """Export every distinct composite of a patched `module` once.
+
+    Two call sites are the same composite when operation, attributes and the shapes and dtypes of their inputs agree;
+    the compiler merges their graphs in the end, so exporting one each only costs time. Names are derived from position.
+    """
+    distinct: dict[object, _ExternalizedExportedProgram] = {}
+    serial = itertools.count()
+    for prepared in _PreparedModules(module, program):
+        key = (
+            prepared.composite_op_name,
+            repr(sorted(prepared.composite_decl_attrs.items())),
+            _input_types(prepared.source_nodes[0]),
+        )
+        if key not in distinct:
+            prepared.name = f"{prepared.composite_op_name}_{next(serial)}"
+            exported = _torch_export_module(prepared).run_decompositions()
+            distinct[key] = _finalize_module_export(prepared, exported)
+            distinct[key].source_nodes = []
+        distinct[key].source_nodes.extend(prepared.source_nodes)
+    return list(distinct.values())
+
+
+def with_call_sites(
+    composites: Sequence[_ExternalizedExportedProgram], program: ExportedProgram
+) -> list[_ExternalizedExportedProgram]:
+    """The composites with all their call sites in `program`, which calls no others, in place of those seen."""
+    own = [dataclasses.replace(composite, source_nodes=[]) for composite in composites]
+    known = {_call(node): at for at, composite in enumerate(composites) for node in composite.source_nodes}
+    targets = {target for target, _ in known}
+    for node in program.graph.nodes:
+        if node.target in targets:
+            own[known[_call(node)]].source_nodes.append(node.name)
+    return own
+
+
+def _call(node: fx.Node) -> tuple[object, object]:
+    return node.target, _input_types(node)
+
+
+def _input_types(node: fx.Node) -> tuple[object, ...]:
+    values = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
+    return tuple((tuple(map(str, value.shape)), value.dtype) for value in values)

@@ -1,0 +1,364 @@
+"""The Core ML backend: a decoder as an ML Program in an `.mlpackage`, for macOS 15 and iOS 18 and later.
+
+coremltools and torch are imported inside, so that discovering the backend costs nothing. Where there is no Mac, a
+package is run by the reference interpreter in `_mil_reference`: the program's own rounding, without a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import frozen
+
+from coreai_zoo.backend import Signature
+from coreai_zoo.backends.versions import checked_versions
+from coreai_zoo.contracts import FIXED_S1
+from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
+from coreai_zoo.program import Function, Operation, Program
+from coreai_zoo.recipes import QuantizationSpec
+from coreai_zoo.signature import StateSpec, TraceSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from coreai_zoo.backend import Constant
+    from coreai_zoo.backends.coreml.lowering import Converted
+    from coreai_zoo.backends.coreml.package import Package
+    from coreai_zoo.backends.coreml.reference import Interpreter
+
+_REQUIRED = {"coremltools": "9.0"}
+
+_SCRIPT = Path(__file__).with_name("compare_on_mac.py")
+_RUNNING = (
+    "**Not run on Apple hardware.** What was checked was computed by a reference interpreter of ML Programs on the "
+    "saved package, which rounds as the program says and knows nothing of a device. On a Mac, "
+    "`python compare_on_mac.py` (it needs coremltools and numpy) runs the package and compares its logits with those "
+    "that `zoo gate` left in `gate/`.\n\n"
+    "Anywhere, in the reference interpreter (slow; for checking):"
+)
+
+_MAX_RANK = 5
+_MAX_ELEMENTS = 2**31 - 1
+"""Of one state: ML Programs index with 32 bits."""
+
+
+@frozen
+class CoreMLBackend:
+    """Writes and runs `.mlpackage` folders; see `Backend`."""
+
+    name: str = "coreml"
+    title: str = "Core ML"
+    run_instructions: str = _RUNNING
+    asset_suffix: str = ".mlpackage"
+    contracts: tuple[str, ...] = (FIXED_S1.name,)
+    runtime: str = "mil"
+    accumulation: Literal["half", "single"] = "single"
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the toolchain, checked."""
+        return checked_versions(_REQUIRED)
+
+    @property
+    def extra_files(self) -> Mapping[str, str]:
+        """See `Backend.extra_files`."""
+        return {_SCRIPT.name: _SCRIPT.read_text(encoding="utf-8")}
+
+    @property
+    def version_warnings(self) -> tuple[str, ...]:
+        """See `Backend.version_warnings`."""
+        from coreai_zoo.backends.coreml.lowering import version_warnings
+
+        return version_warnings()
+
+    def require(self, spec: TraceSpec, quantizations: Collection[QuantizationSpec]) -> None:
+        """See `Backend.require`."""
+        problems = list(chain.from_iterable(map(_state_problems, spec.states)))
+        problems += [f"axis {name} is dynamic" for name in spec.axes]
+        if problems:
+            raise BadInput(f"Core ML cannot hold this decoder: {listing(problems)}.", "Try a smaller --max-context.")
+        unknown = sorted(str(spec) for spec in quantizations if spec.dtype != "int8" or spec.scheme == "asymmetric")
+        if unknown:
+            raise BadInput(
+                f"The Core ML backend writes int8 without zero points and float16, not {listing(unknown)}.",
+                "Use the recipe int8hu, int8lin or fp16.",
+            )
+
+    def memory(self, layers: int) -> int:
+        """See `Backend.memory`: 363 MB at 4 layers, 609 at 64, of coremltools' program; weights take none."""
+        return (340 + 4 * layers) * 2**20
+
+    def trace(self, module: nn.Module, spec: TraceSpec) -> CoreMLTraced:
+        """See `Backend.trace`."""
+        from coreai_zoo.backends.coreml.lowering import convert
+
+        checked_versions(_REQUIRED)
+        return CoreMLTraced(convert(module, spec))
+
+    def signature(self, asset: Path) -> Signature:
+        """See `Backend.signature`."""
+        with _opened(asset) as package:
+            return _signature(package)
+
+    def constants(self, asset: Path) -> Mapping[str, memoryview]:
+        """See `Backend.constants`."""
+        with _opened(asset) as package:
+            return {name: _bytes(value) for name, value in _constants(package).items()}
+
+    def state(self, asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> Mapping[str, memoryview]:
+        """See `Backend.state`."""
+        with _opened(asset) as package:
+            found = _constants(package)
+            problems = [name for name in state if name not in found]
+            problems += [
+                f"{name} ({found[name].dtype} {found[name].shape} instead of {dtype} {shape})"
+                for name, (shape, dtype) in state.items()
+                if name in found and (found[name].shape, str(found[name].dtype)) != (shape, dtype)
+            ]
+            if problems:
+                raise CheckFailed(f"{asset} holds other constants than the decoder: {listing(problems)}.")
+            return {name: _bytes(found[name]) for name in state}
+
+    def program(self, asset: Path) -> Program:
+        """See `Backend.program`."""
+        with _opened(asset) as package:
+            return _program(package)
+
+    @contextlib.contextmanager
+    def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[MILStepper]:
+        """See `Backend.stepper`."""
+        from coreai_zoo.backends.coreml.reference import Interpreter
+
+        with _opened(asset) as package:
+            interpreter = Interpreter(package)
+        yield MILStepper(interpreter, spec, capacity)
+
+
+def _state_problems(state: StateSpec) -> Iterator[str]:
+    if state.dtype != "float16":
+        yield f"state {state.name} is {state.dtype}, and a state is float16"
+    if len(state.shape) > _MAX_RANK:
+        yield f"state {state.name} has {len(state.shape)} axes, and a state has {_MAX_RANK} at most"
+    sizes = [size for size in state.shape if isinstance(size, int)]
+    if len(sizes) < len(state.shape):
+        yield f"state {state.name} has a dynamic axis"
+    elif math.prod(sizes) > _MAX_ELEMENTS:
+        yield f"state {state.name} has {math.prod(sizes):,} elements, and {_MAX_ELEMENTS:,} are the most"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class CoreMLTraced:
+    """A converted decoder whose weights are placeholders; see `Traced`."""
+
+    converted: Converted
+
+    def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
+        """See `Traced.save`."""
+        from coreai_zoo.backends.coreml.lowering import save
+
+        try:
+            save(self.converted, constants, destination)
+        except (OSError, RuntimeError) as error:  # the latter from coremltools' writer
+            shutil.rmtree(destination, ignore_errors=True)
+            raise EnvironmentLacks(
+                f"{destination} cannot be written: {str(error).strip()[:300]}.",
+                "Free some space or choose another output folder, then run the same command again: finished tensors "
+                "are kept.",
+            ) from error
+
+    def lowered(self, constants: Mapping[str, Constant]) -> Program:
+        """See `Traced.lowered`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(constants, Path(folder) / "package")
+            with _opened(Path(folder) / "package") as package:
+                return _program(package)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(asset: Path) -> Iterator[Package]:
+    """A package whose damage, when it is met within the block, becomes an error in words."""
+    from coreai_zoo.backends.coreml.package import Damaged, Package
+
+    try:
+        yield Package.open(asset)
+    except (Damaged, OSError, KeyError, ValueError, IndexError) as error:
+        raise CheckFailed(f"{asset} cannot be read: {str(error).strip()[:300]}.", "Build the bundle again.") from error
+
+
+def _signature(package: Package) -> Signature:
+    from coreai_zoo.backends.coreml.package import tensor_type
+
+    arguments = {tensor.name: tensor.type for tensor in package.function.inputs}
+    kinds = {name: (tensor_type(type_).shape, tensor_type(type_).dtype) for name, type_ in arguments.items()}
+    states = {name: kinds.pop(name) for name, type_ in arguments.items() if type_.WhichOneof("type") == "stateType"}
+    made = {output.name: output.type for operation in package.block.operations for output in operation.outputs}
+    outputs = {name: (tensor_type(made[name]).shape, tensor_type(made[name]).dtype) for name in package.block.outputs}
+    return Signature(kinds, states, outputs)
+
+
+def _constants(package: Package) -> dict[str, np.ndarray[Any, Any]]:
+    """State of the decoder to value, for every constant that is one; arrays are views of the mapped file."""
+    from coreai_zoo.names import scales_name
+
+    names = package.names
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for operation in package.block.operations:
+        name = names.get(operation.outputs[0].name) if operation.outputs else None
+        if name is None:
+            continue
+        if operation.type == "const":
+            found[name] = package.array(operation.attributes["val"])
+        else:
+            found[name] = package.array(operation.inputs["data"].arguments[0].value)
+            found[scales_name(name)] = package.array(operation.inputs["scale"].arguments[0].value)
+    return found
+
+
+def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
+    return array.reshape(-1).view("uint8").data
+
+
+def _program(package: Package) -> Program:
+    """The function `main` as data; a quantized weight is two stored constants and the operation that unpacks them."""
+    from coreai_zoo.backends.coreml.package import tensor_type
+    from coreai_zoo.names import scales_name
+
+    function, names = package.function, package.names
+    numbers = {argument.name: number for number, argument in enumerate(function.inputs)}
+    operations: list[Operation] = []
+
+    def constant(value: Any, name: str | None) -> int:
+        """Number of a new constant."""
+        number = numbers.setdefault(f"constant {len(numbers)}", len(numbers))
+        text = () if name else (f"value = {_shown(package, value)}",)
+        operations.append(Operation("constant", (), (number,), (_type_of(value.type),), text, stored=name))
+        return number
+
+    for operation in package.block.operations:
+        made = operation.outputs[0].name if operation.outputs else ""
+        if operation.type == "const":
+            numbers[made] = constant(operation.attributes["val"], names.get(made))
+            continue
+        quantized = {"data": names[made], "scale": scales_name(names[made])} if made in names else {}
+        operands = [
+            numbers[binding.name]
+            if binding.WhichOneof("binding") == "name"
+            else constant(binding.value, quantized.get(key))
+            for key, argument in sorted(operation.inputs.items())
+            for binding in argument.arguments
+        ]
+        results = [numbers.setdefault(output.name, len(numbers)) for output in operation.outputs]
+        operations.append(
+            Operation(
+                operation.type,
+                tuple(operands),
+                tuple(results),
+                tuple(str(tensor_type(output.type)) for output in operation.outputs),
+                on_state=operation.type in {"read_state", "write_state"},
+            )
+        )
+    declaration = [f"{argument.name}: {tensor_type(argument.type)}" for argument in function.inputs]
+    declaration += [f"output {name}" for name in package.block.outputs]
+    return Program(Function("main", tuple(declaration), tuple(operations)), {})
+
+
+def _type_of(value_type: Any) -> str:
+    from coreai_zoo.backends.coreml.package import Damaged, tensor_type
+
+    try:
+        return str(tensor_type(value_type))
+    except Damaged:
+        return "text"
+
+
+def _shown(package: Package, value: Any) -> str:
+    """A literal, or of a long one what tells it from others."""
+    found = package.value(value)
+    if isinstance(found, str) or found.size <= _SHOWN_ELEMENTS:
+        return str(found if isinstance(found, str) else found.tolist())
+    return f"sha256 {hashlib.sha256(found.tobytes()).hexdigest()[:16]}"
+
+
+_SHOWN_ELEMENTS = 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MILStepper:
+    """Steps a package in the reference interpreter; see `Stepper`."""
+
+    def __init__(self, interpreter: Interpreter, spec: TraceSpec, capacity: int) -> None:
+        """Begin at position 0.
+
+        Raises:
+            BadInput: when the package's context is shorter than `capacity`.
+        """
+        self._interpreter, self._spec = interpreter, spec
+        self._context = min(int(state.shape[3]) for state in spec.states if state.kind == "kv_cache")
+        if capacity > self._context:
+            raise BadInput(
+                f"{capacity} positions were asked for, and the package allows {self._context}.",
+                "Build it with a larger --max-context.",
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Zero the states and start at position 0 again."""
+        import torch
+
+        self._position = 0
+        self._states = {
+            state.name: torch.zeros([int(size) for size in state.shape], dtype=getattr(torch, state.dtype))
+            for state in self._spec.states
+        }
+
+    def step(self, token: int) -> np.ndarray[Any, Any]:
+        """Feed one token; the logits, float16 [V].
+
+        Raises:
+            CheckFailed: when the context is full, or the program does what it does not declare.
+        """
+        import torch
+
+        from coreai_zoo.backends.coreml.package import Damaged
+
+        if self._position >= self._context:
+            raise CheckFailed(f"The context of {self._context} positions is full.")
+        values = {"input_ids": token, "position_ids": self._position}
+        inputs = {
+            tensor.name: torch.tensor([[values[tensor.name]]], dtype=getattr(torch, tensor.dtype))
+            for tensor in self._spec.inputs
+        }
+        self._position += 1
+        try:
+            outputs = self._interpreter.run(inputs, self._states)
+        except (Damaged, KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise CheckFailed(f"The package cannot be run: {str(error).strip()[:300]}.") from error
+        logits: np.ndarray[Any, Any] = outputs["logits"][0, -1].numpy()
+        return logits
+
+    def state(self, name: str) -> np.ndarray[Any, Any]:
+        """A copy of a state as it is now."""
+        return self._states[name].numpy().copy()

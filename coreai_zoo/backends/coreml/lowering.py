@@ -1,0 +1,329 @@
+"""From a decoder to an ML Program: coremltools' converter on a traced program whose weights are placeholders, and its
+exporter, which fetches the weights from the store when it writes them.
+
+Precision is the program's own: what the decoder computes in float32 stays float32, the rest is float16. coremltools'
+pass that would make everything float16 is left out, because RMSNorm and the delta rule overflow in it unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import evolve, frozen
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from coreai_zoo.backend import Constant
+from coreai_zoo.backends.coreml.package import NAMES, WEIGHT_FILE, WEIGHTS, quietly, write_specification
+from coreai_zoo.errors import PluginError, listing
+from coreai_zoo.lowering.trace import example_inputs, require_contract
+from coreai_zoo.names import scales_name
+from coreai_zoo.signature import TraceSpec
+
+with quietly():  # what it says of versions, see `version_warnings`
+    import coremltools as ct
+    from coremltools import _deps
+    from coremltools.converters.mil.backend.mil import helper
+    from coremltools.converters.mil.backend.mil.load import (
+        CoreMLProtoExporter,
+        MILProtoExporter,
+        should_use_weight_file,
+    )
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
+    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813  # coremltools' own name for it
+    from coremltools.converters.mil.mil.passes.pass_pipeline import PassPipelineManager
+
+TARGET = ct.target.iOS18  # the same as macOS 15
+
+_SKIPPED_PASSES = {
+    # It would merge placeholders, which are equal, and with them the weights that take their places.
+    "common::const_deduplication",
+    # It compares every constant with itself, which takes a byte per element; what it cancels moves a few KiB.
+    "common::reduce_transposes",
+}
+_TO_HALF = "common::add_fp16_cast"
+
+
+def version_warnings() -> tuple[str, ...]:
+    """What coremltools says of the versions that it finds."""
+    installed, tested = Version(torch.__version__), Version(_deps._TORCH_MAX_VERSION)
+    if installed <= tested:
+        return ()
+    return (
+        f"coremltools {ct.__version__} was tested with torch {tested} at the latest, and this is {installed.public}",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tracing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+_DECODER = "decoder."  # where the decoder is in the module that is traced
+
+
+class _Stateful(nn.Module):
+    """A decoder whose states are buffers, which is how coremltools recognises them.
+
+    It reads a state as float32 whatever it is kept in; turning that into the state's own dtype at once leaves a pair of
+    casts that cancel.
+    """
+
+    def __init__(self, decoder: nn.Module, spec: TraceSpec) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.dtypes = {state.name: getattr(torch, state.dtype) for state in spec.states}
+        for state in spec.states:
+            untouched = torch.empty([int(size) for size in state.shape])  # takes no memory
+            self.register_buffer(state.name, untouched)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """The decoder's inputs to its output; the buffers are mutated."""
+        states = {name: getattr(self, name).to(dtype) for name, dtype in self.dtypes.items()}
+        output: Tensor = self.decoder(*inputs.values(), *states.values())
+        for name, state in states.items():
+            getattr(self, name).copy_(state)
+        return output
+
+
+def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
+    """Trace a decoder.
+
+    Raises:
+        PluginError: when it leaves a state unwritten, writes to something that is not one, or has another output.
+    """
+    examples = example_inputs(evolve(spec, states=()))  # states are buffers here, and may be large
+    inputs = {tensor.name: example for tensor, example in zip(spec.inputs, examples, strict=True)}
+    with torch.no_grad(), quietly():
+        module = _Stateful(decoder, spec)
+        program: ExportedProgram = torch.export.export(module, (), inputs, strict=False).run_decompositions({})
+    written = set(_written_buffers(program))
+    states = {state.name for state in spec.states}
+    require_contract(program, spec, written & states, [f"buffer {name}" for name in sorted(written - states)])
+    return program
+
+
+def _written_buffers(program: ExportedProgram) -> Iterator[str]:
+    """Names of the buffers that get another value than they had."""
+    mutated = program.graph_signature.buffers_to_mutate
+    for node in program.graph.output_node().args[0]:
+        if node.name in mutated:
+            origin = node
+            while origin.target in _KEEPS_VALUES:
+                origin = origin.args[_KEEPS_VALUES[origin.target]]
+            if origin.op != "placeholder":
+                yield mutated[node.name]
+
+
+# Operations that only pass on the value of one of their arguments, and which.
+_KEEPS_VALUES = {
+    torch.ops.aten._to_copy.default: 0,
+    torch.ops.aten.clone.default: 0,
+    torch.ops.aten.copy.default: 1,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversion
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@register_torch_op(torch_alias=["coreai_zoo::dequantize"])  # type: ignore[untyped-decorator]
+def coreai_zoo_dequantize(context: Any, node: Any) -> None:
+    """`coreai_zoo::dequantize` to a weight that the device unpacks itself."""
+    codes, scales, zero_points = (None if name is None else context[name] for name in node.inputs[:3])
+    offset = {} if zero_points is None else {"offset": zero_points}
+    context.add(mb.constexpr_blockwise_shift_scale(data=codes, scale=scales, name=node.name, **offset))
+
+
+@frozen
+class Converted:
+    """An ML Program whose weights are placeholders.
+
+    Attributes:
+        program: coremltools' program.
+        names: constant of the program to the parameter or buffer that it is.
+    """
+
+    program: Any
+    names: Mapping[str, str]
+
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """What the package tells of them, see `_coreml_package.NAMES`."""
+        found = {}
+        for operation in self.program.functions["main"].operations:
+            if operation.op_type.startswith("constexpr_"):
+                found[operation.outputs[0].name] = self.names[operation.data.name]
+            elif operation.op_type == "const" and operation.outputs[0].name in self.names:
+                found[operation.outputs[0].name] = self.names[operation.outputs[0].name]
+        return found
+
+
+def convert(decoder: nn.Module, spec: TraceSpec) -> Converted:
+    """Trace and convert a decoder.
+
+    Args:
+        decoder: its parameters allocated as they will be stored, see `export.allocate`; what they hold is not read.
+        spec: its signature, without dynamic axes.
+
+    Raises:
+        PluginError: when the decoder does not meet its contract, or its weights do not arrive in the program as they
+            are.
+    """
+    traced = trace(decoder, spec)
+    names = _hide_weights(traced)
+    pipeline = ct.PassPipeline.DEFAULT
+    pipeline.remove_passes({*_SKIPPED_PASSES, _TO_HALF})
+    with quietly():
+        program = ct.convert(
+            traced,
+            convert_to="milinternal",
+            minimum_deployment_target=TARGET,
+            compute_precision=ct.precision.FLOAT32,
+            pass_pipeline=pipeline,
+            states=[
+                ct.StateType(ct.TensorType(shape=state.shape, dtype=np.dtype(state.dtype).type), name=state.name)
+                for state in spec.states
+            ],
+            outputs=[ct.TensorType(name=output.name, dtype=np.dtype(output.dtype).type) for output in spec.outputs],
+        )
+        backend = ct.PassPipeline.get_pipeline("backend_mlprogram")
+        backend.remove_passes(_SKIPPED_PASSES)
+        PassPipelineManager.apply_pipeline(program, backend)
+    converted = Converted(program, names)
+    _check(converted, traced, spec)
+    return converted
+
+
+def _hide_weights(traced: ExportedProgram) -> dict[str, str]:
+    """Replace every parameter by a placeholder that takes no memory; names of the constants to those of the parameters.
+
+    A placeholder is not a number where it can be: what an optimisation computes from one shows.
+    """
+    signature = traced.graph_signature
+    for name in signature.parameters:
+        tensor = traced.state_dict[name]
+        blank = torch.full((1,), math.nan if tensor.is_floating_point() else 1, dtype=tensor.dtype)
+        traced.state_dict[name] = nn.Parameter(blank.expand(tensor.shape), requires_grad=False)
+    return {
+        placeholder: name.removeprefix(_DECODER)
+        for placeholder, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()
+        if name.startswith(_DECODER)
+    }
+
+
+def _check(converted: Converted, traced: ExportedProgram, spec: TraceSpec) -> None:
+    """The program writes each state once, and holds each weight once, as it is and quantized as it is stored.
+
+    Raises:
+        PluginError: naming what is not so.
+    """
+    operations = list(converted.program.functions["main"].operations)
+    written = [operation.state.name for operation in operations if operation.op_type == "coreml_update_state"]
+    problems = [
+        f"state {state.name} is written {written.count(state.name)} times"
+        for state in spec.states
+        if written.count(state.name) != 1
+    ]
+    constants = {operation.outputs[0].name: operation for operation in operations if operation.op_type == "const"}
+    parameters = traced.graph_signature.inputs_to_parameters
+    for constant, path in parameters.items():
+        value, parameter = constants.get(constant), traced.state_dict[path]
+        expected = (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        found = None if value is None else (tuple(value.val.val.shape), str(value.val.val.dtype))
+        if found != expected:
+            problems.append(f"weight {converted.names[constant]} is {found}, not {expected}")
+    problems += [
+        f"constant {name} was computed from a weight that is not there yet"
+        for name, operation in constants.items()
+        if name not in parameters and _has_nan(operation.val.val)
+    ]
+    problems += _misquantized(converted, operations, parameters)
+    if problems:
+        raise PluginError(f"coremltools changed the decoder on its way: {listing(problems)}.")
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f" and bool(np.isnan(value).any())
+
+
+def _misquantized(converted: Converted, operations: Sequence[Any], parameters: Mapping[str, str]) -> list[str]:
+    """Quantized weights that are none, and the other way round."""
+    expected = {
+        (path, scales_name(path)) for path in map(converted.names.__getitem__, parameters) if path.endswith(".original")
+    }
+    found = {
+        tuple(converted.names.get(part.name, part.name) for part in (operation.data, operation.scale))
+        for operation in operations
+        if operation.op_type.startswith("constexpr_")
+    }
+    return [f"{codes} is not quantized by {scales}" for codes, scales in sorted(expected - found)] + [
+        f"{' and '.join(pair)} are no weight of the recipe" for pair in sorted(found - expected)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Exporter(MILProtoExporter):  # type: ignore[misc]  # coremltools ships no types
+    """coremltools' exporter, which takes weights from the store, one mapped tensor at a time."""
+
+    def __init__(self, converted: Converted, constants: Mapping[str, Constant], folder: Path) -> None:
+        super().__init__(converted.program, str(folder), TARGET)
+        self._weights = {name: constants[path] for name, path in converted.names.items() if path in constants}
+
+    def get_milproto_value(self, var: Any) -> Any:
+        """The value of a constant: a weight's from the store, any other one's from the program."""
+        weight = self._weights.get(var.name)
+        if weight is None:
+            return super().get_milproto_value(var)
+        data = np.asarray(weight.data).reshape(weight.shape)
+        if not should_use_weight_file(data, TARGET):
+            return helper.create_tensor_value(data)
+        return helper.create_file_value_tensor(
+            file_name=f"@model_path/weights/{Path(WEIGHT_FILE).name}",
+            offset=self._write(var.op, data.reshape(-1)),
+            dim=data.shape,
+            data_type=helper.types_to_proto_primitive(var.sym_type.get_primitive()),
+        )
+
+    def _write(self, constant: Any, data: np.ndarray[Any, Any]) -> int:
+        """Append the values of `constant` to the weights; where their description is."""
+        writer = self.get_blob_writer(self.get_weight_path(constant))
+        match str(data.dtype):
+            case "float16":
+                return int(writer.write_fp16_data(data.view(np.uint16)))
+            case "float32":
+                return int(writer.write_float_data(data))
+            case "int8":
+                return int(writer.write_int8_data(data))
+        raise PluginError(f"A weight is {data.dtype}, which the Core ML backend does not store.")
+
+
+def save(converted: Converted, constants: Mapping[str, Constant], destination: Path) -> None:
+    """Write the package.
+
+    Args:
+        converted: the program; it is as good as before afterwards.
+        constants: the stored bytes by the names that they have in the state of the decoder.
+        destination: path of the package, which does not exist yet.
+    """
+    weights = destination / "Data" / WEIGHTS
+    weights.mkdir(parents=True)
+    with quietly():
+        exported = _Exporter(converted, constants, weights).export()
+        model = CoreMLProtoExporter(
+            converted.program, exported, None, None, None, "mlprogram", "pytorch", TARGET
+        ).export(TARGET)
+    model.description.metadata.userDefined[NAMES] = json.dumps(converted.stored_names, sort_keys=True)
+    write_specification(destination, model)

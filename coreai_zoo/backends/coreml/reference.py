@@ -1,0 +1,300 @@
+"""A reference interpreter of ML Programs: what a saved package computes, without a Mac.
+
+Every operation is computed in float32 (integers as integers) and rounded to the dtype that the program declares for
+its result; the declared shape is checked. So it has the rounding of the program and nothing of a device: no fused
+kernels, no half-precision sums. Meaning of operations and defaults: coremltools' MIL operation reference, iOS 18.
+
+An operation that is not in the table is an error, never skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coreai_zoo.backends.coreml.package import Damaged, Package, TensorType, tensor_type
+
+Arguments = Mapping[str, Any]
+"""Inputs of an operation by name: tensors, lists of tensors, or text."""
+
+
+class Interpreter:
+    """The function `main` of a package."""
+
+    def __init__(self, package: Package) -> None:
+        """Read the program.
+
+        Raises:
+            Damaged: when it uses an operation that is not known here.
+        """
+        self._package = package
+        operations = package.block.operations
+        unknown = {operation.type for operation in operations} - set(_OPERATIONS) - _SPECIAL
+        if unknown:
+            raise Damaged(f"the reference interpreter does not know its operations {', '.join(sorted(unknown))}")
+        # Constants, and the weights that are made of them, are the same in every step.
+        self._constants: dict[str, Any] = {}
+        self._changing = [operation for operation in operations if not self._fold(operation)]
+
+    def _fold(self, operation: Any) -> bool:
+        """Compute a constant or a quantized weight for good; whether `operation` was one."""
+        if operation.type == "const":
+            self._constants[operation.outputs[0].name] = self._value(operation.attributes["val"])
+        elif operation.type == "constexpr_blockwise_shift_scale":
+            for name, result in self._results(operation, self._constants):
+                self._constants[name] = result
+        else:
+            return False
+        return True
+
+    def run(self, inputs: Mapping[str, Tensor], states: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One call; `states` are replaced by what the program writes.
+
+        Args:
+            inputs: by name, in the dtypes of the function.
+            states: by name; entries are replaced, not mutated.
+
+        Returns:
+            The outputs by name.
+        """
+        values: dict[str, Any] = {**self._constants, **inputs}
+        for operation in self._changing:
+            if operation.type == "read_state":
+                values[operation.outputs[0].name] = states[_bound(operation, "input")]
+            elif operation.type == "write_state":
+                written = values[_bound(operation, "data")]
+                name = _bound(operation, "input")
+                if (written.shape, written.dtype) != (states[name].shape, states[name].dtype):
+                    raise Damaged(f"state {name} is written with {tuple(written.shape)} {written.dtype}")
+                states[name] = written
+            else:
+                values.update(self._results(operation, values))
+        return {name: values[name] for name in self._package.block.outputs}
+
+    def _results(self, operation: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each result, of the declared shape and dtype."""
+        arguments = {name: self._argument(argument, values) for name, argument in operation.inputs.items()}
+        computed = _OPERATIONS[operation.type](arguments)
+        results = computed if isinstance(computed, (tuple, list)) else (computed,)
+        for output, result in zip(operation.outputs, results, strict=True):
+            kind = tensor_type(output.type)
+            if tuple(result.shape) != kind.shape:
+                raise Damaged(f"{operation.type} {output.name} gives {tuple(result.shape)}, declared is {kind.shape}")
+            yield output.name, result.to(_torch_dtype(kind))
+
+    def _argument(self, argument: Any, values: Mapping[str, Any]) -> Any:
+        bound = [
+            values[binding.name] if binding.WhichOneof("binding") == "name" else self._value(binding.value)
+            for binding in argument.arguments
+        ]
+        return bound[0] if len(bound) == 1 else bound
+
+    def _value(self, value: Any) -> Tensor | str:
+        found = self._package.value(value)
+        return found if isinstance(found, str) else torch.from_numpy(np.array(found))
+
+
+def _torch_dtype(kind: TensorType) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, kind.dtype)
+    return dtype
+
+
+def _bound(operation: Any, name: str) -> str:
+    return str(operation.inputs[name].arguments[0].name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Floating point as float32, in which everything is computed."""
+    return x.float() if x.is_floating_point() else x
+
+
+def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Arguments], Tensor]:
+    return lambda arguments: function(_wide(arguments["x"]))
+
+
+def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Arguments], Tensor]:
+    return lambda arguments: function(_wide(arguments["x"]), _wide(arguments["y"]))
+
+
+def _reduction(function: Callable[..., Tensor]) -> Callable[[Arguments], Tensor]:
+    def reduce(arguments: Arguments) -> Tensor:
+        x = _wide(arguments["x"])
+        axes = _integers(arguments["axes"]) if "axes" in arguments else list(range(x.ndim))
+        return function(x, dim=axes, keepdim=_flag(arguments, "keep_dims"))
+
+    return reduce
+
+
+def _integers(values: Tensor) -> list[int]:
+    return [int(value) for value in values.flatten()]
+
+
+def _flag(arguments: Arguments, name: str) -> bool:
+    return bool(arguments[name]) if name in arguments else False
+
+
+def _list(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [values] if isinstance(values, Tensor) else list(values)
+
+
+def _cast(arguments: Arguments) -> Tensor:
+    kinds = {"fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32, "bool": torch.bool}
+    return arguments["x"].to(kinds[arguments["dtype"]])  # type: ignore[no-any-return]
+
+
+def _expand_dims(arguments: Arguments) -> Tensor:
+    x, axes = arguments["x"], _integers(arguments["axes"])
+    rank = x.ndim + len(axes)
+    for axis in sorted(axis % rank for axis in axes):
+        x = x.unsqueeze(axis)
+    return x  # type: ignore[no-any-return]
+
+
+def _squeeze(arguments: Arguments) -> Tensor:
+    x = arguments["x"]
+    axes = _integers(arguments["axes"]) if "axes" in arguments else [a for a, size in enumerate(x.shape) if size == 1]
+    return x.squeeze(tuple(axes))  # type: ignore[no-any-return]
+
+
+def _linear(arguments: Arguments) -> Tensor:
+    bias = _wide(arguments["bias"]) if "bias" in arguments else None
+    return F.linear(_wide(arguments["x"]), _wide(arguments["weight"]), bias)
+
+
+def _matmul(arguments: Arguments) -> Tensor:
+    x, y = _wide(arguments["x"]), _wide(arguments["y"])
+    x = x.transpose(-1, -2) if _flag(arguments, "transpose_x") else x
+    return x @ (y.transpose(-1, -2) if _flag(arguments, "transpose_y") else y)
+
+
+def _slices(x: Tensor, arguments: Arguments) -> tuple[slice | int, ...]:
+    """What `begin`, `end`, `stride` and the masks say, as an index of `x`."""
+
+    def of(name: str, default: int) -> list[int]:
+        return _integers(arguments[name]) if name in arguments else [default] * x.ndim
+
+    parts: list[slice | int] = []
+    columns = (
+        of("begin", 0),
+        of("end", 0),
+        of("stride", 1),
+        of("begin_mask", 0),
+        of("end_mask", 0),
+        of("squeeze_mask", 0),
+    )
+    for begin, end, stride, from_start, to_end, squeezed in zip(*columns, strict=True):
+        if squeezed:
+            parts.append(begin)
+            continue
+        if stride < 1:
+            raise Damaged(f"a slice has the stride {stride}")
+        # A begin of -n counts from the end, as in Python; what is beyond is cut off.
+        parts.append(slice(None if from_start else begin, None if to_end else end, stride))
+    return tuple(parts)
+
+
+def _slice_by_index(arguments: Arguments) -> Tensor:
+    x: Tensor = arguments["x"]
+    return x[_slices(x, arguments)]
+
+
+def _slice_update(arguments: Arguments) -> Tensor:
+    x: Tensor = arguments["x"].clone()
+    x[_slices(x, arguments)] = arguments["update"]
+    return x
+
+
+def _split(arguments: Arguments) -> tuple[Tensor, ...]:
+    x, axis = arguments["x"], int(arguments["axis"])
+    if "split_sizes" in arguments:
+        return x.split(_integers(arguments["split_sizes"]), dim=axis)  # type: ignore[no-any-return]
+    return x.chunk(int(arguments["num_splits"]), dim=axis)  # type: ignore[no-any-return]
+
+
+def _concat(arguments: Arguments) -> Tensor:
+    if _flag(arguments, "interleave"):
+        raise Damaged("a concat is interleaved, which the reference interpreter does not know")
+    # A scalar among the values is a vector of one: so coremltools puts positions together.
+    return torch.cat([torch.atleast_1d(value) for value in _list(arguments["values"])], dim=int(arguments["axis"]))
+
+
+def _gather(arguments: Arguments) -> Tensor:
+    """`indices` along `axis`, its dimensions in the place of that axis."""
+    x, indices, axis = arguments["x"], arguments["indices"].long(), int(arguments.get("axis", 0))
+    if int(arguments.get("batch_dims", 0)):
+        raise Damaged("a gather has batch dimensions, which the reference interpreter does not know")
+    axis %= x.ndim
+    taken = x.index_select(axis, torch.where(indices < 0, indices + x.shape[axis], indices).flatten())
+    return taken.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])  # type: ignore[no-any-return]
+
+
+def _topk(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """The k largest, or smallest; of equal ones the first, as Core ML documents."""
+    x, axis, k = _wide(arguments["x"]), int(arguments.get("axis", -1)), int(arguments["k"])
+    order = x.sort(dim=axis, descending=not _flag(arguments, "ascending"), stable=True)
+    return order.values.narrow(axis, 0, k), order.indices.narrow(axis, 0, k)
+
+
+def _blockwise_shift_scale(arguments: Arguments) -> Tensor:
+    """(data - offset) * scale, each scale serving a block along every axis; [shape of data]."""
+    data, scale = _wide(arguments["data"]).float(), _wide(arguments["scale"])
+    offset = arguments.get("offset")
+    blocks = [part for size, count in zip(data.shape, scale.shape, strict=True) for part in (count, size // count)]
+    spread = [part for count in scale.shape for part in (count, 1)]
+    values = data.reshape(blocks)
+    if offset is not None:
+        values = values - offset.float().reshape(spread)
+    return (values * scale.reshape(spread)).reshape(data.shape)
+
+
+_SPECIAL = frozenset({"const", "read_state", "write_state"})
+_OPERATIONS: Mapping[str, Callable[[Arguments], Tensor | tuple[Tensor, ...]]] = {
+    "add": _binary(torch.add),
+    "cast": _cast,
+    "concat": _concat,
+    "constexpr_blockwise_shift_scale": _blockwise_shift_scale,
+    "cos": _unary(torch.cos),
+    "exp": _unary(torch.exp),
+    "expand_dims": _expand_dims,
+    "gather": _gather,
+    "gather_along_axis": lambda a: a["x"].gather(int(a.get("axis", 0)), a["indices"].long()),
+    "greater": _binary(torch.gt),
+    "greater_equal": _binary(torch.ge),
+    "linear": _linear,
+    "matmul": _matmul,
+    "maximum": _binary(torch.maximum),
+    "mul": _binary(torch.mul),
+    "pow": _binary(torch.pow),
+    "real_div": _binary(torch.div),
+    "reduce_mean": _reduction(torch.mean),
+    "reduce_sum": _reduction(torch.sum),
+    "reshape": lambda a: a["x"].reshape(_integers(a["shape"])),
+    "rsqrt": lambda a: torch.rsqrt(_wide(a["x"]) + _wide(a["epsilon"])),
+    "select": lambda a: torch.where(a["cond"], a["a"], a["b"]),
+    "sigmoid": _unary(torch.sigmoid),
+    "silu": _unary(F.silu),
+    "sin": _unary(torch.sin),
+    "slice_by_index": _slice_by_index,
+    "slice_update": _slice_update,
+    "softmax": lambda a: torch.softmax(_wide(a["x"]), dim=int(a.get("axis", -1))),
+    # As written, and not with a threshold beyond which it is the identity.
+    "softplus": _unary(lambda x: torch.logaddexp(x, torch.zeros(()))),
+    "split": _split,
+    "squeeze": _squeeze,
+    "stack": lambda a: torch.stack(_list(a["values"]), dim=int(a["axis"])),
+    "sub": _binary(torch.sub),
+    "tile": lambda a: a["x"].tile(_integers(a["reps"])),
+    "topk": _topk,
+    "transpose": lambda a: a["x"].permute(_integers(a["perm"])),
+}
+"""By MIL name; results are of any dtype, and rounded to the declared one afterwards."""

@@ -1,0 +1,109 @@
+"""What an overlay makes of a `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import frozen
+
+from coreai_zoo.contracts import Contract
+from coreai_zoo.entry import Entry
+from coreai_zoo.errors import BadInput
+from coreai_zoo.overlay import Overlay
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.signature import KVCache, TraceSpec
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a config.json says
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[str, Any]:
+    """The `config.json` of the model whose facts an entry states.
+
+    Args:
+        entry: which.
+        plugins: what claims it.
+        hint: what to do when it states too little.
+
+    Raises:
+        BadInput: when no overlay claims it, or it states too little.
+        PluginError: when the overlay fails.
+    """
+    overlay, plugin = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
+    try:
+        with plugins.attribute_errors(plugin, f"overlay {overlay.name!r}", except_input=True):
+            return overlay.config_of_facts(entry.facts.stated)
+    except BadInput as error:
+        raise BadInput(f"Entry {entry.name} states too little to plan from. {error.message}", hint) from error
+
+
+@frozen
+class Model:
+    """What the overlay makes of a `config.json`.
+
+    Attributes:
+        plugin: name of the plugin that brought the overlay.
+        facts: of the layers that were asked for.
+        whole_facts: of all layers.
+    """
+
+    hf_config: Mapping[str, Any]
+    overlay: Overlay
+    plugin: str
+    config: Any
+    facts: Mapping[str, Any]
+    whole_facts: Mapping[str, Any]
+    kv_cache: KVCache
+
+    @property
+    def model_type(self) -> str:
+        """The architecture, as `config.json` calls it."""
+        return str(self.hf_config.get("model_type"))
+
+
+def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | None = None) -> Model:
+    """Read a config with the overlay that claims it, cut to the first `layers` layers if there is a number.
+
+    Raises:
+        BadInput: when no plugin claims the architecture, the overlay cannot use the config, or a slice is not a model.
+        PluginError: when several claim it.
+    """
+    overlay, plugin = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
+    with plugins.attribute_errors(plugin, f"overlay {overlay.name!r}", except_input=True):
+        whole_facts = overlay.facts(overlay.read_config(hf_config))
+        if layers is not None:
+            hf_config = overlay.with_layers(hf_config, layers)
+        config = overlay.read_config(hf_config)
+        facts, kv_cache = overlay.facts(config), overlay.kv_cache(config)
+    return Model(hf_config, overlay, plugin, config, facts, whole_facts, kv_cache)
+
+
+def signature(model: Model, entry: Entry | None, contract: Contract, max_context: int, plugins: Plugins) -> TraceSpec:
+    """The function that a bundle of this model has."""
+    states = plugins.extra_states(model.overlay, entry, model.config, contract)
+    return contract.trace_spec(model.kv_cache, states, model.facts["vocab_size"], max_context)
+
+
+def contradictions(entry: Entry, facts: Mapping[str, Any]) -> list[str]:
+    """Facts that an entry states and the config that they describe does not have, one phrase each.
+
+    Args:
+        entry: which.
+        facts: what the overlay makes of that config, see `config_of_entry`.
+    """
+    return [
+        f"{entry.name}: {name} is {stated}, and the other facts make it {facts[name]}"
+        for name, stated in entry.facts.stated.items()
+        if name in facts and facts[name] != stated
+    ]
+
+
+def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the entry states and the checkpoint is not, one phrase each."""
+    return tuple(
+        f"{name} is {facts[name]}, the entry says {stated}"
+        for name, stated in entry.facts.stated.items()
+        if name in facts and facts[name] != stated
+    )

@@ -1,0 +1,155 @@
+"""What a build will read, write and need, held against what this machine has, before a weight is read.
+
+`zoo plan` takes its sizes from here too.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from coreai_zoo.build.design import Resolved
+from coreai_zoo.build.machine import available_memory
+from coreai_zoo.build.workspace import Workspace, existing_parent
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.tokenizer import tokenizer_files
+from coreai_zoo.errors import EnvironmentLacks
+from coreai_zoo.weights.plan import WeightPlan
+
+_BYTES = MappingProxyType({"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8})  # the dtypes that weights may have
+
+# torch and the toolchain, imported and idle, take this much; no build gets by with less.
+LEAST_MEMORY = 384 * 2**20
+
+# The graph around the weights: 45 KiB were measured for two layers.
+_GRAPH_BYTES, _GRAPH_BYTES_PER_LAYER = 32 * 2**10, 24 * 2**10
+
+
+@frozen
+class Disk:
+    """A file system that a build writes to.
+
+    Attributes:
+        path: where on it.
+        needs: bytes that will be written at least.
+        free: bytes that are free.
+    """
+
+    path: Path
+    needs: int
+    free: int
+
+
+@frozen
+class Preflight:
+    """Bytes that a build handles at least.
+
+    Attributes:
+        read: of the checkpoint.
+        scratch: of the weight store, which goes when the build is done; less what is there already.
+        written: of the bundle.
+        disks: the file systems that hold the two.
+        memory: bytes of memory that are available, None where that is not known.
+        least_memory: bytes that the build takes.
+    """
+
+    read: int
+    scratch: int
+    written: int
+    disks: tuple[Disk, ...]
+    memory: int | None
+    least_memory: int = LEAST_MEMORY
+
+    def __str__(self) -> str:
+        free = ", ".join(f"{size(disk.free)} free at {_shown(disk.path)}" for disk in self.disks)
+        memory = "" if self.memory is None else f"; {size(self.memory)} of memory available"
+        return (
+            f"reads {size(self.read)}, writes {size(self.written)} and {size(self.scratch)} of scratch; {free}{memory}"
+        )
+
+    def require(self) -> None:
+        """Refuse a build that cannot fit.
+
+        Raises:
+            EnvironmentLacks: with the numbers; it is the machine that has to change, not the input.
+        """
+        for disk in self.disks:
+            if disk.needs > disk.free:
+                raise EnvironmentLacks(
+                    f"The build needs {size(disk.needs)} of disk space at {disk.path}, where {size(disk.free)} are "
+                    f"free: {size(self.written)} for the bundle and {size(self.scratch)} of scratch in all.",
+                    "Free some, or put one of the two on another disk with -o DIR or --work-dir DIR.",
+                )
+        if self.memory is not None and self.memory < self.least_memory:
+            raise EnvironmentLacks(
+                f"The build needs {size(self.least_memory)} of memory at least, and {size(self.memory)} are available.",
+                "Close other programs.",
+            )
+
+    def as_json(self) -> Mapping[str, Any]:
+        """For programs."""
+        return {**attrs.asdict(self), "disks": [{**attrs.asdict(disk), "path": str(disk.path)} for disk in self.disks]}
+
+
+def preflight(resolved: Resolved, workspace: Workspace) -> Preflight:
+    """Add up what the plan says and ask the machine what there is."""
+    written = asset_bytes(resolved.weights, resolved.facts) + tokenizer_bytes(resolved.checkpoint.directory)
+    found = estimate_build(bytes_read(resolved.weights, resolved.checkpoint), resolved.weights, written, workspace)
+    takes = resolved.backend.memory(int(resolved.facts["layers"]))
+    return attrs.evolve(found, least_memory=max(LEAST_MEMORY, takes))
+
+
+def estimate_build(read: int, weights: WeightPlan, written: int, workspace: Workspace) -> Preflight:
+    """What a build in `workspace` needs that reads and writes so many bytes, and what this machine has for it."""
+    scratch = max(0, weights.stored_bytes - _bytes_below(workspace.work))
+    needs: dict[int, Disk] = {}
+    for path, count in ((workspace.destination, written), (workspace.work, scratch)):
+        existing = existing_parent(path.parent)
+        device = existing.stat().st_dev
+        before = needs[device].needs if device in needs else 0
+        needs.setdefault(device, Disk(existing, 0, shutil.disk_usage(existing).free))
+        needs[device] = attrs.evolve(needs[device], needs=before + count)
+    return Preflight(read, scratch, written, tuple(needs.values()), available_memory())
+
+
+def asset_bytes(weights: WeightPlan, facts: Mapping[str, Any]) -> int:
+    """Bytes of the asset: every stored byte, and the graph around them."""
+    return weights.stored_bytes + _GRAPH_BYTES + _GRAPH_BYTES_PER_LAYER * int(facts["layers"])
+
+
+def tokenizer_bytes(directory: Path) -> int:
+    """Bytes of the tokenizer's files that a bundle copies from the checkpoint in `directory`."""
+    return sum(file.stat().st_size for file in tokenizer_files(directory))
+
+
+def bytes_read(weights: WeightPlan, checkpoint: Checkpoint) -> int:
+    """Bytes of the checkpoint that a build reads."""
+    tensors = checkpoint.tensors
+    return sum(
+        (source.stop - source.start) * tensors[source.key].columns * _BYTES[tensors[source.key].dtype]
+        for planned in weights.tensors
+        for source in planned.sources
+    )
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+
+
+def _shown(path: Path) -> Path:
+    """`path` as seen from here, where it is below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that leaves a number of one or more."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = min(len(units) - 1, int(math.log2(count) // 10)) if count else 0
+    return f"{count:,} bytes" if not power else f"{count / 1024**power:,.1f} {units[power]}"

@@ -1,0 +1,134 @@
+"""The LanguageBundle on disk: what an engine loads, and the record of how it was made.
+
+<name>/
+metadata.json       what Apple's loader parses (metadata_version 0.2)
+<name>.aimodel/     the asset; its suffix is the backend's
+tokenizer/          the checkpoint's own files
+README.md           model card
+build.json          everything that determined the bytes, and the SHA-256 of every file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from coreai_zoo.bundle.layout import BUILD_SCHEMA
+from coreai_zoo.errors import BadInput, CheckFailed, listing
+from coreai_zoo.json_files import read_object
+from coreai_zoo.signature import Axis, StateSpec, TensorSpec, TraceSpec
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The function's signature, as build.json records it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def signature_record(spec: TraceSpec) -> dict[str, Any]:
+    """A `TraceSpec` as JSON."""
+    return {
+        "inputs": [attrs.asdict(tensor) for tensor in spec.inputs],
+        "states": [attrs.asdict(state) for state in spec.states],
+        "outputs": [attrs.asdict(tensor) for tensor in spec.outputs],
+        "axes": {name: attrs.asdict(axis) for name, axis in spec.axes.items()},
+    }
+
+
+def read_signature(record: Mapping[str, Any]) -> TraceSpec:
+    """The `TraceSpec` that `signature_record` wrote."""
+    return TraceSpec(
+        inputs=tuple(TensorSpec(**tensor) for tensor in record["inputs"]),
+        states=tuple(StateSpec(**state) for state in record["states"]),
+        outputs=tuple(TensorSpec(**tensor) for tensor in record["outputs"]),
+        axes={name: Axis(**axis) for name, axis in record["axes"].items()},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What the commands that take a bundle rely on.
+_RECORDED = {
+    "name": str,
+    "backend": str,
+    "layers": int,
+    "max_context": int,
+    "entry": dict,
+    "source": dict,
+    "function": dict,
+    "files": dict,
+}
+
+
+@frozen
+class Bundle:
+    """A bundle on disk, its two records read.
+
+    Attributes:
+        directory: where it is.
+        metadata: content of `metadata.json`.
+        build: content of `build.json`.
+    """
+
+    directory: Path
+    metadata: Mapping[str, Any]
+    build: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Bundle:
+        """Read the records of a bundle.
+
+        Raises:
+            BadInput: when `directory` is not a bundle of this zoo.
+        """
+        if not directory.is_dir():
+            raise BadInput(f"There is no bundle at {directory}.", "`zoo build` prints where it put one.")
+        absent = [name for name in ("metadata.json", "build.json") if not (directory / name).is_file()]
+        if absent:
+            raise BadInput(f"{directory} is not a bundle of this zoo: it has no {' and no '.join(absent)}.")
+        build = read_object(directory / "build.json")
+        if build.get("schema") != BUILD_SCHEMA:
+            raise BadInput(f"{directory / 'build.json'} has schema {build.get('schema')!r}, not {BUILD_SCHEMA}.")
+        wrong = [key for key, kind in _RECORDED.items() if not isinstance(build.get(key), kind)]
+        if wrong:
+            raise BadInput(
+                f"{directory / 'build.json'} is damaged: {listing(wrong)} missing or of another type.",
+                "Build the bundle again.",
+            )
+        return cls(directory, read_object(directory / "metadata.json"), build)
+
+    @property
+    def asset(self) -> Path:
+        """The asset that holds the function."""
+        try:
+            asset = str(self.metadata["assets"]["main"])
+        except (KeyError, TypeError):
+            raise CheckFailed(f"metadata.json of {self.directory} names no main asset.") from None
+        if Path(asset).name != asset:
+            raise CheckFailed(f"metadata.json of {self.directory} names the asset {asset!r}, not a plain name.")
+        return self.directory / asset
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's directory."""
+        return self.directory / "tokenizer"
+
+    @property
+    def signature(self) -> TraceSpec:
+        """The function's signature as it was built."""
+        try:
+            signature = read_signature(self.build["function"])
+            if not signature.outputs:
+                raise ValueError("it has no output")
+            return signature
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckFailed(f"build.json of {self.directory} has no readable signature: {error}.") from error
+
+    @property
+    def max_context(self) -> int:
+        """Positions that the bundle allows."""
+        return int(self.build["max_context"])

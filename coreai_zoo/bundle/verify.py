@@ -1,0 +1,212 @@
+"""Does a bundle hold what it says: structure, hashes, signature, and one real step where the model is small."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from coreai_zoo.backend import Backend, Signature
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.layout import file_digests
+from coreai_zoo.bundle.metadata import METADATA_VERSION
+from coreai_zoo.checkpoint.tokenizer import TOKENIZER_CLASSES
+from coreai_zoo.digest import file_sha256
+from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
+from coreai_zoo.signature import TensorSpec, TraceSpec
+
+# Weights up to this size are run for one step; beyond it the CPU interpreter needs minutes for a token.
+SMOKE_STEP_BYTES = 64 * 2**20
+
+
+@frozen
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: whether it holds.
+        detail: what was found.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(bundle: Bundle, backends: Mapping[str, Backend]) -> list[Check]:
+    """Check a bundle: files, records, tokenizer, then the asset; which is not opened when a file is not as recorded.
+
+    Raises:
+        BadInput: when the bundle was written by a backend that is not installed.
+    """
+    backend = backend_of(bundle, backends)
+    checks = [check_files(bundle), _metadata(bundle), _tokenizer(bundle)]
+    if checks[0].passed:
+        checks += _asset(bundle, backend)
+    return checks
+
+
+def backend_of(bundle: Bundle, backends: Mapping[str, Backend]) -> Backend:
+    """The one of `backends` that wrote `bundle`.
+
+    Raises:
+        BadInput: when it is not installed.
+    """
+    name = str(bundle.build.get("backend"))
+    if name not in backends:
+        raise BadInput(f"{bundle.directory} was written by the backend {name!r}, which is not installed.")
+    return backends[name]
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Raise if any check failed.
+
+    Raises:
+        CheckFailed: with every failed check.
+    """
+    failed = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
+    if failed:
+        raise CheckFailed(f"The bundle does not verify: {'; '.join(failed)}.")
+
+
+def require_asset(bundle: Bundle) -> None:
+    """Refuse an asset that is not as it was built, before it is loaded: on damaged bytecode the runtime aborts.
+
+    Raises:
+        CheckFailed: naming what is missing or was changed.
+    """
+    folder = f"{bundle.asset.name}/"
+    recorded = {path: record for path, record in bundle.build["files"].items() if path.startswith(folder)}
+    damaged = [path for path, record in recorded.items() if not _is_as_recorded(bundle.directory / path, record)]
+    if damaged or not recorded:
+        raise CheckFailed(
+            f"{bundle.directory} cannot be run: {listing(damaged) or bundle.asset.name} is missing or was changed.",
+            "Build the bundle again.",
+        )
+
+
+def _is_as_recorded(path: Path, record: Any) -> bool:
+    if not isinstance(record, Mapping) or not path.is_file() or path.stat().st_size != record.get("bytes"):
+        return False
+    return file_sha256(path) == record.get("sha256")
+
+
+def check_files(bundle: Bundle) -> Check:
+    """Every file of the bundle against its record; reads all of them."""
+    recorded: Mapping[str, Any] = bundle.build.get("files", {})
+    found = file_digests(bundle.directory)
+    problems = [f"{path} is missing" for path in sorted(set(recorded) - set(found))]
+    problems += [f"{path} is not in the record" for path in sorted(set(found) - set(recorded))]
+    problems += [f"{path} was changed" for path in sorted(set(found) & set(recorded)) if found[path] != recorded[path]]
+    total = sum(digest["bytes"] for digest in found.values())
+    return Check(
+        "files", not problems, listing(problems) or f"{len(found)} files, {total:,} bytes, SHA-256 as recorded"
+    )
+
+
+def _metadata(bundle: Bundle) -> Check:
+    """The fields that Apple's loader requires, and that they agree with the signature."""
+    data = bundle.metadata
+    language = data.get("language")
+    language = language if isinstance(language, Mapping) else {}
+    spec = bundle.signature
+    expected = {
+        "metadata_version": (data.get("metadata_version"), METADATA_VERSION),
+        "kind": (data.get("kind"), "llm"),
+        "name": (data.get("name"), bundle.build.get("name")),
+        # The sampler is sized by it: it must be the width of the logits.
+        "language.vocab_size": (language.get("vocab_size"), spec.outputs[0].shape[-1]),
+        "language.max_context_length": (language.get("max_context_length"), bundle.build.get("max_context")),
+        "language.function_map": (language.get("function_map"), {"main": ["main"]}),
+        "language.states": (language.get("states"), {state.name: state.kind for state in spec.states}),
+    }
+    problems = [f"{key} is {found!r}, not {wanted!r}" for key, (found, wanted) in expected.items() if found != wanted]
+    if not isinstance(language.get("tokenizer"), str):
+        problems.append("language.tokenizer is not text")
+    user_data = data.get("user_data", {})
+    if not isinstance(user_data, Mapping) or any(not isinstance(value, str) for value in user_data.values()):
+        problems.append("user_data holds something other than text")
+    if not bundle.asset.is_dir():
+        problems.append(f"there is no asset {bundle.asset.name}")
+    return Check(
+        "metadata", not problems, listing(problems) or f"version {METADATA_VERSION}, agrees with the signature"
+    )
+
+
+def _tokenizer(bundle: Bundle) -> Check:
+    try:
+        config = json.loads((bundle.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+        name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+        from tokenizers import Tokenizer
+
+        size = Tokenizer.from_file(str(bundle.tokenizer / "tokenizer.json")).get_vocab_size()
+    except Exception as error:  # noqa: BLE001  # what tokenizers raises for a file that it cannot parse
+        return Check("tokenizer", False, f"cannot be loaded: {error}")
+    width = int(bundle.signature.outputs[0].shape[-1])
+    passed = name in TOKENIZER_CLASSES and size <= width
+    return Check("tokenizer", passed, f"{name}, {size} tokens for {width} logits")
+
+
+def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
+    checks = [_bytecode_hash(bundle)] if (bundle.asset / "main.hash").is_file() else []
+    try:
+        problems = compare_signature(backend.signature(bundle.asset), bundle.signature)
+    except ZooError as error:
+        return [*checks, Check("signature", False, str(error))]
+    spec = bundle.signature
+    summary = (
+        f"{', '.join(t.name for t in spec.inputs)}; states {', '.join(s.name for s in spec.states)}; "
+        f"{', '.join(t.name for t in spec.outputs)}"
+    )
+    checks.append(Check("signature", not problems, listing(problems) or summary))
+    size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
+    if not problems and size <= SMOKE_STEP_BYTES:
+        checks.append(_smoke_step(bundle, backend))
+    return checks
+
+
+def _bytecode_hash(bundle: Bundle) -> Check:
+    digest = file_sha256(bundle.asset / "main.mlirb")
+    return Check("main.hash", bytes.fromhex(digest) == (bundle.asset / "main.hash").read_bytes(), digest[:16])
+
+
+def compare_signature(found: Signature, spec: TraceSpec) -> list[str]:
+    """How a saved function differs from its spec, one phrase each."""
+
+    def shape(tensor: TensorSpec) -> tuple[int, ...]:
+        return tuple(-1 if isinstance(size, str) else size for size in tensor.shape)
+
+    problems = []
+    groups = (
+        ("input", found.inputs, spec.inputs),
+        ("state", found.states, spec.states),
+        ("output", found.outputs, spec.outputs),
+    )
+    for kind, saved, wanted in groups:
+        if list(saved) != [tensor.name for tensor in wanted]:
+            problems.append(f"{kind}s are {list(saved)}, not {[tensor.name for tensor in wanted]}")
+            continue
+        problems += [
+            f"{kind} {tensor.name} is {saved[tensor.name]}, not {(shape(tensor), tensor.dtype)}"
+            for tensor in wanted
+            if saved[tensor.name] != (shape(tensor), tensor.dtype)
+        ]
+    return problems
+
+
+def _smoke_step(bundle: Bundle, backend: Backend) -> Check:
+    import numpy as np
+
+    try:
+        with backend.stepper(bundle.asset, bundle.signature, capacity=4) as stepper:
+            first, second = stepper.step(0), stepper.step(1)
+    except (CheckFailed, RuntimeError) as error:
+        return Check("step", False, str(error))
+    finite = bool(np.isfinite(first).all() and np.isfinite(second).all())
+    return Check(
+        "step", finite and not np.array_equal(first, second), f"two tokens, logits {'' if finite else 'not '}finite"
+    )

@@ -1,0 +1,1 @@
+"""A Hugging Face checkpoint: fetched, opened, read a slice at a time."""

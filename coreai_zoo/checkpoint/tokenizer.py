@@ -1,0 +1,120 @@
+"""A checkpoint's tokenizer: which files it has, whether an engine can use it, how a chat is rendered."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coreai_zoo.checkpoint.files import member
+from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.json_files import read_object, write_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+# Registered in swift-transformers, so that a Mac can load them.
+TOKENIZER_CLASSES = ("Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+
+# Classes of newer transformers that engines do not know yet, and the one that the same tokenizer.json works as: the
+# engine reads everything else from that file.
+_TOKENIZER_ALIASES = {"Qwen3_5Tokenizer": "Qwen2Tokenizer"}
+
+_TOKENIZER_FILES = {
+    "tokenizer.json": True,
+    "tokenizer_config.json": True,
+    "chat_template.jinja": False,
+    "chat_template.json": False,
+    "special_tokens_map.json": False,
+    "added_tokens.json": False,
+    "vocab.json": False,
+    "merges.txt": False,
+}
+
+
+def tokenizer_files(checkpoint: Path) -> list[Path]:
+    """The checkpoint's tokenizer files: names that we know, never names that a file gives.
+
+    Raises:
+        BadInput: when one is a link that leads out of the checkpoint: what it points to would be published.
+    """
+    return [member(checkpoint, name, str(checkpoint)) for name in _TOKENIZER_FILES if (checkpoint / name).is_file()]
+
+
+def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
+    """Read the checkpoint's `tokenizer_config.json` and check that an engine can use the tokenizer.
+
+    Raises:
+        BadInput: when a file is missing or unreadable, the class is unknown to engines, or a token id is out of range.
+    """
+    missing = [name for name, required in _TOKENIZER_FILES.items() if required and not (checkpoint / name).is_file()]
+    if missing:
+        raise BadInput(f"{checkpoint} has no {' and no '.join(missing)}.", "A bundle needs the checkpoint's tokenizer.")
+    tokenizer_files(checkpoint)
+    config = read_object(checkpoint / "tokenizer_config.json")
+    name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    if name not in (*TOKENIZER_CLASSES, *_TOKENIZER_ALIASES):
+        raise BadInput(
+            f"tokenizer_class in {checkpoint / 'tokenizer_config.json'} is {config.get('tokenizer_class')!r}, which "
+            f"the runtime does not know.",
+            f"It knows {listing(list(TOKENIZER_CLASSES))}.",
+        )
+    highest = max(load_tokenizer(checkpoint).get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest < 0 or highest >= vocab_size:
+        raise BadInput(
+            f"The tokenizer in {checkpoint} has token ids up to {highest}, but the model's vocabulary is {vocab_size}."
+        )
+    return config
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer in `directory`.
+
+    Raises:
+        BadInput: when there is none, or it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
+
+
+def copy_tokenizer(checkpoint: Path, destination: Path) -> None:
+    """Copy the checkpoint's tokenizer files to `destination`, its class under a name that engines know."""
+    destination.mkdir()
+    for path in tokenizer_files(checkpoint):
+        shutil.copyfile(path, destination / path.name)
+    config = read_object(destination / "tokenizer_config.json")
+    alias = _TOKENIZER_ALIASES.get(str(config.get("tokenizer_class", "")).removesuffix("Fast"))
+    if alias is not None:
+        write_json(destination / "tokenizer_config.json", {**config, "tokenizer_class": alias})
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Import and run transformers without its progress bars and its advice on kernels that are not installed."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    noisy = [logging.getLogger(name) for name in ("torchao", "transformers", "torch.utils._pytree")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+            yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,158 @@
+"""The `zoo` command: the frame that every command runs in, and the commands that only look.
+
+Answers come without torch: a command's module is imported when it runs, and its line of help stands in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import click
+
+from coreai_zoo import __version__
+from coreai_zoo.commands import plugins_of
+from coreai_zoo.errors import ZooError
+
+COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
+    {
+        "list": ("coreai_zoo.cli.list:list_entries", "What there is to build."),
+        "show": ("coreai_zoo.cli.show:show", "Everything that is known of an entry."),
+        "build": ("coreai_zoo.cli.build:build", "Build a bundle."),
+        "plan": ("coreai_zoo.cli.plan:plan", "What a bundle would hold, need and run at, from a config alone."),
+        "new": ("coreai_zoo.cli.new:new", "Write an entry for a checkpoint."),
+        "run": ("coreai_zoo.cli.run:run", "Generate text with a bundle, on the runtime of this machine."),
+        "gate": ("coreai_zoo.cli.gate:gate", "Compare a bundle with Hugging Face, position by position."),
+        "sensitivity": (
+            "coreai_zoo.cli.sensitivity:sensitivity",
+            "Rank a model's weights by what quantizing them costs for each byte that it saves.",
+        ),
+        "verify": (
+            "coreai_zoo.cli.verify:verify",
+            "Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.",
+        ),
+        "diff": (
+            "coreai_zoo.cli.diff:diff",
+            "What differs between two bundles, entries, recipes or revisions of the code.",
+        ),
+        "check": ("coreai_zoo.cli.check:check", "Everything that has to hold before a change is merged."),
+        "plugins": ("coreai_zoo.cli.plugins:list_plugins", "Which plugins are installed and what each brings."),
+        "doctor": ("coreai_zoo.cli.doctor:doctor", "What this machine and installation can and cannot do."),
+    }
+)
+"""The host's commands in the order of `zoo --help`: where each is, and its first line of help."""
+
+_INTERRUPTED = 130
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frame
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ZooGroup(click.Group):
+    """Imports a command when it runs, adds those of plugins, and turns errors into one paragraph and an exit code."""
+
+    # Commands that must answer when a plugin is broken, because they say what is broken.
+    without_plugins = frozenset({"doctor"})
+
+    debug = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        """The host's commands in their order, then the plugins'."""
+        return [*COMMANDS, *sorted(self.commands)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now if it is one of the host's."""
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with plugins' commands added first."""
+        if args[0] not in self.without_plugins:
+            self._add_plugin_commands(ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands; only plugins' are loaded for it."""
+        try:
+            self._add_plugin_commands(ctx)
+        except ZooError as error:  # help is still help
+            click.echo(f"warning: {error}", err=True)
+        rows = [(name, help_line) for name, (_target, help_line) in COMMANDS.items()]
+        rows += [(name, self.commands[name].get_short_help_str(limit=80)) for name in sorted(self.commands)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def _add_plugin_commands(self, ctx: click.Context) -> None:
+        # The host's commands are not in `self.commands`, so that holds plugins' only, from this run on.
+        self.commands.clear()
+        plugins_of(ctx).register_commands(self)
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run and exit: 0 fine, 1 a check failed, 2 bad usage or input, 3 the environment lacks something.
+
+        130 stands for an interruption, as in a shell.
+        """
+        self.debug = False
+        try:
+            result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except (ZooError, click.ClickException, click.Abort) as error:
+            if not standalone_mode or (self.debug and isinstance(error, ZooError)):
+                raise
+            _exit_with(error)
+        if not standalone_mode:
+            return result
+        # Without standalone mode, click hands back the code of `ctx.exit(code)`.
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    if isinstance(error, click.UsageError):
+        error.show()
+        sys.exit(2)
+    if isinstance(error, click.ClickException):
+        click.echo(f"error: {error.format_message()}", err=True)
+        sys.exit(2)
+    if isinstance(error, ZooError):
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    click.echo("interrupted", err=True)  # click turns KeyboardInterrupt into Abort
+    sys.exit(_INTERRUPTED)
+
+
+def _set_debug(ctx: click.Context, _option: click.Parameter, debug: bool) -> None:
+    if isinstance(ctx.command, ZooGroup):
+        ctx.command.debug = debug
+
+
+@click.group(
+    cls=ZooGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    epilog="Example: zoo build qwen3.6-27b --sample",
+)
+@click.option("--debug", is_flag=True, is_eager=True, expose_value=False, callback=_set_debug, help="Show tracebacks.")
+@click.version_option(__version__, prog_name="zoo")
+def cli() -> None:
+    """Turn Hugging Face checkpoints into verified Core AI bundles."""
+
+
+def main() -> NoReturn:
+    """Entry point of `zoo`."""
+    cli.main(prog_name="zoo")
+    raise AssertionError("main exits by itself in standalone mode")

@@ -1,0 +1,103 @@
+"""The commands that build, run and judge: `zoo build`, `zoo run`, `zoo gate`, `zoo verify`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coreai_zoo.build import pipeline
+from coreai_zoo.build.pipeline import BuildResult
+from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_OUTPUT, BuildRequest
+from coreai_zoo.commands import json_option, plugins_of
+from coreai_zoo.contracts import CONTRACTS
+from coreai_zoo.errors import BadInput
+from coreai_zoo.progress import EventReporter, Reporter
+from coreai_zoo.recipes import RECIPES
+
+_EXISTING = click.Path(path_type=Path)
+
+
+@click.command("build")
+@click.argument("entry", metavar="ENTRY")
+@click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local Hugging Face checkpoint.")
+@click.option("--sample", is_flag=True, help="The miniature trained checkpoint that ships with the entry.")
+@click.option("--recipe", metavar="R", help=f"Quantization: {', '.join(RECIPES)}. Default: the entry's.")
+@click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
+@click.option("--backend", default=DEFAULT_BACKEND, show_default=True, metavar="B", help="coreai or coreml.")
+@click.option(
+    "-o",
+    "--output",
+    type=_EXISTING,
+    default=DEFAULT_OUTPUT,
+    show_default=True,
+    metavar="DIR",
+    help="Folder in which the bundle's own folder is made.",
+)
+@click.option("--max-context", type=int, metavar="N", help="Positions that the bundle allows. Default: the entry's.")
+@click.option("--layers", type=int, metavar="N", help="Build a slice: the first N layers only.")
+@click.option("--custom", is_flag=True, help="The checkpoint is of other sizes than the entry says: build it as such.")
+@click.option("--allow-unverified", is_flag=True, help="Build an entry that was not compared with its checkpoint yet.")
+@click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where weights are kept during the build.")
+@click.option("--keep-weights", is_flag=True, help="Keep them afterwards: a rebuild quantizes nothing again.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "json"]),
+    default="auto",
+    show_default=True,
+    help="On stderr: a bar or plain lines (with --json nothing), or one JSON object per event.",
+)
+@json_option
+@click.pass_context
+def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -> None:
+    """Build a bundle.
+
+    Without --checkpoint or --sample the entry's checkpoint is fetched from the Hugging Face hub. The output path is
+    untouched until the bundle is complete and verified. An interrupted build resumes when it is run again.
+
+    A checkpoint that contradicts a fact of the entry is refused, each fact named: another model wants an entry of its
+    own, which `zoo new` writes. ENTRY may be the path of such a file. With --custom the checkpoint is built without
+    one, and the bundle's name and card say that it is not the entry's model.
+
+    \b
+    Example:
+        zoo build qwen3.6-27b --sample
+        zoo build qwen3.6-27b --checkpoint ~/Qwen3.6-27B -o bundles --allow-unverified
+        zoo build qwen3.6-27b --checkpoint ~/smaller-sibling --custom
+    """
+    if options["checkpoint"] is not None and options["sample"]:
+        raise BadInput("--checkpoint and --sample exclude each other.")
+    request = BuildRequest(**options)
+    try:
+        report = EventReporter() if progress == "json" else Reporter(silent=as_json)
+        result = pipeline.build(request, plugins_of(ctx), report)
+    except KeyboardInterrupt:
+        command = shlex.join([str(ctx.find_root().info_name), *sys.argv[1:]])
+        click.echo(f"\nFinished weights are kept. To resume, run:\n    {command}", err=True)
+        raise
+    if as_json:
+        click.echo(request_json(request, result))
+    else:
+        click.echo(f"{result.path} ({result.bytes:,} bytes, {sum(result.seconds.values()):.1f} s)")
+
+
+def request_json(request: BuildRequest, result: BuildResult) -> str:
+    """A result for programs."""
+    return json.dumps(
+        {
+            "entry": request.entry,
+            "name": result.name,
+            "path": str(result.path),
+            "bytes": result.bytes,
+            "weights": {"computed": result.computed, "reused": result.reused},
+            "preflight": result.preflight.as_json(),
+            "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
+            "checks": [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in result.checks],
+        },
+        indent=2,
+    )

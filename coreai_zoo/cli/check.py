@@ -1,0 +1,79 @@
+"""`zoo check`: what a maintainer's CI runs on a change."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import attrs
+import click
+
+from coreai_zoo.cli.app import cli
+from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.errors import BadInput, CheckFailed, listing
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
+from coreai_zoo.review.check import CHECKS, Checks
+from coreai_zoo.review.goldens import DEFAULT_FOLDER
+
+_POSITIONS = "32"
+
+
+@click.command("check")
+@click.option("--only", multiple=True, type=click.Choice([*CHECKS]), help="Run this check only; may be repeated.")
+@click.option(
+    "--goldens",
+    "golden_folder",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_FOLDER,
+    show_default=True,
+    metavar="DIR",
+    help="Folder of the golden graphs.",
+)
+@click.option("--update-goldens", is_flag=True, help="Write the golden graphs instead of comparing them.")
+@json_option
+@click.pass_context
+def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update_goldens: bool, as_json: bool) -> None:
+    """Everything that has to hold before a change is merged.
+
+    Run it in the repository. Entries are valid; every architecture is claimed by one overlay; the golden graphs are
+    those that the code gives; the samples build and pass their gates; the documentation is complete. Exits with 1 if
+    anything does not hold.
+
+    \b
+    Example:
+        zoo check
+        zoo check --only goldens --update-goldens
+    """
+    if update_goldens and only and "goldens" not in only:
+        raise BadInput("--update-goldens writes nothing when the check `goldens` is not among --only.")
+    plugins = plugins_of(ctx)
+    checks = Checks(
+        plugins=plugins,
+        folder=Path.cwd(),
+        golden_folder=golden_folder,
+        update_goldens=update_goldens,
+        gate=lambda bundle: _gate(bundle, plugins),
+        report=Reporter(silent=as_json),
+    )
+    outcomes = list(checks.run(only))
+    failed = [outcome.name for outcome in outcomes if outcome.passed is False]
+    if as_json:
+        print_json({"passed": not failed, "checks": [attrs.asdict(outcome) for outcome in outcomes]})
+    else:
+        table = new_table("check", "", "seconds", "found")
+        verdicts = {True: "passed", False: "FAILED", None: "nothing"}
+        for outcome in outcomes:
+            table.add_row(outcome.name, verdicts[outcome.passed], f"{outcome.seconds:.0f}", outcome.detail)
+        print_table(table)
+    if failed:
+        raise CheckFailed(f"Failed: {listing(failed)}.")
+
+
+def _gate(bundle: Path, plugins: Plugins) -> str:
+    """Run `zoo gate` as a user would, plugins' gates included."""
+    options = ["--prompts", "code", "--positions", _POSITIONS, "--candidate", "coreai", "--no-control", "--json"]
+    with contextlib.redirect_stdout(io.StringIO()):  # a gate that fails raises
+        cli.main(["gate", str(bundle), *options], standalone_mode=False, obj=plugins)
+    return "gate passed"

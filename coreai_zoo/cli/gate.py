@@ -1,0 +1,191 @@
+"""`zoo gate`: does a bundle compute what its checkpoint computes, and how far is it off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.commands import json_option, new_table, plugins_of, print_table
+from coreai_zoo.errors import BadInput, CheckFailed, listing
+from coreai_zoo.gates.run import GateOptions, _report_folder, run_gate, write_report
+from coreai_zoo.progress import Reporter
+
+_EXISTING = click.Path(path_type=Path)
+
+# Of a bundle that fails badly; the report has them all.
+_SHOWN_FLIPS, _SHOWN_REASONS = 5, 5
+
+
+@click.command("gate")
+@click.argument("bundle", type=_EXISTING)
+@click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="The one it was built from. Not needed for a sample.")
+@click.option("-p", "--prompt", metavar="TEXT", help="Text to force through both, instead of the built-in prompts.")
+@click.option("--prompts", metavar="NAME,...", help="Some of the built-in: code, text, digits, spanish, chat, long.")
+@click.option("--prompt-file", type=_EXISTING, multiple=True, metavar="FILE", help="A text file; may be repeated.")
+@click.option(
+    "--positions", type=click.IntRange(1), metavar="N", help="Tokens of each prompt. Default: see docs/gate.md."
+)
+@click.option("--allow-weak-prompt", is_flag=True, help="Judge prompts too on which the oracle is unsure of itself.")
+@click.option(
+    "--candidate",
+    type=click.Choice(["auto", "coreai", "mil", "torch"]),
+    default="auto",
+    show_default=True,
+    help="The asset on the Core AI runtime, of a Core ML bundle in the reference interpreter (mil); or the overlay in "
+    "PyTorch on the asset's weights; auto: by size.",
+)
+@click.option(
+    "--control/--no-control", default=True, help="Also run unquantized weights, to tell where flips are from."
+)
+@click.option(
+    "--oracle-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What the oracle computes in.",
+)
+@click.option("--oracle-cache", type=_EXISTING, metavar="DIR", help="Keep the oracle's results here and reuse them.")
+@click.option("--cached-only", is_flag=True, help="Fail where the cache has no result, instead of computing it.")
+@click.option("--against", type=_EXISTING, metavar="OTHER", help="Compare with another bundle of the same checkpoint.")
+@click.option("-o", "--output", type=_EXISTING, metavar="DIR", help="Where the report goes. Default: BUNDLE/gate.")
+@click.option(
+    "--sensitivity", is_flag=True, help="Instead: rank roles by what quantizing them costs, as `zoo sensitivity`."
+)
+@json_option
+@click.pass_context
+def gate(
+    ctx: click.Context,
+    /,
+    bundle: Path,
+    against: Path | None,
+    output: Path | None,
+    sensitivity: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Compare a bundle with Hugging Face, position by position.
+
+    Prompts are forced through the bundle and through transformers in fp32 on the same checkpoint. A different top token
+    where the oracle's two best logits are at least 0.1 apart is a confident flip and fails the gate (exit code 1);
+    closer than that it is a tie. It also fails where errors are larger than the recipe's bounds (see docs/gate.md). A
+    prompt on which more than one position in eight is a tie for the oracle is refused before the bundle runs.
+
+    Writes BUNDLE/gate/report.html and transcript.json, and puts the measured numbers into the bundle's card. A Core ML
+    bundle also gets the logits that its compare_on_mac.py compares a device with.
+
+    \b
+    Example:
+        zoo gate exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
+        zoo gate BUNDLE --checkpoint ~/Qwen3.6-27B --oracle-cache ~/oracle --prompts code,chat
+        zoo gate BUNDLE --against exports/qwen3_6_27b_sample_decode_fp16
+    """
+    from coreai_zoo.gates import transcript as transcripts
+
+    options = GateOptions(**given)
+    if sensitivity:
+        if against is not None or output is not None:
+            raise BadInput("--sensitivity judges nothing: leave out --against and --output.")
+        _rank(ctx, bundle, options, as_json=as_json)
+        return
+    opened = [Bundle.open(path) for path in (bundle, against) if path is not None]
+    folder = _report_folder(opened[0], output)
+    transcripts.check_writable(folder)
+    records = run_gate(opened, options, plugins_of(ctx), Reporter(silent=as_json), keep_in=folder)
+    page = write_report(opened[0], records, output)
+    if as_json:
+        click.echo(transcripts.to_json(records[0] | ({"against": records[1]} if against else {})), nl=False)
+    else:
+        show(records)
+        click.echo(f"Report: {page}")
+    if not records[0]["verdict"]["passed"]:
+        raise failure(bundle.name, records[0]["verdict"]["reasons"])
+
+
+def _rank(ctx: click.Context, bundle: Path, options: GateOptions, *, as_json: bool) -> None:
+    """Run `zoo sensitivity` with what it has in common with `zoo gate`."""
+    from coreai_zoo.cli.sensitivity import sensitivity
+
+    shared = GateOptions(checkpoint=options.checkpoint, prompt=options.prompt, positions=options.positions)
+    if options != shared:
+        raise BadInput(
+            "--sensitivity goes with --checkpoint, --prompt, --positions and --json only.",
+            "`zoo sensitivity` has more options of its own.",
+        )
+    ctx.invoke(
+        sensitivity,
+        subject=str(bundle),
+        checkpoint=shared.checkpoint,
+        prompt=shared.prompt,
+        positions=shared.positions,
+        as_json=as_json,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def failure(name: str, reasons: list[str]) -> CheckFailed:
+    """What a gate that failed ends with."""
+    return CheckFailed(f"{name} fails the gate: {listing(reasons, _SHOWN_REASONS, '; ')}.")
+
+
+def show(records: Sequence[Mapping[str, Any]]) -> None:
+    """A table of prompts for each bundle, what went wrong, and the verdict."""
+    from coreai_zoo.gates.report import prompt_totals, significant
+
+    for record in records:
+        columns = ("positions", "matched", "ties", "flips", "lowest cosine", "median error", "largest KL", "verdict")
+        table = new_table("prompt", *columns, title=record["bundle"]["name"] if len(records) > 1 else None)
+        for prompt in record["prompts"]:
+            length = str(len(prompt["tokens"]))
+            if not prompt["judged"]:
+                weak = prompt["strength"]["weak"]
+                why = f"not judged: {prompt['strength']['ties']} oracle ties" if weak else "not judged"
+                table.add_row(prompt["name"], length, *["-"] * 6, why)
+                continue
+            measures = prompt_totals(prompt)
+            table.add_row(
+                prompt["name"],
+                length,
+                *(str(prompt[key]) for key in ("matched", "ties", "confident_flips")),
+                f"{measures['cosine']:.6f}",
+                *(significant(measures[key]) for key in ("median_error", "kl")),
+                "passed" if prompt["passed"] else "FAILED",
+            )
+        print_table(table)
+        _show_flips(record)
+        click.echo(_verdict_line(record))
+
+
+def _show_flips(record: Mapping[str, Any]) -> None:
+    for prompt in record["prompts"]:
+        flips = [position for position in prompt.get("positions", ()) if position["verdict"] == "FLIP"]
+        for position in sorted(flips, key=lambda flip: -flip["margin"])[:_SHOWN_FLIPS]:
+            source = position.get("attribution")
+            click.echo(
+                f"  {prompt['name']} position {position['index']}: after {prompt['pieces'][position['index']]!r} "
+                f"{position['candidate']} instead of {position['oracle']}, oracle margin {position['margin']:.3f}"
+                + (f", from {source}" if source else "")
+            )
+        if len(flips) > _SHOWN_FLIPS:
+            click.echo(f"  {prompt['name']}: {len(flips) - _SHOWN_FLIPS} more flips, of smaller margins, in the report")
+
+
+def _verdict_line(record: Mapping[str, Any]) -> str:
+    from coreai_zoo.gates.report import totals
+
+    counts = totals(record)
+    candidates = dict.fromkeys(prompt["candidate"] for prompt in record["prompts"] if prompt["judged"])
+    line = (
+        f"{'passed' if record['verdict']['passed'] else 'FAILED'}: {' and '.join(candidates)} against "
+        f"{record['inputs']['oracle']}, {counts['matched']} of {counts['positions']} matched, ties: {counts['ties']}, "
+        f"confident flips: {counts['flips']} ({counts['confident']} positions have a margin of 0.1 or more)."
+    )
+    weak = record["verdict"]["weak_prompts_allowed"]
+    return line + (f" Weak prompts allowed: {', '.join(weak)}." if weak else "")

@@ -1,0 +1,307 @@
+"""`zoo plan`: what a bundle would hold, need and run at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from attrs import asdict, frozen
+
+from coreai_zoo.build.preflight import size
+from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
+from coreai_zoo.errors import BadInput
+from coreai_zoo.planning.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
+from coreai_zoo.planning.plan import Plan, plan_checkpoint, plan_entry
+from coreai_zoo.recipes import RECIPES
+
+
+@frozen
+class _Machines:
+    """What decode rates are predicted for."""
+
+    chips: tuple[Chip, ...]
+    efficiency: float
+    efficiency_source: str
+
+    @property
+    def at_efficiency(self) -> str:
+        return f"at {100 * self.efficiency:.0f} %"
+
+
+@click.command("plan")
+@click.argument("entries", metavar="[ENTRY]...", nargs=-1)
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    multiple=True,
+    help="A checkpoint, or a folder with nothing but its config.json, instead of an entry.",
+)
+@click.option("--recipe", "recipes", metavar="R", multiple=True, help=f"{', '.join(RECIPES)}. Default: the entry's.")
+@click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
+@click.option("--context", type=click.IntRange(MINIMUM_CONTEXT), metavar="N", help="Positions to count states at.")
+@click.option("--bandwidth", type=click.FloatRange(0, min_open=True), metavar="GB/s", help="Of another machine.")
+@click.option(
+    "--efficiency",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help=f"Of the bandwidth that decode reaches. Default: {EFFICIENCY}, from a published measurement.",
+)
+@click.option("--compare", is_flag=True, help="Several entries or recipes side by side. Default: every recipe.")
+@json_option
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    entries: tuple[str, ...],
+    checkpoints: tuple[Path, ...],
+    recipes: tuple[str, ...],
+    contract: str | None,
+    context: int | None,
+    bandwidth: float | None,
+    efficiency: float | None,
+    compare: bool,
+    as_json: bool,
+) -> None:
+    """What a bundle would hold, need and run at, from a config alone.
+
+    No weight is read. Sizes are exact up to the graph's few megabytes. Rates are predictions: a decoded token reads
+    every weight but the embedding table (of experts, the chosen ones), and nothing but the memory takes time. Reading
+    the states comes on top, and grows with the context.
+
+    \b
+    Example:
+        zoo plan qwen3.6-27b
+        zoo plan qwen3.6-27b --recipe int4lin --context 8192 --bandwidth 400
+        zoo plan --checkpoint ~/some-sibling
+        zoo plan qwen3.6-27b --compare
+        zoo plan qwen3.6-27b qwen3.6-35b-a3b --compare --json
+    """
+    if not entries and not checkpoints:
+        raise BadInput(
+            "There is nothing to plan.", "Name an entry, or pass --checkpoint DIR; `zoo list` shows entries."
+        )
+    several = len(entries) + len(checkpoints) > 1
+    chosen: Sequence[str | None] = recipes or ((*RECIPES,) if compare and not several else (None,))
+    if not compare and (several or len(chosen) > 1):
+        raise BadInput("This asks for several plans.", "Pass --compare to see them side by side.")
+    plugins = plugins_of(ctx)
+    plans = [
+        made
+        for recipe in chosen
+        for made in (
+            *(plan_entry(name, plugins, recipe=recipe, contract=contract, context=context) for name in entries),
+            *(
+                plan_checkpoint(path, plugins, recipe=recipe, contract=contract, context=context)
+                for path in checkpoints
+            ),
+        )
+    ]
+    machines = _Machines(
+        chips=CHIPS if bandwidth is None else (Chip(f"{bandwidth:g} GB/s", bandwidth, ()),),
+        efficiency=efficiency or EFFICIENCY,
+        efficiency_source="--efficiency" if efficiency else EFFICIENCY_SOURCE,
+    )
+    if as_json:
+        described = [_described(made, machines) for made in plans]
+        print_json(described if compare else described[0])
+    elif compare:
+        _print_side_by_side(plans, machines)
+    else:
+        _print(plans[0], machines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _print(plan: Plan, machines: _Machines) -> None:
+    status = f", {plan.entry.status}" if plan.entry else ""
+    click.echo(
+        f"{plan.name}{status}: {plan.recipe.published_name}, contract {plan.contract.name}, overlay "
+        f"{plan.model.overlay.name} of plugin {plan.model.plugin}\n"
+    )
+    _print_roles(plan)
+    click.echo()
+    for name, text in _figures(plan):
+        click.echo(f"{name:<16} {text}")
+    click.echo()
+    _print_rates(plan, machines)
+    click.echo()
+    for measured in plan.published:
+        special = f" ({measured.note})" if measured.note else ""
+        click.echo(f"Published: {measured.decode:g} tokens/s on {measured.machine}{special}; {measured.source}.")
+    click.echo(f"The rate {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
+    if plan.dense_read > plan.read:
+        click.echo(
+            "Of a mixture of experts the rate is that of ideal gathering; an engine that reads more than the chosen "
+            "experts falls towards the rate of reading every one."
+        )
+    if any(chip.memory for chip in machines.chips):
+        click.echo(f"Fits: asset and states, nothing of the engine's own. {GPU_SHARE_SOURCE}")
+
+
+def _print_roles(plan: Plan) -> None:
+    table = new_table("role", "tensors", "parameters", "stored as", "bits", "bytes", "read per token")
+    for column in (1, 2, 4, 5, 6):
+        table.columns[column].justify = "right"
+    for role in plan.roles:
+        stored = str(role.spec) if role.spec else "not quantized"
+        numbers = (f"{role.bits:.2f}", f"{role.bytes:,}", f"{role.read:,}")
+        table.add_row(role.role, str(role.tensors), f"{role.parameters:,}", stored, *numbers)
+    table.add_row(
+        "all",
+        str(len(plan.weights.tensors)),
+        f"{plan.weights.parameters:,}",
+        "",
+        f"{8 * plan.weights.stored_bytes / plan.weights.parameters:.2f}",
+        f"{plan.weights.stored_bytes:,}",
+        f"{plan.read:,}",
+    )
+    print_table(table)
+
+
+def _figures(plan: Plan) -> list[tuple[str, str]]:
+    """What the plan comes to, name and text."""
+    tokenizer = "with" if plan.tokenizer else "without"
+    figures = [
+        ("asset", f"{plan.asset:,} bytes ({size(plan.asset)}){_published_size(plan)}"),
+        ("bundle", f"{plan.bundle:,} bytes ({size(plan.bundle)}), {tokenizer} the tokenizer's files"),
+        ("read per token", f"{plan.read:,} bytes ({size(plan.read)})"),
+    ]
+    if plan.dense_read > plan.read:
+        dense = f"{plan.dense_read:,} bytes ({size(plan.dense_read)}) if every expert were read"
+        figures.append(("", dense))
+    states = ", ".join(f"{name} {size(count)}" for name, count in plan.states.items())
+    return [
+        *figures,
+        ("states", f"{plan.state_bytes:,} bytes ({size(plan.state_bytes)}) at {plan.context:,} positions: {states}"),
+        ("", f"{plan.growth:,} bytes more with each position; a token reads them all"),
+        ("build", f"{plan.build}; needs {size(plan.build.least_memory)} of memory at least"),
+    ]
+
+
+def _published_size(plan: Plan) -> str:
+    sizes = [measured.asset_bytes for measured in plan.published if measured.asset_bytes]
+    return "".join(f"; published: {known:,} ({100 * (plan.asset / known - 1):+.3f} %)" for known in sizes)
+
+
+def _print_rates(plan: Plan, machines: _Machines) -> None:
+    dense = plan.dense_read > plan.read
+    heads = ["machine", "GB/s", "fits from", "tokens/s at 100 %", machines.at_efficiency]
+    table = new_table(*heads, *(["every expert, 100 %"] if dense else []), "published")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for chip in machines.chips:
+        rates = [tokens_per_second(plan.read, chip.bandwidth, share) for share in (1.0, machines.efficiency)]
+        rates += [tokens_per_second(plan.dense_read, chip.bandwidth)] if dense else []
+        published = ", ".join(f"{known.decode:g}" for known in plan.published if known.machine == chip.name)
+        table.add_row(
+            chip.name, f"{chip.bandwidth:g}", _fits(plan, chip), *(f"{rate:.1f}" for rate in rates), published
+        )
+    print_table(table)
+
+
+def _fits(plan: Plan, chip: Chip) -> str:
+    if not chip.memory:
+        return ""
+    smallest = chip.smallest_memory(plan.resident)
+    return "does not" if smallest is None else f"{smallest} GB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several, side by side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
+    one_name = len({plan.name for plan in plans}) == 1
+    one_recipe = len({plan.recipe.name for plan in plans}) == 1
+    heads = [plan.recipe.name if one_name else plan.name for plan in plans]
+    if not one_name and not one_recipe:
+        heads = [f"{plan.name} {plan.recipe.name}" for plan in plans]
+    title = plans[0].name if one_name else plans[0].recipe.name if one_recipe else None
+    table = new_table("", *heads, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows: list[tuple[str, list[str]]] = [
+        ("parameters", [f"{plan.weights.parameters:,}" for plan in plans]),
+        ("bits per parameter", [f"{8 * plan.weights.stored_bytes / plan.weights.parameters:.2f}" for plan in plans]),
+        ("asset", [f"{plan.asset:,}" for plan in plans]),
+        ("read per token", [f"{plan.read:,}" for plan in plans]),
+        ("with every expert", [f"{plan.dense_read:,}" if plan.dense_read > plan.read else "" for plan in plans]),
+        ("context", [f"{plan.context:,}" for plan in plans]),
+        ("states", [f"{plan.state_bytes:,}" for plan in plans]),
+        ("a build reads", [size(plan.build.read) for plan in plans]),
+        ("scratch", [size(plan.build.scratch) for plan in plans]),
+    ]
+    for chip in machines.chips:
+        rates = [tokens_per_second(plan.read, chip.bandwidth, machines.efficiency) for plan in plans]
+        fits = [_fits(plan, chip) for plan in plans]
+        cells = [f"{rate:.1f}{f' ({fit})' if fit else ''}" for rate, fit in zip(rates, fits, strict=True)]
+        rows.append((f"tokens/s, {chip.name}", cells))
+    for name, cells in rows:
+        if any(cells):
+            table.add_row(name, *cells)
+    print_table(table)
+    click.echo(f"\nRates {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
+    if any(chip.memory for chip in machines.chips):
+        click.echo(f"In parentheses, the memory from which it fits. {GPU_SHARE_SOURCE}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _described(plan: Plan, machines: _Machines) -> Mapping[str, Any]:
+    return {
+        "name": plan.name,
+        "entry": plan.entry.name if plan.entry else None,
+        "status": plan.entry.status if plan.entry else None,
+        "overlay": plan.model.overlay.name,
+        "plugin": plan.model.plugin,
+        "recipe": plan.recipe.name,
+        "published_name": plan.recipe.published_name,
+        "contract": plan.contract.name,
+        "facts": dict(plan.model.facts),
+        "parameters": plan.weights.parameters,
+        "roles": {
+            role.role: {
+                "tensors": role.tensors,
+                "parameters": role.parameters,
+                "stored_as": asdict(role.spec) if role.spec else None,
+                "bits": role.bits,
+                "bytes": role.bytes,
+                "read_per_token": role.read,
+            }
+            for role in plan.roles
+        },
+        "asset_bytes": plan.asset,
+        "tokenizer_bytes": plan.tokenizer,
+        "bundle_bytes": plan.bundle,
+        "decode": {
+            "read_per_token": plan.read,
+            "dense_read_per_token": plan.dense_read,
+            "state_growth_per_position": plan.growth,
+        },
+        "states": {"context": plan.context, "bytes": plan.state_bytes, "by_name": dict(plan.states)},
+        "build": plan.build.as_json(),
+        "efficiency": {"share": machines.efficiency, "source": machines.efficiency_source},
+        "machines": [
+            {
+                "name": chip.name,
+                "bandwidth_gb_per_second": chip.bandwidth,
+                "fits_from_gib": chip.smallest_memory(plan.resident),
+                "tokens_per_second": tokens_per_second(plan.read, chip.bandwidth),
+                "tokens_per_second_at_efficiency": tokens_per_second(plan.read, chip.bandwidth, machines.efficiency),
+                "tokens_per_second_dense_read": tokens_per_second(plan.dense_read, chip.bandwidth),
+            }
+            for chip in machines.chips
+        ],
+        "published": [asdict(measured) for measured in plan.published],
+    }

@@ -1,0 +1,50 @@
+"""`zoo verify`: does a bundle hold what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.errors import BadInput
+from coreai_zoo.progress import Reporter
+
+
+@click.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--rebuild", is_flag=True, help="Also build it again as recorded, and compare every byte.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="For --rebuild. Default: as for a build."
+)
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, bundle: Path, rebuild: bool, checkpoint: Path | None, as_json: bool) -> None:
+    """Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.
+
+    Exits with 1 if anything is not as recorded.
+
+    \b
+    Example:
+        zoo verify exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
+        zoo verify exports/qwen3_6_27b_decode_int8hu_block32_sym --rebuild --checkpoint ~/Qwen3.6-27B
+    """
+    from coreai_zoo.build.rebuild import rebuild as rebuild_bundle
+    from coreai_zoo.bundle.verify import require
+    from coreai_zoo.bundle.verify import verify as verify_bundle
+
+    if checkpoint is not None and not rebuild:
+        raise BadInput("--checkpoint is for --rebuild.")
+    opened, plugins = Bundle.open(bundle), plugins_of(ctx)
+    checks = verify_bundle(opened, plugins.backends())
+    if rebuild:
+        checks.append(rebuild_bundle(opened, checkpoint, plugins, Reporter(silent=as_json)))
+    if as_json:
+        print_json([{"name": check.name, "passed": check.passed, "detail": check.detail} for check in checks])
+    else:
+        rows = new_table("check", "", "found")
+        for check in checks:
+            rows.add_row(check.name, "ok" if check.passed else "FAILED", check.detail)
+        print_table(rows)
+    require(checks)

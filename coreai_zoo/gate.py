@@ -1,0 +1,106 @@
+"""Gates: does a bundle compute what its checkpoint computes?
+
+An oracle gives reference logits (Hugging Face's own modules), a candidate gives the bundle's, a rule compares them
+position by position. Oracle and candidate are both a `Model`; the three know nothing of each other; `teacher_forced`
+puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from attrs import frozen
+
+from coreai_zoo.signature import TraceSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@frozen
+class Activations:
+    """What a model computed over a prompt: P positions, V tokens in the vocabulary, D hidden, L layers.
+
+    Attributes:
+        logits: [P, V] float32 or float16.
+        hidden: the residual stream, L + 1 arrays [P, D]: after the embedding, then after each layer. None where the
+            model runs as one function that does not show it.
+        router_logits: before any softmax, one array [P, experts] for each layer with a router, first layer first; None
+            where there is no router or the model does not show it.
+    """
+
+    logits: np.ndarray[Any, Any]
+    hidden: Sequence[np.ndarray[Any, Any]] | None = None
+    router_logits: Sequence[np.ndarray[Any, Any]] | None = None
+
+
+class Model(Protocol):
+    """Something that turns tokens into logits: an oracle, a candidate that is judged against it, or a control."""
+
+    @property
+    def name(self) -> str:
+        """For the report: what computes, on what."""
+
+    def run(self, tokens: Sequence[int]) -> Activations:
+        """Teacher-forced: what follows each token, given all up to it."""
+
+
+@frozen
+class GateResult:
+    """Outcome of one gate.
+
+    Attributes:
+        gate: its name.
+        passed: the verdict.
+        summary: one line.
+    """
+
+    gate: str
+    passed: bool
+    summary: str
+
+
+class BuiltBundle(Protocol):
+    """A bundle on disk as a gate is given it; `coreai_zoo.bundle.bundle.Bundle` is one."""
+
+    @property
+    def directory(self) -> Path:
+        """Where it is."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Content of `metadata.json`."""
+
+    @property
+    def build(self) -> Mapping[str, Any]:
+        """Content of `build.json`."""
+
+    @property
+    def asset(self) -> Path:
+        """The asset that holds its functions."""
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its tokenizer."""
+
+    @property
+    def signature(self) -> TraceSpec:
+        """The signature as it was built."""
+
+    @property
+    def max_context(self) -> int:
+        """Positions that it allows."""
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """A check that a plugin adds through `zoo_gates`."""
+
+    @property
+    def name(self) -> str:
+        """For the report."""
+
+    def run(self, bundle: BuiltBundle, checkpoint: Path) -> GateResult:
+        """Judge `bundle` against the checkpoint that it was built from."""

@@ -1,0 +1,1 @@
+"""From a decoder to a traced program: torch.export, and what is done to its graphs."""

@@ -1,0 +1,218 @@
+"""Layers that repeat are traced a few times and copied, so that the time of a trace does not grow with depth.
+
+A decoder is a list of layers of few kinds. `find_repetition` tells the kinds apart by everything that their modules
+hold: classes, shapes and dtypes of parameters, attributes. Only an integer that counts up from layer to layer, such as
+the layer's place in a state, may differ. `shortened` cuts the list to the first few layers; `extension.extend` makes of
+the program that is traced from those the one that all layers would have given.
+
+What cannot be seen from outside is a layer that computes something else because of its count alone, as in
+`if self.index % 2`: a decoder whose layers differ says so by a class, or by an attribute that is not a count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from attrs import evolve, frozen
+from torch import nn
+
+from coreai_zoo.signature import TraceSpec
+
+_POSITION = "position"
+_WORTHWHILE = 0.75  # tracing more than this part of the layers saves nothing that is worth the copying
+
+
+class NotRepeated(Exception):
+    """The traced layers are not alike in a way that could be continued; says which, and where."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which layers are alike
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Repetition:
+    """A list of layers that repeat.
+
+    Attributes:
+        path: of the `nn.ModuleList`.
+        kinds: of each layer, a number.
+        counts: of each layer, what counts up among the layers of its kind: its position, and attributes by path.
+        depth: layers to trace. They hold what has to be compared: every kind that goes on, every pair of kinds that
+            follow each other, and the places where two counts part.
+    """
+
+    path: str
+    kinds: tuple[int, ...]
+    counts: tuple[Mapping[str, int], ...]
+    depth: int
+
+    @property
+    def one_of_each(self) -> Repetition:
+        """The same with only so many layers traced that every kind is among them: not enough to copy the others."""
+        return evolve(self, depth=max(self.kinds.index(kind) for kind in set(self.kinds)) + 1)
+
+    @property
+    def compared(self) -> tuple[int, ...]:
+        """Positions of the traced layers that are alike."""
+        return _alike(self.kinds[: self.depth])
+
+    @property
+    def copied(self) -> range:
+        """Positions of the layers that are not traced."""
+        return range(self.depth, len(self.kinds))
+
+
+def find_repetition(module: nn.Module) -> Repetition | None:
+    """The longest list of layers in `module`, if tracing few of them is enough."""
+    lists = [(path, child) for path, child in module.named_modules() if isinstance(child, nn.ModuleList) and path]
+    if not lists:
+        return None
+    path, layers = max(lists, key=lambda found: len(found[1]))
+    structures, integers = zip(*(_described(layer) for layer in layers), strict=True) if len(layers) else ((), ())
+    kinds, counting = _kinds(structures, integers)
+    counts = tuple(
+        {_POSITION: position} | {name: integers[position][name] for name in counting[position]}
+        for position in range(len(layers))
+    )
+    for depth in range(2, int(len(layers) * _WORTHWHILE) + 1):
+        if _suffices(depth, kinds, counts):
+            return Repetition(path, kinds, counts, depth)
+    return None
+
+
+def _described(layer: nn.Module) -> tuple[object, dict[str, int]]:
+    """What a layer is, but for its integer attributes, and those by path."""
+    structure: list[object] = []
+    integers: dict[str, int] = {}
+    for path, child in layer.named_modules():
+        # A parametrized module has a class of its own, made on the fly; its bases say what it is.
+        structure.append((path, [f"{base.__module__}.{base.__qualname__}" for base in type(child).__mro__]))
+        structure += [
+            (type(tensor).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
+            for name, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
+        ]
+        for name, value in sorted(vars(child).items()):
+            if name in _MODULE_ATTRIBUTES:
+                continue
+            if isinstance(value, int) and not isinstance(value, bool):
+                integers[f"{path}.{name}" if path else name] = value
+            else:
+                structure.append((name, _comparable(value)))
+    return repr(structure), integers
+
+
+# What every module has: its tensors and children are described above, and `training` is off throughout.
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {name for name in vars(nn.Module()) if name.endswith("_hooks")}
+
+
+def _comparable(value: object) -> object:
+    """A value that two layers agree in, or the identity of an object that they share."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_comparable(item) for item in value]
+    if isinstance(value, dict):
+        return [(_comparable(key), _comparable(item)) for key, item in value.items()]
+    return (type(value).__qualname__, id(value))
+
+
+def _kinds(
+    structures: Sequence[object], integers: Sequence[Mapping[str, int]]
+) -> tuple[tuple[int, ...], list[tuple[str, ...]]]:
+    """The kind of each layer, and the names of its integers that count up; the others are part of what a layer is."""
+    groups: dict[object, list[int]] = {}
+    for position, structure in enumerate(structures):
+        groups.setdefault((structure, tuple(integers[position])), []).append(position)
+    counting: list[tuple[str, ...]] = [()] * len(structures)
+    identities: dict[int, object] = {}
+    for group, members in groups.items():
+        names = tuple(name for name in integers[members[0]] if _counts_up([integers[p][name] for p in members]))
+        for position in members:
+            counting[position] = names
+            identities[position] = (group, [v for name, v in integers[position].items() if name not in names])
+    numbers: dict[str, int] = {}
+    kinds = tuple(numbers.setdefault(repr(identities[p]), len(numbers)) for p in range(len(structures)))
+    return kinds, counting
+
+
+def _counts_up(values: Sequence[int]) -> bool:
+    return len(values) > 1 and all(before < after for before, after in itertools.pairwise(values))
+
+
+def _alike(kinds: Sequence[int]) -> tuple[int, ...]:
+    """Positions of the layers that can be expected to be alike: all but the first of each kind.
+
+    That one computes what later ones use again, such as a size, and finds every state as it was given.
+    """
+    return tuple(position for position, kind in enumerate(kinds) if kind in kinds[:position])
+
+
+def _suffices(depth: int, kinds: Sequence[int], counts: Sequence[Mapping[str, int]]) -> bool:
+    """Whether the first `depth` layers show all that is needed to copy the rest."""
+    alike = _alike(kinds)
+    compared = [position for position in alike if position < depth]
+    followed = {(kinds[at], kinds[at + 1]) for at in compared if at + 1 in compared}
+    if not followed.issuperset(itertools.pairwise(kinds[depth - 1 :])):
+        return False
+    for kind in set(kinds[depth:]):
+        members = [position for position in alike if kinds[position] == kind]
+        traced = [position for position in members if position < depth]
+        if len(traced) < 2:
+            return False
+        for one, other in itertools.combinations(counts[members[0]], 2):
+            gaps = [counts[position][one] - counts[position][other] for position in members]
+            if len(set(gaps)) > 1 and len(set(gaps[: len(traced)])) == 1:
+                return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tracing fewer layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shortened(module: nn.Module, repetition: Repetition) -> Iterator[None]:
+    """Within the block, `module` has only its first layers."""
+    layers = module.get_submodule(repetition.path)
+    assert isinstance(layers, nn.ModuleList)
+    module.set_submodule(repetition.path, nn.ModuleList(list(layers)[: repetition.depth]))
+    try:
+        yield
+    finally:
+        module.set_submodule(repetition.path, layers)
+
+
+def short_signature(spec: TraceSpec, repetition: Repetition) -> TraceSpec:
+    """The signature of the shortened decoder.
+
+    A fixed state is written whole, so it has as many slots as the traced layers fill. A cache is written slot by slot
+    and keeps all of them, so that every operation on it is traced as it will be.
+
+    Raises:
+        NotRepeated: when the slots of a fixed state cannot be told to belong to layers.
+    """
+    states = []
+    for state in spec.states:
+        if state.kind == "fixed":
+            slots = _traced_slots(state.name, state.shape[0], repetition)
+            state = evolve(state, shape=(slots, *state.shape[1:]))  # noqa: PLW2901  # the same state, shorter
+        states.append(state)
+    return evolve(spec, states=tuple(states))
+
+
+def _traced_slots(name: str, slots: int | str, repetition: Repetition) -> int:
+    """How many of a state's slots belong to traced layers: those of some kinds, as many as there are slots."""
+    kinds, candidates = sorted(set(repetition.kinds)), set()
+    for size in range(1, len(kinds) + 1):
+        for chosen in itertools.combinations(kinds, size):
+            if sum(kind in chosen for kind in repetition.kinds) == slots:
+                candidates.add(sum(kind in chosen for kind in repetition.kinds[: repetition.depth]))
+    if len(candidates) != 1 or 0 in candidates:
+        raise NotRepeated(f"the {slots} slots of state {name} do not tell which layers they belong to")
+    return candidates.pop()

@@ -1,0 +1,237 @@
+"""An entry for a checkpoint, written from its `config.json`: `zoo new`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from coreai_zoo.build.model import Model, compare_facts, read_model
+from coreai_zoo.catalogue import load_entries
+from coreai_zoo.checkpoint.files import CONFIG, Checkpoint, has_weights, read_config
+from coreai_zoo.checkpoint.hub import from_hub
+from coreai_zoo.entry import HF_ID, Entry, Sample
+from coreai_zoo.errors import BadInput
+from coreai_zoo.planning.plan import DEFAULT_CONTEXT, DEFAULT_CONTRACT, DEFAULT_RECIPE, Plan, plan_checkpoint
+from coreai_zoo.plugins import Plugins
+
+DOCS = ("docs/tutorial.md", "docs/hooks.md", "docs/overlay.md (Writing one)")
+
+_NOT_A_VALUE = "?"  # stands for a field's value to see whether anything reads it
+
+
+@frozen
+class Origin:
+    """Where a checkpoint is.
+
+    Attributes:
+        directory: with its `config.json`.
+        hf_id: its repository on the hub, where that is known.
+        revision: its commit there, where that is known.
+    """
+
+    directory: Path
+    hf_id: str | None = None
+    revision: str | None = None
+
+
+def locate(source: str) -> Origin:
+    """A checkpoint's folder, or a repository on the hub, of which only `config.json` is fetched.
+
+    Raises:
+        BadInput: when `source` is neither.
+        EnvironmentLacks: when the repository's config is not on this machine and cannot be fetched.
+    """
+    if Path(source).is_dir():
+        return _in_cache(Path(source))
+    if not re.fullmatch(HF_ID, source) or Path(source).exists():
+        raise BadInput(f"{source} is neither a folder nor a repository 'owner/name' on the Hugging Face hub.")
+    import huggingface_hub
+
+    file = from_hub(
+        source,
+        None,
+        lambda local_only: huggingface_hub.hf_hub_download(source, CONFIG, local_files_only=local_only),
+        "Pass --from DIR with a folder that holds its config.json.",
+    )
+    return _in_cache(file.parent)
+
+
+def _in_cache(directory: Path) -> Origin:
+    """`directory` with what its path says, if it is a snapshot in a Hugging Face cache."""
+    inside = re.fullmatch(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})", directory.absolute().as_posix())
+    return Origin(directory, f"{inside[1]}/{inside[2]}", inside[3]) if inside else Origin(directory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The entry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Draft:
+    """An entry that is not written yet, and what was found on the way.
+
+    Attributes:
+        text: of the file.
+        model: what the overlay makes of the config.
+        unread: fields of the config that the overlay does not look at.
+        weights: whether the headers of the weights fit: None without weights, else a phrase.
+        fits: False when there are weights and they do not fit.
+        twin: an entry whose every fact this model has, or None.
+        unknown: what the entry leaves out because it is not known.
+    """
+
+    text: str
+    model: Model
+    unread: tuple[str, ...]
+    weights: str | None
+    fits: bool
+    twin: Entry | None
+    unknown: tuple[str, ...]
+
+
+def draft(name: str, origin: Origin, plugins: Plugins) -> Draft:
+    """The entry `name` for a checkpoint.
+
+    Raises:
+        BadInput: when there is such an entry, nobody claims the architecture, or its overlay cannot use the config.
+    """
+    entries = load_entries(plugins)
+    if name in entries:
+        raise BadInput(f"There is an entry {name!r} already, from plugin {entries[name][1]!r}.", "Choose another name.")
+    model = read_model(read_config(origin.directory), plugins)
+    twin = next((entry for entry, _ in entries.values() if _is_twin(entry, model)), None)
+    weights, fits = _weights(origin.directory, plugins)
+    unknown = tuple(
+        what
+        for what, known in (("hf_id", origin.hf_id), ("hf_revision", origin.revision), ("licence", None))
+        if known is None
+    )
+    return Draft(
+        text=_toml(name, origin, model, twin.sample if twin else None),
+        model=model,
+        unread=tuple(unread_fields(model)),
+        weights=weights,
+        fits=fits,
+        twin=twin,
+        unknown=unknown,
+    )
+
+
+def _is_twin(entry: Entry, model: Model) -> bool:
+    return model.model_type in entry.model_type and not compare_facts(entry, model.facts)
+
+
+def _weights(directory: Path, plugins: Plugins) -> tuple[str | None, bool]:
+    """What the headers of the weights say, and whether the overlay's table fits them."""
+    if not has_weights(directory):
+        return None, True
+    try:
+        found: Plan = plan_checkpoint(directory, plugins)
+    except BadInput as error:
+        return str(error), False
+    dropped = len(found.weights.dropped)
+    return (
+        f"all {len(Checkpoint.open(directory).tensors)} tensors have a place; {dropped} are left out on purpose",
+        True,
+    )
+
+
+def _toml(name: str, origin: Origin, model: Model, sample: Sample | None) -> str:
+    facts = {fact: value for fact, value in model.facts.items() if isinstance(value, bool | int | float | str)}
+    source = origin.hf_id or origin.directory.resolve().name
+    context = min(DEFAULT_CONTEXT, int(model.facts["max_context_length"]))
+    first = ("ffn", "parameters", "layers", "hidden_size", "vocab_size", "max_context_length")
+    ordered = {fact: facts[fact] for fact in (*first, *facts) if fact in facts}
+    head = {
+        "name": name,
+        "title": source.rpartition("/")[2],
+        "summary": f"A {facts['ffn']} model of {facts['layers']} layers.",
+        "model_type": [model.model_type],
+        **({"hf_id": origin.hf_id} if origin.hf_id else {}),
+        **({"hf_revision": origin.revision} if origin.revision else {}),
+        "recipe": DEFAULT_RECIPE,
+        "contract": DEFAULT_CONTRACT,
+        "status": "unverified",
+    }
+    sections = [
+        f"# Written by `zoo new` from the {CONFIG} of {source}.",
+        *_lines(head),
+        "",
+        "[facts]",
+        *_lines(ordered),
+        *(("", "[sample]", *_lines({"package": sample.package, "path": sample.path})) if sample else ()),
+        "",
+        "[bundle]",
+        *_lines({"max_context": context}),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def _lines(table: Mapping[str, Any]) -> Iterator[str]:
+    # JSON's text, numbers, booleans and lists are TOML's too.
+    return (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the overlay looks at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def unread_fields(model: Model) -> Iterator[str]:
+    """Dotted names of the config's fields that make no difference to what the overlay reads.
+
+    Each field in turn gets a value that cannot be right: where the overlay neither complains nor comes to another
+    config, it does not look at the field.
+    """
+    hf_config = {key: value for key, value in model.hf_config.items() if key != "model_type"}  # the claim looks at it
+    yield from _unread(model, hf_config, ())
+
+
+def _unread(model: Model, fields: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    for key, value in fields.items():
+        here = (*path, key)
+        if not _matters(model, here):
+            yield ".".join(here)
+        elif isinstance(value, Mapping):
+            yield from _unread(model, value, here)
+
+
+def _matters(model: Model, path: tuple[str, ...]) -> bool:
+    try:
+        changed: bool = model.overlay.read_config(_replaced(model.hf_config, path)) != model.config
+    except Exception:  # noqa: BLE001  # whatever it raises, it has looked
+        return True
+    return changed
+
+
+def _replaced(fields: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    key, *rest = path
+    return {**fields, key: _replaced(fields[key], tuple(rest)) if rest else _NOT_A_VALUE}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An architecture that nobody claims
+# ---------------------------------------------------------------------------------------------------------------------
+
+# In the order in which a plugin is written; what each is for is its own docstring's first line.
+NEEDED_HOOKS = ("zoo_claim_overlay", "zoo_weight_map", "zoo_entries")
+USUAL_HOOKS = ("zoo_extra_states", "zoo_layer_rewrites", "zoo_head_quantization")
+
+
+def is_claimed(hf_config: Mapping[str, Any], plugins: Plugins) -> bool:
+    """Whether a plugin claims the config's architecture.
+
+    Raises:
+        PluginError: when several do.
+    """
+    try:
+        plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
+    except BadInput:
+        return False
+    return True

@@ -1,0 +1,191 @@
+"""Recipes: which weights are quantized, and how; plain data, without torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from attrs import evolve, field, frozen
+from attrs.validators import in_, max_len, min_len
+
+from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.overlay import ROLES
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantization
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _block(_instance: object, _attribute: Any, size: object) -> None:
+    if size is not None and (not isinstance(size, int) or size < 2):
+        raise ValueError(f"a block has at least 2 inputs, not {size!r}")
+
+
+@frozen
+class QuantizationSpec:
+    """How a weight is stored: integers of `dtype` in blocks of `block_size` along the last axis, one scale per block.
+
+    Attributes:
+        dtype: `int4`, `int8`, `uint4` or `uint8`.
+        scheme: `symmetric` uses the whole integer range; `symmetric_with_clipping` not its lowest signed integer,
+            so that both signs have as many; `asymmetric` has a zero point. Names and arithmetic are coreai-opt's.
+        block_size: inputs per scale; None for one scale per row ("per channel").
+    """
+
+    dtype: Literal["int4", "int8", "uint4", "uint8"] = field(validator=in_(("int4", "int8", "uint4", "uint8")))
+    scheme: Literal["symmetric", "symmetric_with_clipping", "asymmetric"] = field(
+        validator=in_(("symmetric", "symmetric_with_clipping", "asymmetric"))
+    )
+    block_size: int | None = field(default=32, validator=_block)
+
+    @property
+    def bits(self) -> int:
+        """Bits per integer: 4 or 8."""
+        return int(self.dtype.lstrip("uint"))
+
+    @property
+    def signed(self) -> bool:
+        """Whether the integers are signed."""
+        return not self.dtype.startswith("u")
+
+    def __str__(self) -> str:
+        blocks = "per channel" if self.block_size is None else f"block {self.block_size}"
+        return f"{self.dtype} {blocks} {self.scheme}"
+
+
+@frozen
+class HeadQuantization:
+    """How the output projection is quantized when the recipe quantizes the head, and why.
+
+    Attributes:
+        spec: the policy.
+        reason: in words, for the card and the build record.
+    """
+
+    spec: QuantizationSpec
+    reason: str = field(validator=[min_len(1), max_len(500)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _decides_every_role(instance: Recipe, _attribute: object, roles: Mapping[str, QuantizationSpec | None]) -> None:
+    undecided, unknown = sorted(set(ROLES) - set(roles)), sorted(set(roles) - set(ROLES))
+    problems = [
+        *([f"leaves {listing(undecided)} undecided"] if undecided else []),
+        *([f"decides {listing(unknown)}, which no weight has"] if unknown else []),
+    ]
+    if problems:
+        raise BadInput(
+            f"The recipe {instance.name!r} {' and '.join(problems)}.",
+            "A recipe gives each role a spec, or None to keep it as it is: a role that is left out would be skipped "
+            f"without a word. The roles are {listing(list(ROLES), len(ROLES))}.",
+        )
+
+
+def _frozen_mapping(
+    roles: Mapping[str, QuantizationSpec | None],
+) -> Mapping[str, QuantizationSpec | None]:
+    return MappingProxyType(dict(roles))
+
+
+@frozen
+class Recipe:
+    """What is quantized and how, by role.
+
+    Attributes:
+        name: what a user types.
+        published_name: the suffix of a bundle's name.
+        description: one sentence for `zoo show`.
+        roles: a spec for each role of `overlay.ROLES`, None to keep the parameter's own dtype.
+
+    Raises:
+        BadInput: when a role is undecided or unknown, naming each.
+    """
+
+    name: str
+    published_name: str
+    description: str
+    roles: Mapping[str, QuantizationSpec | None] = field(converter=_frozen_mapping, validator=_decides_every_role)
+
+    def with_head(self, policy: HeadQuantization | None, *, allow_per_channel: bool = False) -> Recipe:
+        """The recipe with the overlay's head policy in place of its own head spec.
+
+        A recipe that keeps the head as it is stays so: whether to quantize is the recipe's choice, how is the policy's.
+
+        Args:
+            policy: the policy, or None for the recipe's own.
+            allow_per_channel: accept a head with one scale per row.
+
+        Raises:
+            BadInput: for a per-channel head that is not allowed.
+        """
+        own = self.roles["head"]
+        if own is None:
+            return self
+        spec = policy.spec if policy else own
+        if spec.block_size is None and not allow_per_channel:
+            raise BadInput(
+                f"Recipe {self.name} would quantize the head per channel ({spec}): per-channel int8 weights give "
+                "garbage on the GPU delegate, where blocks of 32 are right and fast.",
+                "Use a block size of 32, or force the per-channel head if you know your runtime.",
+            )
+        # Two policies for one head are two bundles: the name tells them apart.
+        published_name = self.published_name if spec == own else f"{self.published_name}_head_{_slug(spec)}"
+        return evolve(self, roles={**self.roles, "head": spec}, published_name=published_name)
+
+
+def _slug(spec: QuantizationSpec) -> str:
+    blocks = "channel" if spec.block_size is None else f"block{spec.block_size}"
+    return f"{spec.dtype}_{blocks}_{_SCHEME_SLUGS[spec.scheme]}"
+
+
+_SCHEME_SLUGS = {"symmetric": "sym", "symmetric_with_clipping": "clip", "asymmetric": "asym"}
+
+_BODY = ("attention", "gdn.in", "gdn.out", "mlp", "moe.expert")
+
+
+def _roles(body: QuantizationSpec | None, head: QuantizationSpec | None = None) -> dict[str, QuantizationSpec | None]:
+    # Everything outside of the body is small and sensitive (router, gates, norms, decays, convolutions) or is looked
+    # up instead of multiplied (embedding).
+    return {**dict.fromkeys(ROLES), **dict.fromkeys(_BODY, body), "head": head}
+
+
+_INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
+_INT4 = QuantizationSpec("int4", "symmetric_with_clipping", 32)
+_INT8_ABSMAX = QuantizationSpec("int8", "symmetric", 32)
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        recipe.name: recipe
+        for recipe in (
+            Recipe("fp16", "fp16", "No quantization: the reference for the others.", _roles(None)),
+            Recipe("int8lin", "int8lin_block32", "Body in int8 blocks of 32, head in fp16.", _roles(_INT8)),
+            Recipe(
+                "int8hu",
+                "int8hu_block32_sym",
+                "Body and untied head in int8 blocks of 32, the head with absmax scales.",
+                _roles(_INT8, _INT8_ABSMAX),
+            ),
+            Recipe("int4lin", "int4lin_block32", "Body in int4 blocks of 32, head in fp16.", _roles(_INT4)),
+        )
+    }
+)
+"""The built-in recipes by name."""
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        BadInput: when there is none, with the nearest names.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(list(RECIPES))}."
+    raise BadInput(f"There is no recipe {name!r}.", hint)

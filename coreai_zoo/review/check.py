@@ -1,0 +1,216 @@
+"""What a maintainer's CI runs on a change: entries, overlays, samples, gates, golden graphs, documentation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from attrs import frozen
+
+from coreai_zoo.build.model import contradictions
+from coreai_zoo.build.pipeline import build
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.catalogue import load_entries
+from coreai_zoo.contracts import find_contract
+from coreai_zoo.entry import Entry
+from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
+from coreai_zoo.recipes import find_recipe
+from coreai_zoo.review.goldens import compare, golden_entries, golden_path, read, take, write
+
+Gate = Callable[[Path], str]
+"""Judges a bundle and says in one line how it passed; raises CheckFailed when it did not."""
+
+
+@frozen
+class Outcome:
+    """One check.
+
+    Attributes:
+        name: of the check.
+        passed: None where there was nothing to check.
+        detail: one line: what was found, or why it failed.
+        seconds: that it took.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+    seconds: float
+
+
+@frozen
+class Checks:
+    """Everything that the checks need.
+
+    Attributes:
+        plugins: what is installed.
+        folder: of the repository.
+        golden_folder: of the golden graphs.
+        update_goldens: write them instead of comparing.
+        gate: see `Gate`.
+        report: of progress.
+    """
+
+    plugins: Plugins
+    folder: Path
+    golden_folder: Path
+    update_goldens: bool
+    gate: Gate
+    report: Reporter
+
+    def run(self, only: tuple[str, ...] = ()) -> Iterator[Outcome]:
+        """Run the checks in their order; one that fails does not keep the others from running."""
+        for name, check in CHECKS.items():
+            if only and name not in only:
+                continue
+            started = time.monotonic()
+            with self.report.stage(name):
+                try:
+                    detail, passed = check(self)
+                except ZooError as error:
+                    detail, passed = str(error), False
+                self.report.note(detail)
+            yield Outcome(name, passed, detail, time.monotonic() - started)
+
+
+_Found = tuple[str, bool | None]
+
+
+def _entries(self: Checks) -> _Found:
+    """Every entry file is valid, its recipe and contract exist, and its facts agree with each other."""
+    entries = load_entries(self.plugins)
+    problems: list[str] = []
+    silent: list[str] = []
+    for entry, _ in entries.values():
+        try:
+            find_contract(entry.contract)
+            find_recipe(entry.recipe)
+            if entry.sample is not None:
+                entry.sample_directory()
+            problems += _contradictions(entry, self.plugins)
+        except ZooError as error:
+            if _is_silence(entry, error, self.plugins):
+                silent.append(entry.name)
+            else:
+                problems.append(f"{entry.name}: {error}")
+    _raise(problems)
+    unknown = f"; {listing(silent)} do not state every size" if silent else ""
+    return f"{len(entries)} entries are valid{unknown}", True if entries else None
+
+
+def _contradictions(entry: Entry, plugins: Plugins) -> list[str]:
+    """Facts that the config which they describe does not have."""
+    overlay, _ = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
+    facts = overlay.facts(overlay.read_config(overlay.config_of_facts(entry.facts.stated)))
+    return contradictions(entry, facts)
+
+
+def _is_silence(entry: Entry, error: ZooError, plugins: Plugins) -> bool:
+    """Whether the error only says that an entry which is not verified does not state a size."""
+    if not isinstance(error, BadInput) or entry.status != "unverified":
+        return False
+    overlay, _ = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
+    try:
+        overlay.config_of_facts(entry.facts.stated)
+    except BadInput:
+        return True
+    return False
+
+
+def _overlays(self: Checks) -> _Found:
+    """Exactly one plugin claims each architecture of each entry."""
+    problems: list[str] = []
+    claimed: dict[str, str] = {}
+    for entry, _ in load_entries(self.plugins).values():
+        for model_type in entry.model_type:
+            try:
+                overlay, plugin = self.plugins.claim_overlay(model_type, {"model_type": model_type})
+                claimed[model_type] = f"{overlay.name} of {plugin}"
+            except ZooError as error:
+                problems.append(f"{model_type}: {error}")
+    _raise(list(dict.fromkeys(problems)))
+    return f"{len(claimed)} architectures, each claimed by one overlay", True if claimed else None
+
+
+def _samples(self: Checks) -> _Found:
+    """Every sample builds, verifies, and passes its gate."""
+    problems, passed = [], []
+    with tempfile.TemporaryDirectory(prefix="zoo-check-") as folder:
+        for name, entry in _with_samples(self.plugins).items():
+            request = BuildRequest(entry.name, sample=True, output=Path(folder))
+            try:
+                bundle = build(request, self.plugins, Reporter(silent=True)).path
+                passed.append(f"{name}: {self.gate(bundle)}")
+                self.report.note(passed[-1])
+            except ZooError as error:
+                problems.append(f"{name}: {error}")
+    _raise(problems)
+    return f"{len(passed)} samples build and pass their gates", True if passed else None
+
+
+def _with_samples(plugins: Plugins) -> Mapping[str, Entry]:
+    """An entry for each sample, by what the sample is called; siblings may share one."""
+    entries = [(entry.sample, entry) for entry, _ in load_entries(plugins).values()]
+    return {
+        f"sample {PurePosixPath(sample.path).name} of {sample.package}": entry
+        for sample, entry in reversed(entries)
+        if sample is not None
+    }
+
+
+def _goldens(self: Checks) -> _Found:
+    """The golden graphs are those that the code gives."""
+    problems, equal = [], []
+    for entry in golden_entries(self.golden_folder, self.plugins):
+        path = golden_path(self.golden_folder, entry)
+        found = take(entry, self.plugins, self.report.note)
+        if self.update_goldens:
+            write(found, path)
+        problems += [f"{path.name}: {problem}" for problem in compare(read(path), found)]
+        equal.append(path.name)
+    if problems:
+        raise CheckFailed(
+            f"{listing(problems, 6)}.", "If that is meant, write them with `zoo check --update-goldens` and say why."
+        )
+    verb = "written" if self.update_goldens else "equal"
+    return f"{len(equal)} golden graphs {verb}", True if equal else None
+
+
+def _docs(self: Checks) -> _Found:
+    """The repository's own tests of its documentation pass."""
+    tests = self.folder / "tests" / "test_docs.py"
+    if not tests.is_file():
+        return "there is no tests/test_docs.py here", None
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(tests)],
+        cwd=self.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = done.stdout.strip().splitlines()[-1:] or ["pytest printed nothing"]
+    if done.returncode != 0:
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        raise CheckFailed(f"{listing(failed or last, 3)}.", f"Run pytest {tests} to see why.")
+    return last[0].strip("= "), True
+
+
+CHECKS: Mapping[str, Callable[[Checks], _Found]] = {
+    "entries": _entries,
+    "overlays": _overlays,
+    "goldens": _goldens,
+    "samples": _samples,
+    "docs": _docs,
+}
+"""The checks by name, in their order."""
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise CheckFailed("; ".join(problem.removesuffix(".") for problem in problems) + ".")

@@ -1,0 +1,193 @@
+"""Golden graphs: operation counts in readable files, so that a change of an overlay shows up in review.
+
+One TOML file per entry, a table per kind of layer. A count that depends on the recipe is a table by recipe.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coreai_zoo.catalogue import load_entries
+from coreai_zoo.entry import Entry
+from coreai_zoo.errors import BadInput
+from coreai_zoo.lowering.graph import Graph
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.recipes import RECIPES
+from coreai_zoo.review.structure import graphs as graphs_of
+
+DEFAULT_FOLDER = Path("tests/goldens")
+
+Golden = dict[str, Any]
+
+_WHY = {
+    "layers": "how many layers are of this kind",
+    "operations": "all of them together: a first look at whether anything changed",
+    "blockwise_shift_scale": "one for each quantized matrix: fewer, and a weight lost its quantization",
+    "batch_matmul": "matrix products: each reads its weight once, which is what decoding takes its time for",
+    "gather_mm": "products with the chosen experts only: were they batch_matmul, every expert would be read",
+    "rms_norm": "a composite that device kernels look for: fewer, and a norm runs as single operations",
+    "scaled_dot_product_attention": "a composite that device kernels look for: none, and attention is not fused",
+    "sort": "the router's choice; one for each router",
+    "argsort": "the router's choice; one for each router",
+    "softmax": "over all experts, in the router; attention's is inside its composite",
+    "cast": "changes of precision: one more costs time, one less may cost accuracy",
+    "transpose": "free on a weight, which is laid out once; on an activation it moves data",
+    "reshape": "free in most places; more of them hint at shapes that do not fit together",
+    "concat": "moves data; outside of the layers it gathers the new states, each written once and whole",
+    "slice": "takes a layer's slot of a state, or a part of a tensor",
+    "slice_update": "writes the new keys and values to a layer's slot",
+    "split": "takes heads, gates or halves apart",
+    "where": "a choice per element; also how a slot is put back into a state",
+    "read_handle": "reads of whole states: more than one a state and write costs its size in traffic",
+    "write_handle": "one for each state: chained writes of a state were dropped by one delegate",
+    "gather_nd": "the embedding: one row is read, not the table",
+    "exp": "decays, which are computed in float32",
+    "log": "of the softplus of a decay, in float32",
+}
+_WRITE = "Write it with `zoo check --only goldens --update-goldens`."
+_OTHERWISE = "arithmetic"
+
+_HEAD = """\
+# Operation counts of {name}, per kind of layer, as the toolchain lowers it at its true sizes. Constants do not count.
+# Of experts there are fewer: how many has no influence.
+# A table in place of a number is by recipe. Written by `zoo check --update-goldens`; a change of a number belongs into
+# the same commit as what changed it, and its reason into the message.
+"""
+
+
+def take(entry: Entry, plugins: Plugins, on_recipe: Callable[[str], None] = lambda _: None) -> Golden:
+    """Count an entry's operations under every recipe.
+
+    Args:
+        entry: which.
+        plugins: what claims it.
+        on_recipe: told what has been counted.
+    """
+    graphs: dict[str, Graph] = {}
+    for recipe, graph in graphs_of(entry, plugins, RECIPES):
+        graphs[recipe] = graph
+        on_recipe(f"{entry.name} as {recipe}")
+    return golden(entry, graphs)
+
+
+def golden(entry: Entry, graphs: Mapping[str, Graph]) -> Golden:
+    """The golden graph that an entry's graphs by recipe are."""
+    tables: dict[str, dict[str, dict[str, int]]] = {}
+    for recipe, graph in graphs.items():
+        for table, counts in _tables(graph).items():
+            for name, count in counts.items():
+                tables.setdefault(table, {}).setdefault(name, {})[recipe] = count
+    made: Golden = {"entry": entry.name, "ffn": entry.facts.ffn}
+    for table, rows in tables.items():
+        made[table] = {name: _folded(by_recipe, [*graphs]) for name, by_recipe in rows.items()}
+    return made
+
+
+def _tables(graph: Graph) -> dict[str, dict[str, int]]:
+    """Counts by table and operation: a table per kind of layer, and one for everything else."""
+    tables: dict[str, dict[str, int]] = {}
+    for kind in graph.kinds:
+        name = kind.name
+        if name in tables:  # layers that are not quite like the others of their kind
+            name = f"{kind.name} from layer {kind.layers[0]}"
+        tables[name] = {"layers": len(kind.layers), "operations": sum(kind.operations.values()), **kind.operations}
+    tables["outside"] = {"operations": sum(graph.outside.values()), **graph.outside}
+    tables["all"] = {"operations": sum(graph.total.values())}
+    tables["composites"] = {name: len(sizes) for name, sizes in graph.composites.items()}
+    return tables
+
+
+def _folded(by_recipe: Mapping[str, int], recipes: Sequence[str]) -> int | dict[str, int]:
+    """One number where all recipes agree."""
+    counts = {recipe: by_recipe.get(recipe, 0) for recipe in recipes}
+    return counts if len(set(counts.values())) > 1 else next(iter(counts.values()))
+
+
+def of_recipe(golden: Golden, recipe: str) -> Golden:
+    """What a golden graph says of one recipe; what that one does not have is left out."""
+    chosen: Golden = {}
+    for table, rows in golden.items():
+        if isinstance(rows, Mapping):
+            counts = {name: row[recipe] if isinstance(row, Mapping) else row for name, row in rows.items()}
+            chosen[table] = {name: count for name, count in counts.items() if count}
+        else:
+            chosen[table] = rows
+    return chosen
+
+
+def compare(golden: Golden, found: Golden) -> list[str]:
+    """What differs, one phrase each."""
+    ours, theirs = dict(_flat(golden)), dict(_flat(found))
+    return [
+        f"{name} is {theirs.get(name, 'absent')}, the golden graph has {ours.get(name, 'none')}"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}: ")
+        else:
+            yield prefix + key, value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Golden:
+    """Read a golden graph.
+
+    Raises:
+        BadInput: when it cannot be read.
+    """
+    try:
+        golden = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{path} cannot be read as a golden graph: {error}.", "Write it: zoo check --update-goldens."
+        ) from error
+    if not isinstance(golden.get("entry"), str):
+        raise BadInput(f"{path} names no entry.", _WRITE)
+    return golden
+
+
+def write(golden: Golden, path: Path) -> None:
+    """Write a golden graph with what each number is for."""
+    lines = [_HEAD.format(name=golden["entry"])]
+    lines += [f'{key} = "{golden[key]}"' for key in ("entry", "ffn")]
+    for table, counts in golden.items():
+        if isinstance(counts, Mapping):
+            lines += ["", f'["{table}"]']
+            lines += [_line(name, value) for name, value in counts.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _line(name: str, value: int | Mapping[str, int]) -> str:
+    text = str(value)
+    if isinstance(value, Mapping):
+        text = "{ " + ", ".join(f"{recipe} = {count}" for recipe, count in value.items()) + " }"
+    return f"{name} = {text} # {_WHY.get(name, _OTHERWISE)}"
+
+
+def golden_entries(folder: Path, plugins: Plugins) -> Sequence[Entry]:
+    """The entries that have a golden graph in `folder`, and the first of each feed-forward kind that has none."""
+    entries = [entry for entry, _ in load_entries(plugins).values()]
+    names = {str(read(path)["entry"]) for path in sorted(folder.glob("*.toml"))}
+    chosen = [entry for entry in entries if entry.name in names]
+    for entry in entries:
+        if entry.sample is not None and entry.facts.ffn not in {known.facts.ffn for known in chosen}:
+            chosen.append(entry)
+    return chosen
+
+
+def golden_path(folder: Path, entry: Entry) -> Path:
+    """Where an entry's golden graph is."""
+    return folder / f"{entry.slug}.toml"

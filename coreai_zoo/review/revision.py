@@ -1,0 +1,107 @@
+"""The same command with the code of another revision: a git worktree of it, for as long as it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from coreai_zoo.errors import BadInput, EnvironmentLacks
+
+# Refuses to run code from anywhere else: a build of the wrong code must not pass for one of the right.
+_BUILD = """
+import sys, pathlib, coreai_zoo
+tree, found = pathlib.Path(sys.argv.pop(1)), pathlib.Path(coreai_zoo.__file__).resolve()
+if not found.is_relative_to(tree.resolve()):
+    sys.exit(f"error: coreai_zoo is found at {found}, not in {tree}.")
+try:
+    from coreai_zoo.cli.app import main
+except ImportError:  # before the commands had a folder
+    from coreai_zoo.cli import main
+main()
+"""
+
+
+@contextlib.contextmanager
+def worktree(revision: str | None) -> Iterator[Path]:
+    """A folder with the code at `revision`, removed afterwards also when interrupted; with None, the working tree.
+
+    Raises:
+        BadInput: when this is no git repository, or it has no such revision.
+        EnvironmentLacks: when git is not installed.
+    """
+    top = repository()
+    if revision is None:
+        yield top
+        return
+    commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if commit is None:
+        raise BadInput(
+            f"The repository {top} has no revision {revision!r}.", "Name a commit, a tag or a branch: `git log` lists."
+        )
+    with tempfile.TemporaryDirectory(prefix="zoo-revision-") as folder:
+        tree = Path(folder) / "tree"
+        try:
+            if _git("worktree", "add", "--quiet", "--detach", str(tree), commit) is None:
+                raise BadInput(f"git cannot check out {revision!r} into {tree}.")
+            yield tree
+        finally:
+            _git("worktree", "remove", "--force", str(tree))
+
+
+def repository() -> Path:
+    """Top folder of the repository that the working directory is in.
+
+    Raises:
+        BadInput: when it is in none.
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None:
+        raise BadInput(
+            f"{Path.cwd()} is not in a git repository, and --rev compares revisions of one.",
+            "Run it in the repository whose change is to be reviewed.",
+        )
+    return Path(top)
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command, None when it fails."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)  # noqa: S607  # on PATH
+    except FileNotFoundError as error:
+        raise EnvironmentLacks("git is not installed.", "Install it: --rev checks out revisions with it.") from error
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def build_sample(entry: str, recipe: str | None, tree: Path, output: Path, label: str) -> Path:
+    """Build the sample of `entry` into `output` with the code in `tree`; the bundle.
+
+    Raises:
+        BadInput: when the code there does not build it, with the reason.
+    """
+    command = [sys.executable, "-c", _BUILD, str(tree), "build", entry, "--sample", "--json", "-o", str(output)]
+    command += ["--recipe", recipe] if recipe else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(tree))}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise BadInput(
+            f"The code at {label} does not build the sample of {entry}: {reason[0].removeprefix('error: ')}",
+            "It has to run in the repository that zoo is installed from (pip install -e .), with code that builds.",
+        )
+    return Path(json.loads(done.stdout)["path"])
+
+
+def _search_path(tree: Path) -> list[str]:
+    """Where Python looks for modules here, with what lies in this repository replaced by the same in `tree`."""
+    top = repository()
+    given = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    found = [Path(entry).resolve() for entry in sys.path if entry]
+    moved = [str(tree / path.relative_to(top)) for path in found if path.is_relative_to(top)]
+    # What the interpreter finds by itself it finds again, after these.
+    return list(dict.fromkeys([*moved, *(str(path) for path in given if not path.is_relative_to(top))]))

@@ -1,0 +1,118 @@
+"""What a function of a bundle takes, keeps and gives: names, shapes and dtypes, checked before anything is traced."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from attrs import field, frozen
+from attrs.validators import ge, in_, min_len
+
+from coreai_zoo.dtypes import DTYPES
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signature of the exported function
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _shape(sizes: Iterable[int | str]) -> tuple[int | str, ...]:
+    return tuple(sizes)
+
+
+def _positive_or_axis(_instance: object, attribute: Any, shape: tuple[int | str, ...]) -> None:
+    for size in shape:
+        if not (isinstance(size, str) and size) and not (isinstance(size, int) and size > 0):
+            raise ValueError(f"{attribute.name} holds {size!r}: a size is a positive integer or the name of an axis")
+
+
+@frozen
+class TensorSpec:
+    """A named input or output.
+
+    Attributes:
+        name: the name in the bundle.
+        shape: one entry per dimension, an integer or the name of a dynamic axis.
+        dtype: one of `DTYPES`.
+    """
+
+    name: str = field(validator=min_len(1))
+    shape: tuple[int | str, ...] = field(converter=_shape, validator=_positive_or_axis)
+    dtype: str = field(validator=in_(DTYPES))
+
+
+def _engine_safe_name(instance: StateSpec, _attribute: Any, name: str) -> None:
+    if not name:
+        raise ValueError("a state needs a name")
+    # Engines take any state with "cache" or "kv" in its name for a truncatable cache (rules of the pipelined engine).
+    if instance.kind == "fixed" and re.search("cache|kv", name, re.IGNORECASE):
+        raise ValueError(f"fixed state {name!r} must not have 'cache' or 'kv' in its name: engines would truncate it")
+
+
+@frozen
+class StateSpec(TensorSpec):
+    """A tensor that a step mutates and the engine carries to the next step.
+
+    Attributes:
+        kind: `kv_cache` holds something of every position: it grows along its one dynamic axis, or has none where the
+            contract fixes the context; `fixed` has a static shape and is zeroed at reset.
+    """
+
+    kind: Literal["kv_cache", "fixed"] = field(default="fixed", validator=in_(("kv_cache", "fixed")))
+    dtype: str = field(default="float16", validator=in_(DTYPES))
+    name: str = field(kw_only=True, validator=_engine_safe_name)
+
+    def __attrs_post_init__(self) -> None:
+        dynamic = [size for size in self.shape if isinstance(size, str)]
+        if len(dynamic) > (1 if self.kind == "kv_cache" else 0):
+            raise ValueError(f"state {self.name!r} is a {self.kind} and has dynamic axes {dynamic}")
+
+
+@frozen
+class Axis:
+    """Range of a dynamic axis, both ends included, and the size to trace with."""
+
+    minimum: int = field(validator=ge(1))
+    maximum: int
+    example: int
+
+    def __attrs_post_init__(self) -> None:
+        if not self.minimum <= self.example <= self.maximum:
+            raise ValueError(f"axis needs minimum <= example <= maximum, got {self}")
+
+
+@frozen
+class TraceSpec:
+    """The signature of one exported function, checked before anything is traced.
+
+    Raises:
+        ValueError: for duplicate names, an axis without a range, or a range that no tensor uses.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    axes: Mapping[str, Axis]
+
+    def __attrs_post_init__(self) -> None:
+        names = [spec.name for spec in (*self.inputs, *self.states, *self.outputs)]
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"the function names {', '.join(duplicates)} more than once")
+        used = {size for spec in (*self.inputs, *self.states) for size in spec.shape if isinstance(size, str)}
+        if used != set(self.axes):
+            raise ValueError(f"tensors use the axes {sorted(used)} but ranges are given for {sorted(self.axes)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The overlay itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class KVCache:
+    """Geometry of the growing key / value pair: both are [layers, 1, heads, T, head_dim]."""
+
+    layers: int = field(validator=ge(1))
+    heads: int = field(validator=ge(1))
+    head_dim: int = field(validator=ge(1))

@@ -1,0 +1,549 @@
+"""Planning: from a weight map, the decoder's parameters and a checkpoint's tensors to what is read, how, and into what.
+
+A plan is made from names, shapes and dtypes alone, before any weight is read, and it is complete: every checkpoint
+tensor is used or dropped with a reason, every row of every parameter is filled exactly once, every width fits its
+block. Whatever does not fit is reported at once, in one error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from attrs import define, field, frozen
+
+from coreai_zoo.checkpoint.files import TensorInfo
+from coreai_zoo.dtypes import DTYPE_BYTES
+from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.overlay import Drop, ParameterInfo, Part, Transform, WeightMap, WeightRule
+from coreai_zoo.recipes import QuantizationSpec, Recipe
+from coreai_zoo.weights.formats import blocks_per_row, has_zero_points
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+@frozen
+class Source:
+    """A checkpoint tensor that fills rows `start` to `stop` of its target.
+
+    Attributes:
+        key: of the tensor.
+        start: first row of the target seen as a matrix (see `TensorInfo.rows`).
+        stop: one past the last row.
+    """
+
+    key: str
+    start: int
+    stop: int
+
+
+@frozen
+class PlannedTensor:
+    """One parameter of the decoder: where its values come from and how they are stored.
+
+    Attributes:
+        name: of the parameter.
+        role: one of `overlay.ROLES`.
+        shape: of the parameter.
+        dtype: of the parameter, and of its scales when it is quantized.
+        quantization: how it is stored, or None for plain values.
+        transform: change of values on the way, or None.
+        sources: what fills it, in the order of its rows, without gap or overlap; none while there is no checkpoint.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
+    quantization: QuantizationSpec | None
+    transform: Transform | None
+    sources: tuple[Source, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the parameter seen as a matrix along its last axis."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """Size of the last axis, 1 for a scalar."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the weight store: integers, scales and zero points, or plain values."""
+        size = DTYPE_BYTES[self.dtype]
+        if self.quantization is None:
+            return self.parameters * size
+        scales = self.rows * blocks_per_row(self.columns, self.quantization)
+        zero_points = scales if has_zero_points(self.quantization) else 0
+        bits = self.quantization.bits
+        return self.parameters * bits // 8 + scales * size + math.ceil(zero_points * bits / 8)
+
+
+@frozen
+class WeightPlan:
+    """Every parameter of a decoder, in the decoder's order, and every checkpoint tensor that is left out.
+
+    Attributes:
+        tensors: the parameters.
+        dropped: (key, reason) of what is left out.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+    dropped: tuple[tuple[str, str], ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(tensor.parameters for tensor in self.tensors)
+
+    @property
+    def quantizations(self) -> frozenset[QuantizationSpec]:
+        """Every way in which a tensor is quantized."""
+        return frozenset(tensor.quantization for tensor in self.tensors if tensor.quantization is not None)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the weight store."""
+        return sum(tensor.stored_bytes for tensor in self.tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patterns
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A whole part between dots: the digit of `conv1d` is a letter like the others.
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])", re.ASCII)
+_NUMBER_OR_PLACEHOLDER = re.compile(r"(?<![^.])(?:\{([A-Za-z_]\w*)\}|(\d+))(?![^.])", re.ASCII)
+_HOLE = "{}"
+
+
+def _holes(name: str) -> tuple[str, list[str]]:
+    """A name with each number replaced by `_HOLE`, and the numbers."""
+    return _NUMBER.sub(_HOLE, name), _NUMBER.findall(name)
+
+
+@define
+class Pattern:
+    """A dotted name in which a part `{name}` stands for one number; other numbers stand for themselves.
+
+    Attributes:
+        text: as written.
+        template: the text with every number and placeholder replaced by a hole: names that can match share it, so that
+            patterns are found by a dictionary instead of tried one by one.
+        slots: per hole, the placeholder's name or the literal number.
+    """
+
+    text: str
+    template: str
+    slots: tuple[tuple[str | None, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Parse a pattern.
+
+        Raises:
+            ValueError: when a brace is not part of a placeholder between dots.
+        """
+        if set("{}") & set(_NUMBER_OR_PLACEHOLDER.sub("", text)):
+            raise ValueError(f"in the weight rule pattern {text!r}, a placeholder is not a whole part between dots")
+        slots = tuple((match[1], match[2]) for match in _NUMBER_OR_PLACEHOLDER.finditer(text))
+        return cls(text, _NUMBER_OR_PLACEHOLDER.sub(_HOLE, text), slots)
+
+    def match(self, numbers: list[str]) -> dict[str, str] | None:
+        """The placeholders' values for the numbers of a name with the same template, or None."""
+        values: dict[str, str] = {}
+        for (name, literal), number in zip(self.slots, numbers, strict=True):
+            if name is None:
+                if number != literal:
+                    return None
+            # Numbers are written without leading zeros, so that one index has one spelling.
+            elif values.setdefault(name, number) != number or (number[0] == "0" and number != "0"):
+                return None
+        return values
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        """The text with placeholders replaced by `values`; those without a value stay."""
+        return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), self.text)
+
+
+@frozen
+class _Rule:
+    """A `WeightRule` with its patterns parsed."""
+
+    rule: WeightRule
+    source: Pattern
+    target: Pattern
+
+    @classmethod
+    def parse(cls, rule: WeightRule) -> _Rule:
+        parsed = cls(rule, Pattern.parse(rule.source), Pattern.parse(rule.target))
+        ours = {name for name, _ in parsed.source.slots if name}
+        needed = {name for name, _ in parsed.target.slots if name} | ({rule.part.index} if rule.part else set())
+        if not needed <= ours:
+            raise ValueError(f"weight rule {rule.source!r} -> {rule.target!r} has no {{{'}, {'.join(needed - ours)}}}")
+        return parsed
+
+
+class _DropTable:
+    """Finds the reason to leave a key out."""
+
+    def __init__(self, drops: tuple[Drop, ...]) -> None:
+        self._drops = [(re.compile(self._regex(drop.source)), drop.reason) for drop in drops]
+
+    @staticmethod
+    def _regex(source: str) -> str:
+        head, rest = (source[:-2], r"[\s\S]*") if source.endswith("**") else (source, "")
+        names: set[str] = set()
+
+        def group(name: str) -> str:
+            if name in names:
+                return f"(?P={name})"
+            names.add(name)
+            return rf"(?P<{name}>0|[1-9][0-9]*)"
+
+        parts = re.split(r"\{(\w+)\}", head)
+        return "".join(group(part) if index % 2 else re.escape(part) for index, part in enumerate(parts)) + rest
+
+    def reason(self, key: str) -> str | None:
+        """Why `key` is left out, or None when no drop names it."""
+        return next((reason for pattern, reason in self._drops if pattern.fullmatch(key)), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matching one target
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class _Match:
+    """A checkpoint tensor that a rule sends to a target."""
+
+    rule: WeightRule
+    key: str
+    values: Mapping[str, str]
+
+
+def _slab(rule: WeightRule, shape: tuple[int, ...], values: Mapping[str, str]) -> tuple[range, tuple[int, ...]]:
+    """The rows of a target that a rule fills and the shape of the tensor that fills them.
+
+    Returns:
+        The rows, empty when the index is beyond the target's axis 0, and the expected shape.
+    """
+    if rule.part is None:
+        rows, expected = range(math.prod(shape[:-1])), shape
+    else:
+        rows, expected = _part_slab(rule, rule.part, shape, values)
+    if rule.source_shape is not None:
+        stored = rule.source_shape(expected)
+        if math.prod(stored[:-1]) != math.prod(expected[:-1]) or stored[-1:] != expected[-1:]:
+            raise ValueError(f"weight rule {rule.source!r}: source_shape turns {expected} into {stored}, other rows")
+        expected = tuple(stored)
+    return rows, expected
+
+
+def _part_slab(
+    rule: WeightRule, part: Part, shape: tuple[int, ...], values: Mapping[str, str]
+) -> tuple[range, tuple[int, ...]]:
+    if len(shape) != 3 or not 0 <= part.piece < part.pieces or shape[1] % part.pieces:
+        raise ValueError(f"weight rule {rule.source!r}: {part} does not divide a target of shape {shape}")
+    height, index = shape[1] // part.pieces, int(values[part.index])
+    start = index * shape[1] + part.piece * height
+    return range(start, start + height if index < shape[0] else start), (height, shape[2])
+
+
+@define
+class _Target:
+    """A parameter while its sources are collected."""
+
+    name: str
+    info: ParameterInfo
+    matches: list[_Match] = field(factory=list)
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.info.shape[:-1])
+
+
+@define
+class _Problems:
+    """What is wrong, by kind, in the order in which it is reported."""
+
+    missing: list[str] = field(factory=list)
+    unknown: list[str] = field(factory=list)
+    misshapen: list[str] = field(factory=list)
+    doubled: list[str] = field(factory=list)
+    dtypes: list[str] = field(factory=list)
+    blocks: list[str] = field(factory=list)
+
+    def raise_if_any(self) -> None:
+        titles = {
+            "missing": "missing",
+            "unknown": "unknown to the weight map",
+            "misshapen": "misshapen",
+            "doubled": "filled twice",
+            "dtypes": "not floating point",
+            "blocks": "not divisible by the recipe's block",
+        }
+        found: dict[str, list[str]] = {titles[kind]: getattr(self, kind) for kind in titles if getattr(self, kind)}
+        if not found:
+            return
+        count = sum(map(len, found.values()))
+        text = "; ".join(f"{title}: {listing(_grouped(items), 20)}" for title, items in found.items())
+        subject = "recipe" if [*found] == [titles["blocks"]] else "checkpoint"  # there may be none
+        raise BadInput(
+            f"The {subject} does not fit the model ({count} problem{'s' if count > 1 else ''}). {text}.", self._hint()
+        )
+
+    def _hint(self) -> str:
+        if self.missing or self.unknown:
+            return "Check that it is a checkpoint of this architecture, complete and original."
+        if self.blocks:
+            return "Choose a recipe that leaves these roles alone."
+        return "Use the original checkpoint."
+
+
+def _grouped(items: list[str]) -> list[str]:
+    """Problems that are told apart by numbers in names only, such as a layer's, as one with their count."""
+    groups: dict[str, list[str]] = {}
+    for item in items:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", item), []).append(item)
+    return [
+        text
+        for pattern, alike in groups.items()
+        for text in ([f"{len(alike)} x {pattern}"] if len(alike) >= _ALIKE else alike)
+    ]
+
+
+_ALIKE = 3  # fewer are named one by one
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Planner:
+    """Collects what fills each parameter, and everything that is wrong on the way."""
+
+    def __init__(
+        self, weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        self.tensors = tensors
+        self.targets = {name: _Target(name, info) for name, info in parameters.items()}
+        self.problems = _Problems()
+        self.dropped: list[tuple[str, str]] = []
+        self._rules = [_Rule.parse(rule) for rule in weight_map.rules]
+        self._by_source: dict[str, list[_Rule]] = {}
+        self._by_target: dict[str, list[_Rule]] = {}
+        for rule in self._rules:
+            self._by_source.setdefault(rule.source.template, []).append(rule)
+            self._by_target.setdefault(rule.target.template, []).append(rule)
+        self._drops = _DropTable(weight_map.drops)
+        self._prefixes = weight_map.prefixes
+
+    # -- keys to targets
+
+    def place_keys(self) -> None:
+        """Give every checkpoint key to its targets, or drop it, or report it."""
+        for key in self.tensors:
+            spellings = list(self._spellings(key))
+            if any(self._place(key, spelling) for spelling in spellings):
+                continue
+            reason = next(filter(None, map(self._drops.reason, spellings)), None)
+            if reason is None:
+                self.problems.unknown.append(key)
+            else:
+                self.dropped.append((key, reason))
+
+    def _spellings(self, key: str) -> Iterator[str]:
+        # The key as it is comes first: a prefix such as ("model.", "model.language_model.") must not touch a key that
+        # is spelled in full already.
+        yield key
+        for found, canonical in self._prefixes:
+            if key.startswith(found):
+                yield canonical + key[len(found) :]
+
+    def _place(self, key: str, spelling: str) -> bool:
+        """Hand `key` to every parameter that a rule sends it to; whether there was one."""
+        template, numbers = _holes(spelling)
+        placed = False
+        for rule in self._by_source.get(template, ()):
+            values = rule.source.match(numbers)
+            target = None if values is None else self.targets.get(rule.target.fill(values))
+            if values is None or target is None:
+                continue
+            rows, _ = _slab(rule.rule, target.info.shape, values)
+            if rows or rule.rule.part is None:
+                target.matches.append(_Match(rule.rule, key, values))
+                placed = True
+        return placed
+
+    def drop_fallbacks(self) -> None:
+        """Let go of sources that only stand in for others, where the others are there."""
+        for target in self.targets.values():
+            first = [match for match in target.matches if not match.rule.fallback]
+            target.matches = first or target.matches
+
+    # -- one target
+
+    def plan(self, target: _Target, recipe: Recipe) -> PlannedTensor | None:
+        """The plan of one parameter, or None when something is wrong with it."""
+        sources = self._sources(target)
+        if not target.matches:
+            return None
+        rule = target.matches[0].rule
+        if any((match.rule.role, match.rule.transform) != (rule.role, rule.transform) for match in target.matches):
+            raise ValueError(f"the weight rules that fill {target.name} differ in role or transform")
+        return self._planned(target, rule, recipe, sources)
+
+    def estimate_build(self, target: _Target, recipe: Recipe) -> PlannedTensor:
+        """The plan of one parameter while there is no checkpoint."""
+        rules = [rule.rule for rule, _ in self._rules_for(target)]
+        if not rules:
+            raise ValueError(f"no weight rule fills {target.name}")
+        return self._planned(target, rules[0], recipe, ())
+
+    def _planned(self, target: _Target, rule: WeightRule, recipe: Recipe, sources: tuple[Source, ...]) -> PlannedTensor:
+        # `Recipe` decides every role and `WeightRule` takes no other, so there is always an answer here.
+        spec = recipe.roles[rule.role]
+        planned = PlannedTensor(
+            target.name, rule.role, target.info.shape, target.info.dtype, spec, rule.transform, sources
+        )
+        if spec is not None:
+            try:
+                blocks_per_row(planned.columns, spec)
+            except ValueError as error:
+                self.problems.blocks.append(f"{target.name} ({rule.role}, {spec}: {error})")
+        return planned
+
+    def _sources(self, target: _Target) -> tuple[Source, ...]:
+        sources = []
+        for match in target.matches:
+            rows, expected = _slab(match.rule, target.info.shape, match.values)
+            info = self.tensors[match.key]
+            if info.shape != expected:
+                self.problems.misshapen.append(
+                    f"{match.key} is {_shape(info.shape)}, expected {_shape(expected)} for {target.name}"
+                )
+            if info.dtype not in FLOATS:
+                self.problems.dtypes.append(f"{match.key} ({info.dtype})")
+            sources.append(Source(match.key, rows.start, rows.stop))
+        sources.sort(key=lambda source: (source.start, source.stop, source.key))
+        self._check_cover(target, sources)
+        return tuple(sources)
+
+    def _check_cover(self, target: _Target, sources: list[Source]) -> None:
+        """Report rows that are filled twice or not at all."""
+        end, before, gap = 0, "", False
+        for source in sources:
+            if source.start < end:
+                self.problems.doubled.append(f"{target.name} by {before} and {source.key}")
+            gap = gap or source.start > end
+            if source.stop >= end:
+                end, before = source.stop, source.key
+        if not sources:
+            self.problems.missing.append(self._expectation(target))
+        elif gap or end < target.rows:
+            self.problems.missing.append(f"part of {target.name}: {listing(self._missing_parts(target, sources), 6)}")
+
+    def _rules_for(self, target: _Target) -> list[tuple[_Rule, dict[str, str]]]:
+        template, numbers = _holes(target.name)
+        rules = self._by_target.get(template, ())
+        return [(rule, values) for rule in rules if (values := rule.target.match(numbers)) is not None]
+
+    def _expectation(self, target: _Target) -> str:
+        keys = [rule.source.fill(values) for rule, values in self._rules_for(target)]
+        if not keys:
+            return f"{target.name} (no weight rule fills it)"
+        return keys[0] if keys == [target.name] else f"{' or '.join(keys)} for {target.name}"
+
+    def _missing_parts(self, target: _Target, sources: list[Source]) -> list[str]:
+        """Keys of the parts that are absent, of the layout that the checkpoint began."""
+        present = {(source.start, source.stop) for source in sources}
+        begun = {match.rule.source for match in target.matches}
+        families = {match.rule.part.index for match in target.matches if match.rule.part}
+        missing = []
+        for rule, values in self._rules_for(target):
+            part = rule.rule.part
+            if part is None or (rule.rule.source not in begun and part.index not in families):
+                continue
+            for index in range(target.info.shape[0]):
+                filled = {**values, part.index: str(index)}
+                rows, _ = _slab(rule.rule, target.info.shape, filled)
+                if (rows.start, rows.stop) not in present:
+                    missing.append((rows.start, rule.source.fill(filled)))
+        return [key for _, key in sorted(missing)]
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def plan_weights(
+    weight_map: WeightMap,
+    parameters: Mapping[str, ParameterInfo],
+    tensors: Mapping[str, TensorInfo],
+    recipe: Recipe,
+) -> WeightPlan:
+    """Decide what fills each parameter of a decoder and how it is stored.
+
+    Where the table holds alternatives for one parameter (experts packed in one tensor, or one by one), those whose keys
+    the checkpoint has are used.
+
+    Args:
+        weight_map: the overlay's table.
+        parameters: the decoder's parameters, in its order.
+        tensors: what the checkpoint holds.
+        recipe: how each role is stored.
+
+    Raises:
+        BadInput: listing at once every missing, unknown, misshapen, doubled or ill-typed key and every width that its
+            block does not divide.
+        ValueError: when the table itself is wrong.
+    """
+    planner = _Planner(weight_map, parameters, tensors)
+    planner.place_keys()
+    planner.drop_fallbacks()
+    planned = [planner.plan(target, recipe) for target in planner.targets.values()]
+    planner.problems.raise_if_any()
+    return WeightPlan(tuple(tensor for tensor in planned if tensor is not None), tuple(planner.dropped))
+
+
+def active_share(role: str, facts: Mapping[str, Any]) -> float | None:
+    """Which share of a role's weights one token is multiplied by: of the experts those that its router chooses.
+
+    None when there are experts and `facts` does not say how many are chosen.
+    """
+    if role != "moe.expert":
+        return 1.0
+    experts, chosen = facts.get("experts"), facts.get("experts_per_token")
+    return float(chosen / experts) if experts and chosen else None
+
+
+def plan_without_checkpoint(
+    weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], recipe: Recipe
+) -> WeightPlan:
+    """How each parameter of a decoder will be stored, when no checkpoint is at hand: a plan without sources.
+
+    Args:
+        weight_map: the overlay's table.
+        parameters: the decoder's parameters.
+        recipe: how each role is stored.
+
+    Raises:
+        BadInput: listing every width that its block does not divide.
+        ValueError: when the table fills a parameter by no rule.
+    """
+    planner = _Planner(weight_map, parameters, {})
+    planned = tuple(planner.estimate_build(target, recipe) for target in planner.targets.values())
+    planner.problems.raise_if_any()
+    return WeightPlan(planned, ())
