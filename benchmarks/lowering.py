@@ -51,7 +51,7 @@ def main() -> None:
         write_checkpoint(config, entry.sample_directory(), "sparse", checkpoint, plugins)
         resolved = resolve(BuildRequest(entry.name, checkpoint, allow_unverified=True), plugins)
     constants = untouched(resolved)
-    allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    allocate(resolved.module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
     backend = CoreAIBackend(every_layer=arguments.every_layer)
     started = time.monotonic()
     traced = backend.trace(resolved.module, resolved.signature)

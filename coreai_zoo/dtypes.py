@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+import re
 
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float16": 2, "float32": 4, "bfloat16": 2, "int32": 4})
-"""Bytes per element of every dtype that an input, a state, an output or a parameter can have."""
-
-DTYPES = tuple(DTYPE_BYTES)
+DTYPES = ("float16", "float32", "bfloat16", "int32")
+"""What an input, a state, an output or a parameter can have."""
 
 STORED_DTYPES = ("float16", "float32")
-"""Dtypes that an unquantized weight can be stored in."""
+"""What an unquantized weight can be stored in."""
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+"""What a weight can be quantized from."""
+
+
+def bits_of(dtype: str) -> int:
+    """Bits of an element, for example 4 of `uint4`, 16 of `bfloat16` and 8 of `bool`."""
+    return 8 if dtype == "bool" else int("".join(re.findall(r"\d+", dtype)[:1]))

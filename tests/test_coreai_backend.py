@@ -111,7 +111,7 @@ def bound(module: nn.Module, store: WeightStore, *, values: bool) -> dict[str, C
     if values:
         lowering.bind(module, store)
     else:
-        lowering.allocate(module, {name: store[name] for name in names})
+        lowering.allocate(module, {name: store[name].format for name in names})
     return lowering.constants(store, names)
 
 

@@ -456,7 +456,7 @@ def test_a_pass_that_merges_weights_is_noticed(built: dict[str, Built], monkeypa
     lowering = importlib.import_module("coreai_zoo.backends.coreml.lowering")
     monkeypatch.setattr(lowering, "_SKIPPED_PASSES", set())
     resolved = resolve(built["dense"].resolved.request, default_plugins())
-    lowering_module.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    lowering_module.allocate(resolved.module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
     with pytest.raises(PluginError, match="coremltools changed the decoder on its way: weight"):
         BACKEND.trace(resolved.module, resolved.signature)
 
@@ -573,7 +573,7 @@ def test_more_positions_than_the_package_allows_are_refused(built: dict[str, Bui
 def test_a_full_disk_is_said_and_nothing_is_left(built: dict[str, Built], tmp_path: Path) -> None:
     model = built["dense"]
     resolved = resolve(model.resolved.request, default_plugins())
-    lowering_module.allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    lowering_module.allocate(resolved.module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
     constants = lowering_module.constants(model.store, (tensor.name for tensor in resolved.weights.tensors))
     traced = BACKEND.trace(resolved.module, resolved.signature)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

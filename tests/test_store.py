@@ -97,18 +97,18 @@ def store(tmp_path: Path) -> WeightStore:
 def test_every_kind_of_tensor_comes_back_as_planned(checkpoint: Checkpoint, store: WeightStore) -> None:
     assert store.fill(plan(checkpoint), checkpoint) == FillReport(6, 0, plan(checkpoint).stored_bytes)
     source = values()
-    assert torch.equal(torch.from_numpy(store["norm"].data()), (source["norm"].float() + 1).half())
-    decay = store["decay"].data()
+    assert torch.equal(torch.from_numpy(store["norm"].array("data")), (source["norm"].float() + 1).half())
+    decay = store["decay"].array("data")
     assert str(decay.dtype) == "float32" and torch.equal(torch.from_numpy(decay), -source["decay"].float().exp())
-    assert torch.equal(torch.from_numpy(store["conv"].data()), source["conv"].half().view(8, 4))
+    assert torch.equal(torch.from_numpy(store["conv"].array("data")), source["conv"].half().view(8, 4))
     experts = torch.stack([torch.cat([source[f"e.{i}.a"], source[f"e.{i}.b"]]) for i in range(3)])
     for name, whole in (("l.1.w", source["l.1.w"]), ("experts", experts)):
         stored = store[name]
         assert stored.quantization is not None and (stored.role, stored.shape) != ("", ())
         expected = quantize_rows(whole.half().view(-1, whole.shape[-1]), stored.quantization)
-        assert torch.equal(torch.from_numpy(stored.data()), expected.codes.view(whole.shape))
-        assert torch.equal(torch.from_numpy(stored.scales()), expected.scales.view(*whole.shape[:-1], -1))
-        assert stored.zero_points() is None
+        assert torch.equal(torch.from_numpy(stored.array("data")), expected.codes.view(whole.shape))
+        assert torch.equal(torch.from_numpy(stored.array("scales")), expected.scales.view(*whole.shape[:-1], -1))
+        assert "zero_points" not in stored.format.arrays
 
 
 @pytest.mark.parametrize("shape", [(7, 96), (3, 5, 96), (96,)])
@@ -127,9 +127,9 @@ def test_integers_scales_and_zero_points_are_the_quantizers(
     expected = quantize_rows(tensor.to(getattr(torch, dtype)).view(-1, 96), spec)
     stored = store["w"]
     codes = expected.codes.view(shape) if spec.bits == 8 else pack_int4(expected.codes)
-    assert torch.equal(torch.from_numpy(stored.data()), codes)
-    assert torch.equal(torch.from_numpy(stored.scales()), expected.scales.view(*shape[:-1], -1))
-    zero_points = stored.zero_points()
+    assert torch.equal(torch.from_numpy(stored.array("data")), codes)
+    assert torch.equal(torch.from_numpy(stored.array("scales")), expected.scales.view(*shape[:-1], -1))
+    zero_points = stored.array("zero_points") if "zero_points" in stored.format.arrays else None
     assert (zero_points is not None) == has_zero_points(spec)
     if zero_points is not None and expected.zero_points is not None:
         flat = expected.zero_points.flatten()
@@ -148,13 +148,13 @@ def test_a_tensor_of_many_chunks_is_the_same_as_in_one(tmp_path: Path, spec: Qua
     store.fill(one(checkpoint, (13, columns), spec, "float16"), checkpoint, lambda _, count: calls.append(count))
     assert calls == [5 * columns, 5 * columns, 3 * columns]
     if spec is None:
-        assert torch.equal(torch.from_numpy(store["w"].data()), tensor.half())
+        assert torch.equal(torch.from_numpy(store["w"].array("data")), tensor.half())
         return
     expected = quantize_rows(tensor.half(), spec)
-    assert torch.equal(torch.from_numpy(store["w"].data()), pack_int4(expected.codes))
+    assert torch.equal(torch.from_numpy(store["w"].array("data")), pack_int4(expected.codes))
     assert expected.zero_points is not None
     flat = torch.cat((expected.zero_points.flatten(), torch.zeros(1, dtype=torch.uint8)))
-    assert torch.equal(torch.from_numpy(store["w"].zero_points()), pack_int4(flat))
+    assert torch.equal(torch.from_numpy(store["w"].array("zero_points")), pack_int4(flat))
 
 
 def test_memory_maps_can_be_given_to_torch_without_a_warning_or_a_write(
@@ -165,7 +165,7 @@ def test_memory_maps_can_be_given_to_torch_without_a_warning_or_a_write(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in PARAMETERS:
-            torch.from_numpy(store[name].data()).zero_()
+            torch.from_numpy(store[name].array("data")).zero_()
     assert contents(store.directory) == before
 
 

@@ -120,7 +120,7 @@ def _rare_collections() -> Iterator[None]:
 def _trace(resolved: Resolved) -> Traced:
     from coreai_zoo.lowering.module import allocate
 
-    allocate(resolved.module, {tensor.name: tensor for tensor in resolved.weights.tensors})
+    allocate(resolved.module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
     return resolved.backend.trace(resolved.module, resolved.signature)
 
 

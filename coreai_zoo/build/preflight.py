@@ -9,7 +9,6 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -20,10 +19,9 @@ from coreai_zoo.build.machine import available_memory
 from coreai_zoo.build.workspace import Workspace, existing_parent
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
+from coreai_zoo.dtypes import bits_of
 from coreai_zoo.errors import EnvironmentLacks
 from coreai_zoo.weights.plan import WeightPlan
-
-_BYTES = MappingProxyType({"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8})  # the dtypes that weights may have
 
 # torch and the toolchain, imported and idle, take this much; no build gets by with less.
 LEAST_MEMORY = 384 * 2**20
@@ -133,7 +131,7 @@ def bytes_read(weights: WeightPlan, checkpoint: Checkpoint) -> int:
     """Bytes of the checkpoint that a build reads."""
     tensors = checkpoint.tensors
     return sum(
-        (source.stop - source.start) * tensors[source.key].columns * _BYTES[tensors[source.key].dtype]
+        (source.stop - source.start) * tensors[source.key].columns * bits_of(tensors[source.key].dtype) // 8
         for planned in weights.tensors
         for source in planned.sources
     )

@@ -23,7 +23,7 @@ from coreai_zoo.gates.rule import CONFIDENT_MARGIN, judge
 from coreai_zoo.gates.weights import CheckpointWeights
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import TraceSpec
-from coreai_zoo.weights.formats import blocks_per_row
+from coreai_zoo.weights.formats import require_divisible
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 
 MIB = 2**20
@@ -142,7 +142,7 @@ def _misfits(plan: WeightPlan, specs: Mapping[str, QuantizationSpec]) -> Iterato
     for tensor in plan.tensors:
         if tensor.role in specs:
             try:
-                blocks_per_row(tensor.columns, specs[tensor.role])
+                require_divisible(tensor.columns, specs[tensor.role])
             except ValueError as error:
                 yield f"{tensor.name} ({tensor.role}: {error})"
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from coreai_zoo.backend import Backend
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.lowering.module import state_of
-from coreai_zoo.names import quantized_names
 from coreai_zoo.weights.convert import values_of
-from coreai_zoo.weights.formats import has_zero_points, unpack_int4
+from coreai_zoo.weights.formats import ArrayKind, unpack_int4, unpacked
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import scratch
 
@@ -82,32 +81,29 @@ class AssetWeights:
     def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """See `WeightSource`."""
         tensor = self.plan[name]
-        spec = tensor.quantization
-        if spec is None:
-            out.copy_(self._matrix(name, getattr(torch, tensor.dtype), tensor.rows)[start:stop])
+        arrays = {kind: self._rows(tensor, kind, start, stop) for kind in tensor.format.arrays}
+        codes = arrays["data"]
+        if tensor.quantization is None:
+            out.copy_(codes)
             return
-        codes_name, scales_name, zero_points_name = quantized_names(name)
-        integer = torch.int8 if spec.signed else torch.uint8
-        codes = self._matrix(codes_name, integer if spec.bits == 8 else torch.uint8, tensor.rows)[start:stop]
-        if spec.bits == 4:
-            codes = unpack_int4(codes, signed=spec.signed)
-        scales = self._matrix(scales_name, getattr(torch, tensor.dtype), tensor.rows)[start:stop]
+        scales, zero_points = arrays["scales"], arrays.get("zero_points")
         values, _ = scratch(codes.shape)
         blocks = values.copy_(codes).view(*scales.shape, -1)
-        if has_zero_points(spec):
-            blocks.sub_(self._zero_points(zero_points_name, tensor, scales.shape[1])[start:stop].float().unsqueeze(-1))
+        if zero_points is not None:
+            blocks.sub_(zero_points.float().unsqueeze(-1))
         out.copy_(blocks.mul_(scales.float().unsqueeze(-1)).view(codes.shape))
 
-    def _matrix(self, name: str, dtype: torch.dtype, rows: int) -> Tensor:
-        return self.state[name].view(dtype).view(rows, -1)
-
-    def _zero_points(self, name: str, tensor: PlannedTensor, blocks: int) -> Tensor:
-        """[rows, blocks]; at 4 bits they are packed as one row, whose last half-byte may be unused."""
-        spec = tensor.quantization
-        assert spec is not None
-        if spec.bits == 8:
-            return self._matrix(name, torch.int8 if spec.signed else torch.uint8, tensor.rows)
-        return unpack_int4(self.state[name], signed=spec.signed)[: tensor.rows * blocks].view(tensor.rows, blocks)
+    def _rows(self, tensor: PlannedTensor, kind: ArrayKind, start: int, stop: int) -> Tensor:
+        """Rows of one of a weight's arrays, seen as a matrix."""
+        array = tensor.format.arrays[kind]
+        memory = self.state[tensor.format.state_names(tensor.name)[kind]].view(getattr(torch, array.memory_dtype))
+        if not array.packed:
+            return memory.view(tensor.rows, -1)[start:stop]
+        signed = not array.dtype.startswith("u")
+        if kind == "data":
+            return unpack_int4(memory.view(tensor.rows, -1)[start:stop], signed=signed)
+        # Packed as one row, whose last half-byte may be unused.
+        return unpacked(memory, array).view(tensor.rows, -1)[start:stop]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

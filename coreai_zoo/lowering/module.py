@@ -6,7 +6,6 @@ Only torch is used here; what a traced program becomes is a backend's business.
 from __future__ import annotations
 
 import fnmatch
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,14 +16,12 @@ from torch.nn.utils import parametrize
 
 from coreai_zoo.backend import Constant
 from coreai_zoo.errors import PluginError
-from coreai_zoo.names import quantized_names
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo
-from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.weights.formats import blocks_per_row, has_zero_points, unpack_int4
+from coreai_zoo.weights.formats import ArrayKind, Format, StoredArray, unpacked
 
 if TYPE_CHECKING:
     from coreai_zoo.weights.plan import WeightPlan
-    from coreai_zoo.weights.store import StoredTensor, WeightStore
+    from coreai_zoo.weights.store import WeightStore
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The module, without weights
@@ -122,56 +119,31 @@ class Dequantize(nn.Module):
         return weight
 
 
-class Layout(Protocol):
-    """How a parameter is stored: a `weights.PlannedTensor` or a `store.StoredTensor`."""
+class Stored(Protocol):
+    """A parameter with its bytes: a `store.StoredTensor`, for example."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
+    def format(self) -> Format:
+        """How it is stored."""
 
-    @property
-    def dtype(self) -> str:
-        """Of the plain values, or of the scales."""
-
-    @property
-    def quantization(self) -> QuantizationSpec | None:
-        """How it is quantized, or None."""
+    def array(self, kind: ArrayKind) -> Any:
+        """One of its arrays as it lies in memory."""
 
 
-class Stored(Layout, Protocol):
-    """A parameter with its bytes; see `store.StoredTensor`."""
-
-    def data(self) -> Any:
-        """Plain values or codes."""
-
-    def scales(self) -> Any:
-        """One for each block."""
-
-    def zero_points(self) -> Any:
-        """One for each block, or None when all are zero."""
-
-
-def allocate(module: nn.Module, layouts: Mapping[str, Layout]) -> None:
+def allocate(module: nn.Module, formats: Mapping[str, Format]) -> None:
     """Give every parameter of `module` memory as it will be stored: enough to trace, and costs nothing until touched.
 
     Args:
         module: the decoder, on the meta device.
-        layouts: how each of its parameters is stored, by name.
+        formats: how each of its parameters is stored, by name.
     """
     for name, _ in list(module.named_parameters()):
-        layout = layouts[name]
-        spec, dtype = layout.quantization, getattr(torch, layout.dtype)
-        if spec is None:
-            _put(module, name, torch.empty(layout.shape, dtype=dtype))
-            continue
-        per_block = (*layout.shape[:-1], blocks_per_row(layout.shape[-1], spec))
-        zero_points = torch.empty(per_block, dtype=_carrier(spec)) if has_zero_points(spec) else None
-        codes = torch.empty(layout.shape, dtype=_carrier(spec))
-        _put(module, name, codes, Dequantize(torch.empty(per_block, dtype=dtype), zero_points, spec.dtype))
+        arrays = formats[name].arrays.items()
+        _put(module, name, formats[name], {kind: torch.empty(a.shape, dtype=_carrier(a)) for kind, a in arrays})
 
 
 def bind(module: nn.Module, store: WeightStore) -> None:
-    """Give every parameter of `module` its stored value, memory-mapped; 4-bit codes are unpacked in memory.
+    """Give every parameter of `module` its stored value, memory-mapped; 4-bit integers are unpacked in memory.
 
     Args:
         module: the decoder, on the meta device.
@@ -182,20 +154,24 @@ def bind(module: nn.Module, store: WeightStore) -> None:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         for name, _ in list(module.named_parameters()):
             stored = store[name]
-            if stored.quantization is None:
-                _put(module, name, torch.from_numpy(stored.data()))
-                continue
-            codes = _unpacked(torch.from_numpy(stored.data()), stored.shape, stored.quantization)
-            scales = torch.from_numpy(stored.scales())
-            _put(module, name, codes, Dequantize(scales, _zero_points(stored), stored.quantization.dtype))
+            arrays = stored.format.arrays.items()
+            values = {kind: unpacked(torch.from_numpy(stored.array(kind)), array) for kind, array in arrays}
+            _put(module, name, stored.format, values)
 
 
-def _put(module: nn.Module, name: str, value: Tensor, dequantize: Dequantize | None = None) -> None:
-    """Make `value` the parameter called `name`, as the integers that `dequantize` takes if that is given."""
+def _carrier(array: StoredArray) -> torch.dtype:
+    """The dtype in which torch holds an element: a byte for one of 4 bits."""
+    packed = {"int4": torch.int8, "uint4": torch.uint8}
+    return packed[array.dtype] if array.packed else getattr(torch, array.dtype)
+
+
+def _put(module: nn.Module, name: str, format_: Format, values: Mapping[ArrayKind, Tensor]) -> None:
+    """Make `values` the parameter called `name`: as they are, or as the integers, scales and zero points of it."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-    if dequantize is not None:
+    setattr(owner, leaf, nn.Parameter(values["data"], requires_grad=False))
+    if format_.quantization is not None:
+        dequantize = Dequantize(values["scales"], values.get("zero_points"), format_.quantization.dtype)
         parametrize.register_parametrization(owner, leaf, dequantize, unsafe=True)
 
 
@@ -204,16 +180,9 @@ def constants(store: WeightStore | Mapping[str, Stored], names: Iterable[str]) -
     found: dict[str, Constant] = {}
     for name in names:
         stored = store[name]
-        spec = stored.quantization
-        if spec is None:
-            found[name] = Constant(stored.data(), stored.shape, stored.dtype)
-            continue
-        scales, zero_points = stored.scales(), stored.zero_points()
-        names_of = quantized_names(name)
-        found[names_of[0]] = Constant(stored.data(), stored.shape, spec.dtype)
-        found[names_of[1]] = Constant(scales, tuple(scales.shape), stored.dtype)
-        if zero_points is not None:
-            found[names_of[2]] = Constant(zero_points, tuple(scales.shape), spec.dtype)
+        for kind, state in stored.format.state_names(name).items():
+            array = stored.format.arrays[kind]
+            found[state] = Constant(stored.array(kind), array.shape, array.dtype)
     return found
 
 
@@ -224,35 +193,9 @@ def state_of(module: nn.Module, plan: WeightPlan) -> dict[str, tuple[tuple[int, 
     """
     state: dict[str, tuple[tuple[int, ...], str]] = {}
     for tensor in plan.tensors:
-        spec = tensor.quantization
-        if spec is None:
-            state[tensor.name] = (tensor.shape, tensor.dtype)
-            continue
-        codes, scales, zero_points = quantized_names(tensor.name)
-        blocks = (*tensor.shape[:-1], blocks_per_row(tensor.columns, spec))
-        state[codes] = (tensor.shape, spec.dtype)
-        state[scales] = (blocks, tensor.dtype)
-        if has_zero_points(spec):
-            state[zero_points] = (blocks, spec.dtype)
+        for kind, name in tensor.format.state_names(tensor.name).items():
+            array = tensor.format.arrays[kind]
+            state[name] = (array.shape, array.dtype)
     for name, buffer in module.named_buffers():
         state[name] = (tuple(buffer.shape), str(buffer.dtype).removeprefix("torch."))
     return state
-
-
-def _carrier(spec: QuantizationSpec) -> torch.dtype:
-    return torch.int8 if spec.signed else torch.uint8
-
-
-def _zero_points(stored: StoredTensor) -> Tensor | None:
-    data, spec = stored.zero_points(), stored.quantization
-    if data is None or spec is None:
-        return None
-    return _unpacked(torch.from_numpy(data), tuple(stored.scales().shape), spec)
-
-
-def _unpacked(data: Tensor, shape: tuple[int, ...], spec: QuantizationSpec) -> Tensor:
-    if spec.bits == 8:
-        return data.reshape(shape)
-    # Zero points are packed as one row; an odd number of them leaves the last half-byte unused.
-    codes = unpack_int4(data.reshape(-1, data.shape[-1]), signed=spec.signed)
-    return codes.reshape(-1)[: math.prod(shape)].reshape(shape)

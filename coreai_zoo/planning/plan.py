@@ -15,7 +15,7 @@ from coreai_zoo.build.workspace import Workspace
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.files import Checkpoint, has_weights, read_config
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract, find_contract
-from coreai_zoo.dtypes import DTYPE_BYTES
+from coreai_zoo.dtypes import bits_of
 from coreai_zoo.entry import Entry, Published
 from coreai_zoo.errors import BadInput, PluginError
 from coreai_zoo.overlay import ROLES, HasParameterTable, ParameterInfo
@@ -132,7 +132,8 @@ class Plan:
     def states(self) -> Mapping[str, int]:
         """Bytes of each state at `context` positions."""
         return {
-            state.name: DTYPE_BYTES[state.dtype]
+            state.name: bits_of(state.dtype)
+            // 8
             * math.prod(self.context if isinstance(size, str) else size for size in state.shape)
             for state in self.spec.states
         }

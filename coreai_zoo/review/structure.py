@@ -14,6 +14,7 @@ from coreai_zoo.build.model import Model, config_of_entry, read_model, signature
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.files import read_config
 from coreai_zoo.contracts import Contract, find_contract
+from coreai_zoo.dtypes import bits_of
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, count, layer_names
@@ -21,7 +22,7 @@ from coreai_zoo.plugins import Plugins
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import QuantizationSpec, Recipe, find_recipe
 from coreai_zoo.signature import TraceSpec
-from coreai_zoo.weights.formats import blocks_per_row, has_zero_points
+from coreai_zoo.weights.formats import ArrayKind, Format
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan, active_share, plan_without_checkpoint
 
 if TYPE_CHECKING:
@@ -157,8 +158,7 @@ def contents(bundle: Bundle, backend: Backend) -> dict[str, memoryview]:
 
 
 def _size(shape: tuple[int, ...], dtype: str) -> int:
-    bits = 8 if dtype == "bool" else int("".join(filter(str.isdigit, dtype)))
-    return math.ceil(math.prod(shape) * bits / 8)
+    return math.ceil(math.prod(shape) * bits_of(dtype) / 8)
 
 
 def _weight_name(name: str) -> str:
@@ -317,7 +317,7 @@ class _Unbuilt:
         """Trace it, its weights allocated as they are planned."""
         from coreai_zoo.lowering.module import allocate
 
-        allocate(self.module, {tensor.name: tensor for tensor in self.plan.tensors})
+        allocate(self.module, {tensor.name: tensor.format for tensor in self.plan.tensors})
         return backend.trace(self.module, spec)
 
 
@@ -348,58 +348,25 @@ class _Empty:
     number: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.planned.shape
+    def format(self) -> Format:
+        return self.planned.format
 
-    @property
-    def dtype(self) -> str:
-        return self.planned.dtype
-
-    @property
-    def quantization(self) -> QuantizationSpec | None:
-        return self.planned.quantization
-
-    def data(self) -> np.ndarray[Any, Any]:
-        spec = self.quantization
-        if spec is None:
-            return self._zeros(self.shape, self.dtype, 0)
-        if spec.bits == 4:
-            return self._zeros((self.planned.rows, self.planned.columns // 2), "uint8", 0)
-        return self._zeros(self.shape, spec.dtype, 0)
-
-    def scales(self) -> np.ndarray[Any, Any]:
-        return self._zeros((*self.shape[:-1], self._blocks), self.dtype, 1)
-
-    def zero_points(self) -> np.ndarray[Any, Any] | None:
-        spec = self.quantization
-        if spec is None or not has_zero_points(spec):
-            return None
-        if spec.bits == 4:
-            return self._zeros((math.ceil(self.planned.rows * self._blocks / 2),), "uint8", 2)
-        return self._zeros((*self.shape[:-1], self._blocks), spec.dtype, 2)
-
-    @property
-    def _blocks(self) -> int:
-        assert self.quantization is not None  # who asks for scales has looked
-        return blocks_per_row(self.planned.columns, self.quantization)
-
-    def _zeros(self, shape: tuple[int, ...], dtype: str, kind: int) -> np.ndarray[Any, Any]:
-        array = np.zeros(shape, dtype)
+    def array(self, kind: ArrayKind) -> np.ndarray[Any, Any]:
+        stored = self.format.arrays[kind]
+        array = np.zeros(stored.memory_shape, stored.memory_dtype)
         start = array.reshape(-1).view(np.uint8)
-        label = np.frombuffer((3 * self.number + kind).to_bytes(8, "little"), np.uint8)[: start.size]
+        number = 3 * self.number + [*self.format.arrays].index(kind)
+        label = np.frombuffer(number.to_bytes(8, "little"), np.uint8)[: start.size]
         start[: label.size] = label
         return array
 
 
 def _stored(tensor: PlannedTensor) -> list[tuple[str, StoredWeight]]:
-    spec = tensor.quantization
-    if spec is None:
-        return [(tensor.name, StoredWeight(tensor.shape, tensor.dtype, tensor.stored_bytes))]
-    scales = (*tensor.shape[:-1], blocks_per_row(tensor.columns, spec))
-    stored = [(tensor.name, tensor.shape, spec.dtype), (f"{tensor.name} scales", scales, tensor.dtype)]
-    if has_zero_points(spec):
-        stored.append((f"{tensor.name} zero points", scales, spec.dtype))
-    return [(name, StoredWeight(shape, dtype, _size(shape, dtype))) for name, shape, dtype in stored]
+    suffixes = {"data": "", "scales": " scales", "zero_points": " zero points"}
+    return [
+        (f"{tensor.name}{suffixes[kind]}", StoredWeight(array.shape, array.dtype, array.bytes))
+        for kind, array in tensor.format.arrays.items()
+    ]
 
 
 def _roles(plan: WeightPlan) -> dict[str, RoleWeights]:

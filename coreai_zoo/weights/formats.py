@@ -1,32 +1,143 @@
-"""How a quantized weight lies in memory: blocks, integers, pairs of 4-bit integers."""
+"""How a weight lies in memory: plain values, or integers with scales and perhaps zero points.
+
+A `Format` is what plan, quantizer, store, graph, backends and gates have to agree on: which arrays there are, their
+shapes and dtypes, and how many bytes they take. No torch is needed to know it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
+from attrs import field, frozen
+
+from coreai_zoo.dtypes import bits_of
+from coreai_zoo.names import quantized_names
 from coreai_zoo.recipes import QuantizationSpec
 
 if TYPE_CHECKING:
     import torch
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Geometry of a quantized weight; no torch
-# ---------------------------------------------------------------------------------------------------------------------
+ArrayKind = Literal["data", "scales", "zero_points"]
 
 
-def blocks_per_row(columns: int, spec: QuantizationSpec) -> int:
-    """Number of scales per row.
+@frozen
+class StoredArray:
+    """One array of a stored weight.
+
+    Attributes:
+        kind: `data` holds the plain values or the integers.
+        shape: in elements.
+        dtype: of an element, for example `float16`, `int8` or `int4`; elements of 4 bits lie two to a byte, the first
+            in the low half, and an odd number of them leaves half a byte unused.
+    """
+
+    kind: ArrayKind
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def packed(self) -> bool:
+        """Whether two elements share a byte."""
+        return bits_of(self.dtype) < 8
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes."""
+        return math.ceil(math.prod(self.shape) * bits_of(self.dtype) / 8)
+
+    @property
+    def memory_shape(self) -> tuple[int, ...]:
+        """The shape of the array in memory: of packed integers [rows, bytes], of packed zero points [bytes]."""
+        if not self.packed:
+            return self.shape
+        return (math.prod(self.shape[:-1]), self.shape[-1] // 2) if self.kind == "data" else (self.bytes,)
+
+    @property
+    def memory_dtype(self) -> str:
+        """The dtype of the array in memory: of a packed one, `uint8`."""
+        return "uint8" if self.packed else self.dtype
+
+
+@frozen
+class Format:
+    """How a weight of some shape is stored.
+
+    Attributes:
+        shape: of the weight.
+        dtype: of the plain values, or of the scales.
+        quantization: how it is quantized, None for plain values.
 
     Raises:
-        ValueError: when the block size does not divide `columns`, or two 4-bit integers would share a byte across rows.
+        ValueError: when the block does not divide the weight's width, or two 4-bit integers would share a byte across
+            rows.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    quantization: QuantizationSpec | None = field(default=None)
+
+    def __attrs_post_init__(self) -> None:
+        if self.quantization is not None:
+            require_divisible(self.columns, self.quantization)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight seen as a matrix along its last axis."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """Size of the last axis, 1 for a scalar."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """[*shape[:-1], blocks]: one scale for each block of a row; () of a weight that is not quantized."""
+        spec = self.quantization
+        return () if spec is None else (*self.shape[:-1], self.columns // (spec.block_size or self.columns))
+
+    @cached_property
+    def arrays(self) -> Mapping[ArrayKind, StoredArray]:
+        """What is stored, by kind, in the order in which it is written."""
+        spec = self.quantization
+        if spec is None:
+            return {"data": StoredArray("data", self.shape, self.dtype)}
+        arrays: dict[ArrayKind, StoredArray] = {
+            "data": StoredArray("data", self.shape, spec.dtype),
+            "scales": StoredArray("scales", self.scales_shape, self.dtype),
+        }
+        if has_zero_points(spec):
+            arrays["zero_points"] = StoredArray("zero_points", self.scales_shape, spec.dtype)
+        return arrays
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.bytes for array in self.arrays.values())
+
+    def state_names(self, parameter: str) -> Mapping[ArrayKind, str]:
+        """Under which name each array is in the state of a decoder whose parameter is called `parameter`."""
+        if self.quantization is None:
+            return {"data": parameter}
+        data, scales, zero_points = quantized_names(parameter)
+        names: dict[ArrayKind, str] = {"data": data, "scales": scales, "zero_points": zero_points}
+        return {kind: names[kind] for kind in self.arrays}
+
+
+def require_divisible(columns: int, spec: QuantizationSpec) -> None:
+    """Refuse a width that `spec` does not fit.
+
+    Raises:
+        ValueError: saying why.
     """
     size = spec.block_size or columns
     if columns == 0 or columns % size:
         raise ValueError(f"{columns} columns are not divisible by the block size {size}")
     if spec.bits == 4 and columns % 2:
         raise ValueError(f"{columns} columns are odd, 4-bit integers are packed in pairs")
-    return columns // size
 
 
 def integer_range(spec: QuantizationSpec) -> tuple[int, int]:
@@ -70,3 +181,12 @@ def unpack_int4(packed: torch.Tensor, *, signed: bool) -> torch.Tensor:
         return pairs
     # Shift the sign bit of the nibble to the sign bit of the byte and back.
     return (pairs << 4).view(torch.int8) >> 4
+
+
+def unpacked(memory: torch.Tensor, array: StoredArray) -> torch.Tensor:
+    """The elements of an array, [shape], from its memory."""
+    if not array.packed:
+        return memory.view(array.shape)
+    codes = unpack_int4(memory.reshape(-1), signed=not array.dtype.startswith("u"))
+    # The last half-byte may be unused.
+    return codes[: math.prod(array.shape)].view(array.shape)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from attrs import define, field, frozen
 
 from coreai_zoo.checkpoint.files import TensorInfo
-from coreai_zoo.dtypes import DTYPE_BYTES
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.overlay import Drop, ParameterInfo, Part, Transform, WeightMap, WeightRule
 from coreai_zoo.recipes import QuantizationSpec, Recipe
-from coreai_zoo.weights.formats import blocks_per_row, has_zero_points
+from coreai_zoo.weights.formats import Format
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -61,15 +61,20 @@ class PlannedTensor:
     transform: Transform | None
     sources: tuple[Source, ...]
 
+    @cached_property
+    def format(self) -> Format:
+        """How it lies in memory."""
+        return Format(self.shape, self.dtype, self.quantization)
+
     @property
     def rows(self) -> int:
         """Rows of the parameter seen as a matrix along its last axis."""
-        return math.prod(self.shape[:-1])
+        return self.format.rows
 
     @property
     def columns(self) -> int:
         """Size of the last axis, 1 for a scalar."""
-        return self.shape[-1] if self.shape else 1
+        return self.format.columns
 
     @property
     def parameters(self) -> int:
@@ -79,13 +84,7 @@ class PlannedTensor:
     @property
     def stored_bytes(self) -> int:
         """Bytes in the weight store: integers, scales and zero points, or plain values."""
-        size = DTYPE_BYTES[self.dtype]
-        if self.quantization is None:
-            return self.parameters * size
-        scales = self.rows * blocks_per_row(self.columns, self.quantization)
-        zero_points = scales if has_zero_points(self.quantization) else 0
-        bits = self.quantization.bits
-        return self.parameters * bits // 8 + scales * size + math.ceil(zero_points * bits / 8)
+        return self.format.bytes
 
 
 @frozen
@@ -418,11 +417,10 @@ class _Planner:
         planned = PlannedTensor(
             target.name, rule.role, target.info.shape, target.info.dtype, spec, rule.transform, sources
         )
-        if spec is not None:
-            try:
-                blocks_per_row(planned.columns, spec)
-            except ValueError as error:
-                self.problems.blocks.append(f"{target.name} ({rule.role}, {spec}: {error})")
+        try:
+            _ = planned.format
+        except ValueError as error:
+            self.problems.blocks.append(f"{target.name} ({rule.role}, {spec}: {error})")
         return planned
 
     def _sources(self, target: _Target) -> tuple[Source, ...]:

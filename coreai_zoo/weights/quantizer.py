@@ -18,7 +18,7 @@ from attrs import frozen
 
 from coreai_zoo.dtypes import FLOAT_DTYPES
 from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.weights.formats import blocks_per_row, has_zero_points, integer_range
+from coreai_zoo.weights.formats import Format, has_zero_points, integer_range
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +72,11 @@ def quantize_rows(rows: torch.Tensor, spec: QuantizationSpec, dtype: torch.dtype
     if rows.ndim != 2 or str(dtype).removeprefix("torch.") not in FLOAT_DTYPES or not rows.is_floating_point():
         raise ValueError(f"rows must be [R, C] in one of {FLOAT_DTYPES}, not {tuple(rows.shape)} {rows.dtype}")
     count, columns = rows.shape
-    blocks = blocks_per_row(columns, spec)
+    scales_shape = Format((count, columns), "float32", spec).scales_shape
     integer = torch.int8 if spec.signed else torch.uint8
     codes = torch.empty(count, columns, dtype=integer)
-    scales = torch.empty(count, blocks, dtype=dtype)
-    offsets = torch.empty(count, blocks, dtype=integer) if has_zero_points(spec) else None
+    scales = torch.empty(scales_shape, dtype=dtype)
+    offsets = torch.empty(scales_shape, dtype=integer) if has_zero_points(spec) else None
 
     def quantize(part: slice) -> None:
         _quantize_chunk(rows[part], spec, codes[part], scales[part], None if offsets is None else offsets[part])

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
@@ -36,7 +36,7 @@ from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, in_order, process
-from coreai_zoo.weights.formats import blocks_per_row, has_zero_points, pack_int4
+from coreai_zoo.weights.formats import ArrayKind, Format, pack_int4
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import (
     QUANTIZER_VERSION,
@@ -96,46 +96,23 @@ class StoredTensor:
     source_digest: str
     files: Mapping[str, StoredFile]
 
-    @property
-    def columns(self) -> int:
-        """Size of the last axis, 1 for a scalar."""
-        return self.shape[-1] if self.shape else 1
+    @cached_property
+    def format(self) -> Format:
+        """How it lies in memory."""
+        return Format(self.shape, self.dtype, self.quantization)
 
-    def data(self) -> np.memmap[Any, Any]:
-        """Plain values [shape] in `dtype`; integers [shape] int8 or uint8; or 4-bit pairs [rows, columns / 2] uint8."""
-        if self.quantization is None:
-            return self._map("data", self.dtype, self.shape)
-        if self.quantization.bits == 4:
-            return self._map("data", "uint8", (-1, self.columns // 2))
-        return self._map("data", self.quantization.dtype, self.shape)
-
-    def scales(self) -> np.memmap[Any, Any]:
-        """Scales [*shape[:-1], blocks] in `dtype`.
+    def array(self, kind: ArrayKind) -> np.memmap[Any, Any]:
+        """One of its arrays, mapped: in `StoredArray.memory_shape` and `memory_dtype`.
 
         Raises:
-            ValueError: when the tensor is not quantized.
+            KeyError: when it has no such array.
         """
-        return self._map("scales", self.dtype, (*self.shape[:-1], self._blocks()))
-
-    def zero_points(self) -> np.memmap[Any, Any] | None:
-        """Zero points [*shape[:-1], blocks], at 4 bits packed in pairs [ceil(count / 2)] uint8; None when all zero."""
-        if "zero_points" not in self.files or self.quantization is None:
-            return None
-        if self.quantization.bits == 4:
-            return self._map("zero_points", "uint8", (-1,))
-        return self._map("zero_points", self.quantization.dtype, (*self.shape[:-1], self._blocks()))
-
-    def _blocks(self) -> int:
-        if self.quantization is None:
-            raise ValueError(f"{self.name} is not quantized")
-        return blocks_per_row(self.columns, self.quantization)
-
-    def _map(self, kind: str, dtype: str, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
         import numpy as np
 
+        array = self.format.arrays[kind]
         # Copy-on-write: torch.from_numpy warns about arrays that it must not write to, and nothing may reach the file.
-        flat: np.memmap[Any, Any] = np.memmap(self.files[kind].path, dtype=dtype, mode="c")
-        return flat.reshape(shape)  # type: ignore[return-value]
+        flat: np.memmap[Any, Any] = np.memmap(self.files[kind].path, dtype=array.memory_dtype, mode="c")
+        return flat.reshape(array.memory_shape)  # type: ignore[return-value]
 
 
 @frozen
@@ -324,8 +301,7 @@ class _TensorWriter:
         """
         if not _SAFE_NAME.fullmatch(planned.name):
             raise BadInput(f"The parameter name {planned.name!r} cannot be a file name.", "Rename it in the overlay.")
-        spec = planned.quantization
-        writer = cls(directory, planned.name, _KINDS[: 1 if spec is None else 3 if has_zero_points(spec) else 2])
+        writer = cls(directory, planned.name, tuple(planned.format.arrays))
         try:
             for kind in writer.kinds:
                 path = directory / f"{planned.name}.{kind}"
