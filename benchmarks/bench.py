@@ -47,7 +47,7 @@ def rate(function: Callable[[], object], parameters: int, runs: int) -> float:
 def quantizer_rates(runs: int) -> dict[str, float]:
     """Our quantizer on all cores beside the same arithmetic as plain torch operations on the whole matrix."""
     weight = (torch.randn(17408, 5120) * 0.02).bfloat16()  # the down projection of the 27B, transposed
-    spec = find_recipe("int8hu").roles["mlp"]
+    spec = find_recipe("int8hu").specs["body"]
     assert spec is not None
 
     def plain() -> torch.Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from measure import measure
 
-from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.gate import Model
@@ -31,19 +31,19 @@ from coreai_zoo.plugins import default_plugins
 PARTS = ("oracle", "control", "torch")
 
 
-def resolved_of(bundle: Bundle, checkpoint: Path) -> Resolved:
+def resolved_of(bundle: Bundle, checkpoint: Path) -> Design:
     """What a build of `bundle` decided."""
     with tempfile.TemporaryDirectory() as folder:
         request, _ = recorded_request(bundle, checkpoint, Path(folder))
-        return resolve(request, default_plugins())
+        return design(request, default_plugins())
 
 
-def model_of(part: str, bundle: Bundle, resolved: Resolved) -> Model:
+def model_of(part: str, bundle: Bundle, resolved: Design) -> Model:
     """The oracle, the candidate on the bundle's weights, or the same decoder on the checkpoint's, unquantized."""
     if part == "oracle":
         from coreai_zoo.gates.oracle import Oracle
 
-        return Oracle(resolved.checkpoint, resolved.hf_config)
+        return Oracle(resolved.checkpoint, resolved.model.hf_config)
     from attrs import evolve
 
     from coreai_zoo.gates.layered import TorchCandidate
@@ -53,8 +53,10 @@ def model_of(part: str, bundle: Bundle, resolved: Resolved) -> Model:
     if part == "control":
         plan = evolve(plan, tensors=tuple(evolve(tensor, quantization=None) for tensor in plan.tensors))
         weights = CheckpointWeights("the checkpoint in fp16", resolved.checkpoint, plan)
-    source: WeightSource = weights or AssetWeights.open(bundle.asset, resolved.backend, resolved.module, plan)
-    return TorchCandidate(resolved.module, plan, resolved.signature, source)
+    source: WeightSource = weights or AssetWeights.open(
+        bundle.asset, resolved.backend, bundle.decode, resolved.modules["main"], plan
+    )
+    return TorchCandidate(resolved.modules["main"], plan, resolved.signatures["main"], source)
 
 
 def run(part: str, directory: Path, checkpoint: Path, positions: int) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def run(part: str, directory: Path, checkpoint: Path, positions: int) -> dict[st
     resolved = resolved_of(bundle, checkpoint)
     layers: Counter[str] = Counter()
     for tensor in resolved.weights.tensors:
-        path = next((path for path in resolved.module.layer_paths if tensor.name.startswith(f"{path}.")), "")
+        path = next((path for path in resolved.modules["main"].layer_paths if tensor.name.startswith(f"{path}.")), "")
         layers[path] += 4 * tensor.parameters if path else 0
     vocabulary = resolved.facts["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocabulary, positions).tolist()

@@ -19,21 +19,25 @@ from synthetic_checkpoint import write_checkpoint
 
 from coreai_zoo.backend import Constant
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
-from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.lowering.module import allocate, state_of
 from coreai_zoo.plugins import default_plugins
 
 
-def untouched(resolved: Resolved) -> dict[str, Constant]:
+def untouched(resolved: Design) -> dict[str, Constant]:
     """Constants of the right shapes in memory that costs nothing until somebody touches it."""
     constants = {}
-    for name, (shape, dtype) in state_of(resolved.module, resolved.weights).items():
+    for name, (shape, dtype) in state_of(resolved.modules["main"], resolved.weights).items():
         array = np.zeros(shape, dtype)
         array.flat[0] = len(constants) % 100 + 1  # the compiler would merge equal ones
         constants[name] = Constant(array, shape, dtype)
-    return {name: constant for name, constant in constants.items() if name not in dict(resolved.module.named_buffers())}
+    return {
+        name: constant
+        for name, constant in constants.items()
+        if name not in dict(resolved.modules["main"].named_buffers())
+    }
 
 
 def main() -> None:
@@ -49,12 +53,12 @@ def main() -> None:
         checkpoint = Path(folder) / "checkpoint"
         config = overlay.config_of_facts(entry.facts.stated)
         write_checkpoint(config, entry.sample_directory(), "sparse", checkpoint, plugins)
-        resolved = resolve(BuildRequest(entry.name, checkpoint, allow_unverified=True), plugins)
+        resolved = design(BuildRequest(entry.name, checkpoint, allow_unverified=True), plugins)
     constants = untouched(resolved)
-    allocate(resolved.module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
+    allocate(resolved.modules["main"], {tensor.name: tensor.format for tensor in resolved.weights.tensors})
     backend = CoreAIBackend(every_layer=arguments.every_layer)
     started = time.monotonic()
-    traced = backend.trace(resolved.module, resolved.signature)
+    traced = backend.trace(resolved.modules, resolved.signatures)
     done = time.monotonic()
     traced.lower(constants)
     lowered = time.monotonic()

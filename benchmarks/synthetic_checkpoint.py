@@ -54,7 +54,7 @@ def tensors_of(hf_config: Mapping[str, Any], plugins: Plugins) -> list[Tensor]:
     overlay, _ = plugins.claim_overlay(str(hf_config["model_type"]), hf_config)
     config = overlay.read_config(hf_config)
     module = build_module(lambda: overlay.decoder(config, find_contract("static-s1")), [])
-    table = plugins.weight_map(overlay, None, config)
+    _, table = plugins.weight_map(overlay, None, config)
     parameters = parameters_of(module)
     tensors = {tensor.key: tensor for name, info in parameters.items() for tensor in _sources(name, info.shape, table)}
     return list(tensors.values())

@@ -51,7 +51,7 @@ def load(directory: Path) -> tuple[nn.Module, TraceSpec, WeightPlan, Recipe]:
     rewrites = plugins.layer_rewrites(overlay, None, config, STATIC_S1)
     module = build_module(lambda: overlay.decoder(config, STATIC_S1), rewrites).to_empty(device="cpu")
     recipe = find_recipe("int8hu").with_head(plugins.head_quantization(overlay, None, config))
-    table = plugins.weight_map(overlay, None, config)
+    _, table = plugins.weight_map(overlay, None, config)
     plan = plan_weights(table, parameters_of(module), checkpoint.tensors, recipe)
     for planned in plan.tensors:
         rows = [checkpoint.read_rows(s.key, 0, s.stop - s.start) for s in planned.sources]
@@ -62,7 +62,7 @@ def load(directory: Path) -> tuple[nn.Module, TraceSpec, WeightPlan, Recipe]:
         parameter.data = value.to(parameter.dtype).reshape(parameter.shape)
         parameter.requires_grad = False
     states = plugins.extra_states(overlay, None, config, STATIC_S1)
-    spec = STATIC_S1.trace_spec(overlay.kv_cache(config), states, overlay.facts(config)["vocab_size"], 4096)
+    spec = STATIC_S1.functions(overlay.kv_cache(config), states, overlay.facts(config)["vocab_size"], 4096)["main"]
     return module, spec, plan, recipe
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @frozen
 class Signature:
-    """The function of a saved asset as its toolchain reads it back: name to (shape, dtype), a dynamic size being -1."""
+    """A function of a saved asset as its toolchain reads it back: name to (shape, dtype), a dynamic size being -1."""
 
     inputs: Mapping[str, tuple[tuple[int, ...], str]]
     states: Mapping[str, tuple[tuple[int, ...], str]]
@@ -34,7 +34,8 @@ class Traced(Protocol):
         """Lower it and write the asset to `destination`, which does not exist yet.
 
         Args:
-            constants: the module's stored state by name, see `export.constants`; no copy of one may be made in memory.
+            constants: the stored state of the modules by name, see `lowering.module.constants`; no copy of one may be
+                made in memory.
             destination: path of the asset.
 
         Raises:
@@ -46,13 +47,19 @@ class Traced(Protocol):
 
 
 class Stepper(Protocol):
-    """A loaded asset that is stepped token by token, its states carried from call to call."""
+    """A loaded asset that is fed token by token, its states carried from call to call and from function to function."""
 
     def step(self, token: int) -> np.ndarray[Any, Any]:
-        """Feed one token at the next position; the logits, float16 [V]."""
+        """Feed one token at the next position to the function that decodes; the logits, float16 [V]."""
+
+    def call(self, function: str, tokens: Sequence[int]) -> np.ndarray[Any, Any] | None:
+        """Feed tokens at the next positions to a function; its logits, float16 [S, V], None where it gives none."""
 
     def reset(self) -> None:
         """Zero the states and start at position 0 again."""
+
+    def state(self, name: str) -> np.ndarray[Any, Any]:
+        """A copy of a state as it is now."""
 
 
 @runtime_checkable
@@ -95,8 +102,12 @@ class Backend(Protocol):
     def version_warnings(self) -> tuple[str, ...]:
         """What the toolchain says of the versions that it finds; recorded in build.json."""
 
-    def require(self, spec: TraceSpec, quantizations: Collection[QuantizationSpec]) -> None:
+    def require(self, functions: Mapping[str, TraceSpec], quantizations: Collection[QuantizationSpec]) -> None:
         """Refuse what the target cannot hold, before anything is traced.
+
+        Args:
+            functions: signature of each function.
+            quantizations: every way in which a weight is quantized.
 
         Raises:
             BadInput: naming it.
@@ -109,27 +120,28 @@ class Backend(Protocol):
     def versions(self) -> Mapping[str, str]:
         """Distribution name to version of everything that determines the asset's bytes."""
 
-    def trace(self, module: nn.Module, spec: TraceSpec) -> Traced:
-        """Trace `module`; everything that can be wrong with a decoder shows here, before a weight is read.
+    def trace(self, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]) -> Traced:
+        """Trace every function; what can be wrong with a decoder shows here, before a weight is read.
 
         Args:
-            module: the decoder with its parameters allocated, see `export.allocate`; it is modified.
-            spec: its signature.
+            modules: the decoder of each function, its parameters allocated, see `lowering.module.allocate`. Parameters
+                of one name are the same weight. They are modified.
+            functions: their signatures; the first one decodes.
 
         Raises:
-            PluginError: when the module does not meet the contract.
+            PluginError: when a module does not meet the contract.
             EnvironmentLacks: when the toolchain is missing or another version.
         """
 
-    def signature(self, asset: Path) -> Signature:
-        """Read a saved asset's signature.
+    def signatures(self, asset: Path) -> Mapping[str, Signature]:
+        """Read the signature of each function of a saved asset.
 
         Raises:
             CheckFailed: when it cannot be read.
         """
 
     def constants(self, asset: Path) -> Mapping[str, memoryview]:
-        """The stored constants of an asset by the names that `compile` was given, as views of the file.
+        """The stored constants of an asset by the names that `Traced.save` was given, as views of the file.
 
         A constant whose values are all the same, or the same as another's, may be stored otherwise and is not named.
 
@@ -137,12 +149,15 @@ class Backend(Protocol):
             CheckFailed: when the asset cannot be read.
         """
 
-    def state(self, asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> Mapping[str, memoryview]:
-        """The bytes of every state that an asset was written with, wherever they are stored; views of the file.
+    def state(
+        self, asset: Path, function: str, state: Mapping[str, tuple[tuple[int, ...], str]]
+    ) -> Mapping[str, memoryview]:
+        """The bytes of every state that a function was written with, wherever they are stored; views of the file.
 
         Args:
             asset: the asset.
-            state: shape and logical dtype of each state in the order of the module; see `export.state_of`.
+            function: its name.
+            state: shape and logical dtype of each state in the order of the module; see `lowering.module.state_of`.
 
         Raises:
             CheckFailed: when the asset cannot be read, or holds other constants than these.
@@ -155,8 +170,16 @@ class Backend(Protocol):
             CheckFailed: when it cannot be read.
         """
 
-    def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> AbstractContextManager[Stepper]:
-        """Load an asset to run it on this machine, with room for `capacity` positions."""
+    def stepper(
+        self, asset: Path, functions: Mapping[str, TraceSpec], capacity: int
+    ) -> AbstractContextManager[Stepper]:
+        """Load an asset to run it on this machine, with room for `capacity` positions.
+
+        Args:
+            asset: the asset.
+            functions: the signature of each of its functions; the first one decodes.
+            capacity: positions.
+        """
 
 
 def drain(stepper: Stepper, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:

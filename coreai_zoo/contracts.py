@@ -1,7 +1,7 @@
-"""Engine contracts: what a bundle's function looks like to the engine that loads it.
+"""Engine contracts: what the functions of a bundle look like to the engine that loads it.
 
-A contract fixes the inputs, the names of the key / value pair and the output. The overlay adds its own states through
-the `zoo_extra_states` hook. Facts and their sources: docs/contracts.md.
+A contract says which functions there are, their inputs, the names of the key / value pair and the output. The overlay
+adds its own states through the `zoo_extra_states` hook. Facts and their sources: docs/contracts.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from attrs import field, frozen
 from attrs.validators import ge, optional
 
 from coreai_zoo.errors import BadInput
-from coreai_zoo.signature import Axis, KVCache, StateSpec, TensorSpec, TraceSpec
+from coreai_zoo.signature import Axis, InputSpec, KVCache, StateSpec, TensorSpec, TraceSpec
 
 # The pipelined engine allocates KV at 256 and doubles it; the trace only has to leave the axis free.
 _TRACED_CAPACITY = 256
@@ -30,7 +30,7 @@ class Contract:
     Attributes:
         name: as on the command line.
         summary: one line.
-        query_length: tokens per call, or None when the engine may pass any number.
+        query_length: tokens per call when decoding, or None when the engine may pass any number.
         prerequisites: what a machine needs to run such a bundle, for the card.
         fixed_context: whether the KV pair has its full length from the start, and `position_ids` names the new tokens
             only; else both grow with the tokens.
@@ -46,17 +46,26 @@ class Contract:
     default_context: int | None = None
     compute_dtype: str = "float16"
 
-    def trace_spec(self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int) -> TraceSpec:
-        """The function's signature.
+    def functions(
+        self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int
+    ) -> Mapping[str, TraceSpec]:
+        """The signature of each function of a bundle, by name; the first one decodes.
 
-        `input_ids` [1, S] int32; `position_ids` [1, T] int32, the whole range 0..T-1, so that the S new tokens are
-        written at T - S; the KV pair [layers, 1, heads, capacity, head_dim]; then `extra`; `logits` [1, S, V]. With a
-        fixed context `position_ids` is [1, S] and the capacity is `max_context`.
+        Here that is `main` alone: `input_ids` [1, S] int32; `position_ids` [1, T] int32, the whole range 0..T-1, so
+        that the S new tokens are written at T - S; the KV pair [layers, 1, heads, capacity, head_dim]; then `extra`;
+        `logits` [1, S, V]. With a fixed context `position_ids` is [1, S] and the capacity is `max_context`. A contract
+        with other functions is a subclass with a method of its own; all its functions have the same states.
 
         Raises:
             ValueError: when names collide.
         """
-        length = self.query_length if self.query_length is not None else "query"
+        return {"main": self.signature(self.query_length, kv, extra, vocab_size, max_context)}
+
+    def signature(
+        self, query_length: int | None, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int
+    ) -> TraceSpec:
+        """The signature of a function that takes `query_length` tokens per call, or any number; see `functions`."""
+        length = query_length if query_length is not None else "query"
         capacity = max_context if self.fixed_context else "capacity"
         pair = tuple(
             StateSpec(
@@ -71,13 +80,15 @@ class Contract:
         if not self.fixed_context:
             axes["positions"] = Axis(1, max_context, _TRACED_POSITIONS)
             axes["capacity"] = Axis(1, _largest_capacity(max_context), _TRACED_CAPACITY)
-        if self.query_length is None:
+        if query_length is None:
             axes["query"] = Axis(1, max_context, _TRACED_POSITIONS - 2)
+        positions = (
+            InputSpec("position_ids", (1, length), "int32", holds="new_positions")
+            if self.fixed_context
+            else InputSpec("position_ids", (1, "positions"), "int32", holds="positions")
+        )
         return TraceSpec(
-            inputs=(
-                TensorSpec("input_ids", (1, length), "int32"),
-                TensorSpec("position_ids", (1, length if self.fixed_context else "positions"), "int32"),
-            ),
+            inputs=(InputSpec("input_ids", (1, length), "int32", holds="tokens"), positions),
             states=(*pair, *extra),
             outputs=(TensorSpec("logits", (1, length, vocab_size), self.compute_dtype),),
             axes=axes,

@@ -86,8 +86,8 @@ class BuiltBundle(Protocol):
         """The folder of its tokenizer."""
 
     @property
-    def signature(self) -> TraceSpec:
-        """The signature as it was built."""
+    def functions(self) -> Mapping[str, TraceSpec]:
+        """The signature of each function as it was built; the first one decodes."""
 
     @property
     def max_context(self) -> int:

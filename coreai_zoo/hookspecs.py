@@ -16,7 +16,7 @@ import pluggy
 
 from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
 from coreai_zoo.recipes import HeadQuantization
-from coreai_zoo.signature import StateSpec
+from coreai_zoo.signature import StateSpec, TraceSpec
 
 if TYPE_CHECKING:
     import click
@@ -87,17 +87,18 @@ def zoo_claim_overlay(model_type: str, hf_config: Mapping[str, Any]) -> Overlay 
 
 @hookspec
 def zoo_layer_rewrites(
-    overlay: Overlay, entry: Entry | None, config: Any, contract: Contract
+    overlay: Overlay, entry: Entry | None, config: Any, contract: Contract, function: TraceSpec
 ) -> Iterable[LayerRewrite]:
     """Replace layers of the overlay's decoder: by the form that a contract needs, or by what a sibling has there.
 
-    Called after `Overlay.decoder`, before weights are planned.
+    Called for each function of the contract, before weights are planned.
 
     Args:
         overlay: the overlay that was claimed. Check `overlay.name` before you answer.
         entry: the entry that is built, or None for a bare checkpoint.
         config: what its `read_config` returned.
         contract: the engine contract of this build.
+        function: the signature of the function whose decoder it is. Each function of a contract is asked for.
 
     Returns:
         Rewrites. All plugins' are collected; two on one layer are an error that names both.

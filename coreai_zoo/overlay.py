@@ -8,7 +8,7 @@ frozen data; nothing here imports torch at run time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from attrs import field, frozen
 from attrs.validators import deep_iterable, ge, in_, min_len
@@ -21,22 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from coreai_zoo.contracts import Contract
-
-ROLES = {
-    "embedding": "token embedding table",
-    "head": "output projection to the vocabulary",
-    "attention": "q, k, v and o projections of softmax attention",
-    "gdn.in": "input projections of a gated delta net",
-    "gdn.out": "output projection of a gated delta net",
-    "gdn.conv": "depthwise causal convolution of a gated delta net",
-    "mlp": "dense feed-forward projections, a shared expert's included",
-    "moe.expert": "routed experts",
-    "moe.router": "router",
-    "moe.shared_gate": "gate of the shared expert",
-    "norm": "normalisation gains",
-    "scalar": "per-head decays, biases and other small vectors",
-}
-"""Every role that a weight can have, and what it means. A recipe decides each of them."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,17 +55,53 @@ class LayerRewrite:
         pattern: shell-style pattern on the module path, for example `model.layers.*.linear_attn`.
         reason: why the contract needs it, one sentence.
         apply: takes the module, returns its replacement; parameters keep their values and dtypes.
+        keeps_parameters: promise that the replacement has the same parameters, in name, shape and dtype. A plan then
+            needs no decoder to know them; a build holds the rewrite to it.
     """
 
     name: str
     pattern: str
     reason: str
     apply: Callable[[nn.Module], nn.Module]
+    keeps_parameters: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weight map
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+RoleKind = Literal["embedding", "head", "body", "other"]
+
+
+@frozen
+class Role:
+    """What a group of weights does in a model: what recipes, reports and gates know a weight by.
+
+    Attributes:
+        name: short, for example `attention`.
+        meaning: in words, for the card.
+        kind: which part of a recipe decides it. `embedding` is looked up by rows, `head` gives the logits, `body` is
+            the large matrices that a token is multiplied by, `other` is small and sensitive and stays as it is.
+        routed: whether it holds experts, of which a token reads only those that a router chooses.
+        router: whether its product chooses experts: a gate watches how close the choice was.
+    """
+
+    name: str = field(validator=min_len(1))
+    meaning: str = field(validator=min_len(1))
+    kind: RoleKind = field(default="other", validator=in_(get_args(RoleKind)))
+    routed: bool = False
+    router: bool = False
+
+
+COMMON_ROLES = (
+    Role("embedding", "token embedding table", "embedding"),
+    Role("head", "output projection to the vocabulary", "head"),
+    Role("attention", "q, k, v and o projections of softmax attention", "body"),
+    Role("mlp", "dense feed-forward projections", "body"),
+    Role("norm", "normalisation gains"),
+)
+"""The roles that weights have in most decoders; a weight map that says nothing has these."""
 
 
 @frozen
@@ -121,7 +141,7 @@ class WeightRule:
     Attributes:
         source: pattern of the checkpoint key, after `WeightMap.prefixes`.
         target: pattern of the parameter of the overlay's decoder.
-        role: one of `ROLES`.
+        role: name of one of the map's roles.
         transform: change of values, or None.
         source_shape: the checkpoint's shape from the parameter's, when they hold the same rows in another shape.
         part: which slab of the target this source fills, or None for all of it.
@@ -130,7 +150,7 @@ class WeightRule:
 
     source: str
     target: str
-    role: str = field(validator=in_(ROLES))
+    role: str
     transform: Transform | None = None
     source_shape: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
     part: Part | None = None
@@ -158,11 +178,24 @@ class WeightMap:
         rules: keys to parameters. One key may fill several parameters.
         drops: keys to leave out.
         prefixes: alternative spellings of the start of a key, rewritten before matching: (as found, as in the rules).
+        roles: what the weights do, in the order in which reports name them.
+
+    Raises:
+        ValueError: when a rule has a role that is not among `roles`, or two of these have one name.
     """
 
     rules: tuple[WeightRule, ...]
     drops: tuple[Drop, ...] = ()
     prefixes: tuple[tuple[str, str], ...] = ()
+    roles: tuple[Role, ...] = field(default=COMMON_ROLES, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        names = [role.name for role in self.roles]
+        unknown = sorted({rule.role for rule in self.rules} - set(names))
+        if unknown:
+            raise ValueError(f"the weight map does not say what the roles {', '.join(unknown)} of its rules are")
+        if len(set(names)) < len(names):
+            raise ValueError(f"the weight map names a role twice: {', '.join(sorted(names))}")
 
 
 @runtime_checkable
@@ -177,7 +210,7 @@ class LayeredDecoder(Protocol):
 
     The host runs a layer over all tokens of a prompt, one call after the other in their order, before it goes on to the
     next layer. So a layer writes its part of the states at once, where `forward` may wait until the end of the step.
-    Parameters are filled before the step that uses them and emptied after it; those with the roles `embedding` and
+    Parameters are filled before the step that uses them and emptied after it; those of the kinds `embedding` and
     `head` hold only some of their rows, the ids being numbered accordingly and the logits being those of these rows.
     """
 
@@ -227,7 +260,7 @@ class Overlay(Protocol):
         """What the host and an entry need to know of a config.
 
         Required: `vocab_size`, `layers`, `max_context_length` (int) and `ffn` (str, for example `dense` or `moe`);
-        where weights have the role `moe.expert`, also `experts` and `experts_per_token` (int). Anything further is
+        where a role of the weights is `routed`, also `experts` and `experts_per_token` (int). Anything further is
         compared with the entry's facts and printed in the card.
         """
 

@@ -22,7 +22,7 @@ from coreai_zoo import hookspecs
 from coreai_zoo.errors import BadInput, PluginError, ZooError, listing
 from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
 from coreai_zoo.recipes import HeadQuantization
-from coreai_zoo.signature import StateSpec
+from coreai_zoo.signature import StateSpec, TraceSpec
 
 if TYPE_CHECKING:
     from coreai_zoo.backend import Backend
@@ -287,10 +287,10 @@ class Plugins:
         return overlay, plugin
 
     def layer_rewrites(
-        self, overlay: Overlay, entry: Entry | None, config: Any, contract: Contract
+        self, overlay: Overlay, entry: Entry | None, config: Any, contract: Contract, function: TraceSpec
     ) -> list[tuple[str, LayerRewrite]]:
         """Rewrites, each with its plugin. Whether two meet on one layer is known only on the decoder itself."""
-        arguments = {"overlay": overlay, "entry": entry, "config": config, "contract": contract}
+        arguments = {"overlay": overlay, "entry": entry, "config": config, "contract": contract, "function": function}
         return self._collect("zoo_layer_rewrites", _instances(LayerRewrite), **arguments)
 
     def extra_states(self, overlay: Overlay, entry: Entry | None, config: Any, contract: Contract) -> list[StateSpec]:
@@ -305,8 +305,8 @@ class Plugins:
         _unique(hook, "state", [(plugin, state.name) for plugin, state in states])
         return [state for _plugin, state in states]
 
-    def weight_map(self, overlay: Overlay, entry: Entry | None, config: Any) -> WeightMap:
-        """The weight map.
+    def weight_map(self, overlay: Overlay, entry: Entry | None, config: Any) -> tuple[str, WeightMap]:
+        """The weight map, with its plugin.
 
         Raises:
             PluginError: when no plugin has one.
@@ -318,7 +318,7 @@ class Plugins:
                 f"there is no weight map for the overlay {overlay.name!r}. {self._asked(hook)}",
                 f"The plugin that claims the overlay has to answer {hook}.",
             )
-        return answer[1]
+        return answer
 
     def head_quantization(self, overlay: Overlay, entry: Entry | None, config: Any) -> HeadQuantization | None:
         """The head policy, or None when no plugin has one."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from attrs import evolve, field, frozen
 from attrs.validators import in_, max_len, min_len
 
 from coreai_zoo.errors import BadInput, listing
-from coreai_zoo.overlay import ROLES
+from coreai_zoo.overlay import Role, RoleKind
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Quantization
@@ -73,44 +73,46 @@ class HeadQuantization:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _decides_every_role(instance: Recipe, _attribute: object, roles: Mapping[str, QuantizationSpec | None]) -> None:
-    undecided, unknown = sorted(set(ROLES) - set(roles)), sorted(set(roles) - set(ROLES))
-    problems = [
-        *([f"leaves {listing(undecided)} undecided"] if undecided else []),
-        *([f"decides {listing(unknown)}, which no weight has"] if unknown else []),
-    ]
-    if problems:
+_KINDS: tuple[str, ...] = get_args(RoleKind)
+
+
+def _decides_every_kind(instance: Recipe, _attribute: object, specs: Mapping[str, QuantizationSpec | None]) -> None:
+    undecided = [kind for kind in _KINDS if kind not in specs]
+    if undecided:
         raise BadInput(
-            f"The recipe {instance.name!r} {' and '.join(problems)}.",
-            "A recipe gives each role a spec, or None to keep it as it is: a role that is left out would be skipped "
-            f"without a word. The roles are {listing(list(ROLES), len(ROLES))}.",
+            f"The recipe {instance.name!r} leaves {listing(undecided)} undecided.",
+            "A recipe gives each kind of weight a spec, or None to keep it as it is: what is left out would be skipped "
+            f"without a word. The kinds are {listing(list(_KINDS))}.",
         )
 
 
-def _frozen_mapping(
-    roles: Mapping[str, QuantizationSpec | None],
-) -> Mapping[str, QuantizationSpec | None]:
-    return MappingProxyType(dict(roles))
+def _frozen_mapping(specs: Mapping[str, QuantizationSpec | None]) -> Mapping[str, QuantizationSpec | None]:
+    return MappingProxyType(dict(specs))
 
 
 @frozen
 class Recipe:
-    """What is quantized and how, by role.
+    """What is quantized and how.
 
     Attributes:
         name: what a user types.
         published_name: the suffix of a bundle's name.
         description: one sentence for `zoo show`.
-        roles: a spec for each role of `overlay.ROLES`, None to keep the parameter's own dtype.
+        specs: a spec for each kind of weight (see `overlay.Role.kind`), and for single roles by their names where they
+            differ from their kind; None keeps the parameter's own dtype.
 
     Raises:
-        BadInput: when a role is undecided or unknown, naming each.
+        BadInput: when a kind is undecided, naming each.
     """
 
     name: str
     published_name: str
     description: str
-    roles: Mapping[str, QuantizationSpec | None] = field(converter=_frozen_mapping, validator=_decides_every_role)
+    specs: Mapping[str, QuantizationSpec | None] = field(converter=_frozen_mapping, validator=_decides_every_kind)
+
+    def spec(self, role: Role) -> QuantizationSpec | None:
+        """How a weight of `role` is quantized, or None."""
+        return self.specs[role.name if role.name in self.specs else role.kind]
 
     def with_head(self, policy: HeadQuantization | None, *, allow_per_channel: bool = False) -> Recipe:
         """The recipe with the overlay's head policy in place of its own head spec.
@@ -124,7 +126,7 @@ class Recipe:
         Raises:
             BadInput: for a per-channel head that is not allowed.
         """
-        own = self.roles["head"]
+        own = self.specs["head"]
         if own is None:
             return self
         spec = policy.spec if policy else own
@@ -136,7 +138,7 @@ class Recipe:
             )
         # Two policies for one head are two bundles: the name tells them apart.
         published_name = self.published_name if spec == own else f"{self.published_name}_head_{_slug(spec)}"
-        return evolve(self, roles={**self.roles, "head": spec}, published_name=published_name)
+        return evolve(self, specs={**self.specs, "head": spec}, published_name=published_name)
 
 
 def _slug(spec: QuantizationSpec) -> str:
@@ -146,13 +148,11 @@ def _slug(spec: QuantizationSpec) -> str:
 
 _SCHEME_SLUGS = {"symmetric": "sym", "symmetric_with_clipping": "clip", "asymmetric": "asym"}
 
-_BODY = ("attention", "gdn.in", "gdn.out", "mlp", "moe.expert")
 
-
-def _roles(body: QuantizationSpec | None, head: QuantizationSpec | None = None) -> dict[str, QuantizationSpec | None]:
-    # Everything outside of the body is small and sensitive (router, gates, norms, decays, convolutions) or is looked
-    # up instead of multiplied (embedding).
-    return {**dict.fromkeys(ROLES), **dict.fromkeys(_BODY, body), "head": head}
+def _specs(body: QuantizationSpec | None, head: QuantizationSpec | None = None) -> dict[str, QuantizationSpec | None]:
+    # What is neither body nor head is small and sensitive (router, gates, norms, decays, convolutions) or is looked up
+    # instead of multiplied (embedding).
+    return {"embedding": None, "head": head, "body": body, "other": None}
 
 
 _INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
@@ -163,15 +163,15 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         recipe.name: recipe
         for recipe in (
-            Recipe("fp16", "fp16", "No quantization: the reference for the others.", _roles(None)),
-            Recipe("int8lin", "int8lin_block32", "Body in int8 blocks of 32, head in fp16.", _roles(_INT8)),
+            Recipe("fp16", "fp16", "No quantization: the reference for the others.", _specs(None)),
+            Recipe("int8lin", "int8lin_block32", "Body in int8 blocks of 32, head in fp16.", _specs(_INT8)),
             Recipe(
                 "int8hu",
                 "int8hu_block32_sym",
                 "Body and untied head in int8 blocks of 32, the head with absmax scales.",
-                _roles(_INT8, _INT8_ABSMAX),
+                _specs(_INT8, _INT8_ABSMAX),
             ),
-            Recipe("int4lin", "int4lin_block32", "Body in int4 blocks of 32, head in fp16.", _roles(_INT4)),
+            Recipe("int4lin", "int4lin_block32", "Body in int4 blocks of 32, head in fp16.", _specs(_INT4)),
         )
     }
 )

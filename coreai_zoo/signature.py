@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from attrs import field, frozen
 from attrs.validators import ge, in_, min_len
 
 from coreai_zoo.dtypes import DTYPES
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Signature of the exported function
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _shape(sizes: Iterable[int | str]) -> tuple[int | str, ...]:
@@ -39,6 +35,26 @@ class TensorSpec:
     name: str = field(validator=min_len(1))
     shape: tuple[int | str, ...] = field(converter=_shape, validator=_positive_or_axis)
     dtype: str = field(validator=in_(DTYPES))
+
+
+Content = Literal["tokens", "positions", "new_positions"]
+
+
+@frozen
+class InputSpec(TensorSpec):
+    """An input, and what a call puts into it. Every input is [1, n].
+
+    Attributes:
+        holds: `tokens` the ids of the new tokens; `positions` the position of every token so far, 0 to T - 1;
+            `new_positions` those of the new tokens only.
+    """
+
+    holds: Content = field(kw_only=True, validator=in_(get_args(Content)))
+
+    def values(self, tokens: Sequence[int], start: int) -> list[int]:
+        """What a call holds that feeds `tokens` behind the first `start` positions."""
+        end = start + len(tokens)
+        return {"tokens": list(tokens), "positions": [*range(end)], "new_positions": [*range(start, end)]}[self.holds]
 
 
 def _engine_safe_name(instance: StateSpec, _attribute: Any, name: str) -> None:
@@ -83,13 +99,20 @@ class Axis:
 
 @frozen
 class TraceSpec:
-    """The signature of one exported function, checked before anything is traced.
+    """The signature of one function, checked before anything is traced.
+
+    Attributes:
+        inputs: in the order in which an engine binds them.
+        states: what a call mutates, in the order in which the decoder takes them.
+        outputs: the first one, where there is any, is the logits [1, S, V].
+        axes: range of each dynamic axis.
 
     Raises:
-        ValueError: for duplicate names, an axis without a range, or a range that no tensor uses.
+        ValueError: for duplicate names, no input that holds tokens, an axis without a range, or a range that no tensor
+            uses.
     """
 
-    inputs: tuple[TensorSpec, ...]
+    inputs: tuple[InputSpec, ...]
     states: tuple[StateSpec, ...]
     outputs: tuple[TensorSpec, ...]
     axes: Mapping[str, Axis]
@@ -99,14 +122,21 @@ class TraceSpec:
         duplicates = sorted({name for name in names if names.count(name) > 1})
         if duplicates:
             raise ValueError(f"the function names {', '.join(duplicates)} more than once")
+        if not any(spec.holds == "tokens" for spec in self.inputs):
+            raise ValueError("no input holds the tokens")
         used = {size for spec in (*self.inputs, *self.states) for size in spec.shape if isinstance(size, str)}
         if used != set(self.axes):
             raise ValueError(f"tensors use the axes {sorted(used)} but ranges are given for {sorted(self.axes)}")
 
+    @property
+    def query_length(self) -> int | None:
+        """Tokens that a call takes, None where that is any number."""
+        (length,) = (spec.shape[1] for spec in self.inputs if spec.holds == "tokens")
+        return length if isinstance(length, int) else None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The overlay itself
-# ---------------------------------------------------------------------------------------------------------------------
+    def step(self, tokens: Sequence[int], start: int) -> dict[str, list[int]]:
+        """The inputs of a call that feeds `tokens` behind the first `start` positions: name to the values of [1, n]."""
+        return {spec.name: spec.values(tokens, start) for spec in self.inputs}
 
 
 @frozen

@@ -10,7 +10,7 @@ from coreai_zoo import hookimpl
 from coreai_zoo.contracts import Contract
 from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
 from coreai_zoo.recipes import HeadQuantization
-from coreai_zoo.signature import StateSpec
+from coreai_zoo.signature import StateSpec, TraceSpec
 from coreai_zoo_overlays import qwen3_5
 
 
@@ -27,9 +27,9 @@ def zoo_claim_overlay(model_type: str) -> Overlay | None:
 
 
 @hookimpl
-def zoo_layer_rewrites(overlay: Overlay, contract: Contract) -> Iterable[LayerRewrite]:
-    """The loop-free step and the convolution as shifts, where the contract has one token per call."""
-    return qwen3_5.layer_rewrites(contract) if _ours(overlay) else ()
+def zoo_layer_rewrites(overlay: Overlay, contract: Contract, function: TraceSpec) -> Iterable[LayerRewrite]:
+    """The loop-free step and the convolution as shifts, where a function takes one token per call."""
+    return qwen3_5.layer_rewrites(contract, function) if _ours(overlay) else ()
 
 
 @hookimpl

@@ -18,7 +18,7 @@ from attrs import evolve
 
 from attack import UNTOUCHED, Outcome, Target
 from coreai_zoo.backend import Backend
-from coreai_zoo.build.design import resolve
+from coreai_zoo.build.design import design
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
@@ -44,17 +44,17 @@ def gate(mutant: Mutant, target: Target, folder: Path) -> dict[str, Outcome]:
     request = BuildRequest(ENTRY, sample=True, recipe=mutant.recipe.name, output=folder)
     with applied(mutant):
         bundle = Bundle.open(build(request, plugins).path)
-        resolved = resolve(request, plugins)
+        resolved = design(request, plugins)
         backend: Backend = resolved.backend
-        weights = AssetWeights.open(bundle.asset, backend, resolved.module, resolved.weights)
+        weights = AssetWeights.open(bundle.asset, backend, "main", resolved.modules["main"], resolved.weights)
         candidates: dict[Arithmetic, Model] = {
             "runtime": AssetCandidate(bundle, backend),
-            "torch": TorchCandidate(resolved.module, resolved.weights, resolved.signature, weights),
+            "torch": TorchCandidate(resolved.modules["main"], resolved.weights, resolved.signatures["main"], weights),
         }
         found = {}
         for arithmetic, candidate in candidates.items():
             verdict = target.compare(candidate.run(target.tokens))
-            roles = dict(RECIPES["int8hu"].roles if mutant.declared else mutant.recipe.roles)
+            roles = dict(RECIPES["int8hu"].specs if mutant.declared else mutant.recipe.specs)
             stored = {role: None if spec is None else {"dtype": spec.dtype} for role, spec in roles.items()}
             bounds = of_recipe(stored, len(target.config.layer_types), arithmetic, target.bounds_kind)
             found[arithmetic] = Outcome(verdict, check_bounds(verdict, bounds))

@@ -42,7 +42,7 @@ from coreai_zoo.recipes import RECIPES, Recipe
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
-from decoders import OVERLAY, feed, fresh_states, one_thread, signature
+from decoders import OVERLAY, feed, fresh_states, one_thread, rewrites_of, signature
 from mutants import BOTH, MUTANTS, REFUSALS, Mutant, applied
 
 ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
@@ -154,7 +154,7 @@ class Target:
         return Activations(logits.float().numpy(), watched.rows("hidden"), watched.rows("router"))
 
     def _decoder(self, recipe: Recipe) -> nn.Module:
-        rewrites = [("overlay", rewrite) for rewrite in qwen3_5.layer_rewrites(STATIC_S1)]
+        rewrites = [("overlay", rewrite) for rewrite in rewrites_of(STATIC_S1)]
         decoder = build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), rewrites)
         bind(decoder, self._store(recipe))
         return decoder
@@ -171,7 +171,7 @@ class Target:
 
 def _record(recipe: Recipe) -> dict[str, dict[str, Any] | None]:
     """How `build.json` states a recipe."""
-    return {role: None if spec is None else {"dtype": spec.dtype} for role, spec in recipe.roles.items()}
+    return {role: None if spec is None else {"dtype": spec.dtype} for role, spec in recipe.specs.items()}
 
 
 class _Watched:

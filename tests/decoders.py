@@ -15,13 +15,20 @@ from torch import Tensor, nn
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1, Contract
 from coreai_zoo.lowering.module import bind, build_module, parameters_of
+from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.recipes import find_recipe
-from coreai_zoo.signature import TraceSpec
+from coreai_zoo.signature import KVCache, TraceSpec
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 
 OVERLAY = qwen3_5.Qwen35Overlay()
+
+
+def rewrites_of(contract: Contract = STATIC_S1) -> tuple[LayerRewrite, ...]:
+    """The overlay's rewrites of the one function of a contract."""
+    (function,) = contract.functions(KVCache(1, 1, 1), (), 8, 64).values()
+    return qwen3_5.layer_rewrites(contract, function)
 
 
 def load_decoder(
@@ -37,7 +44,7 @@ def load_decoder(
     contract = evolve(contract, compute_dtype=dtype)
     checkpoint = Checkpoint.open(directory)
     config = OVERLAY.read_config(checkpoint.config)
-    rewrites = [("qwen36", rewrite) for rewrite in qwen3_5.layer_rewrites(contract)] if rewritten else []
+    rewrites = [("qwen36", rewrite) for rewrite in rewrites_of(contract)] if rewritten else []
     module = build_module(lambda: OVERLAY.decoder(config, contract), rewrites)
     plan = plan_weights(qwen3_5.weight_map(config), parameters_of(module), checkpoint.tensors, find_recipe(recipe))
     store = WeightStore(work)
@@ -49,7 +56,7 @@ def load_decoder(
 def signature(config: Any, contract: Contract = STATIC_S1) -> TraceSpec:
     """The function's signature for a config."""
     extra = qwen3_5.extra_states(config, contract)
-    return contract.trace_spec(OVERLAY.kv_cache(config), extra, config.vocab_size, 64)
+    return contract.functions(OVERLAY.kv_cache(config), extra, config.vocab_size, 64)["main"]
 
 
 def fresh_states(spec: TraceSpec, capacity: int = 64) -> list[Tensor]:

@@ -201,8 +201,8 @@ def tie_head(decoder: nn.Module) -> None:
 def body_as(name: str, spec: QuantizationSpec, *roles: str) -> Recipe:
     """The ship recipe with some roles, or the whole body, quantized by `spec`."""
     ship = RECIPES["int8hu"]
-    chosen = roles or tuple(role for role, given in ship.roles.items() if given is not None and role != "head")
-    return Recipe(name, name, "For a mutant.", {**ship.roles, **dict.fromkeys(chosen, spec)})
+    chosen = roles or tuple(role for role, given in ship.specs.items() if given is not None and role != "head")
+    return Recipe(name, name, "For a mutant.", {**ship.specs, **dict.fromkeys(chosen, spec)})
 
 
 INT4_BODY = body_as("int4hu", QuantizationSpec("int4", "symmetric_with_clipping", 32))

@@ -26,7 +26,7 @@ from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.plan import WeightPlan, plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
-from decoders import OVERLAY, feed, fresh_states, signature
+from decoders import OVERLAY, feed, fresh_states, rewrites_of, signature
 from test_coreai_backend import recipe_of
 
 TOKENS = [5, 80, 80, 17, 250, 3, 3, 99, 41, 7, 120, 121]
@@ -44,7 +44,7 @@ class Planned:
 
     def module(self) -> nn.Module:
         config = OVERLAY.read_config(self.checkpoint.config)
-        rewrites = [("qwen36", rewrite) for rewrite in qwen3_5.layer_rewrites(self.contract)]
+        rewrites = [("qwen36", rewrite) for rewrite in rewrites_of(self.contract)]
         return lowering.build_module(lambda: OVERLAY.decoder(config, self.contract), rewrites)
 
     @property
@@ -74,7 +74,7 @@ class Compiled:
     constants: dict[str, Constant]
 
     def weights(self) -> AssetWeights:
-        return AssetWeights.open(self.asset, BACKEND, self.planned.module(), self.planned.plan)
+        return AssetWeights.open(self.asset, BACKEND, "main", self.planned.module(), self.planned.plan)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
         module, tensors = planned.module(), {tensor.name: tensor for tensor in planned.plan.tensors}
         lowering.allocate(module, {name: tensor.format for name, tensor in tensors.items()})
         constants = lowering.constants(planned.store(directory / "store"), tensors)
-        BACKEND.trace(module, planned.signature).save(constants, directory / "m.aimodel")
+        BACKEND.trace({"main": module}, {"main": planned.signature}).save(constants, directory / "m.aimodel")
         return Compiled(planned, directory / "m.aimodel", constants)
 
     return {kind: compile_(kind) for kind in KINDS}
@@ -112,7 +112,7 @@ def with_equal_norms(directory: Path, kind: Any) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_state_comes_back_wherever_the_compiler_put_it(kind: str, compiled: dict[str, Compiled]) -> None:
     built = compiled[kind]
-    state = BACKEND.state(built.asset, lowering.state_of(built.planned.module(), built.planned.plan))
+    state = BACKEND.state(built.asset, "main", lowering.state_of(built.planned.module(), built.planned.plan))
     assert set(state) == set(built.constants) | {"model.rotary_emb.inverse_frequency"}
     for name, constant in built.constants.items():
         assert bytes(state[name]) == constant.data.tobytes(), name
@@ -126,9 +126,9 @@ def test_an_asset_of_other_weights_is_refused(compiled: dict[str, Compiled]) -> 
     built = compiled["dense"]
     plain = attrs.evolve(built.planned, recipe=find_recipe("fp16"))
     with pytest.raises(CheckFailed, match=r"does not hold lm_head\.weight"):
-        AssetWeights.open(built.asset, BACKEND, plain.module(), plain.plan)
+        AssetWeights.open(built.asset, BACKEND, "main", plain.module(), plain.plan)
     with pytest.raises(CheckFailed):
-        AssetWeights.open(built.asset, BACKEND, compiled["moe"].planned.module(), compiled["moe"].planned.plan)
+        AssetWeights.open(built.asset, BACKEND, "main", compiled["moe"].planned.module(), compiled["moe"].planned.plan)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_decoder_without_steps_is_refused(compiled: dict[str, Compiled]) -> No
 
 
 def on_the_runtime(built: Compiled) -> np.ndarray[Any, Any]:
-    with BACKEND.stepper(built.asset, built.planned.signature, len(TOKENS)) as stepper:
+    with BACKEND.stepper(built.asset, {"main": built.planned.signature}, len(TOKENS)) as stepper:
         return np.stack(list(drain(stepper, TOKENS))).astype(np.float32)
 
 

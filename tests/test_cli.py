@@ -19,7 +19,7 @@ from coreai_zoo import __version__
 from coreai_zoo.cli import doctor as doctor_module
 from coreai_zoo.cli.app import COMMANDS, cli
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks
-from coreai_zoo.plugins import Plugins
+from coreai_zoo.plugins import Plugins, default_plugins
 
 MakePlugin = Callable[..., types.ModuleType]
 
@@ -239,8 +239,8 @@ def test_an_unknown_parameter_count_is_said_to_be_unknown(
     assert "unknown" in zoo(host(toy=make_plugin(zoo_entries=lambda: [path])), "list").output
 
 
-def test_show_tells_all_that_the_entry_states(shipped: Plugins) -> None:
-    output = zoo(shipped, "show", "qwen3.6-35b-a3b").output
+def test_show_tells_all_that_the_entry_states() -> None:
+    output = zoo(default_plugins(), "show", "qwen3.6-35b-a3b").output
 
     for part in (
         "Qwen/Qwen3.6-35B-A3B at 995ad96eacd98c81ed38be0c5b274b04031597b0",
@@ -254,10 +254,10 @@ def test_show_tells_all_that_the_entry_states(shipped: Plugins) -> None:
     assert rows["moe.router"].split()[1:] == ["not", "quantized"]
 
 
-def test_show_as_json_has_facts_recipe_and_plugin(shipped: Plugins) -> None:
-    shown = json.loads(zoo(shipped, "show", "qwen3.6-27b", "--json").stdout)
+def test_show_as_json_has_facts_recipe_and_plugin() -> None:
+    shown = json.loads(zoo(default_plugins(), "show", "qwen3.6-27b", "--json").stdout)
 
-    assert (shown["plugin"], shown["facts"]["layers"], shown["sample"]["path"]) == ("shipped", 64, "samples/dense")
+    assert (shown["plugin"], shown["facts"]["layers"], shown["sample"]["path"]) == ("qwen36", 64, "samples/dense")
     assert shown["recipe_by_role"]["mlp"] == "int8 block 32 symmetric_with_clipping"
     assert shown["recipe_by_role"]["norm"] is None
 

@@ -47,6 +47,7 @@ from coreai_zoo.signature import KVCache, TensorSpec, TraceSpec
 from coreai_zoo.weights.formats import has_zero_points
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import StoredFile, StoredTensor, WeightStore
+from decoders import rewrites_of
 
 TESTS = Path(__file__).parent
 TOKENS = [5, 17, 3, 3, 60, 41]
@@ -59,7 +60,7 @@ BODY = ("attention", "gdn.in", "gdn.out", "mlp", "moe.expert", "head")
 def recipe_of(spec: QuantizationSpec, **others: QuantizationSpec) -> Recipe:
     """`spec` for every matrix that is multiplied, the head included."""
     plain = find_recipe("fp16")
-    return evolve(plain, name="test", roles={**plain.roles, **dict.fromkeys(BODY, spec), **others})
+    return evolve(plain, name="test", specs={**plain.specs, **dict.fromkeys(BODY, spec), **others})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class Model:
 
     def stepped(self, asset: Path) -> np.ndarray[Any, Any]:
         """Logits of `TOKENS` from a saved asset, as float16."""
-        with BACKEND.stepper(asset, self.spec, capacity=len(TOKENS)) as stepper:
+        with BACKEND.stepper(asset, {"main": self.spec}, capacity=len(TOKENS)) as stepper:
             return np.stack(list(drain(stepper, TOKENS)))
 
 
@@ -127,8 +128,8 @@ def toy(**changes: int) -> Model:
     config = overlay.read_config({**sizes, "intermediate_size": 96, "max_context_length": 32, **changes})
     plugin = toy_plugin.ToyPlugin(Path())
     states = list(plugin.zoo_extra_states(overlay, config))
-    spec = STATIC_S1.trace_spec(overlay.kv_cache(config), states, config.vocab_size, 32)
-    return Model(overlay, config, tuple(plugin.zoo_layer_rewrites(overlay, STATIC_S1)), spec)
+    spec = STATIC_S1.functions(overlay.kv_cache(config), states, config.vocab_size, 32)["main"]
+    return Model(overlay, config, tuple(plugin.zoo_layer_rewrites(overlay, spec)), spec)
 
 
 _LINEAR_LAYERS = {"dense": 2, "moe": 1}
@@ -164,8 +165,8 @@ def hybrid(kind: str) -> Model:
     overlay = qwen3_5.Qwen35Overlay()
     config = overlay.read_config(fields)
     states = qwen3_5.extra_states(config, STATIC_S1)
-    spec = STATIC_S1.trace_spec(overlay.kv_cache(config), states, config.vocab_size, 32)
-    return Model(overlay, config, qwen3_5.layer_rewrites(STATIC_S1), spec)
+    spec = STATIC_S1.functions(overlay.kv_cache(config), states, config.vocab_size, 32)["main"]
+    return Model(overlay, config, rewrites_of(STATIC_S1), spec)
 
 
 _ROLES = {
@@ -233,7 +234,7 @@ def compiled(model: Model, recipe: Recipe, directory: Path) -> Compiled:
     """Compile a decoder with random weights to `directory`/m.aimodel."""
     store = filled(model, recipe, directory / "weights")
     module, constants = model.bound(store, values=False)
-    BACKEND.trace(module, model.spec).save(constants, directory / "m.aimodel")
+    BACKEND.trace({"main": module}, {"main": model.spec}).save(constants, directory / "m.aimodel")
     return Compiled(model, store, constants, directory / "m.aimodel")
 
 
@@ -459,10 +460,10 @@ def compile_big(directory: Path) -> None:
     # Everything that is imported or set up once is not what is measured here.
     warm = toy()
     module_of_warm, constants = warm.bound(filled(warm, recipe_of(INT8), directory / "warm"), values=False)
-    BACKEND.trace(module_of_warm, warm.spec).save(constants, directory / "warm.aimodel")
+    BACKEND.trace({"main": module_of_warm}, {"main": warm.spec}).save(constants, directory / "warm.aimodel")
     with anonymous_peak() as peak:
         constants = bound(module, store, values=False)
-        BACKEND.trace(module, spec).save(constants, directory / "big.aimodel")
+        BACKEND.trace({"main": module}, {"main": spec}).save(constants, directory / "big.aimodel")
     size = (directory / "big.aimodel" / "main.mlirb").stat().st_size
     with anonymous_peak() as seen:
         kept = bytes(BIG_BYTES // 2)  # the watcher must be able to see what it is there to see
@@ -508,7 +509,7 @@ def compile_again(weights: Path, destination: Path) -> None:
     """In a process of its own: compile the mixture-of-experts decoder from a store that is there already."""
     model = hybrid("moe")
     module, constants = model.bound(WeightStore(weights), values=False)
-    BACKEND.trace(module, model.spec).save(constants, destination)
+    BACKEND.trace({"main": module}, {"main": model.spec}).save(constants, destination)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -761,7 +762,7 @@ def test_tracing_needs_no_unpacked_copy_of_a_4_bit_weight(
 ) -> None:
     _, asset = stored  # bound with values=False, which leaves the unpacked integers uninitialised
     module, constants = asset.model.bound(asset.store, values=True)
-    BACKEND.trace(module, asset.model.spec).save(constants, tmp_path / "again.aimodel")
+    BACKEND.trace({"main": module}, {"main": asset.model.spec}).save(constants, tmp_path / "again.aimodel")
     assert contents(tmp_path / "again.aimodel") == contents(asset.path)
 
 
@@ -777,7 +778,7 @@ def test_a_plain_trace_is_lowered_with_quantized_weights_to_the_same_program(
     _, asset = stored
     plain = filled(asset.model, find_recipe("fp16"), tmp_path / "plain")
     module, constants = asset.model.bound(plain, values=False)
-    traced = BACKEND.trace(module, asset.model.spec)
+    traced = BACKEND.trace({"main": module}, {"main": asset.model.spec})
     unquantized, quantized = traced.lowered(constants), traced.lowered(asset.constants)
     assert described(quantized) == described(BACKEND.program(asset.path))
     assert described(quantized) != described(unquantized)
@@ -796,12 +797,15 @@ def test_another_version_of_the_toolchain_is_refused(
     module, constants = toy_asset.model.bound(toy_asset.store, values=False)
     told = r"coreai-torch is 9.9.9.*written against 0.4.3.*pip install coreai-torch==0.4.3"
     with pytest.raises(EnvironmentLacks, match=told) as caught:
-        BACKEND.trace(module, toy_asset.model.spec).save(constants, tmp_path / "no.aimodel")
+        BACKEND.trace({"main": module}, {"main": toy_asset.model.spec}).save(constants, tmp_path / "no.aimodel")
     assert caught.value.exit_code == 3
     assert not (tmp_path / "no.aimodel").exists()
     with pytest.raises(EnvironmentLacks, match=told):
-        BACKEND.signature(toy_asset.path)
-    with pytest.raises(EnvironmentLacks, match=told), BACKEND.stepper(toy_asset.path, toy_asset.model.spec, 4):
+        BACKEND.signatures(toy_asset.path)
+    with (
+        pytest.raises(EnvironmentLacks, match=told),
+        BACKEND.stepper(toy_asset.path, {"main": toy_asset.model.spec}, 4),
+    ):
         pass
 
 
@@ -825,9 +829,9 @@ def test_the_required_versions_are_those_of_the_package(root: Path) -> None:
 
 def load_damaged(directory: Path) -> None:
     """In a process of its own, which the toolchain might end: read and run every asset, and print what is said."""
-    spec = STATIC_S1.trace_spec(KVCache(layers=1, heads=1, head_dim=1), (), vocab_size=8, max_context=8)
+    spec = STATIC_S1.functions(KVCache(layers=1, heads=1, head_dim=1), (), vocab_size=8, max_context=8)["main"]
     for asset in sorted(directory.iterdir()):
-        for use in (BACKEND.signature, lambda path: BACKEND.stepper(path, spec, capacity=2).__enter__()):
+        for use in (BACKEND.signatures, lambda path: BACKEND.stepper(path, {"main": spec}, capacity=2).__enter__()):
             try:
                 use(asset)
             except CheckFailed as error:
@@ -847,7 +851,7 @@ def save_on_a_small_disk(store: Path, room: int) -> None:
 
     model = hybrid("dense")
     module, constants = model.bound(WeightStore(store), values=False)
-    traced = BACKEND.trace(module, model.spec)
+    traced = BACKEND.trace({"main": module}, {"main": model.spec})
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     traced.save(constants, Path("small.aimodel"))
 
@@ -902,7 +906,7 @@ def test_a_damaged_asset_is_an_error_and_not_the_end_of_the_process(toy_asset: C
 
 
 def test_a_full_context_is_said_and_a_reset_empties_it(toy_asset: Compiled) -> None:
-    with BACKEND.stepper(toy_asset.path, toy_asset.model.spec, capacity=2) as stepper:
+    with BACKEND.stepper(toy_asset.path, {"main": toy_asset.model.spec}, capacity=2) as stepper:
         first = stepper.step(1)
         stepper.step(2)
         with pytest.raises(CheckFailed, match="context of 2 positions is full"):

@@ -31,7 +31,7 @@ from coreai_zoo.backend import drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreml.backend import _REQUIRED, CoreMLBackend
 from coreai_zoo.build import pipeline
-from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.verify import verify
@@ -49,7 +49,7 @@ from coreai_zoo.lowering import module as lowering_module
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.signature import Axis, KVCache, StateSpec, TraceSpec
 from coreai_zoo.weights.store import WeightStore
-from coreai_zoo_overlays import qwen3_5
+from decoders import rewrites_of
 
 POSITIONS, LONG, CONTEXT = 64, 512, 512
 FLOAT16, FLOAT32 = 10, 11  # of the format's DataType
@@ -62,7 +62,7 @@ class Built:
     """A sample as a Core ML bundle, and what it was built of."""
 
     bundle: Bundle
-    resolved: Resolved
+    resolved: Design
     store: WeightStore
 
     @property
@@ -82,7 +82,7 @@ class Built:
     def logits(self, package: Path | None = None, tokens: list[int] | None = None) -> np.ndarray[Any, Any]:
         """Of the reference interpreter, float16 [P, V]."""
         tokens = tokens or self.tokens()
-        with BACKEND.stepper(package or self.package, self.bundle.signature, len(tokens)) as stepper:
+        with BACKEND.stepper(package or self.package, self.bundle.functions, len(tokens)) as stepper:
             return np.stack(list(drain(stepper, tokens)))
 
 
@@ -92,7 +92,7 @@ def build(kind: str, output: Path, **options: Any) -> Built:
     plugins = default_plugins()
     result = pipeline.build(request, plugins)
     store = next(output.rglob("journal.jsonl"))
-    return Built(Bundle.open(result.path), resolve(request, plugins), WeightStore(store.parent))
+    return Built(Bundle.open(result.path), design(request, plugins), WeightStore(store.parent))
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +117,13 @@ class Judged:
         return self.verdict.passed and not self.broken
 
 
-def judge(resolved: Resolved, checkpoint: Checkpoint, tokens: list[int], logits: np.ndarray[Any, Any]) -> Judged:
+def judge(resolved: Design, checkpoint: Checkpoint, tokens: list[int], logits: np.ndarray[Any, Any]) -> Judged:
     """Against transformers in fp32, by the bounds of PyTorch's arithmetic, which the interpreter's is."""
-    moe = resolved.config.moe
+    moe = resolved.model.config.moe
     oracle = Oracle(checkpoint, checkpoint.config).run(tokens)
     with np.errstate(all="ignore"):
         verdict = rule.compare(tokens, oracle, Activations(logits), None if moe is None else moe.top_k)
-    roles = {role: None if spec is None else {"dtype": spec.dtype} for role, spec in resolved.recipe.roles.items()}
+    roles = {role: None if spec is None else {"dtype": spec.dtype} for role, spec in resolved.stored_roles.items()}
     kind = "dense" if moe is None else "routed"
     bounds = of_recipe(roles, resolved.facts["layers"], "torch", kind)
     return Judged(verdict, [check.name for check in check_bounds(verdict, bounds) if not check.passed])
@@ -143,7 +143,7 @@ def test_a_package_keeps_the_margin_rule_and_the_bounds_against_transformers(
 def test_states_after_64_positions_are_those_of_transformers(kind: str, built: dict[str, Built]) -> None:
     model = built[kind]
     tokens = model.tokens()
-    with BACKEND.stepper(model.package, model.bundle.signature, POSITIONS) as stepper:
+    with BACKEND.stepper(model.package, model.bundle.functions, POSITIONS) as stepper:
         for _ in drain(stepper, tokens):
             pass
         ours = {state.name: stepper.state(state.name).astype(np.float32) for state in model.bundle.signature.states}
@@ -189,7 +189,8 @@ def test_the_interpreter_agrees_with_the_overlay_in_pytorch_within_half_precisio
 ) -> None:
     model = built[kind]
     module = lowering_module.build_module(
-        lambda: model.resolved.overlay.decoder(model.resolved.config, FIXED_S1), list(model.resolved.rewrites)
+        lambda: model.resolved.model.overlay.decoder(model.resolved.model.config, FIXED_S1),
+        list(model.resolved.functions["main"].rewrites),
     )
     lowering_module.bind(module, model.store)
     states = [torch.zeros(state.shape, dtype=torch.float16) for state in model.bundle.signature.states]
@@ -327,12 +328,12 @@ def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: dict[str, Built
 def test_signature_and_state_are_read_back(built: dict[str, Built]) -> None:
     model = built["dense"]
     assert all(check.passed for check in verify(model.bundle, {"coreml": BACKEND}))
-    expected = lowering_module.state_of(model.resolved.module, model.resolved.weights)
-    read = BACKEND.state(model.package, expected)
+    expected = lowering_module.state_of(model.resolved.modules["main"], model.resolved.weights)
+    read = BACKEND.state(model.package, "main", expected)
     assert list(read) == list(expected)
     wrong = {name: ((*shape, 1), dtype) for name, (shape, dtype) in expected.items()}
     with pytest.raises(CheckFailed, match="other constants than the decoder"):
-        BACKEND.state(model.package, wrong)
+        BACKEND.state(model.package, "main", wrong)
 
 
 def test_its_program_as_data_names_every_stored_weight(built: dict[str, Built]) -> None:
@@ -444,7 +445,7 @@ class Forgetful(nn.Module):
 
 
 def forgetful_spec() -> TraceSpec:
-    return FIXED_S1.trace_spec(KVCache(layers=1, heads=1, head_dim=1), (), vocab_size=8, max_context=8)
+    return FIXED_S1.functions(KVCache(layers=1, heads=1, head_dim=1), (), vocab_size=8, max_context=8)["main"]
 
 
 def test_a_decoder_that_leaves_a_state_unwritten_is_refused() -> None:
@@ -455,10 +456,12 @@ def test_a_decoder_that_leaves_a_state_unwritten_is_refused() -> None:
 def test_a_pass_that_merges_weights_is_noticed(built: dict[str, Built], monkeypatch: pytest.MonkeyPatch) -> None:
     lowering = importlib.import_module("coreai_zoo.backends.coreml.lowering")
     monkeypatch.setattr(lowering, "_SKIPPED_PASSES", set())
-    resolved = resolve(built["dense"].resolved.request, default_plugins())
-    lowering_module.allocate(resolved.module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
+    resolved = design(built["dense"].resolved.request, default_plugins())
+    lowering_module.allocate(
+        resolved.modules["main"], {tensor.name: tensor.format for tensor in resolved.weights.tensors}
+    )
     with pytest.raises(PluginError, match="coremltools changed the decoder on its way: weight"):
-        BACKEND.trace(resolved.module, resolved.signature)
+        BACKEND.trace(resolved.modules, resolved.signatures)
 
 
 def test_a_weight_that_is_folded_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,7 +489,7 @@ def test_a_state_beyond_the_limits_of_core_ml_is_refused(change: dict[str, Any],
     spec = forgetful_spec()
     first = evolve(spec.states[0], **change)
     with pytest.raises(BadInput, match=words):
-        BACKEND.require(evolve(spec, states=(first, *spec.states[1:])), ())
+        BACKEND.require({"main": evolve(spec, states=(first, *spec.states[1:]))}, ())
 
 
 @pytest.mark.parametrize(
@@ -539,7 +542,7 @@ def test_a_damaged_package_is_an_error_in_words(
     shutil.copytree(built["dense"].package, package)
     damage(package)
     with pytest.raises(CheckFailed, match="cannot be read"), contextlib.ExitStack() as stack:
-        stack.enter_context(BACKEND.stepper(package, built["dense"].bundle.signature, 8))
+        stack.enter_context(BACKEND.stepper(package, built["dense"].bundle.functions, 8))
 
 
 def test_an_operation_that_is_not_known_is_an_error(built: dict[str, Built], tmp_path: Path) -> None:
@@ -548,7 +551,7 @@ def test_an_operation_that_is_not_known_is_an_error(built: dict[str, Built], tmp
 
     package = copied(built["dense"], tmp_path, rename)
     with pytest.raises(CheckFailed, match="does not know its operations gelu"), contextlib.ExitStack() as stack:
-        stack.enter_context(BACKEND.stepper(package, built["dense"].bundle.signature, 8))
+        stack.enter_context(BACKEND.stepper(package, built["dense"].bundle.functions, 8))
 
 
 def test_a_result_of_another_shape_than_declared_is_an_error(built: dict[str, Built], tmp_path: Path) -> None:
@@ -559,7 +562,7 @@ def test_a_result_of_another_shape_than_declared_is_an_error(built: dict[str, Bu
     package = copied(built["dense"], tmp_path, widen)
     with (
         pytest.raises(CheckFailed, match="declared is"),
-        BACKEND.stepper(package, built["dense"].bundle.signature, 8) as stepper,
+        BACKEND.stepper(package, built["dense"].bundle.functions, 8) as stepper,
     ):
         stepper.step(5)
 
@@ -567,15 +570,17 @@ def test_a_result_of_another_shape_than_declared_is_an_error(built: dict[str, Bu
 def test_more_positions_than_the_package_allows_are_refused(built: dict[str, Built]) -> None:
     signature = built["dense"].bundle.signature
     with pytest.raises(BadInput, match=f"the package allows {CONTEXT}"), contextlib.ExitStack() as stack:
-        stack.enter_context(BACKEND.stepper(built["dense"].package, signature, CONTEXT + 1))
+        stack.enter_context(BACKEND.stepper(built["dense"].package, {"main": signature}, CONTEXT + 1))
 
 
 def test_a_full_disk_is_said_and_nothing_is_left(built: dict[str, Built], tmp_path: Path) -> None:
     model = built["dense"]
-    resolved = resolve(model.resolved.request, default_plugins())
-    lowering_module.allocate(resolved.module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
+    resolved = design(model.resolved.request, default_plugins())
+    lowering_module.allocate(
+        resolved.modules["main"], {tensor.name: tensor.format for tensor in resolved.weights.tensors}
+    )
     constants = lowering_module.constants(model.store, (tensor.name for tensor in resolved.weights.tensors))
-    traced = BACKEND.trace(resolved.module, resolved.signature)
+    traced = BACKEND.trace(resolved.modules, resolved.signatures)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -646,6 +651,6 @@ def test_a_state_that_grows_is_refused() -> None:
 
 
 def test_the_overlay_has_one_rewrite_more_for_it() -> None:
-    names = [rewrite.name for rewrite in qwen3_5.layer_rewrites(FIXED_S1)]
+    names = [rewrite.name for rewrite in rewrites_of(FIXED_S1)]
     assert names == ["loop-free-step", "conv-as-shifts", "fixed-context-attention"]
-    assert math.prod(FIXED_S1.trace_spec(KVCache(1, 1, 1), (), 8, 8).inputs[1].shape) == 1  # type: ignore[arg-type]
+    assert math.prod(FIXED_S1.functions(KVCache(1, 1, 1), (), 8, 8)["main"].inputs[1].shape) == 1  # type: ignore[arg-type]

@@ -168,7 +168,7 @@ def test_metadata_alone_is_no_change_of_what_is_computed(
 
 def test_a_state_of_another_dtype_is_a_change_of_the_graph(built: Callable[[str], Path], copy: Path) -> None:
     build = json.loads((copy / "build.json").read_text())
-    build["function"]["states"][2]["dtype"] = "float32"
+    build["functions"]["main"]["states"][2]["dtype"] = "float32"
     (copy / "build.json").write_text(json.dumps(build))
     found = difference(built("int8hu"), copy, "--no-numerics")
     ((before, after),) = changes(found, "signature").values()

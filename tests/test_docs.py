@@ -20,14 +20,17 @@ import click
 import pytest
 
 from coreai_zoo import hookspecs
+from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.cli.app import COMMANDS
 from coreai_zoo.contracts import CONTRACTS, STATIC_S1
 from coreai_zoo.entry import BundleDefaults, Entry, Facts, Published, Sample, load_entry
-from coreai_zoo.overlay import ROLES, Overlay
-from coreai_zoo.planning.plan import plan_entry
+from coreai_zoo.overlay import Overlay
+from coreai_zoo.planning.plan import plan
 from coreai_zoo.plugins import HOOKS, Plugins, default_plugins
 from coreai_zoo.recipes import RECIPES
+from coreai_zoo.signature import KVCache
 from coreai_zoo_overlays import qwen3_5
+from coreai_zoo_overlays.qwen3_5.weights import ROLES
 from documents import DOCS, blocks, first_column, public_modules, read, sections
 from toy_plugin import ToyOverlay
 
@@ -87,6 +90,7 @@ def facts_of(entry: str) -> Mapping[str, Any]:
 
 
 TOY = ToyOverlay()
+(FUNCTION,) = STATIC_S1.functions(KVCache(1, 1, 1), (), 8, 64).values()
 TOY_CONFIG = TOY.read_config(
     {
         "vocab_size": 8, "hidden_size": 8, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8,
@@ -107,14 +111,16 @@ ANSWERS: dict[str, tuple[Callable[[Plugins], Any], Any]] = {
     "zoo_register_commands": (commands, ["roles"]),
     "zoo_claim_overlay": (lambda plugins: plugins.claim_overlay("acme_hybrid", {})[0].name, "acme_hybrid"),
     "zoo_layer_rewrites": (
-        lambda plugins: [rewrite.name for _, rewrite in plugins.layer_rewrites(QWEN, CLAMPED, None, STATIC_S1)],
+        lambda plugins: [
+            rewrite.name for _, rewrite in plugins.layer_rewrites(QWEN, CLAMPED, None, STATIC_S1, FUNCTION)
+        ],
         ["clamped-mlp"],
     ),
     "zoo_extra_states": (
         lambda plugins: [state.shape for state in plugins.extra_states(TOY, None, TOY_CONFIG, STATIC_S1)],
         [(1, 1, 8)],
     ),
-    "zoo_weight_map": (lambda plugins: len(plugins.weight_map(TOY, None, TOY_CONFIG).rules), 4),
+    "zoo_weight_map": (lambda plugins: len(plugins.weight_map(TOY, None, TOY_CONFIG)[1].rules), 4),
     "zoo_head_quantization": (
         lambda plugins: str(plugins.head_quantization(QWEN, CLAMPED, None).spec),
         "int8 block 16 symmetric",
@@ -142,7 +148,7 @@ def test_the_examples_leave_other_entries_alone(hook: str) -> None:
 
     for entry in (other, None):
         assert not {
-            "zoo_layer_rewrites": lambda: plugins.layer_rewrites(QWEN, entry, None, STATIC_S1),  # noqa: B023
+            "zoo_layer_rewrites": lambda: plugins.layer_rewrites(QWEN, entry, None, STATIC_S1, FUNCTION),  # noqa: B023
             "zoo_head_quantization": lambda: plugins.head_quantization(QWEN, entry, None),  # noqa: B023
             "zoo_gates": lambda: plugins.gates(QWEN, entry),  # noqa: B023
         }[hook]()
@@ -244,7 +250,7 @@ def test_every_recipe_is_in_its_table_with_what_it_does() -> None:
 
 
 def test_every_role_is_documented() -> None:
-    assert set(first_column(sections(read("recipes.md"))["Roles"])) == set(ROLES)
+    assert set(first_column(sections(read("recipes.md"))["Roles"])) == {role.name for role in ROLES}
 
 
 @pytest.mark.parametrize(("entry", "column"), [("qwen3.6-27b", 0), ("qwen3.6-35b-a3b", 1)])
@@ -252,12 +258,12 @@ def test_the_parameters_of_each_role_are_those_of_the_entry(entry: str, column: 
     row = r"^\| `([\w.]+)` \| [^|]+ \| ([\d,]*) ?\| ([\d,]*) ?\| (.+) \|$"
     rows = re.findall(row, sections(read("recipes.md"))["Roles"], re.MULTILINE)
     documented = {role: int((numbers[column] or "0").replace(",", "")) for role, *numbers, _quantized in rows}
-    plan = plan_entry(entry, default_plugins(), recipe="int8hu")
-    counted = dict.fromkeys(ROLES, 0) | {role.role: role.parameters for role in plan.roles}
+    planned = plan(BuildRequest(entry, recipe="int8hu", dry=True), default_plugins())
+    counted = {role.name: 0 for role in ROLES} | {role.role: role.parameters for role in planned.roles}
 
     assert documented == counted
     assert {role for role, *_numbers, quantized in rows if quantized == "never"} == {
-        role for role, spec in RECIPES["int8hu"].roles.items() if spec is None
+        role.name for role in ROLES if RECIPES["int8hu"].spec(role) is None
     }
 
 

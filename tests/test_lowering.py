@@ -27,7 +27,7 @@ from coreai_zoo.signature import StateSpec, TensorSpec, TraceSpec
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
-from decoders import OVERLAY, signature
+from decoders import OVERLAY, rewrites_of, signature
 from test_coreai_backend import INT8, Model, bound, filled, recipe_of, toy
 
 TOKENS = [5, 17, 3, 3, 60, 41]
@@ -68,7 +68,7 @@ def checkpointed(directory: Path, kind: Any, layers: str, *rewrites: LayerRewrit
     checkpoint = Checkpoint.open(directory)
     config = OVERLAY.read_config(checkpoint.config)
     store = WeightStore(directory / "store")
-    made = Checkpointed(config, store, (*qwen3_5.layer_rewrites(STATIC_S1), *rewrites))
+    made = Checkpointed(config, store, (*rewrites_of(STATIC_S1), *rewrites))
     parameters = parameters_of(made.module())
     store.fill(
         plan_weights(qwen3_5.weight_map(config), parameters, checkpoint.tensors, find_recipe("int8hu")), checkpoint
@@ -84,7 +84,7 @@ def compiled_both_ways(
     with caplog.at_level(logging.WARNING):
         for backend, asset in zip(BOTH, assets, strict=True):
             module, constants = model.bound(store, values=False)
-            backend.trace(module, model.spec).save(constants, asset)
+            backend.trace({"main": module}, {"main": model.spec}).save(constants, asset)
     assert caplog.messages == []  # nothing had to be traced after all
     return assets
 
@@ -98,7 +98,7 @@ def assert_same_program(continued: Path, whole: Path) -> None:
 
 def stepped(asset: Path, spec: TraceSpec) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
     """Logits of `TOKENS`, and the states after them."""
-    with BOTH[0].stepper(asset, spec, capacity=len(TOKENS)) as stepper:
+    with BOTH[0].stepper(asset, {"main": spec}, capacity=len(TOKENS)) as stepper:
         logits = np.stack(list(drain(stepper, TOKENS)))
         return logits, {state.name: stepper.state(state.name) for state in spec.states}
 
@@ -156,7 +156,7 @@ def test_a_layer_that_a_rewrite_changed_is_not_like_the_others(
         assert np.abs(state.astype(np.float32)).reshape(len(state), -1).max(-1).min() > 0, f"a slot of {name} is empty"
     # And they are the decoder's, with the rewrite: what differs is rounding, in another order of summation.
     expected = in_torch(model)
-    plain = in_torch(Checkpointed(model.config, model.store, qwen3_5.layer_rewrites(STATIC_S1)))
+    plain = in_torch(Checkpointed(model.config, model.store, rewrites_of(STATIC_S1)))
     assert np.abs(logits.astype(np.float32) - expected).mean() < np.abs(plain - expected).mean() / 10
 
 
@@ -406,7 +406,7 @@ def test_a_decoder_that_cannot_be_continued_is_traced_whole_and_that_is_said(
 ) -> None:
     module = SkipsOne([Layer(index) for index in range(8)]).eval()
     with caplog.at_level(logging.WARNING):
-        BOTH[0].trace(module, stack_spec(8)).save({}, tmp_path / "skips.aimodel")
+        BOTH[0].trace({"main": module}, {"main": stack_spec(8)}).save({}, tmp_path / "skips.aimodel")
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("Every layer is traced, because the first ones cannot be continued: ")
-    assert BOTH[0].signature(tmp_path / "skips.aimodel").states == {"state": ((8, 2, 4), "float32")}
+    assert BOTH[0].signatures(tmp_path / "skips.aimodel")["main"].states == {"state": ((8, 2, 4), "float32")}

@@ -13,7 +13,7 @@ from attrs import evolve
 from safetensors.torch import load_file, save_file
 
 from attack import DOCUMENT, ENTRIES, UNTOUCHED, Outcome, Target, caught
-from coreai_zoo.build.design import resolve
+from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.errors import BadInput
@@ -67,7 +67,7 @@ def test_a_wrong_checkpoint_is_refused_before_a_weight_is_converted(
     weights = tmp_path / "checkpoint" / "model.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in refusal.change(load_file(weights)).items()}, weights)
     with pytest.raises(BadInput, match=refusal.phrase):
-        resolve(BuildRequest(ENTRIES[kind], checkpoint=tmp_path / "checkpoint", custom=True, output=tmp_path), plugins)
+        design(BuildRequest(ENTRIES[kind], checkpoint=tmp_path / "checkpoint", custom=True, output=tmp_path), plugins)
 
 
 def test_the_documentation_lists_every_mutant_once_and_no_other(listed: dict[tuple[str, str], str]) -> None:

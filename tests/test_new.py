@@ -16,14 +16,13 @@ from click.testing import Result
 from checkpoints import text_config, tiny_checkpoint, write_json
 from command import zoo
 from coreai_zoo import hookspecs
-from coreai_zoo.build.design import resolve
+from coreai_zoo.build.design import design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.entry import load_entry
 from coreai_zoo.errors import BadInput
-from coreai_zoo.planning.plan import plan_checkpoint
 from coreai_zoo.planning.scaffold import NEEDED_HOOKS, USUAL_HOOKS
 from coreai_zoo.plugins import default_plugins
 from decoders import OVERLAY
@@ -273,7 +272,7 @@ def test_every_fact_that_contradicts_the_checkpoint_is_listed(checkpoint: Path, 
     text = error_of(zoo("build", ENTRY, "--checkpoint", checkpoint, "--allow-unverified", "-o", output), 2)
 
     stated = find_entry(ENTRY, default_plugins())[0].facts.stated
-    told = plan_checkpoint(checkpoint, default_plugins()).model.facts
+    told = design(BuildRequest(checkpoint=checkpoint, dry=True), default_plugins()).facts
     differing = [fact for fact in stated if told[fact] != stated[fact]]
     assert len(differing) > 10 and "tied_head" not in differing
     for fact in differing:
@@ -288,20 +287,20 @@ def test_a_slice_is_compared_as_a_whole(checkpoint: Path, tmp_path: Path) -> Non
     zoo("new", "deeper", "--from", deeper, "-o", tmp_path)
     entry = str(tmp_path / "deeper.toml")
 
-    sliced = resolve(BuildRequest(entry, deeper, layers=2, allow_unverified=True), default_plugins())
+    sliced = design(BuildRequest(entry, deeper, layers=2, allow_unverified=True), default_plugins())
     assert (sliced.differences, sliced.facts["layers"]) == ((), 2)
     with pytest.raises(BadInput, match="layers is 2, the entry says 4"):
-        resolve(BuildRequest(entry, checkpoint, allow_unverified=True), default_plugins())
+        design(BuildRequest(entry, checkpoint, allow_unverified=True), default_plugins())
 
 
 def test_custom_is_for_checkpoints_that_differ(checkpoint: Path, tmp_path: Path) -> None:
     zoo("new", "tiny", "--from", checkpoint, "-o", tmp_path)
 
-    custom = resolve(BuildRequest(ENTRY, checkpoint, custom=True), default_plugins())
+    custom = design(BuildRequest(ENTRY, checkpoint, custom=True), default_plugins())
     assert custom.name == "qwen3_6_27b_custom_decode_int8hu_block32_sym"
     assert not custom.relies_on_unverified and custom.hf_id is None
     with pytest.raises(BadInput, match="nothing --custom about it"):
-        resolve(BuildRequest(str(tmp_path / "tiny.toml"), checkpoint, custom=True), default_plugins())
+        design(BuildRequest(str(tmp_path / "tiny.toml"), checkpoint, custom=True), default_plugins())
 
 
 @pytest.mark.parametrize("checkpoint_given", [False, True])
@@ -315,7 +314,7 @@ def test_an_unverified_entry_is_refused_before_anything_is_fetched(checkpoint: P
 
 
 def test_a_sample_claims_nothing_of_the_published_checkpoint() -> None:
-    assert not resolve(BuildRequest(ENTRY, sample=True), default_plugins()).relies_on_unverified
+    assert not design(BuildRequest(ENTRY, sample=True), default_plugins()).relies_on_unverified
 
 
 @pytest.mark.parametrize("differences", [[], ["layers is 2, the entry says 64"]])

@@ -21,7 +21,7 @@ from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo_overlays import qwen3_5
 from coreai_zoo_overlays.qwen3_5 import feed_forward, gated_delta_net
-from decoders import OVERLAY, feed, fresh_states, load_decoder, paths, signature
+from decoders import OVERLAY, feed, fresh_states, load_decoder, paths, rewrites_of, signature
 from reference import whole_model
 
 KINDS = ("dense", "moe")
@@ -30,7 +30,7 @@ KINDS = ("dense", "moe")
 def layout(config: dict[str, Any]) -> nn.Module:
     """The decoder on the meta device, with the rewrites of the static contract."""
     parsed = OVERLAY.read_config(config)
-    rewrites = [("qwen36", rewrite) for rewrite in qwen3_5.layer_rewrites(STATIC_S1)]
+    rewrites = [("qwen36", rewrite) for rewrite in rewrites_of(STATIC_S1)]
     return build_module(lambda: OVERLAY.decoder(parsed, STATIC_S1), rewrites)
 
 
@@ -205,7 +205,7 @@ def test_the_static_contract_leaves_no_reference_rule_and_no_reference_convoluti
     kinds = {type(m) for m in module.modules()}
     assert {gated_delta_net.GatedDeltaStep, gated_delta_net.CausalConv1dStep} <= kinds
     assert not {gated_delta_net.GatedDeltaRule, gated_delta_net.CausalConv1d} & kinds
-    assert not qwen3_5.layer_rewrites(attrs.evolve(STATIC_S1, query_length=None))
+    assert not rewrites_of(attrs.evolve(STATIC_S1, query_length=None))
 
 
 def test_fixed_states_are_named_so_that_no_engine_takes_them_for_a_cache() -> None:

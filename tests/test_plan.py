@@ -16,14 +16,16 @@ from attrs import evolve
 import toy_plugin
 from checkpoints import text_config, tiny_checkpoint, write_json
 from command import zoo
-from coreai_zoo.build.design import resolve
+from coreai_zoo.backends import builtin
+from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput, PluginError
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.planning.chips import CHIPS, EFFICIENCY, GIB, Chip, gpu_bytes, tokens_per_second
-from coreai_zoo.planning.plan import Plan, plan_checkpoint, plan_entry
+from coreai_zoo.planning.plan import Plan
+from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.plugins import Plugins, default_plugins
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY
@@ -32,10 +34,14 @@ DENSE, MOE = "qwen3.6-27b", "qwen3.6-35b-a3b"
 PUBLISHED_27B_INT8HU = 29_774_040_281
 
 
+def planned(plugins: Plugins | None = None, **asked: Any) -> Plan:
+    return make_plan(BuildRequest(dry=True, **asked), plugins or default_plugins())
+
+
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Plan]:
     """Of every entry of the family, with its own recipe."""
-    return {name: plan_entry(name, default_plugins()) for name in load_entries(default_plugins())}
+    return {name: planned(entry=name) for name in load_entries(default_plugins())}
 
 
 @pytest.fixture
@@ -86,18 +92,23 @@ def test_a_build_refuses_an_overlay_whose_parameters_are_not_those_of_its_decode
 
     monkeypatch.setattr(qwen3_5.Qwen35Overlay, "parameters", untrue)
     with pytest.raises(PluginError, match=r"'qwen3_5' tells .*: model\.norm\.weight, lm_head\.weight, model\.extra\."):
-        resolve(BuildRequest(DENSE, sample=True), default_plugins())
+        design(BuildRequest(DENSE, sample=True), default_plugins())
 
 
 def test_an_overlay_that_tells_nothing_is_planned_by_its_decoder(bare: Callable[..., Path]) -> None:
     sizes = {"vocab_size": 264, "hidden_size": 64, "layers": 2, "intermediate_size": 96}
     sizes |= {"heads": 4, "kv_heads": 2, "head_dim": 16, "max_context_length": 32}
     plugins = Plugins()
+    plugins.register(builtin, "coreai")
     plugins.register(toy_plugin.ToyPlugin(Path("none.toml")), "toys")
-    plan = plan_checkpoint(bare({"model_type": toy_plugin.MODEL_TYPE, **sizes}), plugins, recipe="fp16")
+    plan = make_plan(
+        BuildRequest(checkpoint=bare({"model_type": toy_plugin.MODEL_TYPE, **sizes}), recipe="fp16", dry=True), plugins
+    )
     config = toy_plugin.ToyOverlay().read_config(sizes)
-    assert plan.weights.parameters == sum(parameter.numel() for parameter in toy_plugin.ToyDecoder(config).parameters())
-    assert plan.weights.stored_bytes == 2 * plan.weights.parameters
+    assert plan.design.weights.parameters == sum(
+        parameter.numel() for parameter in toy_plugin.ToyDecoder(config).parameters()
+    )
+    assert plan.design.weights.stored_bytes == 2 * plan.design.weights.parameters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,22 +121,22 @@ def test_the_27b_is_predicted_within_half_a_percent_of_the_published_bytes(
 ) -> None:
     assert abs(plans[DENSE].asset / PUBLISHED_27B_INT8HU - 1) <= 0.005
     facts = find_entry(DENSE, default_plugins())[0].facts.stated
-    assert plan_checkpoint(bare(OVERLAY.config_of_facts(facts)), default_plugins()).asset == plans[DENSE].asset
+    assert planned(checkpoint=bare(OVERLAY.config_of_facts(facts))).asset == plans[DENSE].asset
     (published,) = plans[DENSE].published
     assert published.asset_bytes == PUBLISHED_27B_INT8HU
 
 
 def test_every_entry_of_the_family_holds_the_parameters_that_it_states(plans: Mapping[str, Plan]) -> None:
     for name, plan in plans.items():
-        facts = plan.model.facts
+        facts = plan.design.model.facts
         clone = facts["vocab_size"] * facts["hidden_size"] if facts["tied_head"] else 0  # a tied head is cloned
-        assert plan.weights.parameters == find_entry(name, default_plugins())[0].facts.parameters + clone, name
+        assert plan.design.weights.parameters == find_entry(name, default_plugins())[0].facts.parameters + clone, name
 
 
 def test_a_plan_of_roles_adds_up(plans: Mapping[str, Plan]) -> None:
     for plan in plans.values():
-        assert sum(role.bytes for role in plan.roles) == plan.weights.stored_bytes
-        assert sum(role.parameters for role in plan.roles) == plan.weights.parameters
+        assert sum(role.bytes for role in plan.roles) == plan.design.weights.stored_bytes
+        assert sum(role.parameters for role in plan.roles) == plan.design.weights.parameters
     bits = {role.role: role.bits for role in plans[DENSE].roles}
     assert (bits["mlp"], bits["head"], bits["embedding"], bits["scalar"]) == (8.5, 8.5, 16, 32)
 
@@ -133,7 +144,7 @@ def test_a_plan_of_roles_adds_up(plans: Mapping[str, Plan]) -> None:
 def test_a_token_of_a_dense_model_reads_all_but_the_embedding_table(plans: Mapping[str, Plan]) -> None:
     plan = plans[DENSE]
     table, row = 248_320 * 5_120 * 2, 5_120 * 2
-    assert plan.read == plan.dense_read == plan.weights.stored_bytes - table + row
+    assert plan.read == plan.dense_read == plan.design.weights.stored_bytes - table + row
 
 
 def test_a_token_of_a_mixture_of_experts_reads_the_chosen_ones(plans: Mapping[str, Plan]) -> None:
@@ -154,12 +165,12 @@ def test_an_overlay_with_experts_has_to_tell_how_many_are_read(
         lambda self, config: {name: fact for name, fact in facts(self, config).items() if name != "experts_per_token"},
     )
     with pytest.raises(PluginError, match="has experts but tells no fact experts_per_token"):
-        plan_checkpoint(bare(text_config("moe")), default_plugins())
+        planned(checkpoint=bare(text_config("moe")))
 
 
 @pytest.mark.parametrize("context", [8, 1000, 32768])
 def test_states_are_counted_at_the_context(context: int) -> None:
-    plan = plan_entry(DENSE, default_plugins(), context=context)
+    plan = planned(entry=DENSE, max_context=context)
     pair, conv, recurrent = 16 * 4 * 256 * 2, 48 * 10_240 * 3 * 2, 48 * 48 * 128 * 128 * 2
     assert dict(plan.states) == {
         "keyCache": pair * context,
@@ -173,22 +184,22 @@ def test_states_are_counted_at_the_context(context: int) -> None:
 
 def test_headers_that_are_there_are_read_and_have_to_fit(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "checkpoint", "moe", packed_experts=False)
-    plan = plan_checkpoint(checkpoint, default_plugins())
-    assert all(tensor.sources for tensor in plan.weights.tensors)
+    plan = planned(checkpoint=checkpoint)
+    assert all(tensor.sources for tensor in plan.design.weights.tensors)
     assert plan.tokenizer is not None and plan.bundle == plan.asset + plan.tokenizer
-    assert plan.build.read == 2 * plan.weights.parameters
+    assert plan.build.read == 2 * plan.design.weights.parameters
     config = json.loads((checkpoint / "config.json").read_text())
     config["text_config"]["moe_intermediate_size"] = 64
     write_json(checkpoint / "config.json", config)
     with pytest.raises(BadInput, match=r"does not fit the model .*misshapen"):
-        plan_checkpoint(checkpoint, default_plugins())
+        planned(checkpoint=checkpoint)
 
 
 def test_without_headers_a_width_that_its_block_does_not_divide_is_refused(bare: Callable[..., Path]) -> None:
     config = text_config("dense", intermediate_size=40)
     with pytest.raises(BadInput, match=r"not divisible by the recipe's block: model\.layers\.0\.mlp\.down_proj"):
-        plan_checkpoint(bare(config), default_plugins())
-    assert plan_checkpoint(bare(config), default_plugins(), recipe="fp16").roles
+        planned(checkpoint=bare(config))
+    assert planned(checkpoint=bare(config), recipe="fp16").roles
 
 
 def test_an_entry_that_states_too_little_says_what_is_lacking(tmp_path: Path) -> None:
@@ -196,7 +207,7 @@ def test_an_entry_that_states_too_little_says_what_is_lacking(tmp_path: Path) ->
     text = Path("zoo_entries/qwen3.5-2b.toml").read_text(encoding="utf-8")
     path.write_text(text.replace("hidden_size = 2048\n", ""), encoding="utf-8")
     with pytest.raises(BadInput, match=r"qwen3\.5-2b states too little .*hidden_size not known.*--checkpoint DIR"):
-        plan_entry(str(path), default_plugins())
+        planned(entry=str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +221,7 @@ def test_an_entry_whose_facts_contradict_each_other_is_refused(tmp_path: Path) -
     assert "\nlayers = 24\n" in text
     path.write_text(text.replace("\nlayers = 24\n", "\nlayers = 30\n"), encoding="utf-8")
     with pytest.raises(BadInput, match="linear_attention_layers is 18, and the other facts make it 2"):
-        plan_entry(str(path), default_plugins())
+        planned(entry=str(path))
 
 
 def test_the_efficiency_is_what_the_published_measurement_reaches(plans: Mapping[str, Plan]) -> None:
@@ -279,7 +290,7 @@ def test_json_has_what_the_text_has(plans: Mapping[str, Plan]) -> None:
     assert described["decode"]["dense_read_per_token"] == plan.dense_read
     assert described["roles"]["moe.expert"]["stored_as"]["block_size"] == 32
     assert described["roles"]["moe.router"]["stored_as"] is None
-    assert described["build"]["scratch"] == plan.weights.stored_bytes
+    assert described["build"]["scratch"] == plan.design.weights.stored_bytes
     assert [measured["decode"] for measured in described["published"]] == [30.9, 64.9]
 
 

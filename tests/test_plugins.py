@@ -22,6 +22,7 @@ from coreai_zoo.signature import KVCache, StateSpec
 MakePlugin = Callable[..., types.ModuleType]
 
 CONTRACT = contracts.STATIC_S1
+(FUNCTION,) = CONTRACT.functions(KVCache(1, 1, 1), (), 8, 64).values()
 
 
 class ToyOverlay:
@@ -257,7 +258,7 @@ CALLS: dict[str, Callable[[Plugins], object]] = {
     "zoo_entries": lambda plugins: plugins.entries(),
     "zoo_register_commands": lambda plugins: plugins.register_commands(click.Group()),
     "zoo_claim_overlay": lambda plugins: plugins.claim_overlay("toy", {}),
-    "zoo_layer_rewrites": lambda plugins: plugins.layer_rewrites(TOY, None, None, CONTRACT),
+    "zoo_layer_rewrites": lambda plugins: plugins.layer_rewrites(TOY, None, None, CONTRACT, FUNCTION),
     "zoo_extra_states": lambda plugins: plugins.extra_states(TOY, None, None, CONTRACT),
     "zoo_weight_map": lambda plugins: plugins.weight_map(TOY, None, None),
     "zoo_head_quantization": lambda plugins: plugins.head_quantization(TOY, None, None),
@@ -379,7 +380,7 @@ def test_a_plugin_takes_only_the_arguments_that_it_needs(make_plugin: MakePlugin
 
     plugins = host(few=make_plugin(zoo_layer_rewrites=zoo_layer_rewrites))
 
-    ((_plugin, found),) = plugins.layer_rewrites(TOY, None, "step", CONTRACT)
+    ((_plugin, found),) = plugins.layer_rewrites(TOY, None, "step", CONTRACT, FUNCTION)
     assert found.name == "step"
 
 
@@ -390,7 +391,7 @@ def test_rewrites_come_with_their_plugins(make_plugin: MakePlugin) -> None:
         two=make_plugin(zoo_layer_rewrites=lambda: (rewrite("c"),)),
     )
 
-    found = [(plugin, item.name) for plugin, item in plugins.layer_rewrites(TOY, None, None, CONTRACT)]
+    found = [(plugin, item.name) for plugin, item in plugins.layer_rewrites(TOY, None, None, CONTRACT, FUNCTION)]
     assert found == [("one", "a"), ("one", "b"), ("two", "c")]
 
 
@@ -425,7 +426,7 @@ def test_the_last_registered_weight_map_wins(make_plugin: MakePlugin) -> None:
         silent=make_plugin(zoo_weight_map=lambda: None),
     )
 
-    assert plugins.weight_map(TOY, None, None) is theirs
+    assert plugins.weight_map(TOY, None, None)[1] is theirs
 
 
 def test_no_weight_map_names_the_overlay_and_the_hook(make_plugin: MakePlugin) -> None:

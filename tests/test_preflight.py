@@ -13,7 +13,7 @@ import pytest
 from attrs import evolve
 
 from checkpoints import tiny_checkpoint
-from coreai_zoo.build.design import resolve
+from coreai_zoo.build.design import design
 from coreai_zoo.build.preflight import LEAST_MEMORY, preflight, size
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.workspace import Workspace
@@ -144,7 +144,7 @@ def test_memory_that_does_not_suffice_is_refused_with_the_numbers(
     backend: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coreai_zoo.build.preflight.available_memory", lambda: 300 * 2**20)
-    resolved = resolve(BuildRequest("qwen3.6-27b", sample=True, backend=backend, output=tmp_path), default_plugins())
+    resolved = design(BuildRequest("qwen3.6-27b", sample=True, backend=backend, output=tmp_path), default_plugins())
     deep = evolve(resolved, facts={**resolved.facts, "layers": layers})
     needs = preflight(deep, Workspace.of(tmp_path, resolved.name, None, keep=False))
     wanted = max(LEAST_MEMORY, resolved.backend.memory(layers))

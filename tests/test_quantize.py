@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import hypothesis.strategies as st
 import pytest
@@ -16,10 +16,11 @@ from coreai_torch._compression._intx import IntxTensor, UintxTensor
 from hypothesis import example, given, settings
 
 from coreai_zoo.errors import BadInput
-from coreai_zoo.overlay import ROLES
+from coreai_zoo.overlay import RoleKind
 from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, Recipe, find_recipe
 from coreai_zoo.weights.formats import has_zero_points, pack_int4, unpack_int4
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, dequantize_rows, quantize_rows, workers
+from coreai_zoo_overlays.qwen3_5.weights import ROLES
 
 INTEGERS: tuple[Any, ...] = ("int4", "int8", "uint4", "uint8")
 SCHEMES: tuple[Any, ...] = ("symmetric", "symmetric_with_clipping", "asymmetric")
@@ -96,6 +97,7 @@ def make_weight(rows: int, columns: int, dtype: torch.dtype, kind: str, seed: in
     return values.to(dtype)
 
 
+WEIGHT_KINDS = get_args(RoleKind)
 KINDS = ("normal", "zero blocks", "subnormal", "huge", "negative", "positive", "outliers", "halves")
 
 
@@ -269,38 +271,44 @@ def test_the_built_in_recipes_are_these() -> None:
         "int4lin": "int4lin_block32",
     }
     body = {"attention", "gdn.in", "gdn.out", "mlp", "moe.expert"}
-    quantized = {name: {role for role, spec in recipe.roles.items() if spec} for name, recipe in RECIPES.items()}
+    quantized = {name: {role.name for role in ROLES if recipe.spec(role)} for name, recipe in RECIPES.items()}
     assert quantized == {"fp16": set(), "int8lin": body, "int8hu": body | {"head"}, "int4lin": body}
-    assert str(RECIPES["int8hu"].roles["head"]) == "int8 block 32 symmetric"
-    assert str(RECIPES["int8hu"].roles["mlp"]) == "int8 block 32 symmetric_with_clipping"
-    assert str(RECIPES["int4lin"].roles["mlp"]) == "int4 block 32 symmetric_with_clipping"
+    assert str(RECIPES["int8hu"].specs["head"]) == "int8 block 32 symmetric"
+    assert str(RECIPES["int8hu"].specs["body"]) == "int8 block 32 symmetric_with_clipping"
+    assert str(RECIPES["int4lin"].specs["body"]) == "int4 block 32 symmetric_with_clipping"
 
 
-def test_a_recipe_must_decide_every_role() -> None:
-    roles = dict.fromkeys(ROLES)
-    del roles["moe.router"]
-    with pytest.raises(BadInput, match=r"'half' leaves moe\.router undecided\. .*The roles are embedding, head, "):
-        Recipe("half", "half", "", roles)
-    with pytest.raises(BadInput, match=r"'more' decides vision, which no weight has"):
-        Recipe("more", "more", "", {**dict.fromkeys(ROLES), "vision": None})
+def test_a_recipe_must_decide_every_kind_of_weight() -> None:
+    specs = dict.fromkeys(WEIGHT_KINDS)
+    del specs["other"]
+    with pytest.raises(BadInput, match=r"'half' leaves other undecided\. .*The kinds are embedding, head, "):
+        Recipe("half", "half", "", specs)
+
+
+def test_a_recipe_may_decide_single_roles_otherwise_than_their_kind() -> None:
+    one, other = QuantizationSpec("int8", "symmetric"), QuantizationSpec("int4", "symmetric")
+    recipe = Recipe("r", "r", "", {**dict.fromkeys(WEIGHT_KINDS), "body": one, "mlp": other, "moe.router": one})
+    found = {role.name: recipe.spec(role) for role in ROLES}
+    chosen = {"attention": one, "gdn.in": one, "gdn.out": one, "moe.expert": one, "mlp": other}
+    assert found == {**dict.fromkeys(found), **chosen, "moe.router": one}
 
 
 def test_a_recipe_cannot_be_changed_through_the_mapping_that_made_it() -> None:
-    roles: dict[str, QuantizationSpec | None] = dict.fromkeys(ROLES)
+    roles: dict[str, QuantizationSpec | None] = dict.fromkeys(WEIGHT_KINDS)
     recipe = Recipe("r", "r", "", roles)
     roles["head"] = QuantizationSpec("int8", "symmetric")
-    assert recipe.roles["head"] is None
+    assert recipe.specs["head"] is None
 
 
 def test_the_head_policy_decides_how_and_the_recipe_whether() -> None:
     policy = HeadQuantization(QuantizationSpec("uint8", "asymmetric", 64), "a reason")
-    assert RECIPES["int8hu"].with_head(policy).roles["head"] == policy.spec
+    assert RECIPES["int8hu"].with_head(policy).specs["head"] == policy.spec
     assert RECIPES["int8hu"].with_head(None) == RECIPES["int8hu"]
     assert RECIPES["int8lin"].with_head(policy) is RECIPES["int8lin"]
 
 
 def test_another_head_policy_than_the_recipes_own_shows_in_the_name() -> None:
-    own, recipe = RECIPES["int8hu"].roles["head"], RECIPES["int8hu"]
+    own, recipe = RECIPES["int8hu"].specs["head"], RECIPES["int8hu"]
     assert own is not None
     assert recipe.with_head(HeadQuantization(own, "a reason")).published_name == "int8hu_block32_sym"
     other = HeadQuantization(QuantizationSpec("uint8", "asymmetric", 64), "a reason")
@@ -312,7 +320,7 @@ def test_a_per_channel_head_needs_force() -> None:
     policy = HeadQuantization(QuantizationSpec("int8", "symmetric", None), "a reason")
     with pytest.raises(BadInput, match="per-channel int8 weights give garbage on the GPU"):
         RECIPES["int8hu"].with_head(policy)
-    assert RECIPES["int8hu"].with_head(policy, allow_per_channel=True).roles["head"] == policy.spec
+    assert RECIPES["int8hu"].with_head(policy, allow_per_channel=True).specs["head"] == policy.spec
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest_names() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from coreai_zoo.build.design import resolve
+from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.generate import chat_prompt, generate
@@ -147,9 +147,9 @@ def test_both_candidates_agree_within_half_precision(
     on_the_runtime: Callable[[str, str], np.ndarray[Any, Any]],
 ) -> None:
     bundle, (tokens, _) = built(entry, "int8hu"), oracle(entry)
-    resolved = resolve(BuildRequest(entry=entry, sample=True, recipe="int8hu"), plugins)
-    weights = AssetWeights.open(bundle.asset, resolved.backend, resolved.module, resolved.weights)
-    ours = TorchCandidate(resolved.module, resolved.weights, resolved.signature, weights).run(tokens)
+    resolved = design(BuildRequest(entry=entry, sample=True, recipe="int8hu"), plugins)
+    weights = AssetWeights.open(bundle.asset, resolved.backend, "main", resolved.modules["main"], resolved.weights)
+    ours = TorchCandidate(resolved.modules["main"], resolved.weights, resolved.signatures["main"], weights).run(tokens)
     gaps = np.full(len(tokens), np.inf)
     if ours.router_logits is not None:
         gaps = router_margins(ours.router_logits, bundle.build["facts"]["experts_per_token"])

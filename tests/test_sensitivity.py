@@ -12,7 +12,7 @@ from attrs import evolve
 from click.testing import CliRunner
 
 from checkpoints import tiny_checkpoint
-from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.cli.app import cli
@@ -43,31 +43,34 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def resolved(checkpoint: Path) -> Resolved:
-    return resolve(BuildRequest(ENTRY, checkpoint=checkpoint, custom=True, output=checkpoint.parent), default_plugins())
+def resolved(checkpoint: Path) -> Design:
+    return design(BuildRequest(ENTRY, checkpoint=checkpoint, custom=True, output=checkpoint.parent), default_plugins())
 
 
 @pytest.fixture(scope="module")
-def subject(resolved: Resolved) -> Subject:
-    return Subject(resolved.module, resolved.signature, resolved.checkpoint, resolved.weights)
+def subject(resolved: Design) -> Subject:
+    return Subject(resolved.modules["main"], resolved.signatures["main"], resolved.checkpoint, resolved.weights)
 
 
-def fp16_and(resolved: Resolved, part: Part | None, work: Path) -> np.ndarray:
+def fp16_and(resolved: Design, part: Part | None, work: Path) -> np.ndarray:
     """Logits of the whole decoder, with one part quantized by the build's own store."""
     chosen = {} if part is None else dict.fromkeys(part.tensors, part.spec)
     plan = evolve(
         resolved.weights,
         tensors=tuple(evolve(tensor, quantization=chosen.get(tensor.name)) for tensor in resolved.weights.tensors),
     )
-    module = build_module(lambda: resolved.overlay.decoder(resolved.config, resolved.contract), list(resolved.rewrites))
+    module = build_module(
+        lambda: resolved.model.overlay.decoder(resolved.model.config, resolved.contract),
+        list(resolved.functions["main"].rewrites),
+    )
     store = WeightStore(work)
     store.fill(plan, resolved.checkpoint)
     bind(module, store)
-    return feed(module, TOKENS, fresh_states(resolved.signature)).float().numpy()
+    return feed(module, TOKENS, fresh_states(resolved.signatures["main"])).float().numpy()
 
 
 def test_a_part_costs_what_a_build_that_quantizes_only_it_costs(
-    resolved: Resolved, subject: Subject, tmp_path: Path
+    resolved: Design, subject: Subject, tmp_path: Path
 ) -> None:
     parts = parts_of(resolved.weights, {"moe.expert": INT4, "gdn.in": INT8})
     plain = fp16_and(resolved, None, tmp_path / "plain")
@@ -79,7 +82,7 @@ def test_a_part_costs_what_a_build_that_quantizes_only_it_costs(
         assert found.largest_kl >= found.kl
 
 
-def test_fewer_bits_cost_more_and_save_more(resolved: Resolved, subject: Subject) -> None:
+def test_fewer_bits_cost_more_and_save_more(resolved: Design, subject: Subject) -> None:
     coarse, fine = (
         next(measure(subject, parts_of(resolved.weights, {"gdn.in": spec}), TOKENS)) for spec in (INT4, INT8)
     )
@@ -89,24 +92,24 @@ def test_fewer_bits_cost_more_and_save_more(resolved: Resolved, subject: Subject
     assert ranked([fine, coarse], "kl") == ranked([coarse, fine], "margin") == [coarse, fine]
 
 
-def test_the_parts_of_a_recipe_save_what_the_recipe_saves(resolved: Resolved) -> None:
-    specs = {role: spec for role, spec in resolved.recipe.roles.items() if spec is not None}
+def test_the_parts_of_a_recipe_save_what_the_recipe_saves(resolved: Design) -> None:
+    specs = {role: spec for role, spec in resolved.stored_roles.items() if spec is not None}
     plain = sum(evolve(tensor, quantization=None).stored_bytes for tensor in resolved.weights.tensors)
     parts = parts_of(resolved.weights, specs)
     assert sum(part.saved_bytes for part in parts) == plain - resolved.weights.stored_bytes
 
 
-def test_each_layer_by_itself_adds_up_to_the_role(resolved: Resolved) -> None:
+def test_each_layer_by_itself_adds_up_to_the_role(resolved: Design) -> None:
     (whole,) = parts_of(resolved.weights, {"gdn.in": INT8})
-    layers = parts_of(resolved.weights, {"gdn.in": INT8}, resolved.module.layer_paths)
+    layers = parts_of(resolved.weights, {"gdn.in": INT8}, resolved.modules["main"].layer_paths)
     assert [part.layer for part in layers] == [0, 2]
     assert sorted(name for part in layers for name in part.tensors) == sorted(whole.tensors)
     assert sum(part.saved_bytes for part in layers) == whole.saved_bytes
-    (head,) = parts_of(resolved.weights, {"head": INT8}, resolved.module.layer_paths)
+    (head,) = parts_of(resolved.weights, {"head": INT8}, resolved.modules["main"].layer_paths)
     assert head.layer is None
 
 
-def test_a_role_that_is_not_there_and_a_width_that_does_not_fit_are_refused(resolved: Resolved) -> None:
+def test_a_role_that_is_not_there_and_a_width_that_does_not_fit_are_refused(resolved: Design) -> None:
     with pytest.raises(BadInput, match=r"no weights with the role nonsense\. It has: .*moe\.router"):
         parts_of(resolved.weights, {"nonsense": INT8})
     with pytest.raises(BadInput, match=r"conv1d\.weight \(gdn\.conv: 4 columns are not divisible"):

@@ -27,10 +27,11 @@ from coreai_zoo.weights.formats import has_zero_points, pack_int4
 from coreai_zoo.weights.plan import ParameterInfo, PlannedTensor, WeightPlan, plan_weights
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, QUANTIZER_VERSION, quantize_rows
 from coreai_zoo.weights.store import JOURNAL, PARTIAL, FillReport, WeightStore
+from coreai_zoo_overlays.qwen3_5.weights import ROLES
 
 INT8 = find_recipe("int8hu")
 # Files of the same sizes as int8hu's, with other bits in them.
-ABSMAX = Recipe("absmax", "absmax", "", {**INT8.roles, "mlp": INT8.roles["head"], "moe.expert": INT8.roles["head"]})
+ABSMAX = Recipe("absmax", "absmax", "", {**INT8.specs, "mlp": INT8.specs["head"], "moe.expert": INT8.specs["head"]})
 RULES = (
     WeightRule("norm", "norm", "norm", Transform("1 + weight", lambda weight: weight + 1)),
     WeightRule("decay", "decay", "scalar", Transform("-exp", lambda weight: -weight.exp())),
@@ -64,12 +65,12 @@ def write(directory: Path, tensors: dict[str, torch.Tensor] | None = None) -> Ch
 
 
 def plan(checkpoint: Checkpoint, recipe: Recipe = INT8, rules: tuple[WeightRule, ...] = RULES) -> WeightPlan:
-    return plan_weights(WeightMap(rules), PARAMETERS, checkpoint.tensors, recipe)
+    return plan_weights(WeightMap(rules, roles=ROLES), PARAMETERS, checkpoint.tensors, recipe)
 
 
 def one(checkpoint: Checkpoint, shape: tuple[int, ...], spec: QuantizationSpec | None, dtype: str) -> WeightPlan:
     """A plan for the one tensor `w`."""
-    roles = {**find_recipe("fp16").roles, "mlp": spec}
+    roles = {**find_recipe("fp16").specs, "mlp": spec}
     parameters = {"w": ParameterInfo(shape, dtype)}
     rules = WeightMap((WeightRule("w", "w", "mlp"),))
     return plan_weights(rules, parameters, checkpoint.tensors, Recipe("test", "test", "", roles))
@@ -263,9 +264,9 @@ def test_one_changed_value_computes_exactly_the_tensor_that_it_fills(
 
 def test_another_spec_for_one_role_computes_exactly_that_role(checkpoint: Checkpoint, store: WeightStore) -> None:
     store.fill(plan(checkpoint), checkpoint)
-    other = Recipe("other", "other", "", {**INT8.roles, "moe.expert": INT8.roles["head"]})
+    other = Recipe("other", "other", "", {**INT8.specs, "moe.expert": INT8.specs["head"]})
     assert computed(store, plan(checkpoint, other), checkpoint) == ["experts"]
-    kept = Recipe("kept", "kept", "", {**other.roles, "mlp": None})
+    kept = Recipe("kept", "kept", "", {**other.specs, "mlp": None})
     assert computed(store, plan(checkpoint, kept), checkpoint) == ["l.0.w", "l.1.w"]
 
 
@@ -286,13 +287,13 @@ def test_another_role_with_the_same_spec_is_noted_without_computing(checkpoint: 
 FILL_SAMPLE = """
 import sys
 from pathlib import Path
-from coreai_zoo.build.design import resolve
+from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.weights.store import WeightStore
-resolved = resolve(BuildRequest("qwen3.6-27b", sample=True), Plugins.discover())
+resolved = design(BuildRequest("qwen3.6-27b", sample=True), Plugins.discover())
 report = WeightStore(Path(sys.argv[1])).fill(resolved.weights, resolved.checkpoint)
-print(sys.modules[type(resolved.module).__module__].__file__, report.computed, report.reused)
+print(sys.modules[type(resolved.modules["main"]).__module__].__file__, report.computed, report.reused)
 """
 
 

@@ -233,7 +233,7 @@ def test_the_changed_layer_changes_the_logits_of_the_bundle_as_it_changes_those_
 
 def bundle_logits(bundle: Bundle) -> np.ndarray[Any, Any]:
     """Logits [S, V] of the bundle's own asset on the Core AI runtime."""
-    with CoreAIBackend().stepper(bundle.asset, bundle.signature, len(TOKENS)) as stepper:
+    with CoreAIBackend().stepper(bundle.asset, bundle.functions, len(TOKENS)) as stepper:
         return np.stack(list(drain(stepper, TOKENS))).astype(np.float32)
 
 

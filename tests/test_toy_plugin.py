@@ -32,7 +32,7 @@ from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput, PluginError
 from coreai_zoo.lowering.module import build_module
 from coreai_zoo.lowering.trace import check_traced, trace
-from coreai_zoo.overlay import LayerRewrite
+from coreai_zoo.overlay import COMMON_ROLES, LayerRewrite
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.recipes import Recipe, find_recipe
 from coreai_zoo.signature import StateSpec, TensorSpec, TraceSpec
@@ -174,7 +174,7 @@ def stored_value(name: str, tensor: Tensor, recipe: Recipe) -> Tensor:
     role = {"tok.table": "embedding", "unembed": "head"}.get(name) or ("attention" if ".w" in name else "mlp")
     if "gain" in name:
         return (10 ** (tensor.float() / 20)).half().float()
-    spec = recipe.roles[role]
+    (spec,) = (recipe.spec(known) for known in COMMON_ROLES if known.name == role)
     plain = tensor.half()
     return plain.float() if spec is None else dequantize_rows(quantize_rows(plain, spec), spec)
 
@@ -287,7 +287,7 @@ def test_a_changed_byte_of_the_toy_bundle_does_not_verify(built: Built, plugins:
 
 
 def test_the_asset_of_the_toy_declares_the_states_of_the_plugin(built: Built) -> None:
-    signature = CoreAIBackend().signature(built.bundle.asset)
+    signature = CoreAIBackend().signatures(built.bundle.asset)["main"]
     assert list(signature.states) == ["keyCache", "valueCache", "meanState"]
     assert signature.states["meanState"] == ((2, 1, 64), "float32")
     assert signature.states["keyCache"] == ((2, 1, 2, -1, 16), "float16")
@@ -297,7 +297,7 @@ def test_the_asset_of_the_toy_declares_the_states_of_the_plugin(built: Built) ->
 
 def test_the_asset_of_the_toy_computes_what_the_toy_computes_in_float32(built: Built) -> None:
     expected, expected_mean = reference(built.recipe)
-    with CoreAIBackend().stepper(built.bundle.asset, built.bundle.signature, capacity=len(TOKENS)) as stepper:
+    with CoreAIBackend().stepper(built.bundle.asset, built.bundle.functions, capacity=len(TOKENS)) as stepper:
         found = np.stack(list(drain(stepper, TOKENS))).astype(np.float32)
         mean = stepper.state("meanState")
         again = np.stack(list(drain(stepper, TOKENS)))
@@ -462,7 +462,7 @@ class SmallDecoder(nn.Module):
 def small_spec() -> TraceSpec:
     toy = toy_plugin.ToyOverlay()
     kv = toy.kv_cache(evolve_config(layers=1, kv_heads=1, head_dim=1))
-    return STATIC_S1.trace_spec(kv, [StateSpec(name="meanState", shape=(1, 1, 1), dtype="float32")], 8, 32)
+    return STATIC_S1.functions(kv, [StateSpec(name="meanState", shape=(1, 1, 1), dtype="float32")], 8, 32)["main"]
 
 
 def evolve_config(**changes: int) -> toy_plugin.ToyConfig:

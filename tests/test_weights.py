@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from coreai_zoo.checkpoint.files import TensorInfo
 from coreai_zoo.errors import BadInput
-from coreai_zoo.overlay import ROLES, Drop, Part, Transform, WeightMap, WeightRule
+from coreai_zoo.overlay import Drop, Part, Transform, WeightMap, WeightRule
 from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe, find_recipe
 from coreai_zoo.weights.plan import (
     ParameterInfo,
@@ -23,6 +23,7 @@ from coreai_zoo.weights.plan import (
     plan_weights,
     plan_without_checkpoint,
 )
+from coreai_zoo_overlays.qwen3_5.weights import ROLES
 
 FP16, INT8 = find_recipe("fp16"), find_recipe("int8hu")
 EXPERTS = (
@@ -53,7 +54,7 @@ def plan(
     drops: tuple[Drop, ...] = (),
     prefixes: tuple[tuple[str, str], ...] = (),
 ) -> WeightPlan:
-    return plan_weights(WeightMap(rules, drops, prefixes), floats(**parameters), tensors(**found), recipe)
+    return plan_weights(WeightMap(rules, drops, prefixes, roles=ROLES), floats(**parameters), tensors(**found), recipe)
 
 
 def test_planning_does_not_import_torch() -> None:
@@ -69,7 +70,7 @@ def test_tensors_follow_the_order_of_the_parameters_and_carry_role_and_spec() ->
         recipe=INT8,
     )
     assert [tensor.name for tensor in result.tensors] == ["norm", "l.1.w", "l.0.w"]
-    assert [tensor.quantization for tensor in result.tensors] == [None, INT8.roles["mlp"], INT8.roles["mlp"]]
+    assert [tensor.quantization for tensor in result.tensors] == [None, INT8.specs["body"], INT8.specs["body"]]
     assert [tensor.role for tensor in result.tensors] == ["norm", "mlp", "mlp"]
     assert result.tensors[1].sources == (Source("l.1.w", 0, 2),)
     assert result.parameters == 64 + 2 * 128
@@ -179,7 +180,7 @@ def test_every_problem_is_in_one_error() -> None:
     found |= tensors(**{"l.0.experts.0.gate.weight": (2, 32)})
     found |= tensors("int32", **{"l.0.experts.1.up.weight": (2, 32)})
     with pytest.raises(BadInput) as caught:
-        plan_weights(WeightMap(rules), floats(**parameters), found, INT8)
+        plan_weights(WeightMap(rules, roles=ROLES), floats(**parameters), found, INT8)
     assert str(caught.value) == (
         "The checkpoint does not fit the model (8 problems). "
         "missing: a, part of l.0.gate_up: l.0.experts.0.up.weight, l.0.experts.1.gate.weight, "
@@ -278,8 +279,11 @@ def test_stored_bytes_count_integers_scales_and_zero_points(spec: QuantizationSp
 
 
 def test_every_recipe_can_plan_every_role() -> None:
-    rules = tuple(rule(f"w.{role}", role=role) for role in ROLES)
-    shapes = {f"w.{role}": (2, 64) for role in ROLES}
+    rules = tuple(rule(f"w.{role.name}", role=role.name) for role in ROLES)
+    shapes = {f"w.{role.name}": (2, 64) for role in ROLES}
     for recipe in RECIPES.values():
-        result = plan(rules, shapes, shapes, recipe=recipe)
-        assert {tensor.role: tensor.quantization for tensor in result.tensors} == dict(recipe.roles)
+        table = WeightMap(rules, roles=ROLES)
+        result = plan_weights(table, floats(**shapes), tensors(**shapes), recipe)
+        assert {tensor.role: tensor.quantization for tensor in result.tensors} == {
+            role.name: recipe.spec(role) for role in ROLES
+        }

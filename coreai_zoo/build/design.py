@@ -1,70 +1,199 @@
-"""From what the user asked for to everything that a build does, decided on metadata: no weight is read."""
+"""The design of a bundle: everything that is built from an entry, a config, a contract and a recipe.
+
+It is decided on metadata: names, shapes and dtypes. No weight is read. What a build does, what a plan adds up, what a
+diff compares and what a gate runs all come from here, so that they cannot differ.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import evolve, frozen
 
 from coreai_zoo.backend import Backend
-from coreai_zoo.build.model import Model, compare_facts, read_model, signature
-from coreai_zoo.build.request import DEFAULT_BACKEND, BuildRequest
+from coreai_zoo.build.model import Model, compare_facts, config_of_entry, contradictions, read_model
+from coreai_zoo.build.request import (
+    DEFAULT_BACKEND,
+    DEFAULT_CONTEXT,
+    DEFAULT_CONTRACT,
+    DEFAULT_RECIPE,
+    BuildRequest,
+)
 from coreai_zoo.build.workspace import check_output_folder
 from coreai_zoo.catalogue import find_entry
-from coreai_zoo.checkpoint.files import Checkpoint, read_config
+from coreai_zoo.checkpoint.files import Checkpoint, has_weights, read_config
 from coreai_zoo.checkpoint.hub import locate_checkpoint
 from coreai_zoo.checkpoint.tokenizer import check_tokenizer
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract, find_contract
 from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, PluginError, listing
-from coreai_zoo.overlay import HasParameterTable, LayerRewrite, Overlay, ParameterInfo
+from coreai_zoo.overlay import HasParameterTable, LayerRewrite, ParameterInfo, WeightMap
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.recipes import HeadQuantization, Recipe, find_recipe
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe, find_recipe
 from coreai_zoo.signature import TraceSpec
-from coreai_zoo.weights.plan import WeightPlan, plan_weights
+from coreai_zoo.weights.plan import WeightPlan, plan_weights, plan_without_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 @frozen
-class Resolved:
+class FunctionDesign:
+    """One function of a bundle.
+
+    Attributes:
+        signature: what it takes, keeps and gives.
+        rewrites: what puts its layers into another form, each with its plugin.
+    """
+
+    signature: TraceSpec
+    rewrites: tuple[tuple[str, LayerRewrite], ...]
+
+
+@frozen
+class Decoders:
+    """The decoder of each function, without weights. It is laid out when it is first asked for, which takes torch."""
+
+    model: Model
+    contract: Contract
+    functions: Mapping[str, FunctionDesign]
+    plugins: Plugins
+
+    @cached_property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The decoders on the meta device by function, layers rewritten.
+
+        Raises:
+            PluginError: when the overlay or a rewrite fails, or the functions do not share their parameters.
+        """
+        from coreai_zoo.lowering.module import build_module, parameters_of
+
+        modules = {name: build_module(self._decoder, function.rewrites) for name, function in self.functions.items()}
+        first, *others = modules
+        parameters = parameters_of(modules[first])
+        for name in others:
+            own = parameters_of(modules[name])
+            strange = [parameter for parameter, info in own.items() if parameters.get(parameter) != info]
+            if strange:
+                raise PluginError(
+                    f"overlay {self.model.overlay.name!r}: the function {name} has parameters that {first} does not "
+                    f"have in this shape and dtype: {listing(strange)}.",
+                    "Functions of a bundle share their weights.",
+                )
+        return modules
+
+    @cached_property
+    def parameters(self) -> Mapping[str, ParameterInfo]:
+        """Every parameter by name: as the overlay's table has it, or else of the decoder itself, which takes torch."""
+        overlay = self.model.overlay
+        (first, *_) = self.functions.values()
+        if isinstance(overlay, HasParameterTable) and all(rewrite.keeps_parameters for _, rewrite in first.rewrites):
+            with self._attributed():
+                return overlay.parameters(self.model.config, self.contract)
+        from coreai_zoo.lowering.module import parameters_of
+
+        return parameters_of(next(iter(self.modules.values())))
+
+    def _decoder(self) -> nn.Module:
+        from coreai_zoo.lowering.module import parameters_of
+
+        overlay = self.model.overlay
+        with self._attributed():
+            made = overlay.decoder(self.model.config, self.contract)
+            if isinstance(overlay, HasParameterTable):
+                told = overlay.parameters(self.model.config, self.contract)
+                _check_table(overlay.name, told, parameters_of(made))
+            return made
+
+    def _attributed(self) -> Any:
+        return self.plugins.attribute_errors(self.model.plugin, f"overlay {self.model.overlay.name!r}")
+
+
+def _check_table(overlay: str, told: Mapping[str, ParameterInfo], real: Mapping[str, ParameterInfo]) -> None:
+    """Hold an overlay's table of parameters against its decoder: what `zoo plan` adds up must be true."""
+    names = [name for name in {**real, **told} if told.get(name) != real.get(name)]
+    if names:
+        raise PluginError(
+            f"the parameters that overlay {overlay!r} tells are not those of its decoder: {listing(names)}.",
+            "Correct its `parameters`, or take the method away.",
+        )
+
+
+@frozen
+class Design:
     """Everything that is decided before a weight is read.
 
     Attributes:
         name: of the bundle.
         request: what was asked for.
-        differences: facts of the entry that this checkpoint does not have (another size of the same architecture).
+        entry: the entry, None for a checkpoint that was looked at without one.
+        model: what the overlay makes of the config, cut to the layers that were asked for.
+        directory: the checkpoint's folder, None where only facts were looked at.
+        opened: the checkpoint, None where there are no weights.
         revision: commit of the checkpoint on the hub, where that is known.
-        overlay_plugin: name of the plugin that brought the overlay.
+        differences: facts of the entry that this checkpoint does not have (another size of the same architecture).
+        recipe: with the overlay's head policy in place.
+        head: that policy, where the recipe quantizes the head.
+        functions: of the bundle by name; the first one decodes.
+        decoders: their modules.
+        weights: where every parameter comes from and how it is stored.
+        max_context: positions that the bundle allows.
         source_date_epoch: the date that the bundle carries, in seconds since 1970.
     """
 
     name: str
     request: BuildRequest
-    entry: Entry
-    checkpoint: Checkpoint
+    entry: Entry | None
+    model: Model
+    directory: Path | None
+    opened: Checkpoint | None
     revision: str | None
-    hf_config: Mapping[str, Any]
-    overlay: Overlay
-    overlay_plugin: str
-    config: Any
-    facts: Mapping[str, Any]
-    whole_layers: int
     differences: tuple[str, ...]
     contract: Contract
     backend: Backend
     recipe: Recipe
     head: HeadQuantization | None
-    rewrites: tuple[tuple[str, LayerRewrite], ...]
-    signature: TraceSpec
-    module: nn.Module = field(eq=False)
+    functions: Mapping[str, FunctionDesign]
+    decoders: Decoders
     weights: WeightPlan
     max_context: int
     source_date_epoch: int
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint. A build has one; a dry request has one where there are weights."""
+        assert self.opened is not None
+        return self.opened
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the overlay tells of the layers that are built."""
+        return self.model.facts
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The decoder of each function, on the meta device until its weights are allocated."""
+        return self.decoders.modules
+
+    @property
+    def signatures(self) -> Mapping[str, TraceSpec]:
+        """The signature of each function."""
+        return {name: function.signature for name, function in self.functions.items()}
+
+    @property
+    def decode(self) -> str:
+        """Name of the function that decodes."""
+        return next(iter(self.functions))
+
+    @property
+    def stored_roles(self) -> Mapping[str, QuantizationSpec | None]:
+        """How each role of the model's weights is quantized, by the role's name."""
+        return {name: self.recipe.spec(self.weights.roles[name]) for name in self.weights.by_role()}
 
     @property
     def sample(self) -> bool:
@@ -74,74 +203,101 @@ class Resolved:
     @property
     def relies_on_unverified(self) -> bool:
         """Whether the bundle passes for the entry's model, and the entry was never compared with that."""
-        return self.entry.status == "unverified" and not self.sample and not self.differences
+        unverified = self.entry is not None and self.entry.status == "unverified"
+        return unverified and not self.sample and not self.differences
 
     @property
     def hf_id(self) -> str | None:
         """The entry's repository on the hub, if this checkpoint can be what is there."""
-        return None if self.sample or self.differences else self.entry.hf_id
+        return None if self.entry is None or self.sample or self.differences else self.entry.hf_id
 
     @property
     def asset(self) -> str:
         """Name of the asset in the bundle."""
         return f"{self.name}{self.backend.asset_suffix}"
 
+    def with_recipe(self, name: str) -> Design:
+        """The same decoders with their weights stored by another recipe.
 
-def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
-    """Decide everything, on metadata only.
+        Raises:
+            BadInput: when there is no such recipe, or it does not fit the weights.
+        """
+        recipe, head = _with_head(find_recipe(name), self.model, self.entry, self.decoders.plugins)
+        weights = _weights(self.decoders, self.entry, self.opened, recipe)
+        return evolve(self, recipe=recipe, head=head, weights=weights)
+
+
+def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) -> Design:
+    """Decide everything that follows from a request.
+
+    Args:
+        request: what was asked for.
+        plugins: what answers.
+        entry: the entry itself, where it is not to be looked up by its name.
 
     Raises:
         ZooError: for every input that cannot be built from.
     """
-    entry, _ = find_entry(request.entry, plugins)
+    if entry is None and request.entry is not None:
+        entry, _ = find_entry(request.entry, plugins)
     backend = _find_backend(request.backend, plugins)
     contract = _contract(request, entry, backend)
-    recipe = find_recipe(request.recipe or entry.recipe)
-    _check_status(request, entry)
-    _ = backend.versions  # another version of the toolchain is refused now, not after the weights
-    date = source_date_epoch()
-    check_output_folder(request.output)
-    directory, revision = locate_checkpoint(entry, request.checkpoint, sample=request.sample)
-    model = read_model(read_config(directory), plugins, request.layers)
-    _check_model_type(entry, model, directory)
-    differences = _differences(request, entry, model, directory)
+    recipe = find_recipe(request.recipe or (entry.recipe if entry else DEFAULT_RECIPE))
+    date = 0 if request.dry else _require_buildable(request, entry, backend)
+
+    source = _source(request, entry, plugins)
+    model = read_model(source.hf_config, plugins, request.layers)
+    differences = _differences(request, entry, model, source)
     max_context = _max_context(request, entry, contract, model.facts)
-    checkpoint = Checkpoint.open(directory)
-    check_tokenizer(directory, model.facts["vocab_size"])
-    head = plugins.head_quantization(model.overlay, entry, model.config)
-    recipe = recipe.with_head(head)
-    module, rewrites, weights = _plan(model, entry, contract, checkpoint, recipe, plugins)
-    spec = signature(model, entry, contract, max_context, plugins)
-    backend.require(spec, weights.quantizations)
-    return Resolved(
-        name=_bundle_name(request, entry, recipe, contract, differences),
+    checkpoint = source.checkpoint(need_weights=not request.dry)
+    if not request.dry:
+        assert source.directory is not None
+        check_tokenizer(source.directory, model.facts["vocab_size"])
+
+    recipe, head = _with_head(recipe, model, entry, plugins)
+    functions = _functions(model, entry, contract, max_context, plugins)
+    decoders = Decoders(model, contract, functions, plugins)
+    if not request.dry:
+        _ = decoders.modules  # what is wrong with the decoder itself is said before anything about its weights
+    weights = _weights(decoders, entry, checkpoint, recipe)
+    made = Design(
+        name=_bundle_name(request, entry, source, recipe, contract, differences),
         request=request,
         entry=entry,
-        checkpoint=checkpoint,
-        revision=revision,
-        hf_config=model.hf_config,
-        overlay=model.overlay,
-        overlay_plugin=model.plugin,
-        config=model.config,
-        facts=model.facts,
-        whole_layers=model.whole_facts["layers"],
+        model=model,
+        directory=source.directory,
+        opened=checkpoint,
+        revision=source.revision,
         differences=differences,
         contract=contract,
         backend=backend,
         recipe=recipe,
-        head=head if recipe.roles["head"] is not None else None,
-        rewrites=rewrites,
-        signature=spec,
-        module=module,
+        head=head,
+        functions=functions,
+        decoders=decoders,
         weights=weights,
         max_context=max_context,
         source_date_epoch=date,
     )
+    if not request.dry:
+        backend.require(made.signatures, weights.quantizations)
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The entry against the checkpoint
+# Before anything is read
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _require_buildable(request: BuildRequest, entry: Entry | None, backend: Backend) -> int:
+    """Refuse now what would fail after hours; the date that the bundle will carry."""
+    if entry is None:
+        raise BadInput("A build needs an entry.", "`zoo list` shows them; `zoo new` writes one for a checkpoint.")
+    _check_status(request, entry)
+    _ = backend.versions  # refuses another version of the toolchain
+    date = source_date_epoch()
+    check_output_folder(request.output)
+    return date
 
 
 def _check_status(request: BuildRequest, entry: Entry) -> None:
@@ -157,67 +313,6 @@ def _check_status(request: BuildRequest, entry: Entry) -> None:
     )
 
 
-def _check_model_type(entry: Entry, model: Model, directory: Path) -> None:
-    if model.model_type not in entry.model_type:
-        raise BadInput(
-            f"{directory} is a {model.model_type} checkpoint, but entry {entry.name} is for "
-            f"{' or '.join(entry.model_type)} ({entry.facts.ffn} feed-forward).",
-            "Choose the entry that fits the checkpoint: `zoo list` shows the feed-forward kind of each.",
-        )
-
-
-def _differences(request: BuildRequest, entry: Entry, model: Model, directory: Path) -> tuple[str, ...]:
-    """In which facts the checkpoint is another model than the entry's, where the user said that it is one."""
-    if request.sample:  # another size on purpose
-        return ()
-    differences = compare_facts(entry, model.whole_facts)  # of a slice, the whole is compared
-    if differences and not request.custom:
-        count = f"{len(differences)} fact" + "s" * (len(differences) > 1)
-        raise BadInput(
-            f"{directory} contradicts entry {entry.name} in {count}: {'; '.join(differences)}.",
-            "If it is another model of this architecture, write an entry for it with `zoo new NAME --from "
-            f"{directory}`, or pass --custom to build it without one.",
-        )
-    if request.custom and not differences:
-        raise BadInput(f"{directory} has the facts of entry {entry.name}: there is nothing --custom about it.")
-    return differences
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The decoder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _plan(
-    model: Model, entry: Entry, contract: Contract, checkpoint: Checkpoint, recipe: Recipe, plugins: Plugins
-) -> tuple[nn.Module, tuple[tuple[str, LayerRewrite], ...], WeightPlan]:
-    """The decoder without weights, what rewrote its layers, and where each of its weights comes from."""
-    from coreai_zoo.lowering.module import build_module, parameters_of
-
-    def decoder() -> nn.Module:
-        with plugins.attribute_errors(model.plugin, f"overlay {model.overlay.name!r}"):
-            made = model.overlay.decoder(model.config, contract)
-            if isinstance(model.overlay, HasParameterTable):
-                told = model.overlay.parameters(model.config, contract)
-                _check_told(model.overlay.name, told, parameters_of(made))
-            return made
-
-    rewrites = tuple(plugins.layer_rewrites(model.overlay, entry, model.config, contract))
-    module = build_module(decoder, rewrites)
-    weight_map = plugins.weight_map(model.overlay, entry, model.config)
-    return module, rewrites, plan_weights(weight_map, parameters_of(module), checkpoint.tensors, recipe)
-
-
-def _check_told(overlay: str, told: Mapping[str, ParameterInfo], real: Mapping[str, ParameterInfo]) -> None:
-    """Hold the parameters that an overlay tells against those of its decoder: what `zoo plan` adds up must be true."""
-    names = [name for name in {**real, **told} if told.get(name) != real.get(name)]
-    if names:
-        raise PluginError(
-            f"the parameters that overlay {overlay!r} tells are not those of its decoder: {listing(names)}.",
-            "Correct its `parameters`, or take the method away.",
-        )
-
-
 def _find_backend(name: str, plugins: Plugins) -> Backend:
     backends = plugins.backends()
     if name not in backends:
@@ -225,11 +320,11 @@ def _find_backend(name: str, plugins: Plugins) -> Backend:
     return backends[name]
 
 
-def _contract(request: BuildRequest, entry: Entry, backend: Backend) -> Contract:
+def _contract(request: BuildRequest, entry: Entry | None, backend: Backend) -> Contract:
     """The contract that was asked for, or the entry's, or where the backend does not write for that one its own."""
-    default = entry.contract if entry.contract in backend.contracts else backend.contracts[0]
-    contract = find_contract(request.contract or default)
-    if contract.name not in backend.contracts:
+    usual = entry.contract if entry else DEFAULT_CONTRACT
+    contract = find_contract(request.contract or (usual if usual in backend.contracts else backend.contracts[0]))
+    if not request.dry and contract.name not in backend.contracts:
         raise BadInput(
             f"The backend {backend.name} does not write for the contract {contract.name}.",
             f"It writes for {listing(list(backend.contracts))}.",
@@ -237,25 +332,153 @@ def _contract(request: BuildRequest, entry: Entry, backend: Backend) -> Contract
     return contract
 
 
-def _max_context(request: BuildRequest, entry: Entry, contract: Contract, facts: Mapping[str, Any]) -> int:
+# ---------------------------------------------------------------------------------------------------------------------
+# The entry against the checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class _Source:
+    """Where the model comes from.
+
+    Attributes:
+        hf_config: content of its `config.json`.
+        directory: the checkpoint's folder, None where the entry's facts are all there is.
+        revision: its commit on the hub, where that is known.
+    """
+
+    hf_config: Mapping[str, Any]
+    directory: Path | None = None
+    revision: str | None = None
+
+    def checkpoint(self, *, need_weights: bool) -> Checkpoint | None:
+        """The checkpoint opened, None where there are no weights and none are needed."""
+        if self.directory is None or not (need_weights or has_weights(self.directory)):
+            return None
+        return Checkpoint.open(self.directory)
+
+
+def _source(request: BuildRequest, entry: Entry | None, plugins: Plugins) -> _Source:
+    if request.dry and request.checkpoint is None and not request.sample:
+        if entry is None:
+            raise BadInput("There is nothing to look at.", "Name an entry, or pass --checkpoint DIR.")
+        hint = "Pass --checkpoint DIR with a folder that holds the model's config.json."
+        return _Source(config_of_entry(entry, plugins, hint))
+    if entry is None:
+        assert request.checkpoint is not None
+        return _Source(read_config(request.checkpoint), request.checkpoint)
+    directory, revision = locate_checkpoint(entry, request.checkpoint, sample=request.sample)
+    return _Source(read_config(directory), directory, revision)
+
+
+def _differences(request: BuildRequest, entry: Entry | None, model: Model, source: _Source) -> tuple[str, ...]:
+    """In which facts the checkpoint is another model than the entry's, where the user said that it is one."""
+    if entry is None:
+        return ()
+    if model.model_type not in entry.model_type:
+        raise BadInput(
+            f"{source.directory} is a {model.model_type} checkpoint, but entry {entry.name} is for "
+            f"{' or '.join(entry.model_type)} ({entry.facts.ffn} feed-forward).",
+            "Choose the entry that fits the checkpoint: `zoo list` shows the feed-forward kind of each.",
+        )
+    if source.directory is None:
+        if problems := contradictions(entry, model.whole_facts):
+            raise BadInput(f"The facts of an entry contradict each other: {'; '.join(problems)}.", "Correct the entry.")
+        return ()
+    if request.sample:  # another size on purpose
+        return ()
+    differences = compare_facts(entry, model.whole_facts)  # of a slice, the whole is compared
+    if differences and not request.custom:
+        count = f"{len(differences)} fact" + "s" * (len(differences) > 1)
+        raise BadInput(
+            f"{source.directory} contradicts entry {entry.name} in {count}: {'; '.join(differences)}.",
+            "If it is another model of this architecture, write an entry for it with `zoo new NAME --from "
+            f"{source.directory}`, or pass --custom to build it without one.",
+        )
+    if request.custom and not differences:
+        raise BadInput(f"{source.directory} has the facts of entry {entry.name}: there is nothing --custom about it.")
+    return differences
+
+
+def _max_context(request: BuildRequest, entry: Entry | None, contract: Contract, facts: Mapping[str, Any]) -> int:
     limit = int(facts["max_context_length"])
     if request.max_context is not None and not MINIMUM_CONTEXT <= request.max_context <= limit:
         raise BadInput(
-            f"--max-context {request.max_context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit."
+            f"A context of {request.max_context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit.",
+            "Choose another with --context N." if request.dry else "Choose another with --max-context N.",
         )
-    chosen = request.max_context or min(entry.bundle.max_context, limit, contract.default_context or limit)
+    usual = entry.bundle.max_context if entry else DEFAULT_CONTEXT
+    chosen = request.max_context or min(usual, limit, contract.default_context or limit)
     if chosen < MINIMUM_CONTEXT:
         raise BadInput(
-            f"The bundle would allow {chosen} positions (the model {limit}, the entry {entry.bundle.max_context}); "
-            f"{MINIMUM_CONTEXT} is the least."
+            f"The bundle would allow {chosen} positions (the model {limit}, the entry {usual}); {MINIMUM_CONTEXT} is "
+            "the least."
         )
     return chosen
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions and weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _with_head(
+    recipe: Recipe, model: Model, entry: Entry | None, plugins: Plugins
+) -> tuple[Recipe, HeadQuantization | None]:
+    """The recipe with the overlay's head policy in place, and the policy where it counts."""
+    policy = plugins.head_quantization(model.overlay, entry, model.config)
+    chosen = recipe.with_head(policy)
+    return chosen, policy if chosen.specs["head"] is not None else None
+
+
+def _functions(
+    model: Model, entry: Entry | None, contract: Contract, max_context: int, plugins: Plugins
+) -> dict[str, FunctionDesign]:
+    states = plugins.extra_states(model.overlay, entry, model.config, contract)
+    signatures = contract.functions(model.kv_cache, states, model.facts["vocab_size"], max_context)
+    return {
+        name: FunctionDesign(
+            signature, tuple(plugins.layer_rewrites(model.overlay, entry, model.config, contract, signature))
+        )
+        for name, signature in signatures.items()
+    }
+
+
+def _weights(decoders: Decoders, entry: Entry | None, checkpoint: Checkpoint | None, recipe: Recipe) -> WeightPlan:
+    """Where every parameter comes from and how it is stored; without sources where there is no checkpoint."""
+    model, plugins = decoders.model, decoders.plugins
+    plugin, table = plugins.weight_map(model.overlay, entry, model.config)
+    parameters = decoders.parameters
+    with plugins.attribute_errors(plugin, "the weight map", except_input=True):
+        if checkpoint is None:
+            weights = plan_without_checkpoint(table, parameters, recipe)
+        else:
+            weights = plan_weights(table, parameters, checkpoint.tensors, recipe)
+    _check_routed(model, table, weights)
+    return weights
+
+
+def _check_routed(model: Model, table: WeightMap, weights: WeightPlan) -> None:
+    """Refuse experts of which nobody says how many a token reads."""
+    routed = {role.name for role in table.roles if role.routed} & {tensor.role for tensor in weights.tensors}
+    missing = sorted({"experts", "experts_per_token"} - set(model.facts))
+    if routed and missing:
+        raise PluginError(
+            f"overlay {model.overlay.name!r} of plugin {model.plugin!r} has experts but tells no fact "
+            f"{' and no '.join(missing)}: how many of them a token reads is not known."
+        )
+
+
 def _bundle_name(
-    request: BuildRequest, entry: Entry, recipe: Recipe, contract: Contract, differences: tuple[str, ...]
+    request: BuildRequest,
+    entry: Entry | None,
+    source: _Source,
+    recipe: Recipe,
+    contract: Contract,
+    differences: tuple[str, ...],
 ) -> str:
-    parts = [entry.slug]
+    folder = source.directory.resolve().name if source.directory else ""
+    parts = [entry.slug if entry else re.sub(r"[^a-z0-9]+", "_", folder.lower())]
     if request.sample:
         parts.append("sample")
     if differences:

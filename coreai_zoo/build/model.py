@@ -7,12 +7,11 @@ from typing import Any
 
 from attrs import frozen
 
-from coreai_zoo.contracts import Contract
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Overlay
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.signature import KVCache, TraceSpec
+from coreai_zoo.signature import KVCache
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a config.json says
@@ -78,12 +77,6 @@ def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | Non
         config = overlay.read_config(hf_config)
         facts, kv_cache = overlay.facts(config), overlay.kv_cache(config)
     return Model(hf_config, overlay, plugin, config, facts, whole_facts, kv_cache)
-
-
-def signature(model: Model, entry: Entry | None, contract: Contract, max_context: int, plugins: Plugins) -> TraceSpec:
-    """The function that a bundle of this model has."""
-    states = plugins.extra_states(model.overlay, entry, model.config, contract)
-    return contract.trace_spec(model.kv_cache, states, model.facts["vocab_size"], max_context)
 
 
 def contradictions(entry: Entry, facts: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.backend import Traced
-from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.record import write_records
 from coreai_zoo.build.request import BuildRequest
@@ -64,41 +64,41 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
     report = report or Reporter(silent=True)
     with ExitStack() as stack:
         stack.enter_context(_rare_collections())
-        with report.stage("resolve", request.entry):
-            resolved = resolve(request, plugins)
-            if resolved.relies_on_unverified:
+        with report.stage("resolve", str(request.entry)):
+            designed = design(request, plugins)
+            if designed.relies_on_unverified:
                 report.note("unverified: the entry was not compared with the published checkpoint yet")
-            for difference in resolved.differences:
+            for difference in designed.differences:
                 report.note(f"differs from the entry: {difference}")
-            workspace = Workspace.of(request.output, resolved.name, request.work_dir, keep=request.keep_weights)
+            workspace = Workspace.of(request.output, designed.name, request.work_dir, keep=request.keep_weights)
             stack.enter_context(workspace.opened(force=request.force))
-            needs = preflight(resolved, workspace)
+            needs = preflight(designed, workspace)
             report.note(str(needs))
             needs.require()
-        with report.stage("trace", f"{resolved.backend.name}, contract {resolved.contract.name}"):
-            traced = _trace(resolved)
+        with report.stage("trace", f"{designed.backend.name}, contract {designed.contract.name}"):
+            traced = _trace(designed)
         store, partial = WeightStore(workspace.work), workspace.partial
-        with report.stage("weights", f"{len(resolved.weights.tensors)} tensors as {resolved.recipe.name}"):
-            filled = _fill(store, resolved, report)
+        with report.stage("weights", f"{len(designed.weights.tensors)} tensors as {designed.recipe.name}"):
+            filled = _fill(store, designed, report)
             report.note(f"{filled.computed} computed, {filled.reused} reused")
             if filled.repaired:
                 report.note(f"damaged and redone: {listing(list(filled.repaired))}")
             if filled.removed:
                 report.note(f"removed {len(filled.removed)} tensors that this build does not use")
         # The disk may have filled meanwhile, and the toolchain's writer ends the whole process when it meets its end.
-        preflight(resolved, workspace).require()
-        with report.stage("lower", resolved.asset):
-            _lower(traced, resolved, store, partial)
-        with report.stage("bundle", resolved.name):
-            write_records(resolved, store, partial)
+        preflight(designed, workspace).require()
+        with report.stage("lower", designed.asset):
+            _lower(traced, designed, store, partial)
+        with report.stage("bundle", designed.name):
+            write_records(designed, store, partial)
         with report.stage("verify"):
-            checks = verify(Bundle.open(partial), {resolved.backend.name: resolved.backend})
+            checks = verify(Bundle.open(partial), {designed.backend.name: designed.backend})
             require(checks)
         workspace.publish()
     path = workspace.destination
     total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return BuildResult(
-        path, resolved.name, total, filled.computed, filled.reused, dict(report.seconds), tuple(checks), needs
+        path, designed.name, total, filled.computed, filled.reused, dict(report.seconds), tuple(checks), needs
     )
 
 
@@ -117,24 +117,25 @@ def _rare_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _trace(resolved: Resolved) -> Traced:
+def _trace(designed: Design) -> Traced:
     from coreai_zoo.lowering.module import allocate
 
-    allocate(resolved.module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
-    return resolved.backend.trace(resolved.module, resolved.signature)
+    for module in designed.modules.values():
+        allocate(module, {tensor.name: tensor.format for tensor in designed.weights.tensors})
+    return designed.backend.trace(designed.modules, designed.signatures)
 
 
-def _fill(store: WeightStore, resolved: Resolved, report: Reporter) -> FillReport:
-    with report.bytes(resolved.weights.stored_bytes) as counter:
+def _fill(store: WeightStore, designed: Design, report: Reporter) -> FillReport:
+    with report.bytes(designed.weights.stored_bytes) as counter:
 
         def progress(tensor: PlannedTensor, elements: int) -> None:
             counter.advance(tensor.name, elements * tensor.stored_bytes // tensor.parameters)
 
-        return store.fill(resolved.weights, resolved.checkpoint, progress)
+        return store.fill(designed.weights, designed.checkpoint, progress)
 
 
-def _lower(traced: Traced, resolved: Resolved, store: WeightStore, partial: Path) -> None:
+def _lower(traced: Traced, designed: Design, store: WeightStore, partial: Path) -> None:
     from coreai_zoo.lowering.module import constants
 
-    stored = constants(store, (tensor.name for tensor in resolved.weights.tensors))
-    traced.save(stored, partial / resolved.asset)
+    stored = constants(store, (tensor.name for tensor in designed.weights.tensors))
+    traced.save(stored, partial / designed.asset)

@@ -14,17 +14,17 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from coreai_zoo.build.design import Resolved
+from coreai_zoo.build.design import Design
 from coreai_zoo.build.machine import available_memory
 from coreai_zoo.build.workspace import Workspace, existing_parent
-from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dtypes import bits_of
 from coreai_zoo.errors import EnvironmentLacks
-from coreai_zoo.weights.plan import WeightPlan
 
 # torch and the toolchain, imported and idle, take this much; no build gets by with less.
 LEAST_MEMORY = 384 * 2**20
+
+_BYTES_PER_VALUE = 2  # of a checkpoint that is not at hand: released ones are bf16
 
 # The graph around the weights: 45 KiB were measured for two layers.
 _GRAPH_BYTES, _GRAPH_BYTES_PER_LAYER = 32 * 2**10, 24 * 2**10
@@ -96,17 +96,10 @@ class Preflight:
         return {**attrs.asdict(self), "disks": [{**attrs.asdict(disk), "path": str(disk.path)} for disk in self.disks]}
 
 
-def preflight(resolved: Resolved, workspace: Workspace) -> Preflight:
-    """Add up what the plan says and ask the machine what there is."""
-    written = asset_bytes(resolved.weights, resolved.facts) + tokenizer_bytes(resolved.checkpoint.directory)
-    found = estimate_build(bytes_read(resolved.weights, resolved.checkpoint), resolved.weights, written, workspace)
-    takes = resolved.backend.memory(int(resolved.facts["layers"]))
-    return attrs.evolve(found, least_memory=max(LEAST_MEMORY, takes))
-
-
-def estimate_build(read: int, weights: WeightPlan, written: int, workspace: Workspace) -> Preflight:
-    """What a build in `workspace` needs that reads and writes so many bytes, and what this machine has for it."""
-    scratch = max(0, weights.stored_bytes - _bytes_below(workspace.work))
+def preflight(design: Design, workspace: Workspace) -> Preflight:
+    """What building a design in `workspace` takes, and what this machine has for it."""
+    written = asset_bytes(design) + tokenizer_bytes(design)
+    scratch = max(0, design.weights.stored_bytes - _bytes_below(workspace.work))
     needs: dict[int, Disk] = {}
     for path, count in ((workspace.destination, written), (workspace.work, scratch)):
         existing = existing_parent(path.parent)
@@ -114,25 +107,29 @@ def estimate_build(read: int, weights: WeightPlan, written: int, workspace: Work
         before = needs[device].needs if device in needs else 0
         needs.setdefault(device, Disk(existing, 0, shutil.disk_usage(existing).free))
         needs[device] = attrs.evolve(needs[device], needs=before + count)
-    return Preflight(read, scratch, written, tuple(needs.values()), available_memory())
+    least_memory = max(LEAST_MEMORY, design.backend.memory(int(design.facts["layers"])))
+    return Preflight(bytes_read(design), scratch, written, tuple(needs.values()), available_memory(), least_memory)
 
 
-def asset_bytes(weights: WeightPlan, facts: Mapping[str, Any]) -> int:
+def asset_bytes(design: Design) -> int:
     """Bytes of the asset: every stored byte, and the graph around them."""
-    return weights.stored_bytes + _GRAPH_BYTES + _GRAPH_BYTES_PER_LAYER * int(facts["layers"])
+    layers = int(design.facts["layers"]) * len(design.functions)
+    return design.weights.stored_bytes + _GRAPH_BYTES + _GRAPH_BYTES_PER_LAYER * layers
 
 
-def tokenizer_bytes(directory: Path) -> int:
-    """Bytes of the tokenizer's files that a bundle copies from the checkpoint in `directory`."""
-    return sum(file.stat().st_size for file in tokenizer_files(directory))
+def tokenizer_bytes(design: Design) -> int:
+    """Bytes of the tokenizer's files that a bundle copies from the checkpoint; 0 where there is none."""
+    return 0 if design.directory is None else sum(file.stat().st_size for file in tokenizer_files(design.directory))
 
 
-def bytes_read(weights: WeightPlan, checkpoint: Checkpoint) -> int:
-    """Bytes of the checkpoint that a build reads."""
-    tensors = checkpoint.tensors
+def bytes_read(design: Design) -> int:
+    """Bytes of the checkpoint that a build reads; an estimate where there is none at hand."""
+    if design.opened is None:
+        return _BYTES_PER_VALUE * design.weights.parameters
+    tensors = design.checkpoint.tensors
     return sum(
         (source.stop - source.start) * tensors[source.key].columns * bits_of(tensors[source.key].dtype) // 8
-        for planned in weights.tensors
+        for planned in design.weights.tensors
         for source in planned.sources
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from coreai_zoo.backend import Backend
-from coreai_zoo.build.design import Resolved
+from coreai_zoo.build.design import Design
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
 from coreai_zoo.bundle.layout import BUILD_SCHEMA, file_digests, file_sizes
@@ -21,34 +21,36 @@ from coreai_zoo.bundle.metadata import Description, metadata
 from coreai_zoo.checkpoint.tokenizer import copy_tokenizer
 from coreai_zoo.dates import build_date
 from coreai_zoo.json_files import write_json
+from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION
 from coreai_zoo.weights.store import WeightStore
 
 
-def write_records(resolved: Resolved, store: WeightStore, partial: Path) -> None:
+def write_records(design: Design, store: WeightStore, partial: Path) -> None:
     """Add everything but the asset to the bundle in `partial`."""
-    copy_tokenizer(resolved.checkpoint.directory, partial / "tokenizer")
-    record = build_record(resolved, store)
+    copy_tokenizer(design.checkpoint.directory, partial / "tokenizer")
+    record = build_record(design, store)
     write_json(
         partial / "metadata.json",
         metadata(
             Description(
-                name=resolved.name,
-                asset=resolved.asset,
-                vocab_size=resolved.facts["vocab_size"],
-                max_context_length=resolved.max_context,
-                hf_id=resolved.hf_id,
-                hf_revision=resolved.revision,
-                compression=resolved.recipe.published_name,
-                states={state.name: state.kind for state in resolved.signature.states},
-                user_data={"sample": "true"} if resolved.sample else {},
-                date=build_date(resolved.source_date_epoch),
+                name=design.name,
+                asset=design.asset,
+                decode=design.decode,
+                vocab_size=design.facts["vocab_size"],
+                max_context_length=design.max_context,
+                hf_id=design.hf_id,
+                hf_revision=design.revision,
+                compression=design.recipe.published_name,
+                states={state.name: state.kind for state in design.signatures[design.decode].states},
+                user_data={"sample": "true"} if design.sample else {},
+                date=build_date(design.source_date_epoch),
             )
         ),
     )
-    for name, text in resolved.backend.extra_files.items():
+    for name, text in design.backend.extra_files.items():
         (partial / name).write_text(text, encoding="utf-8")
-    rendered = render(record, file_sizes(partial), resolved.backend)
+    rendered = render(record, file_sizes(partial), design.backend)
     (partial / CARD).write_text(rendered, encoding="utf-8")
     write_json(partial / "build.json", {**record, "files": file_digests(partial)})
 
@@ -59,43 +61,44 @@ def versions(backend: Backend) -> dict[str, str]:
     return {**backend.versions, "torch": torch, "coreai-zoo": distributions.version("coreai-zoo")}
 
 
-def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
+def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
     """Everything that determines the bytes of a bundle; `build.json` without the files' hashes."""
-    made_with = versions(resolved.backend)
+    assert design.entry is not None  # what is built has one
+    made_with = versions(design.backend)
     roles: dict[str, Counter[str]] = {}
-    for tensor in resolved.weights.tensors:
+    for tensor in design.weights.tensors:
         counts = roles.setdefault(tensor.role, Counter())
         counts.update(tensors=1, parameters=tensor.parameters, bytes=tensor.stored_bytes)
     return {
         "schema": BUILD_SCHEMA,
-        "name": resolved.name,
+        "name": design.name,
         "zoo": made_with.pop("coreai-zoo"),
         "versions": made_with,
         "quantizer": QUANTIZER_VERSION,
         "entry": {
-            "name": resolved.entry.name,
-            "title": resolved.entry.title,
-            "hf_id": resolved.hf_id,
-            "status": resolved.entry.status,
-            "sha256": _digest(attrs.asdict(resolved.entry)),
-            "differences": list(resolved.differences),
+            "name": design.entry.name,
+            "title": design.entry.title,
+            "hf_id": design.hf_id,
+            "status": design.entry.status,
+            "sha256": _digest(attrs.asdict(design.entry)),
+            "differences": list(design.differences),
             # A file that no plugin brings: gates and rebuilds need it again.
-            "file": _loose_entry(resolved),
+            "file": _loose_entry(design),
         },
-        "sample": resolved.sample,
+        "sample": design.sample,
         "source": {
-            "hf_revision": resolved.revision,
-            **resolved.checkpoint.identity(),
-            "values_sha256": _values_digest(resolved, store),
+            "hf_revision": design.revision,
+            **design.checkpoint.identity(),
+            "values_sha256": _values_digest(design, store),
         },
         # What was asked for beside the names above: a rebuild asks for the same.
-        "request": {"layers": resolved.request.layers, "max_context": resolved.max_context},
-        "source_date_epoch": resolved.source_date_epoch,
-        "dropped": dict(Counter(reason for _, reason in resolved.weights.dropped)),
+        "request": {"layers": design.request.layers, "max_context": design.max_context},
+        "source_date_epoch": design.source_date_epoch,
+        "dropped": dict(Counter(reason for _, reason in design.weights.dropped)),
         "overlay": {
-            "name": resolved.overlay.name,
-            "plugin": resolved.overlay_plugin,
-            "code_sha256": _code_digest(type(resolved.overlay).__module__),
+            "name": design.model.overlay.name,
+            "plugin": design.model.plugin,
+            "code_sha256": _code_digest(type(design.model.overlay).__module__),
             "rewrites": [
                 {
                     "name": rewrite.name,
@@ -104,39 +107,45 @@ def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
                     "reason": rewrite.reason,
                     "code_sha256": _code_digest(rewrite.apply.__module__),
                 }
-                for plugin, rewrite in resolved.rewrites
+                for plugin, rewrite in _rewrites(design)
             ],
         },
-        "facts": dict(resolved.facts),
-        "layers": resolved.facts["layers"],
-        "whole_layers": resolved.whole_layers,
-        "contract": {"name": resolved.contract.name, "prerequisites": list(resolved.contract.prerequisites)},
-        "backend": resolved.backend.name,
-        "remarks": list(resolved.backend.version_warnings),
+        "facts": dict(design.facts),
+        "layers": design.facts["layers"],
+        "whole_layers": design.model.whole_facts["layers"],
+        "contract": {"name": design.contract.name, "prerequisites": list(design.contract.prerequisites)},
+        "backend": design.backend.name,
+        "remarks": list(design.backend.version_warnings),
         "recipe": {
-            "name": resolved.recipe.name,
-            "published_name": resolved.recipe.published_name,
+            "name": design.recipe.name,
+            "published_name": design.recipe.published_name,
             "roles": {
                 role: None if spec is None else {"dtype": spec.dtype, "scheme": spec.scheme, "block": spec.block_size}
-                for role, spec in resolved.recipe.roles.items()
-                if role in roles
+                for role, spec in design.stored_roles.items()
             },
-            "head_reason": resolved.head.reason if resolved.head else None,
+            "head_reason": design.head.reason if design.head else None,
         },
+        "roles": {role.name: attrs.asdict(role) for role in map(design.weights.roles.__getitem__, sorted(roles))},
         "weights": {role: dict(counts) for role, counts in sorted(roles.items())},
-        "max_context": resolved.max_context,
-        "function": signature_record(resolved.signature),
+        "max_context": design.max_context,
+        "functions": {name: signature_record(signature) for name, signature in design.signatures.items()},
     }
 
 
-def _loose_entry(resolved: Resolved) -> str | None:
-    name = resolved.request.entry
-    return Path(name).read_text(encoding="utf-8") if name.endswith(".toml") else None
+def _loose_entry(design: Design) -> str | None:
+    name = design.request.entry
+    return Path(name).read_text(encoding="utf-8") if name and name.endswith(".toml") else None
 
 
-def _values_digest(resolved: Resolved, store: WeightStore) -> str:
+def _rewrites(design: Design) -> list[tuple[str, LayerRewrite]]:
+    """The rewrites of all functions, each once, with its plugin."""
+    rewrites = [found for function in design.functions.values() for found in function.rewrites]
+    return [found for at, found in enumerate(rewrites) if found not in rewrites[:at]]
+
+
+def _values_digest(design: Design, store: WeightStore) -> str:
     """SHA-256 over the digests of all source values: what tells two fine-tunes of one model apart."""
-    digests = [f"{tensor.name} {store[tensor.name].source_digest}\n" for tensor in resolved.weights.tensors]
+    digests = [f"{tensor.name} {store[tensor.name].source_digest}\n" for tensor in design.weights.tensors]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -8,13 +8,21 @@ from attrs import frozen
 
 DEFAULT_OUTPUT = Path("exports")
 DEFAULT_BACKEND = "coreai"
+DEFAULT_RECIPE, DEFAULT_CONTRACT, DEFAULT_CONTEXT = "int8hu", "static-s1", 32768
+"""Of a checkpoint that comes without an entry."""
 
 
 @frozen
 class BuildRequest:
-    """What the user asked for; see `zoo build --help`."""
+    """What is to be built, and how; see `zoo build --help`.
 
-    entry: str
+    Attributes:
+        entry: name of an entry, or path of an entry file; None for a checkpoint that is looked at without one.
+        dry: only look. Nothing is fetched: without `checkpoint` or `sample` the model is the one that the entry's facts
+            describe, and a checkpoint may be a folder with nothing but its `config.json`.
+    """
+
+    entry: str | None = None
     checkpoint: Path | None = None
     sample: bool = False
     recipe: str | None = None
@@ -28,3 +36,4 @@ class BuildRequest:
     force: bool = False
     custom: bool = False
     allow_unverified: bool = False
+    dry: bool = False

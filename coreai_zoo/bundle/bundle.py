@@ -11,6 +11,7 @@ build.json          everything that determined the bytes, and the SHA-256 of eve
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from attrs import frozen
 from coreai_zoo.bundle.layout import BUILD_SCHEMA
 from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.json_files import read_object
-from coreai_zoo.signature import Axis, StateSpec, TensorSpec, TraceSpec
+from coreai_zoo.signature import Axis, InputSpec, StateSpec, TensorSpec, TraceSpec
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The function's signature, as build.json records it
@@ -40,7 +41,7 @@ def signature_record(spec: TraceSpec) -> dict[str, Any]:
 def read_signature(record: Mapping[str, Any]) -> TraceSpec:
     """The `TraceSpec` that `signature_record` wrote."""
     return TraceSpec(
-        inputs=tuple(TensorSpec(**tensor) for tensor in record["inputs"]),
+        inputs=tuple(InputSpec(**tensor) for tensor in record["inputs"]),
         states=tuple(StateSpec(**state) for state in record["states"]),
         outputs=tuple(TensorSpec(**tensor) for tensor in record["outputs"]),
         axes={name: Axis(**axis) for name, axis in record["axes"].items()},
@@ -51,6 +52,21 @@ def read_signature(record: Mapping[str, Any]) -> TraceSpec:
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
 
+
+def _of_today(build: dict[str, Any]) -> dict[str, Any]:
+    """A record of schema 1, when a bundle had one function and its inputs were told by their order, as one of today."""
+    try:
+        if build.get("schema") != 1:
+            return build
+        function = build["function"]
+        tokens, positions = function["inputs"]
+        fixed = isinstance(positions["shape"][1], int)
+        inputs = [{**tokens, "holds": "tokens"}, {**positions, "holds": "new_positions" if fixed else "positions"}]
+    except (KeyError, TypeError, ValueError, IndexError):
+        return build  # damaged, as will be said
+    return {**build, "schema": BUILD_SCHEMA, "functions": {"main": {**function, "inputs": inputs}}}
+
+
 # What the commands that take a bundle rely on.
 _RECORDED = {
     "name": str,
@@ -59,7 +75,7 @@ _RECORDED = {
     "max_context": int,
     "entry": dict,
     "source": dict,
-    "function": dict,
+    "functions": dict,
     "files": dict,
 }
 
@@ -90,7 +106,7 @@ class Bundle:
         absent = [name for name in ("metadata.json", "build.json") if not (directory / name).is_file()]
         if absent:
             raise BadInput(f"{directory} is not a bundle of this zoo: it has no {' and no '.join(absent)}.")
-        build = read_object(directory / "build.json")
+        build = _of_today(read_object(directory / "build.json"))
         if build.get("schema") != BUILD_SCHEMA:
             raise BadInput(f"{directory / 'build.json'} has schema {build.get('schema')!r}, not {BUILD_SCHEMA}.")
         wrong = [key for key, kind in _RECORDED.items() if not isinstance(build.get(key), kind)]
@@ -117,16 +133,26 @@ class Bundle:
         """The tokenizer's directory."""
         return self.directory / "tokenizer"
 
-    @property
-    def signature(self) -> TraceSpec:
-        """The function's signature as it was built."""
+    @cached_property
+    def functions(self) -> Mapping[str, TraceSpec]:
+        """The signature of each function as it was built; the first one decodes."""
         try:
-            signature = read_signature(self.build["function"])
-            if not signature.outputs:
-                raise ValueError("it has no output")
-            return signature
+            functions = {name: read_signature(record) for name, record in self.build["functions"].items()}
+            if not functions or not next(iter(functions.values())).outputs:
+                raise ValueError("no function gives logits")
+            return functions
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckFailed(f"build.json of {self.directory} has no readable signature: {error}.") from error
+
+    @property
+    def decode(self) -> str:
+        """Name of the function that decodes."""
+        return next(iter(self.functions))
+
+    @property
+    def signature(self) -> TraceSpec:
+        """The signature of the function that decodes."""
+        return self.functions[self.decode]
 
     @property
     def max_context(self) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coreai_zoo.backend import Backend
-from coreai_zoo.overlay import ROLES
 
 CARD = "README.md"
 
@@ -49,7 +48,7 @@ def render(record: Mapping[str, Any], sizes: Mapping[str, int], backend: Backend
         _head(record, backend.title),
         _architecture(record),
         _recipe(record),
-        _function(record, sizes),
+        _functions(record, sizes),
         _run(record, backend.run_instructions),
         _provenance(record),
     )
@@ -103,32 +102,40 @@ def _recipe(record: Mapping[str, Any]) -> str:
     for role, counts in record["weights"].items():
         spec = record["recipe"]["roles"][role]
         stored = "as is (float)" if spec is None else f"{spec['dtype']}, block {spec['block']}, {spec['scheme']}"
-        rows.append((role, ROLES[role], f"{counts['parameters']:,}", stored, f"{counts['bytes']:,}"))
+        meaning = record["roles"][role]["meaning"]
+        rows.append((role, meaning, f"{counts['parameters']:,}", stored, f"{counts['bytes']:,}"))
     table = _table(("role", "what", "parameters", "stored", "bytes"), rows)
     text = f"## Recipe `{record['recipe']['name']}`\n\n{table}"
     reason = record["recipe"]["head_reason"]
     return text + (f"\n\nThe head: {reason}" if reason else "")
 
 
-def _function(record: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
-    function = record["function"]
-    rows = [
-        (kind, f"`{tensor['name']}`", " x ".join(str(size) for size in tensor["shape"]), tensor["dtype"])
-        for kind, tensors in (("input", "inputs"), ("state", "states"), ("output", "outputs"))
-        for tensor in function[tensors]
-    ]
+def _functions(record: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     files = [(f"`{path}`", f"{size:,}") for path, size in sizes.items()]
     rewrites = "".join(f"\n- `{rewrite['name']}`: {rewrite['reason']}" for rewrite in record["overlay"]["rewrites"])
+    sections = [
+        section
+        for name, function in record["functions"].items()
+        for section in (f"## Function `{name}`, contract `{record['contract']['name']}`", _signature(function))
+    ]
     return "\n\n".join(
         [
-            f"## Function `main`, contract `{record['contract']['name']}`",
-            _table(("", "name", "shape", "dtype"), rows),
+            *sections,
             f"Context: {record['max_context']:,} positions at most.",
             f"Layers in another form than the checkpoint's own implementation:\n{rewrites}" if rewrites else "",
             "## Files",
             _table(("file", "bytes"), files),
         ]
     )
+
+
+def _signature(function: Mapping[str, Any]) -> str:
+    rows = [
+        (kind, f"`{tensor['name']}`", " x ".join(str(size) for size in tensor["shape"]), tensor["dtype"])
+        for kind, tensors in (("input", "inputs"), ("state", "states"), ("output", "outputs"))
+        for tensor in function[tensors]
+    ]
+    return _table(("", "name", "shape", "dtype"), rows)
 
 
 def _run(record: Mapping[str, Any], running: str) -> str:

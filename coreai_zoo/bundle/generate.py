@@ -55,7 +55,7 @@ def generate(
     choose = _chooser(sampling or Sampling())
     stream = DecodeStream(skip_special_tokens=True)
     capacity = min(bundle.max_context, len(prompt_tokens) + new_tokens)
-    with backend.stepper(bundle.asset, bundle.signature, capacity) as stepper:
+    with backend.stepper(bundle.asset, bundle.functions, capacity) as stepper:
         for token in prompt_tokens:
             logits = stepper.step(token)
         for left in range(capacity - len(prompt_tokens), 0, -1):

@@ -10,7 +10,7 @@ from typing import Any
 from coreai_zoo.bundle.card import CARD, without_measurements
 from coreai_zoo.digest import file_sha256
 
-BUILD_SCHEMA = 1
+BUILD_SCHEMA = 2
 
 # Written after the build, by gates: outside the digest, so that a gated bundle still verifies.
 GATE_FOLDER = "gate"

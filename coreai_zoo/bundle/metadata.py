@@ -12,10 +12,15 @@ METADATA_VERSION = "0.2"
 
 @frozen
 class Description:
-    """What a bundle says about itself; see `metadata`."""
+    """What a bundle says about itself; see `metadata`.
+
+    Attributes:
+        decode: name of the function that decodes; engines find it as the role `main`, and every other by its name.
+    """
 
     name: str
     asset: str
+    decode: str
     vocab_size: int
     max_context_length: int
     hf_id: str | None
@@ -39,7 +44,7 @@ def metadata(description: Description) -> dict[str, Any]:
             "vocab_size": description.vocab_size,
             "max_context_length": description.max_context_length,
             "embedded_tokenizer": True,
-            "function_map": {"main": ["main"]},
+            "function_map": {"main": [description.decode]},
             "states": dict(description.states),
         },
         "source": {key: value for key, value in source.items() if value is not None},

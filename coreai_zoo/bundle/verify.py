@@ -121,7 +121,7 @@ def _metadata(bundle: Bundle) -> Check:
         # The sampler is sized by it: it must be the width of the logits.
         "language.vocab_size": (language.get("vocab_size"), spec.outputs[0].shape[-1]),
         "language.max_context_length": (language.get("max_context_length"), bundle.build.get("max_context")),
-        "language.function_map": (language.get("function_map"), {"main": ["main"]}),
+        "language.function_map": (language.get("function_map"), {"main": [bundle.decode]}),
         "language.states": (language.get("states"), {state.name: state.kind for state in spec.states}),
     }
     problems = [f"{key} is {found!r}, not {wanted!r}" for key, (found, wanted) in expected.items() if found != wanted]
@@ -154,13 +154,12 @@ def _tokenizer(bundle: Bundle) -> Check:
 def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
     checks = [_bytecode_hash(bundle)] if (bundle.asset / "main.hash").is_file() else []
     try:
-        problems = compare_signature(backend.signature(bundle.asset), bundle.signature)
+        problems = compare_signatures(backend.signatures(bundle.asset), bundle.functions)
     except ZooError as error:
         return [*checks, Check("signature", False, str(error))]
-    spec = bundle.signature
-    summary = (
-        f"{', '.join(t.name for t in spec.inputs)}; states {', '.join(s.name for s in spec.states)}; "
-        f"{', '.join(t.name for t in spec.outputs)}"
+    summary = "; ".join(
+        _shown(spec) if len(bundle.functions) == 1 else f"{name}: {_shown(spec)}"
+        for name, spec in bundle.functions.items()
     )
     checks.append(Check("signature", not problems, listing(problems) or summary))
     size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
@@ -169,9 +168,27 @@ def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
     return checks
 
 
+def _shown(spec: TraceSpec) -> str:
+    inputs, states, outputs = (
+        ", ".join(tensor.name for tensor in tensors) for tensors in (spec.inputs, spec.states, spec.outputs)
+    )
+    return "; ".join(filter(None, (inputs, f"states {states}", outputs)))
+
+
 def _bytecode_hash(bundle: Bundle) -> Check:
     digest = file_sha256(bundle.asset / "main.mlirb")
     return Check("main.hash", bytes.fromhex(digest) == (bundle.asset / "main.hash").read_bytes(), digest[:16])
+
+
+def compare_signatures(found: Mapping[str, Signature], functions: Mapping[str, TraceSpec]) -> list[str]:
+    """How the functions of a saved asset differ from their specs, one phrase each."""
+    problems = [f"the function {name} is missing" for name in functions if name not in found]
+    problems += [f"the function {name} was not built" for name in found if name not in functions]
+    for name, spec in functions.items():
+        if name in found:
+            where = "" if len(functions) == 1 else f"{name}: "
+            problems += [f"{where}{problem}" for problem in compare_signature(found[name], spec)]
+    return problems
 
 
 def compare_signature(found: Signature, spec: TraceSpec) -> list[str]:
@@ -202,7 +219,7 @@ def _smoke_step(bundle: Bundle, backend: Backend) -> Check:
     import numpy as np
 
     try:
-        with backend.stepper(bundle.asset, bundle.signature, capacity=4) as stepper:
+        with backend.stepper(bundle.asset, bundle.functions, capacity=4) as stepper:
             first, second = stepper.step(0), stepper.step(1)
     except (CheckFailed, RuntimeError) as error:
         return Check("step", False, str(error))

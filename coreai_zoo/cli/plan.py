@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 
 from coreai_zoo.build.preflight import size
+from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.planning.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
-from coreai_zoo.planning.plan import Plan, plan_checkpoint, plan_entry
+from coreai_zoo.planning.plan import Plan
+from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import RECIPES
 
 
@@ -89,16 +91,11 @@ def plan(
     if not compare and (several or len(chosen) > 1):
         raise BadInput("This asks for several plans.", "Pass --compare to see them side by side.")
     plugins = plugins_of(ctx)
+    subjects = [BuildRequest(entry=name) for name in entries] + [BuildRequest(checkpoint=path) for path in checkpoints]
     plans = [
-        made
+        make_plan(evolve(subject, recipe=recipe, contract=contract, max_context=context, dry=True), plugins)
         for recipe in chosen
-        for made in (
-            *(plan_entry(name, plugins, recipe=recipe, contract=contract, context=context) for name in entries),
-            *(
-                plan_checkpoint(path, plugins, recipe=recipe, contract=contract, context=context)
-                for path in checkpoints
-            ),
-        )
+        for subject in subjects
     ]
     machines = _Machines(
         chips=CHIPS if bandwidth is None else (Chip(f"{bandwidth:g} GB/s", bandwidth, ()),),
@@ -120,10 +117,10 @@ def plan(
 
 
 def _print(plan: Plan, machines: _Machines) -> None:
-    status = f", {plan.entry.status}" if plan.entry else ""
+    status = f", {plan.design.entry.status}" if plan.design.entry else ""
     click.echo(
-        f"{plan.name}{status}: {plan.recipe.published_name}, contract {plan.contract.name}, overlay "
-        f"{plan.model.overlay.name} of plugin {plan.model.plugin}\n"
+        f"{plan.name}{status}: {plan.design.recipe.published_name}, contract {plan.design.contract.name}, overlay "
+        f"{plan.design.model.overlay.name} of plugin {plan.design.model.plugin}\n"
     )
     _print_roles(plan)
     click.echo()
@@ -155,11 +152,11 @@ def _print_roles(plan: Plan) -> None:
         table.add_row(role.role, str(role.tensors), f"{role.parameters:,}", stored, *numbers)
     table.add_row(
         "all",
-        str(len(plan.weights.tensors)),
-        f"{plan.weights.parameters:,}",
+        str(len(plan.design.weights.tensors)),
+        f"{plan.design.weights.parameters:,}",
         "",
-        f"{8 * plan.weights.stored_bytes / plan.weights.parameters:.2f}",
-        f"{plan.weights.stored_bytes:,}",
+        f"{plan.bits:.2f}",
+        f"{plan.design.weights.stored_bytes:,}",
         f"{plan.read:,}",
     )
     print_table(table)
@@ -220,17 +217,17 @@ def _fits(plan: Plan, chip: Chip) -> str:
 
 def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
     one_name = len({plan.name for plan in plans}) == 1
-    one_recipe = len({plan.recipe.name for plan in plans}) == 1
-    heads = [plan.recipe.name if one_name else plan.name for plan in plans]
+    one_recipe = len({plan.design.recipe.name for plan in plans}) == 1
+    heads = [plan.design.recipe.name if one_name else plan.name for plan in plans]
     if not one_name and not one_recipe:
-        heads = [f"{plan.name} {plan.recipe.name}" for plan in plans]
-    title = plans[0].name if one_name else plans[0].recipe.name if one_recipe else None
+        heads = [f"{plan.name} {plan.design.recipe.name}" for plan in plans]
+    title = plans[0].name if one_name else plans[0].design.recipe.name if one_recipe else None
     table = new_table("", *heads, title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     rows: list[tuple[str, list[str]]] = [
-        ("parameters", [f"{plan.weights.parameters:,}" for plan in plans]),
-        ("bits per parameter", [f"{8 * plan.weights.stored_bytes / plan.weights.parameters:.2f}" for plan in plans]),
+        ("parameters", [f"{plan.design.weights.parameters:,}" for plan in plans]),
+        ("bits per parameter", [f"{plan.bits:.2f}" for plan in plans]),
         ("asset", [f"{plan.asset:,}" for plan in plans]),
         ("read per token", [f"{plan.read:,}" for plan in plans]),
         ("with every expert", [f"{plan.dense_read:,}" if plan.dense_read > plan.read else "" for plan in plans]),
@@ -261,15 +258,15 @@ def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
 def _described(plan: Plan, machines: _Machines) -> Mapping[str, Any]:
     return {
         "name": plan.name,
-        "entry": plan.entry.name if plan.entry else None,
-        "status": plan.entry.status if plan.entry else None,
-        "overlay": plan.model.overlay.name,
-        "plugin": plan.model.plugin,
-        "recipe": plan.recipe.name,
-        "published_name": plan.recipe.published_name,
-        "contract": plan.contract.name,
-        "facts": dict(plan.model.facts),
-        "parameters": plan.weights.parameters,
+        "entry": plan.design.entry.name if plan.design.entry else None,
+        "status": plan.design.entry.status if plan.design.entry else None,
+        "overlay": plan.design.model.overlay.name,
+        "plugin": plan.design.model.plugin,
+        "recipe": plan.design.recipe.name,
+        "published_name": plan.design.recipe.published_name,
+        "contract": plan.design.contract.name,
+        "facts": dict(plan.design.model.facts),
+        "parameters": plan.design.weights.parameters,
         "roles": {
             role.role: {
                 "tensors": role.tensors,

@@ -10,7 +10,7 @@ import attrs
 import click
 from attrs import frozen
 
-from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
@@ -18,7 +18,6 @@ from coreai_zoo.checkpoint.tokenizer import load_tokenizer
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.run import checkpoint_of
-from coreai_zoo.overlay import ROLES
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import RECIPES, QuantizationSpec
@@ -71,7 +70,6 @@ class _Options:
 )
 @click.option(
     "--role",
-    type=click.Choice(list(ROLES)),
     multiple=True,
     metavar="ROLE",
     help="Only this role, which may be one that the recipe leaves alone. May be repeated.",
@@ -99,11 +97,11 @@ def sensitivity(ctx: click.Context, /, subject: str, by: str, as_json: bool, **g
     from coreai_zoo.gates.sensitivity import ranked
 
     options = _Options(**given)
-    resolved = resolve(_request(subject, options, plugins_of(ctx)), plugins_of(ctx))
-    tokens = _tokens(resolved, options)
-    found = ranked(_measure(resolved, options, tokens, Reporter(silent=as_json)), by)
+    designed = design(_request(subject, options, plugins_of(ctx)), plugins_of(ctx))
+    tokens = _tokens(designed, options)
+    found = ranked(_measure(designed, options, tokens, Reporter(silent=as_json)), by)
     if as_json:
-        print_json(_as_json(resolved, found, len(tokens), by))
+        print_json(_as_json(designed, found, len(tokens), by))
         return
     _print(found)
     click.echo(
@@ -136,32 +134,31 @@ def _request(subject: str, options: _Options, plugins: Plugins) -> BuildRequest:
     )
 
 
-def _specs(resolved: Resolved, options: _Options) -> dict[str, QuantizationSpec]:
+def _specs(designed: Design, options: _Options) -> dict[str, QuantizationSpec]:
     """How each role that is asked for is quantized.
 
     Raises:
         BadInput: for a role that the recipe leaves alone, when nothing else says how, or when there is none at all.
     """
-    present = {tensor.role for tensor in resolved.weights.tensors}
-    recipe = {role: spec for role, spec in resolved.recipe.roles.items() if spec is not None and role in present}
+    recipe = {role: spec for role, spec in designed.stored_roles.items() if spec is not None}
     roles = options.role or tuple(recipe)
     if not roles:
         raise BadInput(
-            f"Recipe {resolved.recipe.name} quantizes nothing.", "Choose another --recipe, or name a --role and --as."
+            f"Recipe {designed.recipe.name} quantizes nothing.", "Choose another --recipe, or name a --role and --as."
         )
     if options.quantize_as is not None:
         return dict.fromkeys(roles, _SPECS[options.quantize_as])
     left = [role for role in roles if role not in recipe]
     if left:
-        raise BadInput(f"Recipe {resolved.recipe.name} leaves {' and '.join(left)} alone.", "Say how with --as.")
+        raise BadInput(f"Recipe {designed.recipe.name} leaves {' and '.join(left)} alone.", "Say how with --as.")
     return {role: recipe[role] for role in roles}
 
 
-def _tokens(resolved: Resolved, options: _Options) -> list[int]:
+def _tokens(designed: Design, options: _Options) -> list[int]:
     from coreai_zoo.gates.prompts import ANCHOR, DEFAULT_POSITIONS, named_prompts
 
     text = named_prompts([ANCHOR])[0].text if options.prompt is None else options.prompt
-    tokens: list[int] = load_tokenizer(resolved.checkpoint.directory).encode(text).ids
+    tokens: list[int] = load_tokenizer(designed.checkpoint.directory).encode(text).ids
     positions = options.positions or min(DEFAULT_POSITIONS, len(tokens))
     if not tokens or len(tokens) < positions:
         raise BadInput(
@@ -171,15 +168,17 @@ def _tokens(resolved: Resolved, options: _Options) -> list[int]:
     return tokens[:positions]
 
 
-def _measure(resolved: Resolved, options: _Options, tokens: Sequence[int], report: Reporter) -> list[Sensitivity]:
+def _measure(designed: Design, options: _Options, tokens: Sequence[int], report: Reporter) -> list[Sensitivity]:
     from coreai_zoo.gates.sensitivity import Subject, measure, parts_of
 
-    subject = Subject(resolved.module, resolved.signature, resolved.checkpoint, resolved.weights)
-    specs = _specs(resolved, options)
+    subject = Subject(
+        designed.modules[designed.decode], designed.signatures[designed.decode], designed.checkpoint, designed.weights
+    )
+    specs = _specs(designed, options)
     layered = subject.candidate(None, lambda: None).module  # refuses a decoder that cannot be run layer by layer
-    parts = parts_of(resolved.weights, specs, layered.layer_paths if options.per_layer else None)
+    parts = parts_of(designed.weights, specs, layered.layer_paths if options.per_layer else None)
     steps = (len(parts) + 1) * len(layered.layer_paths)
-    what = f"{len(parts)} parts of {resolved.checkpoint.directory.name}, {len(tokens)} positions each"
+    what = f"{len(parts)} parts of {designed.checkpoint.directory.name}, {len(tokens)} positions each"
     with report.stage("measure", what), report.steps("", steps) as step:
         return list(measure(subject, parts, tokens, step))
 
@@ -205,10 +204,10 @@ def _print(found: Sequence[Sensitivity]) -> None:
     print_table(table)
 
 
-def _as_json(resolved: Resolved, found: Sequence[Sensitivity], positions: int, by: str) -> dict[str, Any]:
+def _as_json(designed: Design, found: Sequence[Sensitivity], positions: int, by: str) -> dict[str, Any]:
     return {
-        "checkpoint": str(resolved.checkpoint.directory),
-        "entry": resolved.entry.name,
+        "checkpoint": str(designed.checkpoint.directory),
+        "entry": designed.entry.name if designed.entry else None,
         "positions": positions,
         "ranked_by": by,
         "parts": [

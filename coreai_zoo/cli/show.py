@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
+
 import attrs
 import click
 
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.commands import json_option, plugins_of, print_json, print_rows
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.recipes import QuantizationSpec, find_recipe
 
 
-def _recipe_by_role(entry: Entry) -> dict[str, str | None]:
-    from coreai_zoo.recipes import RECIPES
+def _recipe_by_role(entry: Entry, plugins: Plugins) -> dict[str, str | None]:
+    """How a weight of each role is stored; of an entry that states too little to know its roles, of each kind."""
+    from coreai_zoo.build.design import design
+    from coreai_zoo.build.request import BuildRequest
 
-    if entry.recipe not in RECIPES:
-        raise BadInput(
-            f"entry {entry.name!r} asks for the recipe {entry.recipe!r}, which does not exist.",
-            f"There are: {listing([*RECIPES])}.",
-        )
-    return {role: None if spec is None else str(spec) for role, spec in RECIPES[entry.recipe].roles.items()}
+    specs: Mapping[str, QuantizationSpec | None] = find_recipe(entry.recipe).specs
+    with contextlib.suppress(BadInput):
+        specs = design(BuildRequest(entry.name, dry=True), plugins, entry).stored_roles
+    return {role: None if spec is None else str(spec) for role, spec in specs.items()}
 
 
 @click.command("show")
@@ -30,15 +35,14 @@ def show(ctx: click.Context, name: str, as_json: bool) -> None:
     """Everything that is known of an entry.
 
     What is not known is not shown, nor guessed; an entry is `unverified` until its facts and revision were compared
-    with the published checkpoint. The recipe's table says how a weight of each role is stored; a plugin may have a
-    policy of its own for the head, which is known once a checkpoint is there.
+    with the published checkpoint. The recipe's table says how a weight of each role is stored.
 
     \b
     Example:
         zoo show qwen3.6-27b
     """
     entry, plugin = find_entry(name, plugins_of(ctx))
-    recipe = _recipe_by_role(entry)
+    recipe = _recipe_by_role(entry, plugins_of(ctx))
     if as_json:
         described = attrs.asdict(entry) | {"facts": entry.facts.stated, "plugin": plugin, "recipe_by_role": recipe}
         print_json(described)

@@ -37,7 +37,7 @@ class AssetCandidate:
     def run(self, tokens: Sequence[int]) -> Activations:
         """Teacher-forced logits in float16."""
         rows = []
-        with self.backend.stepper(self.bundle.asset, self.bundle.signature, capacity=len(tokens)) as stepper:
+        with self.backend.stepper(self.bundle.asset, self.bundle.functions, capacity=len(tokens)) as stepper:
             for row in drain(stepper, tokens):
                 rows.append(row)
                 self.on_step()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations
 from coreai_zoo.gates.weights import WeightSource
-from coreai_zoo.overlay import LayeredDecoder
-from coreai_zoo.signature import TraceSpec
+from coreai_zoo.overlay import LayeredDecoder, RoleKind
+from coreai_zoo.signature import InputSpec, TraceSpec
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import chunk_rows, workers
 
@@ -71,10 +71,9 @@ class TorchCandidate:
                 with self._filled(path):
                     length = 0
                     for place, tensor in enumerate(x):
+                        positions = torch.tensor(self._positions.values([0] * tensor.shape[1], length))
                         length += tensor.shape[1]
-                        first = length - tensor.shape[1] if self._names_new_only else 0
-                        positions = torch.arange(first, length, dtype=torch.int32)[None]
-                        x[place] = self.module.layer(index, tensor, positions, states)
+                        x[place] = self.module.layer(index, tensor, positions.to(torch.int32)[None], states)
                 hidden.append(torch.cat(x, dim=1)[0].float().numpy())
                 self.on_layer()
             self._buffers.clear()
@@ -83,9 +82,9 @@ class TorchCandidate:
         return Activations(logits.numpy(), hidden, found or None)
 
     @property
-    def _names_new_only(self) -> bool:
-        """Whether `position_ids` holds the new tokens' positions, or all so far."""
-        return isinstance(self.signature.inputs[1].shape[1], int)
+    def _positions(self) -> InputSpec:
+        """The input that holds positions."""
+        return next(tensor for tensor in self.signature.inputs if tensor.holds != "tokens")
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
@@ -110,8 +109,7 @@ class TorchCandidate:
             self.weights.read_rows(planned.name, token, token + 1, rows[row : row + 1])
         with self._holding({planned.name: rows}):
             embedded: Tensor = self.module.embed(places[None].to(torch.int32))
-        per_call = self.signature.inputs[0].shape[1]
-        return list(embedded.split(per_call if isinstance(per_call, int) else len(tokens), dim=1))
+        return list(embedded.split(self.signature.query_length or len(tokens), dim=1))
 
     def _logits(self, x: Tensor) -> Tensor:
         """[1, P, D] to [P, V], a few rows of the head at a time."""
@@ -130,10 +128,10 @@ class TorchCandidate:
                     )
         return torch.cat(parts, dim=-1)[0]
 
-    def _only(self, role: str) -> PlannedTensor:
-        found = [tensor for tensor in self.plan.tensors if tensor.role == role]
+    def _only(self, kind: RoleKind) -> PlannedTensor:
+        found = self.plan.of_kind(kind)
         if len(found) != 1:
-            raise BadInput(f"The decoder has {len(found)} parameters with the role {role!r}, not one.")
+            raise BadInput(f"The decoder has {len(found)} parameters of the kind {kind!r}, not one.")
         return found[0]
 
     # -- weights that come and go
@@ -189,7 +187,7 @@ class TorchCandidate:
         """Collect what every router gives, [tokens, experts] per call, by the name of its parameter."""
         with contextlib.ExitStack() as hooks:
             for tensor in self.plan.tensors:
-                if tensor.role == "moe.router":
+                if self.plan.roles[tensor.role].router:
                     router = self.module.get_submodule(tensor.name.rpartition(".")[0])
                     rows = found.setdefault(tensor.name, [])
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coreai_zoo.gates.charts import Chart, Line, Mark, Rule, decades
-from coreai_zoo.overlay import ROLES
 
 _SHAPES = {"match": ("dot", "match"), "tie": ("diamond", "tie"), "FLIP": ("cross", "flip")}
 
@@ -47,7 +46,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         hidden=_hidden(judged),
         damage=damage(judged),
         roles=_roles(record["bundle"]["weights"] or {}),
-        role_names=ROLES,
+        role_names={name: role["meaning"] for name, role in (record["bundle"].get("roles") or {}).items()},
         routed=any(position["router_margin"] is not None for prompt in judged for position in prompt["positions"]),
         command=command(record),
     )

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from attrs import evolve, frozen
 
-from coreai_zoo.build.design import Resolved, resolve
+from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.model import Model, read_model
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import GATE_FOLDER
@@ -36,18 +37,21 @@ def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
     return entry.sample_directory()
 
 
-def config_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> dict[str, Any]:
+def config_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Mapping[str, Any]:
     """The checkpoint's config, or that of the slice that was built."""
-    hf_config = read_config(checkpoint)
-    overlay, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
-    layers = overlay.facts(overlay.read_config(hf_config))["layers"]
-    return hf_config if bundle.build["layers"] == layers else overlay.with_layers(hf_config, bundle.build["layers"])
+    return _model_of(bundle, plugins, checkpoint).hf_config
+
+
+def _model_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Model:
+    """What the overlay makes of the checkpoint's config, cut to the layers that were built."""
+    model = read_model(read_config(checkpoint), plugins)
+    layers = bundle.build["layers"]
+    return model if layers == model.facts["layers"] else read_model(model.hf_config, plugins, layers)
 
 
 def run_plugin_gates(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> list[Any]:
     """Results of the gates that plugins add."""
-    hf_config = read_config(checkpoint)
-    overlay, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
+    overlay = _model_of(bundle, plugins, checkpoint).overlay
     entry, _ = load_entries(plugins).get(str(bundle.build["entry"].get("name")), (None, None))
     results = []
     for plugin, extra in plugins.gates(overlay, entry):
@@ -58,6 +62,8 @@ def run_plugin_gates(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> list
 
 # Up to this size the CPU interpreter takes some tokens a second; beyond it a token takes minutes.
 _INTERPRETED_BYTES = 64 * 2**20
+
+_PLAIN = "fp16"  # the recipe that quantizes nothing
 
 
 @frozen
@@ -293,14 +299,16 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
     arithmetic: Literal["torch", "runtime"] = "torch" if backend.accumulation == "single" else "runtime"
     candidate = AssetCandidate(bundle, backend, ticker, keep_in if backend.extra_files else None)
     asset = Runner(candidate, ticker, arithmetic=arithmetic)
-    shipped = _resolved(bundle, plugins, checkpoint)
+    shipped = _design_of(bundle, plugins, checkpoint)
+    module = shipped.modules[bundle.decode]
     overlay: Runner | None = None
     control: Runner | None = None
     # Not every overlay runs layer by layer: without that there is no control and no long prompt.
-    if isinstance(shipped.module, LayeredDecoder) or options.candidate == "torch":
-        overlay = _overlay_runner(shipped, AssetWeights.open(bundle.asset, backend, shipped.module, shipped.weights))
+    if isinstance(module, LayeredDecoder) or options.candidate == "torch":
+        weights = AssetWeights.open(bundle.asset, backend, bundle.decode, module, shipped.weights)
+        overlay = _overlay_runner(shipped, weights)
         if options.control:
-            plain = _resolved(bundle, plugins, checkpoint, recipe="fp16")
+            plain = _design_of(bundle, plugins, checkpoint, recipe=_PLAIN)
             control = _overlay_runner(plain, CheckpointWeights("unquantized weights", plain.checkpoint, plain.weights))
     size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
     in_time = sys.platform == "darwin" or size <= _INTERPRETED_BYTES  # a Mac has the OS runtime
@@ -310,16 +318,17 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
     return Models(asset if overlay is None or runs_asset else overlay, long_candidate, control)
 
 
-def _resolved(bundle: Bundle, plugins: Plugins, checkpoint: Path, recipe: str | None = None) -> Resolved:
-    """The decoder that `bundle` was lowered from and the plan of its weights, or of the same by another recipe."""
+def _design_of(bundle: Bundle, plugins: Plugins, checkpoint: Path, recipe: str | None = None) -> Design:
+    """The design that `bundle` was built from, or the same by another recipe."""
     request, _ = recorded_request(bundle, checkpoint, bundle.directory.parent)
-    return resolve(evolve(request, recipe=recipe or request.recipe), plugins)
+    return design(evolve(request, recipe=recipe or request.recipe), plugins)
 
 
-def _overlay_runner(resolved: Resolved, weights: Any) -> Any:
+def _overlay_runner(designed: Design, weights: Any) -> Any:
+    """The candidate that runs the decoding function's overlay in PyTorch."""
     from coreai_zoo.gates.layered import TorchCandidate
     from coreai_zoo.gates.teacher_forced import Runner, Ticker
 
-    ticker, layers = Ticker(), int(resolved.facts["layers"])
-    model = TorchCandidate(resolved.module, resolved.weights, resolved.signature, weights, ticker)
+    ticker, layers, name = Ticker(), int(designed.facts["layers"]), designed.decode
+    model = TorchCandidate(designed.modules[name], designed.weights, designed.signatures[name], weights, ticker)
     return Runner(model, ticker, lambda _prompt: layers, "torch")

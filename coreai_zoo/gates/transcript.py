@@ -97,6 +97,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "layers": build["layers"],
         "contract": build.get("contract", {}).get("name"),
         "recipe": build.get("recipe"),
+        "roles": build.get("roles"),
         "weights": build.get("weights"),
         "bytes": sum(sizes.values()),
         "asset_bytes": sum(size for path, size in sizes.items() if path.startswith(f"{bundle.asset.name}/")),

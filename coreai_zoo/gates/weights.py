@@ -59,19 +59,20 @@ class AssetWeights:
     state: Mapping[str, Tensor]
 
     @classmethod
-    def open(cls, asset: Path, backend: Backend, module: nn.Module, plan: WeightPlan) -> AssetWeights:
+    def open(cls, asset: Path, backend: Backend, function: str, module: nn.Module, plan: WeightPlan) -> AssetWeights:
         """Map the weights of an asset.
 
         Args:
             asset: the asset.
             backend: that it was written by.
+            function: whose weights are read.
             module: the decoder that it was written from, rewritten, on any device.
             plan: of its weights.
 
         Raises:
             CheckFailed: when it cannot be read, or holds other weights than the plan says.
         """
-        state = backend.state(asset, state_of(module, plan))
+        state = backend.state(asset, function, state_of(module, plan))
         with warnings.catch_warnings():
             # Nothing writes to them, and torch need not warn that nothing may.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")

@@ -54,13 +54,19 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
                 )
             taken[path] = (plugin, rewrite)
     for path, (plugin, rewrite) in taken.items():
+        layer = module.get_submodule(path)
         try:
-            replacement = rewrite.apply(module.get_submodule(path))
+            replacement = rewrite.apply(layer)
         except Exception as error:
             raise PluginError(
                 f"plugin {plugin!r} failed in rewrite {rewrite.name!r} of layer {path}: "
                 f"{type(error).__name__}: {error}."
             ) from error
+        if rewrite.keeps_parameters and parameters_of(replacement) != parameters_of(layer):
+            raise PluginError(
+                f"Rewrite {rewrite.name!r} of plugin {plugin} changes the parameters of layer {path}, and promises in "
+                "`keeps_parameters` that it does not."
+            )
         module.set_submodule(path, replacement)
     return module
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from attrs import frozen
 
+from coreai_zoo.build.design import design
 from coreai_zoo.build.model import Model, compare_facts, read_model
+from coreai_zoo.build.request import DEFAULT_CONTEXT, DEFAULT_CONTRACT, DEFAULT_RECIPE, BuildRequest
 from coreai_zoo.catalogue import load_entries
-from coreai_zoo.checkpoint.files import CONFIG, Checkpoint, has_weights, read_config
+from coreai_zoo.checkpoint.files import CONFIG, has_weights, read_config
 from coreai_zoo.checkpoint.hub import from_hub
 from coreai_zoo.entry import HF_ID, Entry, Sample
 from coreai_zoo.errors import BadInput
-from coreai_zoo.planning.plan import DEFAULT_CONTEXT, DEFAULT_CONTRACT, DEFAULT_RECIPE, Plan, plan_checkpoint
 from coreai_zoo.plugins import Plugins
 
 DOCS = ("docs/tutorial.md", "docs/hooks.md", "docs/overlay.md (Writing one)")
@@ -132,14 +133,11 @@ def _weights(directory: Path, plugins: Plugins) -> tuple[str | None, bool]:
     if not has_weights(directory):
         return None, True
     try:
-        found: Plan = plan_checkpoint(directory, plugins)
+        found = design(BuildRequest(checkpoint=directory, dry=True), plugins)
     except BadInput as error:
         return str(error), False
     dropped = len(found.weights.dropped)
-    return (
-        f"all {len(Checkpoint.open(directory).tensors)} tensors have a place; {dropped} are left out on purpose",
-        True,
-    )
+    return f"all {len(found.checkpoint.tensors)} tensors have a place; {dropped} are left out on purpose", True
 
 
 def _toml(name: str, origin: Origin, model: Model, sample: Sample | None) -> str:

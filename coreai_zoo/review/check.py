@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from attrs import frozen
 
-from coreai_zoo.build.model import contradictions
+from coreai_zoo.build.design import design
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import load_entries
@@ -20,7 +20,6 @@ from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
-from coreai_zoo.recipes import find_recipe
 from coreai_zoo.review.goldens import compare, golden_entries, golden_path, read, take, write
 
 Gate = Callable[[Path], str]
@@ -83,17 +82,16 @@ _Found = tuple[str, bool | None]
 
 
 def _entries(self: Checks) -> _Found:
-    """Every entry file is valid, its recipe and contract exist, and its facts agree with each other."""
+    """Every entry file is valid, and a bundle can be designed from it: its facts agree with each other, for one."""
     entries = load_entries(self.plugins)
     problems: list[str] = []
     silent: list[str] = []
     for entry, _ in entries.values():
         try:
             find_contract(entry.contract)
-            find_recipe(entry.recipe)
             if entry.sample is not None:
                 entry.sample_directory()
-            problems += _contradictions(entry, self.plugins)
+            design(BuildRequest(entry.name, dry=True), self.plugins, entry)
         except ZooError as error:
             if _is_silence(entry, error, self.plugins):
                 silent.append(entry.name)
@@ -102,13 +100,6 @@ def _entries(self: Checks) -> _Found:
     _raise(problems)
     unknown = f"; {listing(silent)} do not state every size" if silent else ""
     return f"{len(entries)} entries are valid{unknown}", True if entries else None
-
-
-def _contradictions(entry: Entry, plugins: Plugins) -> list[str]:
-    """Facts that the config which they describe does not have."""
-    overlay, _ = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
-    facts = overlay.facts(overlay.read_config(overlay.config_of_facts(entry.facts.stated)))
-    return contradictions(entry, facts)
 
 
 def _is_silence(entry: Entry, error: ZooError, plugins: Plugins) -> bool:

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from attrs import evolve, field, frozen
 
 from coreai_zoo.backend import Backend, Traced
-from coreai_zoo.build.model import Model, config_of_entry, read_model, signature
+from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.checkpoint.files import read_config
-from coreai_zoo.contracts import Contract, find_contract
 from coreai_zoo.dtypes import bits_of
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, count, layer_names
+from coreai_zoo.overlay import Role
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.program import Program
-from coreai_zoo.recipes import QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.formats import ArrayKind, Format
-from coreai_zoo.weights.plan import PlannedTensor, WeightPlan, active_share, plan_without_checkpoint
-
-if TYPE_CHECKING:
-    from torch import nn
-
+from coreai_zoo.weights.plan import PlannedTensor, WeightPlan, active_share
 
 _PLAIN = "fp16"  # the recipe that quantizes nothing
 
 
 @frozen
 class RoleWeights:
-    """All weights of one role: how they are stored, and how much they are."""
+    """All weights of one role: how they are stored, how much they are, and what the role is where that is recorded."""
 
     stored: str
     tensors: int
     parameters: int
     bytes: int
+    role: Role | None
 
 
 @frozen
@@ -97,13 +94,15 @@ class Structure:
     def bytes_per_token(self) -> int | None:
         """Bytes of weights that one decode step reads: all but the embedding table, of experts those that are active.
 
-        None when there are experts and the overlay does not say how many are active.
+        None where that is not known: how many experts are active, or, of an old bundle, what its roles are.
         """
         total = 0.0
-        for role, weights in self.roles.items():
-            if role == "embedding":
+        for weights in self.roles.values():
+            if weights.role is None:
+                return None
+            if weights.role.kind == "embedding":
                 continue
-            share = active_share(role, self.facts)
+            share = active_share(weights.role, self.facts)
             if share is None:
                 return None
             total += weights.bytes * share
@@ -129,9 +128,15 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
     }
     build = bundle.build
     try:
-        recipe = build["recipe"]["roles"]
+        recipe, known = build["recipe"]["roles"], build.get("roles", {})
         roles = {
-            role: RoleWeights(_spec_text(recipe[role]), counts["tensors"], counts["parameters"], counts["bytes"])
+            role: RoleWeights(
+                _spec_text(recipe[role]),
+                counts["tensors"],
+                counts["parameters"],
+                counts["bytes"],
+                Role(**known[role]) if role in known else None,
+            )
             for role, counts in build["weights"].items()
         }
         return Structure(
@@ -207,28 +212,24 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
     Raises:
         BadInput: when the entry does not state what its config needs.
     """
-    contract, chosen = find_contract(entry.contract), find_recipe(recipe or entry.recipe)
-    hf_config = _config_of(entry, plugins, sample=sample)
-    whole = _Unbuilt.of(hf_config, entry, contract, chosen, plugins)
-    names = layer_names(tensor.name for tensor in whole.plan.tensors)
+    request = BuildRequest(entry.name, sample=sample, recipe=recipe, dry=True)
+    whole = design(request, plugins, entry)
+    names = layer_names(tensor.name for tensor in whole.weights.tensors)
     depth = _telling_depth(names)
-    part = whole
-    if depth < len(names):
-        part = _Unbuilt.of(hf_config, entry, contract, chosen, plugins, depth)
-    backend = _backend(plugins)
-    program = _lowered(part.traced(backend, part.signature(contract, entry, plugins)), part.plan)
+    part = whole if depth == len(names) else design(evolve(request, layers=depth), plugins, entry)
+    program = _lowered(_traced(part), part.weights)
     return Structure(
-        label=f"{entry.name} as {chosen.name}" + (" (sample)" if sample else ""),
+        label=f"{entry.name} as {whole.recipe.name}" + (" (sample)" if sample else ""),
         overlay=whole.model.overlay.name,
-        contract=contract.name,
-        backend=backend.name,
-        facts=whole.model.facts,
-        signature=whole.signature(contract, entry, plugins),
+        contract=whole.contract.name,
+        backend=whole.backend.name,
+        facts=whole.facts,
+        signature=whole.signatures[whole.decode],
         graph=count(program).repeated(names),
         program=program,
         traced=depth if depth < len(names) else None,
-        stored={name: weight for tensor in whole.plan.tensors for name, weight in _stored(tensor)},
-        roles=_roles(whole.plan),
+        stored={name: weight for tensor in whole.weights.tensors for name, weight in _stored(tensor)},
+        roles=_roles(whole.weights),
         metadata={},
     )
 
@@ -244,34 +245,21 @@ def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[t
     Raises:
         BadInput: when the entry does not state what its config needs.
     """
-    contract, plain = find_contract(entry.contract), find_recipe(_PLAIN)
-    hf_config = config_of_entry(_with_few_experts(entry), plugins)
-    names = layer_names(tensor.name for tensor in _Unbuilt.of(hf_config, entry, contract, plain, plugins).plan.tensors)
-    part = _Unbuilt.of(hf_config, entry, contract, plain, plugins, _telling_depth(names))
-    traced = part.traced(_backend(plugins), part.signature(contract, entry, plugins))
+    request, few = BuildRequest(entry.name, recipe=_PLAIN, dry=True), _with_few_experts(entry)
+    names = layer_names(tensor.name for tensor in design(request, plugins, few).weights.tensors)
+    part = design(evolve(request, layers=_telling_depth(names)), plugins, few)
+    traced = _traced(part)
     for recipe in recipes:
-        plan = _planned(part.model, part.module, find_recipe(recipe), entry, plugins)
-        yield recipe, count(_lowered(traced, plan)).repeated(names)
+        yield recipe, count(_lowered(traced, part.with_recipe(recipe).weights)).repeated(names)
 
 
 def _with_few_experts(entry: Entry) -> Entry:
+    """The entry of a model with so few experts, of which the number of parameters is not known."""
     experts, chosen = (entry.facts.stated.get(name) for name in ("experts", "experts_per_token"))
     if not isinstance(experts, int) or not isinstance(chosen, int):
         return entry
-    return evolve(entry, facts=evolve(entry.facts, more={**entry.facts.more, "experts": min(experts, 2 * chosen)}))
-
-
-def _backend(plugins: Plugins) -> Backend:
-    backends = plugins.backends()
-    if "coreai" not in backends:
-        raise BadInput("The backend coreai is not installed, and a graph is counted as it lowers it.")
-    return backends["coreai"]
-
-
-def _config_of(entry: Entry, plugins: Plugins, *, sample: bool) -> Mapping[str, Any]:
-    if sample:
-        return read_config(entry.sample_directory())
-    return config_of_entry(entry, plugins)
+    more = {**entry.facts.more, "experts": min(experts, 2 * chosen)}
+    return evolve(entry, facts=evolve(entry.facts, parameters=None, more=more))
 
 
 def _telling_depth(names: list[str]) -> int:
@@ -284,50 +272,13 @@ def _telling_depth(names: list[str]) -> int:
     )
 
 
-@frozen
-class _Unbuilt:
-    """A decoder of some depth without weights."""
+def _traced(designed: Design) -> Traced:
+    """Trace a design, its weights allocated as they are planned."""
+    from coreai_zoo.lowering.module import allocate
 
-    model: Model
-    module: nn.Module
-    plan: WeightPlan
-
-    @classmethod
-    def of(
-        cls,
-        hf_config: Mapping[str, Any],
-        entry: Entry,
-        contract: Contract,
-        recipe: Recipe,
-        plugins: Plugins,
-        layers: int | None = None,
-    ) -> _Unbuilt:
-        from coreai_zoo.lowering.module import build_module
-
-        model = read_model(hf_config, plugins, layers)
-        rewrites = plugins.layer_rewrites(model.overlay, entry, model.config, contract)
-        module = build_module(lambda: model.overlay.decoder(model.config, contract), rewrites)
-        return cls(model, module, _planned(model, module, recipe, entry, plugins))
-
-    def signature(self, contract: Contract, entry: Entry, plugins: Plugins) -> TraceSpec:
-        positions = min(entry.bundle.max_context, int(self.model.facts["max_context_length"]))
-        return signature(self.model, entry, contract, positions, plugins)
-
-    def traced(self, backend: Backend, spec: TraceSpec) -> Traced:
-        """Trace it, its weights allocated as they are planned."""
-        from coreai_zoo.lowering.module import allocate
-
-        allocate(self.module, {tensor.name: tensor.format for tensor in self.plan.tensors})
-        return backend.trace(self.module, spec)
-
-
-def _planned(model: Model, module: nn.Module, recipe: Recipe, entry: Entry, plugins: Plugins) -> WeightPlan:
-    """How a recipe stores the weights of a module that has them plain."""
-    from coreai_zoo.lowering.module import parameters_of
-
-    head = plugins.head_quantization(model.overlay, entry, model.config)
-    weight_map = plugins.weight_map(model.overlay, entry, model.config)
-    return plan_without_checkpoint(weight_map, parameters_of(module), recipe.with_head(head))
+    for module in designed.modules.values():
+        allocate(module, {tensor.name: tensor.format for tensor in designed.weights.tensors})
+    return designed.backend.trace(designed.modules, designed.signatures)
 
 
 def _lowered(traced: Traced, plan: WeightPlan) -> Program:
@@ -370,15 +321,13 @@ def _stored(tensor: PlannedTensor) -> list[tuple[str, StoredWeight]]:
 
 
 def _roles(plan: WeightPlan) -> dict[str, RoleWeights]:
-    members: dict[str, list[PlannedTensor]] = {}
-    for tensor in plan.tensors:
-        members.setdefault(tensor.role, []).append(tensor)
     return {
-        role: RoleWeights(
+        name: RoleWeights(
             str(tensors[0].quantization or "not quantized"),
             len(tensors),
             sum(tensor.parameters for tensor in tensors),
             sum(tensor.stored_bytes for tensor in tensors),
+            plan.roles[name],
         )
-        for role, tensors in sorted(members.items())
+        for name, tensors in sorted(plan.by_role().items())
     }

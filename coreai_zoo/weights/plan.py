@@ -17,7 +17,7 @@ from attrs import define, field, frozen
 
 from coreai_zoo.checkpoint.files import TensorInfo
 from coreai_zoo.errors import BadInput, listing
-from coreai_zoo.overlay import Drop, ParameterInfo, Part, Transform, WeightMap, WeightRule
+from coreai_zoo.overlay import Drop, ParameterInfo, Part, Role, RoleKind, Transform, WeightMap, WeightRule
 from coreai_zoo.recipes import QuantizationSpec, Recipe
 from coreai_zoo.weights.formats import Format
 
@@ -45,7 +45,7 @@ class PlannedTensor:
 
     Attributes:
         name: of the parameter.
-        role: one of `overlay.ROLES`.
+        role: name of its role.
         shape: of the parameter.
         dtype: of the parameter, and of its scales when it is quantized.
         quantization: how it is stored, or None for plain values.
@@ -94,10 +94,23 @@ class WeightPlan:
     Attributes:
         tensors: the parameters.
         dropped: (key, reason) of what is left out.
+        roles: what its tensors do, by name, in the order in which reports name them.
     """
 
     tensors: tuple[PlannedTensor, ...]
     dropped: tuple[tuple[str, str], ...]
+    roles: Mapping[str, Role] = field(factory=dict)
+
+    def of_kind(self, kind: RoleKind) -> tuple[PlannedTensor, ...]:
+        """The tensors whose role is of a kind."""
+        return tuple(tensor for tensor in self.tensors if self.roles[tensor.role].kind == kind)
+
+    def by_role(self) -> Mapping[str, tuple[PlannedTensor, ...]]:
+        """The tensors of each role that there is, in the order of `roles`."""
+        members: dict[str, list[PlannedTensor]] = {}
+        for tensor in self.tensors:
+            members.setdefault(tensor.role, []).append(tensor)
+        return {name: tuple(members[name]) for name in (*self.roles, *members) if name in members}
 
     @property
     def parameters(self) -> int:
@@ -348,6 +361,7 @@ class _Planner:
             self._by_target.setdefault(rule.target.template, []).append(rule)
         self._drops = _DropTable(weight_map.drops)
         self._prefixes = weight_map.prefixes
+        self.roles = {role.name: role for role in weight_map.roles}
 
     # -- keys to targets
 
@@ -404,7 +418,7 @@ class _Planner:
             raise ValueError(f"the weight rules that fill {target.name} differ in role or transform")
         return self._planned(target, rule, recipe, sources)
 
-    def estimate_build(self, target: _Target, recipe: Recipe) -> PlannedTensor:
+    def plan_without_sources(self, target: _Target, recipe: Recipe) -> PlannedTensor:
         """The plan of one parameter while there is no checkpoint."""
         rules = [rule.rule for rule, _ in self._rules_for(target)]
         if not rules:
@@ -412,8 +426,7 @@ class _Planner:
         return self._planned(target, rules[0], recipe, ())
 
     def _planned(self, target: _Target, rule: WeightRule, recipe: Recipe, sources: tuple[Source, ...]) -> PlannedTensor:
-        # `Recipe` decides every role and `WeightRule` takes no other, so there is always an answer here.
-        spec = recipe.roles[rule.role]
+        spec = recipe.spec(self.roles[rule.role])
         planned = PlannedTensor(
             target.name, rule.role, target.info.shape, target.info.dtype, spec, rule.transform, sources
         )
@@ -513,15 +526,16 @@ def plan_weights(
     planner.drop_fallbacks()
     planned = [planner.plan(target, recipe) for target in planner.targets.values()]
     planner.problems.raise_if_any()
-    return WeightPlan(tuple(tensor for tensor in planned if tensor is not None), tuple(planner.dropped))
+    found = tuple(tensor for tensor in planned if tensor is not None)
+    return WeightPlan(found, tuple(planner.dropped), planner.roles)
 
 
-def active_share(role: str, facts: Mapping[str, Any]) -> float | None:
+def active_share(role: Role, facts: Mapping[str, Any]) -> float | None:
     """Which share of a role's weights one token is multiplied by: of the experts those that its router chooses.
 
     None when there are experts and `facts` does not say how many are chosen.
     """
-    if role != "moe.expert":
+    if not role.routed:
         return 1.0
     experts, chosen = facts.get("experts"), facts.get("experts_per_token")
     return float(chosen / experts) if experts and chosen else None
@@ -542,6 +556,6 @@ def plan_without_checkpoint(
         ValueError: when the table fills a parameter by no rule.
     """
     planner = _Planner(weight_map, parameters, {})
-    planned = tuple(planner.estimate_build(target, recipe) for target in planner.targets.values())
+    planned = tuple(planner.plan_without_sources(target, recipe) for target in planner.targets.values())
     planner.problems.raise_if_any()
-    return WeightPlan(planned, ())
+    return WeightPlan(planned, (), planner.roles)

@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -50,9 +50,6 @@ _log = logging.getLogger(__name__)
 
 _REQUIRED = MappingProxyType({"coreai-core": "1.0.0b3", "coreai-torch": "0.4.3"})
 
-# A larger alignment is written but cannot be read back: AIModelAsset.summary() then expects sections aligned to 64.
-_ALIGNMENT = 16
-
 
 @frozen
 class CoreAIBackend:
@@ -78,32 +75,37 @@ class CoreAIBackend:
         """Versions of the toolchain, checked."""
         return checked_versions(_REQUIRED)
 
-    def require(self, spec: TraceSpec, quantizations: Collection[QuantizationSpec]) -> None:
+    def require(self, functions: Mapping[str, TraceSpec], quantizations: Collection[QuantizationSpec]) -> None:
         """See `Backend.require`: nothing is known that the format cannot hold."""
 
     def memory(self, layers: int) -> int:
         """See `Backend.memory`: 331 MB at 4 layers, 405 at 16, 499 at 64."""
         return (360 + 2 * layers) * 2**20
 
-    def trace(self, module: nn.Module, spec: TraceSpec) -> CoreAITraced:
+    def trace(self, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]) -> CoreAITraced:
         """See `Backend.trace`."""
         checked_versions(_REQUIRED)
         with _toolchain():
-            return _trace(module, spec, every_layer=self.every_layer)
+            traced = {
+                name: _trace(module, functions[name], every_layer=self.every_layer) for name, module in modules.items()
+            }
+        return CoreAITraced(traced)
 
-    def signature(self, asset: Path) -> Signature:
-        """See `Backend.signature`."""
+    def signatures(self, asset: Path) -> Mapping[str, Signature]:
+        """See `Backend.signatures`."""
         checked_versions(_REQUIRED)
-        return _read_signature(asset)
+        return _read_signatures(asset)
 
     def constants(self, asset: Path) -> Mapping[str, memoryview]:
         """See `Backend.constants`."""
         return _read_constants(asset)
 
-    def state(self, asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> Mapping[str, memoryview]:
+    def state(
+        self, asset: Path, function: str, state: Mapping[str, tuple[tuple[int, ...], str]]
+    ) -> Mapping[str, memoryview]:
         """See `Backend.state`."""
         checked_versions(_REQUIRED)
-        return _read_state(asset, state)
+        return _read_state(asset, function, state)
 
     def program(self, asset: Path) -> Program:
         """See `Backend.program`."""
@@ -111,11 +113,11 @@ class CoreAIBackend:
         return _read_program(asset)
 
     @contextlib.contextmanager
-    def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[CoreAIStepper]:
+    def stepper(self, asset: Path, functions: Mapping[str, TraceSpec], capacity: int) -> Iterator[CoreAIStepper]:
         """See `Backend.stepper`."""
         checked_versions(_REQUIRED)
         with _Loaded(asset) as loaded:
-            yield CoreAIStepper(loaded, spec, capacity)
+            yield CoreAIStepper(loaded, functions, capacity)
 
 
 @contextlib.contextmanager
@@ -135,21 +137,9 @@ def _toolchain() -> Iterator[None]:
 
 @frozen
 class CoreAITraced:
-    """A decoder that can be traced; see `Traced`.
+    """Decoders that can be traced, one a function; see `Traced`."""
 
-    Attributes:
-        module: the decoder.
-        spec: its signature.
-        present: externalization specs of its composites.
-        whole: the program traced from all layers and those of its composites, or None where layers repeat.
-        repetition: how they repeat.
-    """
-
-    module: nn.Module
-    spec: TraceSpec
-    present: list[Any]
-    whole: tuple[ExportedProgram, list[Any]] | None
-    repetition: Repetition | None = None
+    functions: Mapping[str, TracedFunction]
 
     def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
         """See `Traced.save`."""
@@ -166,20 +156,35 @@ class CoreAITraced:
             return read_program(self.lower(constants))
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
-        """The `AIProgram` of all layers."""
-        from coreai_zoo.backends.coreai.lowering import Converter, with_call_sites
+        """The `AIProgram` of all functions and layers."""
+        from coreai_zoo.backends.coreai.lowering import Converter
 
-        program, composites = self._whole()
-        converter = Converter(_named_state(program, constants))
-        return converter.convert(
-            program,
-            with_call_sites(composites, program),
-            input_names=[tensor.name for tensor in self.spec.inputs],
-            output_names=[tensor.name for tensor in self.spec.outputs],
-            state_names=[state.name for state in self.spec.states],
-        )
+        converter = Converter()
+        for name, function in self.functions.items():
+            program, composites = function.whole_program()
+            converter.add(name, program, composites, _named_state(program, constants), function.spec)
+        return converter.to_coreai()
 
-    def _whole(self) -> tuple[ExportedProgram, list[Any]]:
+
+@frozen
+class TracedFunction:
+    """The decoder of one function.
+
+    Attributes:
+        module: the decoder.
+        spec: its signature.
+        present: externalization specs of its composites.
+        whole: the program traced from all layers and those of its composites, or None where layers repeat.
+        repetition: how they repeat.
+    """
+
+    module: nn.Module
+    spec: TraceSpec
+    present: list[Any]
+    whole: tuple[ExportedProgram, list[Any]] | None
+    repetition: Repetition | None = None
+
+    def whole_program(self) -> tuple[ExportedProgram, list[Any]]:
         """The program of all layers, and its composites."""
         from coreai_zoo.lowering.extension import extend
         from coreai_zoo.lowering.trace import check_traced
@@ -197,7 +202,7 @@ class CoreAITraced:
         return program, composites
 
 
-def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> CoreAITraced:
+def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> TracedFunction:
     """Trace `module` with its composites kept whole. Where layers repeat, trace one of each kind to see that it can be
     done, and forget them: until the weights are there a deep decoder takes no more memory than a shallow one.
     """
@@ -210,10 +215,10 @@ def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> 
     if repetition is not None:
         try:
             _traced_short(module, spec, present, repetition.one_of_each)
-            return CoreAITraced(module, spec, present, None, repetition)
+            return TracedFunction(module, spec, present, None, repetition)
         except Exception as reason:  # noqa: BLE001  # as above
             _tell_that_all_are_traced(reason)
-    return CoreAITraced(module, spec, present, _traced_with_composites(module, spec, present))
+    return TracedFunction(module, spec, present, _traced_with_composites(module, spec, present))
 
 
 def _traced_short(
@@ -372,19 +377,21 @@ def _without_weights(asset: Path) -> Iterator[Any]:
             yield AIModelAsset.load(str(bare))
 
 
-def _read_signature(asset: Path) -> Signature:
-    """The signature of `main`, from the toolchain's summary.
+def _read_signatures(asset: Path) -> dict[str, Signature]:
+    """The signature of each function, from the toolchain's summary.
 
     Raises:
         CheckFailed: when the asset is damaged, or describes a tensor in words that are not known.
     """
     with _without_weights(asset) as bare:
         summary = bare.summary(include_statistics=False)
-        if summary is None or "main" not in summary.function_names:
-            raise RuntimeError("it has no function main")
+        if summary is None or not summary.function_names:
+            raise RuntimeError("it has no function")
         described = (summary.function_inputs, summary.function_states, summary.function_outputs)
-        inputs, states, outputs = ({name: _tensor(text) for name, text in of("main")} for of in described)
-    return Signature(inputs, states, outputs)
+        return {
+            name: Signature(*({tensor: _tensor(text) for tensor, text in of(name)} for of in described))
+            for name in summary.function_names
+        }
 
 
 def _read_constants(asset: Path) -> dict[str, memoryview]:
@@ -398,8 +405,10 @@ def _read_constants(asset: Path) -> dict[str, memoryview]:
     return {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
 
 
-def _read_state(asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, memoryview]:
-    """Name to bytes of every state; views of the mapped file, but for what the compiler moved among the operations.
+def _read_state(asset: Path, function: str, state: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, memoryview]:
+    """Name to bytes of every state of a function.
+
+    Views of the mapped file, but for what the compiler moved among the operations.
 
     Raises:
         CheckFailed: when the asset is damaged, or its constants are not those of `state`.
@@ -411,7 +420,7 @@ def _read_state(asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -
 
     stored = _read_constants(asset)
     with _without_weights(asset) as bare:
-        return read_state(bare.program, stored, state)
+        return read_state(bare.program, function, stored, state)
 
 
 def _read_program(asset: Path) -> Program:
@@ -445,6 +454,8 @@ class _Loaded:
         self._asset = asset
         self._loop = asyncio.new_event_loop()
         self._open = contextlib.AsyncExitStack()
+        self._model: Any = None
+        self._functions: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         from coreai.authoring import AIModelAsset
@@ -452,8 +463,7 @@ class _Loaded:
         try:
             _require_intact(self._asset)
             with _toolchain(), output_captured():
-                model = self.run(self._open.enter_async_context(AIModelAsset.load(str(self._asset)).executable()))
-                self.function = model.load_function("main")
+                self._model = self.run(self._open.enter_async_context(AIModelAsset.load(str(self._asset)).executable()))
         except (RuntimeError, KeyError, OSError) as error:
             self.__exit__()
             raise CheckFailed(
@@ -463,12 +473,26 @@ class _Loaded:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.function = None
+        self._functions.clear()
+        self._model = None
         self.run(self._open.aclose())
         self._loop.close()
 
     def run(self, coroutine: Any) -> Any:
         return self._loop.run_until_complete(coroutine)
+
+    def function(self, name: str) -> Any:
+        """The function called `name`, loaded once.
+
+        Raises:
+            CheckFailed: when there is none.
+        """
+        if name not in self._functions:
+            try:
+                self._functions[name] = self._model.load_function(name)
+            except (RuntimeError, KeyError) as error:
+                raise CheckFailed(f"{self._asset} has no function {name!r}.", "Build the bundle again.") from error
+        return self._functions[name]
 
 
 def _require_intact(asset: Path) -> None:
@@ -491,8 +515,9 @@ def _bytecode(asset: Path) -> Bytecode:
 class CoreAIStepper:
     """Steps a loaded asset; see `Stepper`."""
 
-    def __init__(self, loaded: _Loaded, spec: TraceSpec, capacity: int) -> None:
-        self._loaded, self._spec, self._capacity = loaded, spec, capacity
+    def __init__(self, loaded: _Loaded, functions: Mapping[str, TraceSpec], capacity: int) -> None:
+        self._loaded, self._functions, self._capacity = loaded, functions, capacity
+        self._decode = next(iter(functions))
         self.reset()
 
     def reset(self) -> None:
@@ -505,7 +530,7 @@ class CoreAIStepper:
             state.name: NDArray(
                 np.zeros([self._capacity if isinstance(size, str) else size for size in state.shape], state.dtype)
             )
-            for state in self._spec.states
+            for state in self._functions[self._decode].states
         }
 
     def step(self, token: int) -> np.ndarray[Any, Any]:
@@ -514,19 +539,27 @@ class CoreAIStepper:
         Raises:
             CheckFailed: when the context that the stepper was made for is full.
         """
+        logits = self.call(self._decode, [token])
+        assert logits is not None  # the function that decodes gives them
+        return logits[-1]
+
+    def call(self, function: str, tokens: Sequence[int]) -> np.ndarray[Any, Any] | None:
+        """Feed tokens to a function; the logits, float16 [S, V], None where it gives none.
+
+        Raises:
+            CheckFailed: when the context that the stepper was made for is full.
+        """
         import numpy as np
         from coreai.runtime import NDArray
 
-        if self._position >= self._capacity:
+        if self._position + len(tokens) > self._capacity:
             raise CheckFailed(f"The context of {self._capacity} positions is full.")
-        self._position += 1
-        inputs = {
-            "input_ids": NDArray(np.array([[token]], np.int32)),
-            "position_ids": NDArray(np.arange(self._position, dtype=np.int32)[None]),
-        }
-        outputs = self._loaded.run(self._loaded.function(inputs, self._states))
-        logits: np.ndarray[Any, Any] = np.array(outputs["logits"].numpy()[0, -1])
-        return logits
+        spec = self._functions[function]
+        values = spec.step(tokens, self._position)
+        inputs = {tensor.name: NDArray(np.array([values[tensor.name]], tensor.dtype)) for tensor in spec.inputs}
+        outputs = self._loaded.run(self._loaded.function(function)(inputs, self._states))
+        self._position += len(tokens)
+        return np.array(outputs[spec.outputs[0].name].numpy()[0]) if spec.outputs else None
 
     def state(self, name: str) -> np.ndarray[Any, Any]:
         """A copy of a state as it is now."""

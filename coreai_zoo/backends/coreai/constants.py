@@ -43,30 +43,30 @@ class _Found:
     uses: tuple[int, ...]
 
 
-def read_state(program: Any, stored: Mapping[str, memoryview], state: State) -> dict[str, memoryview]:
+def read_state(program: Any, function: str, stored: Mapping[str, memoryview], state: State) -> dict[str, memoryview]:
     """The bytes of each of `state`; see `Backend.state`.
 
     Args:
         program: an `AIProgram`; the bytes of its stored constants are not looked at.
+        function: whose constants are looked at.
         stored: these bytes, by name.
         state: shape and dtype of each state, by name.
 
     Raises:
         RuntimeError: when the constants are not those of `state`.
     """
-    placed = _placed(list(_main_constants(program)), state)
+    placed = _placed(list(_constants_of(program, function)), state)
     return {name: stored[place] if isinstance(place, str) else place for name, place in placed.items()}
 
 
-def _main_constants(program: Any) -> Iterator[_Found]:
-    """Every constant of the function `main` in its order."""
+def _constants_of(program: Any, function: str) -> Iterator[_Found]:
+    """Every constant of a function in its order."""
     module = program._module._mlir_module
-    mains = [
-        op for op in module.body.operations if "sym_name" in op.attributes and op.attributes["sym_name"].value == "main"
-    ]
-    if len(mains) != 1:
-        raise RuntimeError("it has no function main")
-    operations = list(mains[0].regions[0].blocks[0].operations)
+    named = [op for op in module.body.operations if "sym_name" in op.attributes]
+    graphs = [op for op in named if op.attributes["sym_name"].value == function]
+    if len(graphs) != 1:
+        raise RuntimeError(f"it has no function {function}")
+    operations = list(graphs[0].regions[0].blocks[0].operations)
     places = {operation.operation: place for place, operation in enumerate(operations)}
     for operation in operations:
         if operation.operation.name != "coreai.constant":

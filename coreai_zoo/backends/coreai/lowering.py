@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import coreai.authoring  # before the dialects, which import each other through it
@@ -38,7 +38,10 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from coreai_zoo.backend import Constant
-from coreai_zoo.backends.coreai.backend import _ALIGNMENT
+from coreai_zoo.signature import TraceSpec
+
+# A larger alignment is written but cannot be read back: AIModelAsset.summary() then expects sections aligned to 64.
+_ALIGNMENT = 16
 
 
 def element_type(dtype: str) -> Type:
@@ -57,44 +60,52 @@ State: TypeAlias = Mapping[str, Constant]
 
 
 class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no types
-    """Lowers one traced program whose state is given by name."""
+    """Lowers traced programs, one a function, whose state is given by name; state of one name is stored once."""
 
-    def __init__(self, state: Mapping[str, State]) -> None:
-        """Args: placeholder of the graph to what it stands for."""
+    def __init__(self) -> None:
         # Release mode records no stack traces, hence no path of the machine that built the bundle.
         super().__init__(mode=TorchConverter.Mode.RELEASE)
-        self._state = state
+        self._states: dict[int, Mapping[str, State]] = {}  # by identity of the program
+        self._attributes: dict[str, tuple[Any, Constant]] = {}  # by name
         self._quantized: dict[str, list[Value]] = {}  # by placeholder, until it is read
+        self._serial = itertools.count()
         self.register_torch_lowering("coreai_zoo::dequantize.default")(_lower_dequantize)
 
-    def convert(
+    def add(
         self,
+        name: str,
         program: ExportedProgram,
         composites: Sequence[_ExternalizedExportedProgram],
-        *,
-        input_names: Sequence[str],
-        output_names: Sequence[str],
-        state_names: Sequence[str],
-    ) -> Any:
-        """The lowered `AIProgram` with the one function `main`."""
+        state: Mapping[str, State],
+        spec: TraceSpec,
+    ) -> None:
+        """Add a function.
+
+        Args:
+            name: of the function.
+            program: what it computes.
+            composites: that it calls.
+            state: placeholder of its graph to what that stands for.
+            spec: its signature.
+        """
         # Not add_exported_program: it would unpack and repack every 4-bit weight in memory.
         validate_exported_program(program, self._user_defined_torch_lowering)
-        self._main = program
+        self._states[id(program)] = state
         self._staged.append(
             _StagedEntry(
                 exported_program=program,
-                input_names=input_names,
-                output_names=output_names,
-                state_names=state_names,
-                entrypoint_name="main",
-                _externalized_exported_programs=list(composites),
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
+                state_names=[tensor.name for tensor in spec.states],
+                entrypoint_name=name,
+                _externalized_exported_programs=_with_call_sites(composites, program, self._serial),
             )
         )
-        return self.to_coreai()
 
     def _handle_placeholder_op(self, node: fx.Node) -> None:
-        if self.exported_program is self._main and node.name in self._state:
-            constants = [_constant(name, constant) for name, constant in self._state[node.name].items()]
+        state = self._states.get(id(self.exported_program), {})
+        if node.name in state:
+            constants = [self._constant(name, constant) for name, constant in state[node.name].items()]
             if len(constants) == 1:
                 self._values_map[node.name] = constants[0]
             else:
@@ -105,17 +116,27 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
     def _handle_call_function_op(self, node: fx.Node) -> None:
         for read in node.all_input_nodes:
             # Where it is read first, as in a graph that was traced with quantized weights.
-            if read.name in self._quantized and self.exported_program is self._main:
+            if read.name in self._quantized and id(self.exported_program) in self._states:
                 self._values_map[read.name] = _dequantized(*self._quantized.pop(read.name))
         super()._handle_call_function_op(node)
 
+    def _constant(self, name: str, constant: Constant) -> Value:
+        """A constant that refers to the bytes where they are; functions that read the same weight share it."""
+        known = self._attributes.get(name)
+        if known is not None and not _same(known[1], constant):  # a literal of another function
+            return self._constant(f"{name}_{len(self._attributes)}", constant)
+        if known is None:
+            kind = RankedTensorType.get(list(constant.shape), element_type(constant.dtype))
+            buffer = memoryview(constant.data.reshape(-1)).cast("B")
+            attribute = DenseResourceElementsAttr.get_from_buffer(buffer, name, kind, alignment=_ALIGNMENT)
+            known = self._attributes.setdefault(name, (attribute, constant))
+        return coreai.ConstantOp(value=known[0]).result
 
-def _constant(name: str, constant: Constant) -> Value:
-    """A constant that refers to the bytes where they are."""
-    kind = RankedTensorType.get(list(constant.shape), element_type(constant.dtype))
-    buffer = memoryview(constant.data.reshape(-1)).cast("B")
-    attribute = DenseResourceElementsAttr.get_from_buffer(buffer, name, kind, alignment=_ALIGNMENT)
-    return coreai.ConstantOp(value=attribute).result
+
+def _same(one: Constant, other: Constant) -> bool:
+    """Whether two constants of one name are the same: stored weights are one object, literals are compared."""
+    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return one is other or (alike and bool((one.data == other.data).all()))
 
 
 def _splat_zero(shape: Sequence[int], element: Type) -> Value:
@@ -159,11 +180,17 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
     return list(distinct.values())
 
 
-def with_call_sites(
-    composites: Sequence[_ExternalizedExportedProgram], program: ExportedProgram
+def _with_call_sites(
+    composites: Sequence[_ExternalizedExportedProgram], program: ExportedProgram, serial: Iterator[int]
 ) -> list[_ExternalizedExportedProgram]:
-    """The composites with all their call sites in `program`, which calls no others, in place of those seen."""
-    own = [dataclasses.replace(composite, source_nodes=[]) for composite in composites]
+    """The composites with all their call sites in `program`, which calls no others, in place of those seen.
+
+    They are numbered anew: functions of one asset may not share the name of a composite.
+    """
+    own = [
+        dataclasses.replace(composite, source_nodes=[], name=f"{composite.composite_op_name}_{next(serial)}")
+        for composite in composites
+    ]
     known = {_call(node): at for at, composite in enumerate(composites) for node in composite.source_nodes}
     targets = {target for target, _ in known}
     for node in program.graph.nodes:

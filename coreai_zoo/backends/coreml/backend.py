@@ -11,7 +11,7 @@ import hashlib
 import math
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from coreai_zoo.backends.coreml.lowering import Converted
     from coreai_zoo.backends.coreml.package import Package
     from coreai_zoo.backends.coreml.reference import Interpreter
+
+FUNCTION = "main"
+"""The function of a package; coremltools gives it this name."""
 
 _REQUIRED = {"coremltools": "9.0"}
 
@@ -80,8 +83,15 @@ class CoreMLBackend:
 
         return version_warnings()
 
-    def require(self, spec: TraceSpec, quantizations: Collection[QuantizationSpec]) -> None:
+    def require(self, functions: Mapping[str, TraceSpec], quantizations: Collection[QuantizationSpec]) -> None:
         """See `Backend.require`."""
+        if list(functions) != [FUNCTION]:
+            raise BadInput(
+                f"The Core ML backend writes one function, {FUNCTION}, and the contract asks for "
+                f"{listing(list(functions))}.",
+                "Use another contract, or the backend coreai.",
+            )
+        spec = functions[FUNCTION]
         problems = list(chain.from_iterable(map(_state_problems, spec.states)))
         problems += [f"axis {name} is dynamic" for name in spec.axes]
         if problems:
@@ -97,24 +107,29 @@ class CoreMLBackend:
         """See `Backend.memory`: 363 MB at 4 layers, 609 at 64, of coremltools' program; weights take none."""
         return (340 + 4 * layers) * 2**20
 
-    def trace(self, module: nn.Module, spec: TraceSpec) -> CoreMLTraced:
+    def trace(self, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]) -> CoreMLTraced:
         """See `Backend.trace`."""
         from coreai_zoo.backends.coreml.lowering import convert
 
         checked_versions(_REQUIRED)
-        return CoreMLTraced(convert(module, spec))
+        return CoreMLTraced(convert(modules[FUNCTION], functions[FUNCTION]))
 
-    def signature(self, asset: Path) -> Signature:
-        """See `Backend.signature`."""
+    def signatures(self, asset: Path) -> Mapping[str, Signature]:
+        """See `Backend.signatures`."""
         with _opened(asset) as package:
-            return _signature(package)
+            return {FUNCTION: _signature(package)}
 
     def constants(self, asset: Path) -> Mapping[str, memoryview]:
         """See `Backend.constants`."""
         with _opened(asset) as package:
             return {name: _bytes(value) for name, value in _constants(package).items()}
 
-    def state(self, asset: Path, state: Mapping[str, tuple[tuple[int, ...], str]]) -> Mapping[str, memoryview]:
+    def state(
+        self,
+        asset: Path,
+        function: str,  # noqa: ARG002  # there is one
+        state: Mapping[str, tuple[tuple[int, ...], str]],
+    ) -> Mapping[str, memoryview]:
         """See `Backend.state`."""
         with _opened(asset) as package:
             found = _constants(package)
@@ -134,13 +149,13 @@ class CoreMLBackend:
             return _program(package)
 
     @contextlib.contextmanager
-    def stepper(self, asset: Path, spec: TraceSpec, capacity: int) -> Iterator[MILStepper]:
+    def stepper(self, asset: Path, functions: Mapping[str, TraceSpec], capacity: int) -> Iterator[MILStepper]:
         """See `Backend.stepper`."""
         from coreai_zoo.backends.coreml.reference import Interpreter
 
         with _opened(asset) as package:
             interpreter = Interpreter(package)
-        yield MILStepper(interpreter, spec, capacity)
+        yield MILStepper(interpreter, functions[FUNCTION], capacity)
 
 
 def _state_problems(state: StateSpec) -> Iterator[str]:
@@ -340,23 +355,32 @@ class MILStepper:
         Raises:
             CheckFailed: when the context is full, or the program does what it does not declare.
         """
+        logits = self.call(FUNCTION, [token])
+        assert logits is not None
+        last: np.ndarray[Any, Any] = logits[-1]
+        return last
+
+    def call(self, function: str, tokens: Sequence[int]) -> np.ndarray[Any, Any] | None:  # noqa: ARG002  # there is one
+        """Feed tokens; the logits, float16 [S, V], None where there are none; raises as `step` does."""
         import torch
 
         from coreai_zoo.backends.coreml.package import Damaged
 
-        if self._position >= self._context:
+        if self._position + len(tokens) > self._context:
             raise CheckFailed(f"The context of {self._context} positions is full.")
-        values = {"input_ids": token, "position_ids": self._position}
+        values = self._spec.step(tokens, self._position)
         inputs = {
-            tensor.name: torch.tensor([[values[tensor.name]]], dtype=getattr(torch, tensor.dtype))
+            tensor.name: torch.tensor([values[tensor.name]], dtype=getattr(torch, tensor.dtype))
             for tensor in self._spec.inputs
         }
-        self._position += 1
+        self._position += len(tokens)
         try:
             outputs = self._interpreter.run(inputs, self._states)
         except (Damaged, KeyError, IndexError, RuntimeError, ValueError) as error:
             raise CheckFailed(f"The package cannot be run: {str(error).strip()[:300]}.") from error
-        logits: np.ndarray[Any, Any] = outputs["logits"][0, -1].numpy()
+        if not self._spec.outputs:
+            return None
+        logits: np.ndarray[Any, Any] = outputs[self._spec.outputs[0].name][0].numpy()
         return logits
 
     def state(self, name: str) -> np.ndarray[Any, Any]:

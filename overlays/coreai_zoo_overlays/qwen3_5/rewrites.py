@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 from coreai_zoo.contracts import Contract
 from coreai_zoo.overlay import LayerRewrite
+from coreai_zoo.signature import TraceSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def layer_rewrites(contract: Contract) -> tuple[LayerRewrite, ...]:
-    """The rewrites of a contract that hands over one token per call; none otherwise."""
-    if contract.query_length != 1:
+def layer_rewrites(contract: Contract, function: TraceSpec) -> tuple[LayerRewrite, ...]:
+    """The rewrites of a function that takes one token per call; none otherwise."""
+    if function.query_length != 1:
         return ()
     one_token = (
         LayerRewrite(
@@ -21,12 +22,14 @@ def layer_rewrites(contract: Contract) -> tuple[LayerRewrite, ...]:
             pattern="model.layers.*.linear_attn.rule",
             reason="the loop over tokens does not lower on the GPU delegate of the macOS 27 betas",
             apply=_loop_free_step,
+            keeps_parameters=True,
         ),
         LayerRewrite(
             name="conv-as-shifts",
             pattern="model.layers.*.linear_attn.conv1d",
             reason="with one token the convolution is K multiplies, and the compiler folds no weight of it",
             apply=_conv_as_shifts,
+            keeps_parameters=True,
         ),
     )
     if not contract.fixed_context:
@@ -38,6 +41,7 @@ def layer_rewrites(contract: Contract) -> tuple[LayerRewrite, ...]:
             pattern="model.layers.*.self_attn.attend",
             reason="no axis of the function may be dynamic, so the new key is written by position and the rest masked",
             apply=_fixed_context_attention,
+            keeps_parameters=True,
         ),
     )
 

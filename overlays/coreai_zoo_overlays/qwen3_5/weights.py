@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coreai_zoo.overlay import Drop, Part, Transform, WeightMap, WeightRule
+from coreai_zoo.overlay import Drop, Part, Role, Transform, WeightMap, WeightRule
 
 from .config import Qwen35Config
 
@@ -38,6 +38,22 @@ PREFIXES = (("model.language_model.", "model."),)
 
 LAYER = "model.layers.{layer}."
 
+ROLES = (
+    Role("embedding", "token embedding table", "embedding"),
+    Role("head", "output projection to the vocabulary", "head"),
+    Role("attention", "q, k, v and o projections of softmax attention", "body"),
+    Role("gdn.in", "input projections of a gated delta net", "body"),
+    Role("gdn.out", "output projection of a gated delta net", "body"),
+    Role("gdn.conv", "depthwise causal convolution of a gated delta net"),
+    Role("mlp", "dense feed-forward projections, a shared expert's included", "body"),
+    Role("moe.expert", "routed experts", "body", routed=True),
+    Role("moe.router", "router", router=True),
+    Role("moe.shared_gate", "gate of the shared expert"),
+    Role("norm", "normalisation gains"),
+    Role("scalar", "per-head decays, biases and other small vectors"),
+)
+"""What a weight does, in the order in which reports name them."""
+
 
 def weight_map(config: Qwen35Config) -> WeightMap:
     """The table for one config: a tied head may stand in for what is not stored; the switch decides the rest."""
@@ -52,7 +68,7 @@ def weight_map(config: Qwen35Config) -> WeightMap:
         *_GATED_DELTA_NET,
         *(_MLP if config.moe is None else _MOE),
     )
-    return WeightMap(rules, _drops(config), PREFIXES)
+    return WeightMap(rules, _drops(config), PREFIXES, roles=ROLES)
 
 
 def _rule(name: str, role: str, transform: Transform | None = None, *, target: str = "") -> WeightRule:
