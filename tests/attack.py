@@ -135,13 +135,17 @@ class Target:
     @property
     def bounds_kind(self) -> Kind:
         """Which bounds it is held to."""
-        return "dense" if self.config.moe is None else "routed"
+        return "dense" if self._experts_per_token is None else "routed"
+
+    @property
+    def _experts_per_token(self) -> int | None:
+        experts: int | None = OVERLAY.facts(self.config).get("experts_per_token")
+        return experts
 
     def compare(self, found: Activations) -> Verdict:
         """The margin rule on what a candidate computed."""
-        experts = None if self.config.moe is None else self.config.moe.top_k
         with np.errstate(all="ignore"):  # mutants overflow
-            return rule.compare(self.tokens, self.oracle, found, experts)
+            return rule.compare(self.tokens, self.oracle, found, self._experts_per_token)
 
     def run(self, mutant: Mutant, recipe: Recipe) -> Activations:
         """What the mutated decoder computes."""

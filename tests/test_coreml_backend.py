@@ -119,12 +119,12 @@ class Judged:
 
 def judge(resolved: Design, checkpoint: Checkpoint, tokens: list[int], logits: np.ndarray[Any, Any]) -> Judged:
     """Against transformers in fp32, by the bounds of PyTorch's arithmetic, which the interpreter's is."""
-    moe = resolved.model.config.moe
+    experts = resolved.facts.get("experts_per_token")
     oracle = Oracle(checkpoint, checkpoint.config).run(tokens)
     with np.errstate(all="ignore"):
-        verdict = rule.compare(tokens, oracle, Activations(logits), None if moe is None else moe.top_k)
+        verdict = rule.compare(tokens, oracle, Activations(logits), experts)
     roles = {role: None if spec is None else {"dtype": spec.dtype} for role, spec in resolved.stored_roles.items()}
-    kind = "dense" if moe is None else "routed"
+    kind = "dense" if experts is None else "routed"
     bounds = of_recipe(roles, resolved.facts["layers"], "torch", kind)
     return Judged(verdict, [check.name for check in check_bounds(verdict, bounds) if not check.passed])
 

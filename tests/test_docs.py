@@ -30,7 +30,7 @@ from coreai_zoo.plugins import HOOKS, Plugins, default_plugins
 from coreai_zoo.recipes import RECIPES
 from coreai_zoo.signature import KVCache
 from coreai_zoo_overlays import qwen3_5
-from coreai_zoo_overlays.qwen3_5.weights import ROLES
+from coreai_zoo_overlays.qwen3_5.table import ROLES
 from documents import DOCS, blocks, first_column, public_modules, read, sections
 from toy_plugin import ToyOverlay
 

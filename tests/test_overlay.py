@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo_overlays import qwen3_5
-from coreai_zoo_overlays.qwen3_5 import feed_forward, gated_delta_net
+from coreai_zoo_overlays.qwen3_5 import dense_or_moe, feed_forward, gated_delta_net, table
 from decoders import OVERLAY, feed, fresh_states, load_decoder, paths, rewrites_of, signature
 from reference import whole_model
 
 KINDS = ("dense", "moe")
+SOURCES = {path.stem: path.read_text() for path in Path(qwen3_5.__file__).parent.glob("*.py")}
 
 
 def layout(config: dict[str, Any]) -> nn.Module:
@@ -61,6 +65,83 @@ def test_dense_and_moe_differ_in_nothing_but_the_feed_forward() -> None:
         for kind in KINDS
     ]
     assert shapes[0] == shapes[1]
+
+
+# What nobody can say who does not know which kind of feed-forward it is.
+CLASSES = {"Dense", "MoE"}
+WORDS = {"dense", "moe", *qwen3_5.MODEL_TYPES, *dense_or_moe.MoE.facts.values()}
+
+
+def mentions(tree: ast.AST) -> set[str]:
+    """Names, attributes and strings of a piece of code, docstrings left out."""
+    strings = {statement.value for statement in ast.walk(tree) if isinstance(statement, ast.Expr)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+                found.add(name)
+            case ast.Constant(value=str(text)) if node not in strings:
+                found.add(text)
+    return found
+
+
+def decided_on(node: ast.AST) -> Iterator[ast.AST]:
+    """What decides, in a statement or an expression that takes one of several ways."""
+    match node:
+        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test) | ast.Assert(test=test):
+            yield test
+        case ast.Match(subject=subject):
+            yield subject
+        case ast.comprehension(ifs=tests):
+            yield from tests
+        case ast.BoolOp() | ast.Compare():
+            yield node
+        case ast.Call(func=ast.Name(id="isinstance" | "issubclass" | "hasattr" | "type")):
+            yield node
+
+
+def switches(module: str, source: str) -> set[str]:
+    """Functions of a module that look which kind of feed-forward they have, and `module` for what stands outside."""
+    kinds = CLASSES | WORDS | {"feed_forward", "kind_of", "model_types"}
+    words = CLASSES | WORDS - {OVERLAY.name}
+    found: set[str] = set()
+    for top in ast.parse(source).body:
+        name = top.name if isinstance(top, ast.FunctionDef | ast.ClassDef) else "module"
+        tests = [test for node in ast.walk(top) for test in decided_on(node)]
+        if (module != "dense_or_moe" and mentions(top) & words) or any(mentions(test) & kinds for test in tests):
+            found.add(f"{module}.{name}")
+    return found
+
+
+def test_one_function_tells_dense_from_moe_and_only_config_and_facts_ask_it() -> None:
+    found = {place for module, source in SOURCES.items() for place in switches(module, source)}
+    assert found == {"dense_or_moe.kind_of"}
+    asked = {
+        f"{module}.{function.name}"
+        for module, source in SOURCES.items()
+        for function in ast.parse(source).body
+        if isinstance(function, ast.FunctionDef) and "kind_of" in mentions(function)
+    }
+    assert asked == {"config.read_config", "facts.config_of_facts"}
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("weights", "def late(config): return 1 if config.feed_forward.name == OTHER else 2"),
+        ("weights", 'def late(config): return {"moe": 1}[config.feed_forward.name]'),
+        ("facts", 'def late(facts): return facts["ffn"] == "dense"'),
+        ("config", "def late(config): return config.feed_forward.num_experts"),
+        ("decoder", 'def late(config): return getattr(config.feed_forward, "num_experts", 0)'),
+        ("decoder", "def late(config):\n    assert isinstance(config.feed_forward, Sparse)"),
+        ("decoder", "def late(config):\n    match config.feed_forward:\n        case _: return 1"),
+        ("states", 'def late(hf_config): return hf_config["model_type"] == "qwen3_5"'),
+        ("states", 'def late(sizes): return sizes["qwen3_5_moe"]'),
+        ("dense_or_moe", "def late(kind): return 1 if kind is MoE else 2"),
+    ],
+)
+def test_a_second_switch_is_found(module: str, line: str) -> None:
+    assert f"{module}.late" in switches(module, f"{SOURCES[module]}\n\n{line}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +339,37 @@ def test_every_weight_has_a_role_that_fits_its_kind() -> None:
         assert all(role == "norm" for name, role in roles.items() if "norm" in name)
 
 
+def test_the_table_of_roles_holds_those_that_a_weight_has_and_no_other() -> None:
+    maps = [qwen3_5.weight_map(OVERLAY.read_config(TEXT_CONFIGS[kind])) for kind in KINDS]
+    assert {rule.role for weight_map in maps for rule in weight_map.rules} == set(table.ROLES)
+    with pytest.raises(ValueError, match="role"):
+        table.Row("bias", (1,), "gdn.bias")
+
+
 def test_a_slice_leaves_out_the_layers_beyond_it_and_nothing_else() -> None:
     config = OVERLAY.read_config(OVERLAY.with_layers(text_config("dense", num_hidden_layers=8), 3))
     dropped = {drop.source for drop in qwen3_5.weight_map(config).drops if drop.source.startswith("model.layers.")}
     assert dropped == {f"model.layers.{layer}.**" for layer in range(3, 8)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For a reader
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_reading_order_names_every_module_and_is_the_same_on_the_page(root: Path) -> None:
+    modules = set(SOURCES) - {"__init__"}
+    docstring, page = (ast.get_docstring(ast.parse(SOURCES["__init__"])) or "", (root / "docs/overlay.md").read_text())
+    orders = [
+        [name for name in re.findall(r"`(\w+)`", text.partition(start)[2]) if name in modules][: len(modules)]
+        for text, start in ((docstring, "Read in this order"), (page, "Read the code in the order"))
+    ]
+    assert sorted(orders[0]) == sorted(modules)
+    assert orders[0] == orders[1]
+
+
+def test_each_module_opens_by_saying_how_it_differs_from_transformers() -> None:
+    silent = [
+        name for name, source in SOURCES.items() if "transformers" not in (ast.get_docstring(ast.parse(source)) or "")
+    ]
+    assert not silent

@@ -20,7 +20,7 @@ from coreai_zoo.overlay import RoleKind
 from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, Recipe, find_recipe
 from coreai_zoo.weights.formats import has_zero_points, pack_int4, unpack_int4
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, dequantize_rows, quantize_rows, workers
-from coreai_zoo_overlays.qwen3_5.weights import ROLES
+from coreai_zoo_overlays.qwen3_5.table import ROLES
 
 INTEGERS: tuple[Any, ...] = ("int4", "int8", "uint4", "uint8")
 SCHEMES: tuple[Any, ...] = ("symmetric", "symmetric_with_clipping", "asymmetric")

@@ -27,7 +27,7 @@ from coreai_zoo.weights.formats import has_zero_points, pack_int4
 from coreai_zoo.weights.plan import ParameterInfo, PlannedTensor, WeightPlan, plan_weights
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, QUANTIZER_VERSION, quantize_rows
 from coreai_zoo.weights.store import JOURNAL, PARTIAL, FillReport, WeightStore
-from coreai_zoo_overlays.qwen3_5.weights import ROLES
+from coreai_zoo_overlays.qwen3_5.table import ROLES
 
 INT8 = find_recipe("int8hu")
 # Files of the same sizes as int8hu's, with other bits in them.

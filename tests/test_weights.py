@@ -23,7 +23,7 @@ from coreai_zoo.weights.plan import (
     plan_weights,
     plan_without_checkpoint,
 )
-from coreai_zoo_overlays.qwen3_5.weights import ROLES
+from coreai_zoo_overlays.qwen3_5.table import ROLES
 
 FP16, INT8 = find_recipe("fp16"), find_recipe("int8hu")
 EXPERTS = (

@@ -1,7 +1,9 @@
 """The `qwen3_5` overlay: Qwen3.5, Qwen3.6 and their relatives, dense and mixture-of-experts.
 
-Read in this order: `config`, `states`, `decoder`, `attention`, `gated_delta_net`, `feed_forward`, then what the host is
-told about them: `parameters`, `weights`, `rewrites`, `quantization`. Only the modules that hold layers import torch.
+Read in this order: `config` (`reader` checks its fields), `states`, `decoder`, `attention`, `gated_delta_net`,
+`feed_forward`, `dense_or_moe`, then what the host is told about them: `table`, `weights`, `facts`, `rewrites`,
+`quantization`. Each module opens by saying how it differs from transformers, and why. Only the modules that hold layers
+import torch.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from coreai_zoo.contracts import Contract
 from coreai_zoo.overlay import ParameterInfo
 from coreai_zoo.signature import KVCache
 
-from .config import MODEL_TYPES, Qwen35Config, config_of_facts, facts_of, read_config, with_layers
-from .parameters import parameters, stored_parameters
+from .config import Qwen35Config, read_config, with_layers
+from .dense_or_moe import MODEL_TYPES
+from .facts import config_of_facts, facts_of
 from .quantization import HEAD
 from .rewrites import layer_rewrites
 from .states import extra_states, kv_cache
-from .weights import weight_map
+from .weights import parameters, weight_map
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +47,7 @@ class Qwen35Overlay:
 
     def facts(self, config: Qwen35Config) -> Mapping[str, Any]:
         """What an entry states of a config and a card prints."""
-        return {**facts_of(config), "parameters": stored_parameters(config)}
+        return facts_of(config)
 
     def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """A `config.json` with these facts."""

@@ -18,7 +18,6 @@ from coreai_zoo.composites import RMSNorm
 
 from .attention import Attention, RotaryEmbedding
 from .config import FULL, Qwen35Config
-from .feed_forward import feed_forward
 from .gated_delta_net import GatedDeltaNet
 from .states import FixedStates, LayerStates
 
@@ -110,7 +109,7 @@ class DecoderLayer(nn.Module):
             self.self_attn = Attention(config)
         else:
             self.linear_attn = GatedDeltaNet(config)
-        self.mlp = feed_forward(config)
+        self.mlp = config.feed_forward.layer(config.hidden_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -14,16 +14,6 @@ from torch import Tensor, nn
 
 from coreai_zoo.composites import GatherMM
 
-from .config import MoEConfig, Qwen35Config
-
-
-def feed_forward(config: Qwen35Config) -> nn.Module:
-    """The dense / no-router switch, and the only place where the two models differ."""
-    if config.moe is not None:
-        return SparseMoE(config.hidden_size, config.moe)
-    assert config.intermediate_size is not None  # read_config requires it of a dense model
-    return MLP(config.hidden_size, config.intermediate_size)
-
 
 class MLP(nn.Module):
     """SwiGLU."""
@@ -42,12 +32,14 @@ class MLP(nn.Module):
 class SparseMoE(nn.Module):
     """K of E experts by a softmax router, plus a shared expert that every token visits through a gate."""
 
-    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+    def __init__(
+        self, hidden_size: int, *, experts: int, top_k: int, intermediate_size: int, shared_intermediate_size: int
+    ) -> None:
         super().__init__()
-        self.top_k = config.top_k
-        self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
-        self.experts = Experts(config.num_experts, hidden_size, config.intermediate_size)
-        self.shared_expert = MLP(hidden_size, config.shared_intermediate_size)
+        self.top_k = top_k
+        self.gate = nn.Linear(hidden_size, experts, bias=False)
+        self.experts = Experts(experts, hidden_size, intermediate_size)
+        self.shared_expert = MLP(hidden_size, shared_intermediate_size)
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

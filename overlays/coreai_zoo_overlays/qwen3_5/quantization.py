@@ -1,4 +1,8 @@
-"""How the head is quantized, and why it is not like the rest."""
+"""How the head is quantized, and why it is not like the rest.
+
+Differs from transformers' quantizers in that they leave the head in floats. Here it is quantized, since every token
+reads all of it, with scales of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Which layers take another form, per engine contract, and why."""
+"""Which layers take another form, per engine contract, and why.
+
+transformers chooses the form when a layer runs, by the number of tokens it is given and the kernels that are installed.
+A graph has nothing left to choose, so the contract does, before the graph is made. The decoder is built in the
+reference form, which is compared with transformers; each rewrite puts the form in its place that the contract needs.
+"""
 
 from __future__ import annotations
 

@@ -1,28 +1,99 @@
-"""Checkpoint to decoder, as a table.
+"""Every parameter of the decoder, as one table: its shape, its role, and the checkpoint tensor that fills it.
 
-Names on the left are those of a flat checkpoint; the prefixes say how else they are spelled. The right-hand side is
-left out where it is the same. Three things change values or shapes: RMSNorm gains are stored minus one (but not the
-gated output norm of a GatedDeltaNet), the decay is stored as a logarithm, and the convolution has one axis more.
+Differs from transformers in that this is told apart from the layers: `parameters` answers what `zoo plan` adds up
+without importing torch, `weight_map` what a build reads. A build and a test compare the table with the decoder, name by
+name, so each module's rows stand in the module's own order.
+
+Names are those of a flat checkpoint. Three things change values or shapes: RMSNorm gains are stored minus one (but not
+the gated output norm of a gated delta net), the decay is stored as a logarithm, and the convolution has one axis more.
+
+Shapes: D hidden, V vocabulary, Hq query heads, Hkv key / value heads, Dh head width; of a gated delta net Hv value
+heads of width Dv, C convolution channels, K taps.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
 
-from coreai_zoo.overlay import Drop, Part, Role, Transform, WeightMap, WeightRule
+from coreai_zoo.overlay import Drop, ParameterInfo, WeightMap, WeightRule
 
-from .config import Qwen35Config
+from .config import FULL, LINEAR, Qwen35Config
+from .table import MINUS_EXP, ONE_PLUS, ROLES, Row, below
 
-if TYPE_CHECKING:
-    from torch import Tensor
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Wrapped checkpoints put the text model under model.language_model.
+PREFIXES = (("model.language_model.", "model."),)
 
 
-def _one_plus(weight: Tensor) -> Tensor:
-    return 1.0 + weight
+def parameters(config: Qwen35Config, dtype: str) -> dict[str, ParameterInfo]:
+    """Name, shape and dtype of every parameter of a decoder in `dtype`."""
+    rows = _decoder(config, enumerate(config.layer_types))
+    return {row.name: ParameterInfo(row.shape, "float32" if row.float32 else dtype) for row in rows}
 
 
-def _minus_exp(logarithm: Tensor) -> Tensor:
-    return -logarithm.exp()
+def weight_map(config: Qwen35Config) -> WeightMap:
+    """Which checkpoint tensor fills which parameter, and what is left out: one rule stands for all layers of a kind."""
+    rows = _decoder(config, (("{layer}", LINEAR), ("{layer}", FULL)))
+    rules = dict.fromkeys(rule for row in rows for rule in row.rules())  # layers of both kinds have some in common
+    tied = _TIED if config.tie_word_embeddings else ()
+    return WeightMap((*rules, *tied), _drops(config), PREFIXES, roles=ROLES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _decoder(config: Qwen35Config, layers: Iterable[tuple[int | str, str]]) -> Iterator[Row]:
+    """The whole decoder with these `layers`, each an index (or what stands for it in a pattern) and a kind."""
+    vocabulary = (config.vocab_size, config.hidden_size)  # [V, D]
+    rows = {kind: _layer(config, kind) for kind in (LINEAR, FULL)}
+    yield Row(EMBEDDING, vocabulary, "embedding")
+    for index, kind in layers:
+        yield from below(f"model.layers.{index}", rows[kind])
+    yield Row("model.norm.weight", (config.hidden_size,), "norm", ONE_PLUS)
+    yield Row(LM_HEAD, vocabulary, "head")
+
+
+def _layer(config: Qwen35Config, kind: str) -> tuple[Row, ...]:
+    mixer, rows = ("self_attn", _attention) if kind == FULL else ("linear_attn", _gated_delta_net)
+    return (
+        *below(mixer, rows(config)),
+        *below("mlp", config.feed_forward.rows(config.hidden_size)),
+        Row("input_layernorm.weight", (config.hidden_size,), "norm", ONE_PLUS),
+        Row("post_attention_layernorm.weight", (config.hidden_size,), "norm", ONE_PLUS),
+    )
+
+
+def _attention(config: Qwen35Config) -> tuple[Row, ...]:
+    hidden, head = config.hidden_size, config.head_dim
+    width, kv_width = config.num_attention_heads * head, config.num_key_value_heads * head
+    return (
+        Row("q_proj.weight", (2 * width, hidden), "attention"),  # [2 Hq Dh, D]: queries and their gate
+        Row("k_proj.weight", (kv_width, hidden), "attention"),  # [Hkv Dh, D]
+        Row("v_proj.weight", (kv_width, hidden), "attention"),
+        Row("o_proj.weight", (hidden, width), "attention"),
+        Row("q_norm.weight", (head,), "norm", ONE_PLUS),
+        Row("k_norm.weight", (head,), "norm", ONE_PLUS),
+    )
+
+
+def _gated_delta_net(config: Qwen35Config) -> tuple[Row, ...]:
+    hidden, heads = config.hidden_size, config.linear_num_value_heads
+    convolution = (config.conv_dim, config.linear_conv_kernel_dim)  # [C, K]
+    return (
+        # The decay's constants are fp32 in any decoder; see `gated_delta_net`.
+        Row("A", (heads,), "scalar", MINUS_EXP, source="A_log", float32=True),  # [Hv]
+        Row("dt_bias", (heads,), "scalar", float32=True),
+        Row("in_proj_qkv.weight", (config.conv_dim, hidden), "gdn.in"),  # [C, D]
+        Row("in_proj_z.weight", (config.value_dim, hidden), "gdn.in"),  # [Hv Dv, D]
+        Row("in_proj_b.weight", (heads, hidden), "gdn.in"),
+        Row("in_proj_a.weight", (heads, hidden), "gdn.in"),
+        Row("conv1d.weight", convolution, "gdn.conv", source_shape=_depthwise),
+        Row("norm.weight", (config.linear_value_head_dim,), "norm"),  # [Dv]
+        Row("out_proj.weight", (hidden, config.value_dim), "gdn.out"),
+    )
 
 
 def _depthwise(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -30,116 +101,17 @@ def _depthwise(shape: tuple[int, ...]) -> tuple[int, ...]:
     return channels, 1, taps
 
 
-ONE_PLUS = Transform("1 + weight", _one_plus)
-MINUS_EXP = Transform("-exp(weight)", _minus_exp)
-
-# Wrapped checkpoints put the text model under model.language_model.
-PREFIXES = (("model.language_model.", "model."),)
-
-LAYER = "model.layers.{layer}."
-
-ROLES = (
-    Role("embedding", "token embedding table", "embedding"),
-    Role("head", "output projection to the vocabulary", "head"),
-    Role("attention", "q, k, v and o projections of softmax attention", "body"),
-    Role("gdn.in", "input projections of a gated delta net", "body"),
-    Role("gdn.out", "output projection of a gated delta net", "body"),
-    Role("gdn.conv", "depthwise causal convolution of a gated delta net"),
-    Role("mlp", "dense feed-forward projections, a shared expert's included", "body"),
-    Role("moe.expert", "routed experts", "body", routed=True),
-    Role("moe.router", "router", router=True),
-    Role("moe.shared_gate", "gate of the shared expert"),
-    Role("norm", "normalisation gains"),
-    Role("scalar", "per-head decays, biases and other small vectors"),
-)
-"""What a weight does, in the order in which reports name them."""
-
-
-def weight_map(config: Qwen35Config) -> WeightMap:
-    """The table for one config: a tied head may stand in for what is not stored; the switch decides the rest."""
-    rules = (
-        WeightRule("model.embed_tokens.weight", "model.embed_tokens.weight", "embedding"),
-        WeightRule("lm_head.weight", "lm_head.weight", "head"),
-        *(_TIED if config.tie_word_embeddings else ()),
-        WeightRule("model.norm.weight", "model.norm.weight", "norm", ONE_PLUS),
-        _rule("input_layernorm.weight", "norm", ONE_PLUS),
-        _rule("post_attention_layernorm.weight", "norm", ONE_PLUS),
-        *_ATTENTION,
-        *_GATED_DELTA_NET,
-        *(_MLP if config.moe is None else _MOE),
-    )
-    return WeightMap(rules, _drops(config), PREFIXES, roles=ROLES)
-
-
-def _rule(name: str, role: str, transform: Transform | None = None, *, target: str = "") -> WeightRule:
-    """A row for a tensor of every layer."""
-    return WeightRule(LAYER + name, LAYER + (target or name), role, transform)
-
-
 # A tied checkpoint stores one of the two. Where it stores both, transformers uses both, and so do we.
 _TIED = (
-    WeightRule("model.embed_tokens.weight", "lm_head.weight", "head", fallback=True),
-    WeightRule("lm_head.weight", "model.embed_tokens.weight", "embedding", fallback=True),
-)
-
-_ATTENTION = (
-    _rule("self_attn.q_proj.weight", "attention"),
-    _rule("self_attn.k_proj.weight", "attention"),
-    _rule("self_attn.v_proj.weight", "attention"),
-    _rule("self_attn.o_proj.weight", "attention"),
-    _rule("self_attn.q_norm.weight", "norm", ONE_PLUS),
-    _rule("self_attn.k_norm.weight", "norm", ONE_PLUS),
-)
-
-_GATED_DELTA_NET = (
-    _rule("linear_attn.in_proj_qkv.weight", "gdn.in"),
-    _rule("linear_attn.in_proj_z.weight", "gdn.in"),
-    _rule("linear_attn.in_proj_b.weight", "gdn.in"),
-    _rule("linear_attn.in_proj_a.weight", "gdn.in"),
-    WeightRule(
-        LAYER + "linear_attn.conv1d.weight",
-        LAYER + "linear_attn.conv1d.weight",
-        "gdn.conv",
-        source_shape=_depthwise,
-    ),
-    _rule("linear_attn.A_log", "scalar", MINUS_EXP, target="linear_attn.A"),
-    _rule("linear_attn.dt_bias", "scalar"),
-    _rule("linear_attn.norm.weight", "norm"),
-    _rule("linear_attn.out_proj.weight", "gdn.out"),
-)
-
-_MLP = (
-    _rule("mlp.gate_proj.weight", "mlp"),
-    _rule("mlp.up_proj.weight", "mlp"),
-    _rule("mlp.down_proj.weight", "mlp"),
-)
-
-
-def _expert(name: str, target: str, piece: int = 0, pieces: int = 1) -> WeightRule:
-    """A row for one projection of one expert, where experts are stored one by one."""
-    part = Part(index="expert", piece=piece, pieces=pieces)
-    return WeightRule(LAYER + "mlp.experts.{expert}." + name, LAYER + "mlp.experts." + target, "moe.expert", part=part)
-
-
-_MOE = (
-    _rule("mlp.gate.weight", "moe.router"),
-    # Packed, as released, or one by one, as transformers saves them: the checkpoint decides.
-    _rule("mlp.experts.gate_up_proj", "moe.expert"),
-    _rule("mlp.experts.down_proj", "moe.expert"),
-    _expert("gate_proj.weight", "gate_up_proj", piece=0, pieces=2),
-    _expert("up_proj.weight", "gate_up_proj", piece=1, pieces=2),
-    _expert("down_proj.weight", "down_proj"),
-    _rule("mlp.shared_expert.gate_proj.weight", "mlp"),
-    _rule("mlp.shared_expert.up_proj.weight", "mlp"),
-    _rule("mlp.shared_expert.down_proj.weight", "mlp"),
-    _rule("mlp.shared_expert_gate.weight", "moe.shared_gate"),
+    WeightRule(EMBEDDING, LM_HEAD, "head", fallback=True),
+    WeightRule(LM_HEAD, EMBEDDING, "embedding", fallback=True),
 )
 
 
 def _drops(config: Qwen35Config) -> tuple[Drop, ...]:
-    drops = (
+    beyond = range(config.num_hidden_layers, config.sliced_from or 0)
+    return (
         Drop("model.visual.**", "vision tower: the bundle is text only"),
         Drop("mtp.**", "multi-token-prediction head: the contract decodes one token per step"),
+        *(Drop(f"model.layers.{layer}.**", "layer beyond the slice") for layer in beyond),
     )
-    beyond = range(len(config.layer_types), config.sliced_from or 0)
-    return drops + tuple(Drop(f"model.layers.{layer}.**", "layer beyond the slice") for layer in beyond)
