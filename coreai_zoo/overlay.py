@@ -110,7 +110,8 @@ class Transform:
 
     Attributes:
         name: what it does, for reports.
-        apply: maps a block of rows, float32 [rows, columns], to float32 [rows, columns]; must not look across rows.
+        apply: maps a block of rows, float32 [rows, columns], to float32 [rows, columns]; must not look across rows, and
+            must take any finite values: the weight store tells a changed transform by what it makes of some.
     """
 
     name: str

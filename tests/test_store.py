@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from safetensors.torch import save_file
 
 from coreai_zoo.checkpoint.files import Checkpoint
@@ -275,6 +276,59 @@ def test_a_transform_of_another_name_computes_exactly_its_tensor(checkpoint: Che
     renamed = Transform("-exp, revised", lambda weight: -weight.exp())
     rules = (RULES[0], WeightRule("decay", "decay", "scalar", renamed), *RULES[2:])
     assert computed(store, plan(checkpoint, rules=rules), checkpoint) == ["decay"]
+
+
+def retold(name: str, apply: Callable[[torch.Tensor], torch.Tensor]) -> tuple[WeightRule, ...]:
+    """The rules with other code under the name of a transform."""
+    return tuple(
+        evolve(rule, transform=Transform(name, apply)) if rule.transform and rule.transform.name == name else rule
+        for rule in RULES
+    )
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda weight: -(1.001 * weight).exp(),
+        lambda weight: -weight.clamp(max=50).exp(),
+        lambda weight: -weight.exp() * (weight != 0),
+        lambda weight: torch.cat([-weight[:, :-1].exp(), weight[:, -1:]], dim=1),
+    ],
+)
+def test_a_transform_that_computes_something_else_under_its_name_computes_exactly_its_tensor(
+    checkpoint: Checkpoint, store: WeightStore, apply: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    changed = plan(checkpoint, rules=retold("-exp", apply))
+    assert computed(store, changed, checkpoint) == ["decay"]
+    expected = apply(values()["decay"].float()[None])[0]
+    assert torch.equal(torch.from_numpy(WeightStore(store.directory)["decay"].data()), expected)
+    assert computed(store, changed, checkpoint) == []
+
+
+@pytest.mark.parametrize("apply", [lambda weight: weight.exp_().neg_(), lambda weight: weight.exp() * -1.0])
+def test_a_transform_that_is_only_written_differently_computes_nothing_again(
+    checkpoint: Checkpoint, store: WeightStore, apply: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    assert computed(store, plan(checkpoint, rules=retold("-exp", apply)), checkpoint) == []
+
+
+def test_an_interrupted_fill_that_goes_on_with_other_code_keeps_no_value_of_the_old(
+    checkpoint: Checkpoint, store: WeightStore, tmp_path: Path
+) -> None:
+    def interrupt(tensor: PlannedTensor, _count: int) -> None:
+        if tensor.name == "l.0.w":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.fill(plan(checkpoint), checkpoint, interrupt)
+    assert "norm" in store and "decay" in store
+    changed = plan(checkpoint, rules=retold("1 + weight", lambda weight: weight + 2))
+    assert "norm" in computed(store, changed, checkpoint)
+    anew = WeightStore(tmp_path / "anew")
+    anew.fill(changed, checkpoint)
+    assert contents(store.directory) == contents(anew.directory)
 
 
 def test_another_role_with_the_same_spec_is_noted_without_computing(checkpoint: Checkpoint, store: WeightStore) -> None:

@@ -1,14 +1,16 @@
 """One at a time: a lock on a path, which a process cannot leave locked by dying.
 
-The kernel holds the lock (`flock`) and drops it when the holder ends, however it ends; a pid that another process got
-since then means nothing to it. What is written in the lock file only tells the others whom they wait for. It decides in
-one case: when it was left by another machine, whose locks this one may not see, since some network file systems keep
-locks to themselves.
+The kernel holds the lock, which filelock asks it for, and drops it when the holder ends, however it ends; a pid that
+another process got since then means nothing to it. What is written in the lock file only tells the others whom they
+wait for. It decides in one case: when it was left by another machine, whose locks this one may not see, since some
+network file systems keep locks to themselves.
+
+The file is ours and only the lock on it is filelock's: a `FileLock` would leave the file behind and, in most versions,
+empty it.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -16,14 +18,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from attrs import asdict, field, frozen
 from attrs.validators import instance_of
+from filelock import lock_descriptor
 
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 
-_BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 _POLL_SECONDS = 0.1
 _MAX_BYTES = 4096  # of a lock file: more than is ever written to one
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -97,37 +100,17 @@ def exclusive(path: Path, what: str, *, wait: bool = False, say: Callable[[str],
             be made.
         EnvironmentLacks: when there are no locks, on this system or on this file system.
     """
-    file = lock_file(path)
-    descriptor = _acquire(file, path, say if wait else None)
-    try:
-        _write(descriptor, Holder.this(what), file)
-        yield
-    finally:
-        # While it is still held: whoever has opened it meanwhile sees that it is gone and opens another.
-        if _is(descriptor, file):
-            file.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _acquire(file: Path, path: Path, say: Callable[[str], None] | None) -> int:
-    """Lock `file`, waiting for it when there is someone to `say` it to; the open descriptor."""
-    told = None
+    file, told = lock_file(path), None
     while True:
-        descriptor = _open(file, path)
-        try:
-            locked, holder = _try(descriptor, path), _read(descriptor)
-            current = _is(descriptor, file)
-            if locked and current and holder and holder.may_be_elsewhere:
-                raise _left_elsewhere(file, path, holder)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if locked and current:
-            return descriptor
-        os.close(descriptor)
-        if not current:
-            continue  # its holder ended and removed it meanwhile
-        if say is None:
+        with _open(file, path) as opened:
+            locked, holder = _try(opened, path), _read(opened)
+            if not _is(opened, file):
+                continue  # its holder ended and removed it meanwhile
+            if locked:
+                with _signed(opened, file, path, what, holder):
+                    yield
+                return
+        if not wait:
             raise BadInput(
                 f"{path} is in use by {holder or 'another process'}.",
                 "Wait until that has ended, or choose another folder.",
@@ -138,10 +121,10 @@ def _acquire(file: Path, path: Path, say: Callable[[str], None] | None) -> int:
         time.sleep(_POLL_SECONDS)
 
 
-def _open(file: Path, path: Path) -> int:
+def _open(file: Path, path: Path) -> FileIO:
     try:
         # Not through a link: the file is written to, and others may have put it there.
-        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        return FileIO(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     except OSError as error:
         raise BadInput(
             f"{path} cannot be locked: {file} cannot be made or opened ({error.strerror}).",
@@ -149,58 +132,55 @@ def _open(file: Path, path: Path) -> int:
         ) from error
 
 
-def _try(descriptor: int, path: Path) -> bool:
+def _try(opened: FileIO, path: Path) -> bool:
     """Take the kernel's lock; False when another has it."""
     try:
-        import fcntl
-    except ImportError as error:
-        raise EnvironmentLacks(
-            "This system has no flock, which keeps two builds apart.", "Build on Linux or macOS."
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_descriptor(opened.fileno(), blocking=False)
     except OSError as error:
-        if error.errno in _BUSY:
-            return False
         raise EnvironmentLacks(
             f"{path} cannot be locked: its file system has no locks ({error.strerror}), so two builds there could not "
             "be kept apart.",
             "Choose a folder on a local disk; --work-dir and -o say where a build writes.",
         ) from error
-    return True
 
 
-def _is(descriptor: int, file: Path) -> bool:
+def _is(opened: FileIO, file: Path) -> bool:
     """Whether the open file is the one that is there."""
-    opened = os.fstat(descriptor)
-    try:
-        there = file.stat(follow_symlinks=False)
-    except OSError:
-        return False
-    return (opened.st_dev, opened.st_ino) == (there.st_dev, there.st_ino)
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(opened.fileno()), file.lstat())
+    return False
 
 
-def _read(descriptor: int) -> Holder | None:
+def _read(opened: FileIO) -> Holder | None:
     """The holder as written in the file; None when that is nothing or nonsense."""
     try:
-        return Holder(**json.loads(os.pread(descriptor, _MAX_BYTES, 0)))
+        return Holder(**json.loads(os.pread(opened.fileno(), _MAX_BYTES, 0)))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
-def _write(descriptor: int, holder: Holder, file: Path) -> None:
-    text = json.dumps(asdict(holder)).encode()
+@contextmanager
+def _signed(opened: FileIO, file: Path, path: Path, what: str, left: Holder | None) -> Iterator[None]:
+    """Write in the locked file who holds it, in place of who `left` it; it is gone afterwards."""
+    if left and left.may_be_elsewhere:
+        raise BadInput(
+            f"{path} was in use by {left}, and from here it cannot be seen whether it still is.",
+            f"If nothing runs there any more, delete {file} and try again.",
+        )
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text[:_MAX_BYTES], 0)
+        _write(opened, Holder.this(what), file)
+        yield
+    finally:
+        # While it is still held: whoever has opened it meanwhile sees that it is gone and opens another.
+        if _is(opened, file):
+            file.unlink(missing_ok=True)
+
+
+def _write(opened: FileIO, holder: Holder, file: Path) -> None:
+    try:
+        opened.truncate(0)
+        opened.write(json.dumps(asdict(holder)).encode())
     except OSError as error:
         raise EnvironmentLacks(
             f"The lock file {file} cannot be written ({error.strerror}).", "Free some space on its disk."
         ) from error
-
-
-def _left_elsewhere(file: Path, path: Path, holder: Holder) -> BadInput:
-    return BadInput(
-        f"{path} was in use by {holder}, and from here it cannot be seen whether it still is.",
-        f"If nothing runs there any more, delete {file} and try again.",
-    )

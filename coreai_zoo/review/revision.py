@@ -78,14 +78,25 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def build_sample(entry: str, recipe: str | None, tree: Path, output: Path, label: str) -> Path:
+def build_sample(
+    entry: str, recipe: str | None, tree: Path, output: Path, label: str, *, backend: str | None = None
+) -> Path:
     """Build the sample of `entry` into `output` with the code in `tree`; the bundle.
+
+    Args:
+        entry: name of the entry.
+        recipe: name of a recipe, or None for the entry's.
+        tree: top folder of the code.
+        output: where the bundle's folder is made.
+        label: names the code in an error.
+        backend: name of a backend, or None for the default.
 
     Raises:
         BadInput: when the code there does not build it, with the reason.
     """
     command = [sys.executable, "-c", _BUILD, str(tree), "build", entry, "--sample", "--json", "-o", str(output)]
     command += ["--recipe", recipe] if recipe else []
+    command += ["--backend", backend] if backend else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(tree))}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from attrs import evolve, frozen
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     import torch
 
 _T = TypeVar("_T")
+
+# Zero, and both signs of what is small, usual and large in float32.
+_SIZES = tuple(1.7 * 10 ** (step / 4) for step in (-120, -32, *range(-16, 9), 19, 36, 152))
+_PROBE = (0.0, *_SIZES, *(-size for size in _SIZES))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -146,6 +151,19 @@ def _transform(rows: torch.Tensor, transform: Transform) -> torch.Tensor:
     if values.shape != rows.shape or values.dtype != torch.float32:
         raise ValueError(f"transform {transform.name!r} gave {tuple(values.shape)} {values.dtype}")
     return values
+
+
+@cache
+def effect_of(transform: Transform, columns: int) -> str:
+    """SHA-256 of what a transform makes of fixed rows of a width: it changes with what the transform computes."""
+    import torch
+
+    probe = torch.tensor(_PROBE)
+    rows = probe[(torch.arange(len(probe))[:, None] + torch.arange(columns)) % len(probe)]
+    # One row at a time: so few values are computed alike on any number of threads.
+    values = torch.cat([_transform(row, transform) for row in rows.split(1)])
+    values[values.isnan()] = torch.nan  # which has many bit patterns
+    return hashlib.sha256(bytes_of(values)).hexdigest()
 
 
 def _convert(rows: torch.Tensor, chunk: Chunk) -> torch.Tensor:

@@ -35,7 +35,7 @@ from attrs import Factory, asdict, define, field, frozen
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, in_order, process
+from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, effect_of, in_order, process
 from coreai_zoo.weights.formats import ArrayKind, Format, pack_int4
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import (
@@ -448,6 +448,7 @@ class _Committer:
 
 def _fingerprint(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
     """Everything but values that determines a stored tensor."""
+    transform = planned.transform
     sources = [
         [source.key, source.start, source.stop, list(info.shape), info.dtype]
         for source in planned.sources
@@ -459,7 +460,8 @@ def _fingerprint(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
             "shape": list(planned.shape),
             "dtype": planned.dtype,
             "quantization": asdict(planned.quantization) if planned.quantization else None,
-            "transform": planned.transform.name if planned.transform else None,
+            # Its name says nothing about its code, which may have changed since an interruption.
+            "transform": [transform.name, effect_of(transform, planned.columns)] if transform else None,
             "sources": sources,
         }
     )
