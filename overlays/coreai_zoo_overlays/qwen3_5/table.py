@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from attrs import evolve, field, frozen
+from attrs.validators import in_
 
 from coreai_zoo.overlay import Part, Role, Transform, WeightRule
 
@@ -52,7 +53,7 @@ class Row:
 
     name: str
     shape: tuple[int, ...]
-    role: str
+    role: str = field(validator=in_([role.name for role in ROLES]))
     transform: Transform | None = None
     source: str = field(kw_only=True)
     source_shape: Callable[[tuple[int, ...]], tuple[int, ...]] | None = field(default=None, kw_only=True)
