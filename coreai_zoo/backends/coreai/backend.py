@@ -489,7 +489,8 @@ class _Loaded:
         """
         if name not in self._functions:
             try:
-                self._functions[name] = self._model.load_function(name)
+                with output_captured():  # it announces itself
+                    self._functions[name] = self._model.load_function(name)
             except (RuntimeError, KeyError) as error:
                 raise CheckFailed(f"{self._asset} has no function {name!r}.", "Build the bundle again.") from error
         return self._functions[name]
