@@ -35,7 +35,7 @@ def demo(entry: str, output: Path) -> None:
 
     \b
     Example:
-        python -m coreai_zoo.cli.app.demo qwen3.6-35b-a3b
+        python -m coreai_zoo.cli.demo qwen3.6-35b-a3b
     """
     started, plugins, report = time.monotonic(), default_plugins(), Reporter()
     request = BuildRequest(entry=entry, sample=True, output=output, force=True)
