@@ -27,6 +27,21 @@ class Signature:
     outputs: Mapping[str, tuple[tuple[int, ...], str]]
 
 
+@frozen
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: whether it holds.
+        detail: what was found.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
 class Traced(Protocol):
     """A decoder that its backend has traced, and that waits for its weights."""
 
@@ -119,6 +134,12 @@ class Backend(Protocol):
         Raises:
             PluginError: when the module does not meet the contract.
             EnvironmentLacks: when the toolchain is missing or another version.
+        """
+
+    def check_integrity(self, asset: Path) -> Check | None:
+        """Hold an asset on disk against a checksum of its own; None for a format that has none.
+
+        It is asked before anything else reads the asset: a runtime may end the process when it loads a damaged one.
         """
 
     def signature(self, asset: Path) -> Signature:

@@ -42,7 +42,7 @@ from coreai_zoo.contracts import FIXED_S1
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, PluginError
 from coreai_zoo.gate import Activations
 from coreai_zoo.gates import rule
-from coreai_zoo.gates.bounds import check_bounds, of_recipe
+from coreai_zoo.gates.bounds import check_bounds
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
 from coreai_zoo.lowering import module as lowering_module
@@ -50,6 +50,7 @@ from coreai_zoo.plugins import default_plugins
 from coreai_zoo.signature import Axis, KVCache, StateSpec, TraceSpec
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
+from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 
 POSITIONS, LONG, CONTEXT = 64, 512, 512
 FLOAT16, FLOAT32 = 10, 11  # of the format's DataType
@@ -125,7 +126,7 @@ def judge(resolved: Resolved, checkpoint: Checkpoint, tokens: list[int], logits:
         verdict = rule.compare(tokens, oracle, Activations(logits), None if moe is None else moe.top_k)
     roles = {role: None if spec is None else {"dtype": spec.dtype} for role, spec in resolved.recipe.roles.items()}
     kind = "dense" if moe is None else "routed"
-    bounds = of_recipe(roles, resolved.facts["layers"], "torch", kind)
+    bounds = SAMPLES.of_recipe(roles, resolved.facts["layers"], "torch", kind)
     return Judged(verdict, [check.name for check in check_bounds(verdict, bounds) if not check.passed])
 
 
@@ -326,7 +327,9 @@ def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: dict[str, Built
 
 def test_signature_and_state_are_read_back(built: dict[str, Built]) -> None:
     model = built["dense"]
-    assert all(check.passed for check in verify(model.bundle, {"coreml": BACKEND}))
+    assert all(
+        check.passed for check in verify(model.bundle, {"coreml": BACKEND}, default_plugins().tokenizer_classes())
+    )
     expected = lowering_module.state_of(model.resolved.module, model.resolved.weights)
     read = BACKEND.state(model.package, expected)
     assert list(read) == list(expected)

@@ -107,7 +107,7 @@ def resolve(request: BuildRequest, plugins: Plugins) -> Resolved:
     differences = _differences(request, entry, model, directory)
     max_context = _max_context(request, entry, contract, model.facts)
     checkpoint = Checkpoint.open(directory)
-    check_tokenizer(directory, model.facts["vocab_size"])
+    check_tokenizer(directory, model.facts["vocab_size"], plugins.tokenizer_classes())
     head = plugins.head_quantization(model.overlay, entry, model.config)
     recipe = recipe.with_head(head)
     module, rewrites, weights = _plan(model, entry, contract, checkpoint, recipe, plugins)

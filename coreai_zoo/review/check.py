@@ -83,9 +83,9 @@ _Found = tuple[str, bool | None]
 
 
 def _entries(self: Checks) -> _Found:
-    """Every entry file is valid, its recipe and contract exist, and its facts agree with each other."""
+    """No plugin is broken; each entry file is valid, its recipe and contract exist, its facts agree with each other."""
     entries = load_entries(self.plugins)
-    problems: list[str] = []
+    problems = [str(error) for error in self.plugins.problems]
     silent: list[str] = []
     for entry, _ in entries.values():
         try:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from attrs import frozen
 
-from coreai_zoo.backend import Signature
+from coreai_zoo.backend import Check, Signature
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.backends.native import exit_explained, output_captured
 from coreai_zoo.backends.versions import checked_versions
@@ -90,6 +90,13 @@ class CoreAIBackend:
         checked_versions(_REQUIRED)
         with _toolchain():
             return _trace(module, spec, every_layer=self.every_layer)
+
+    def check_integrity(self, asset: Path) -> Check:
+        """See `Backend.check_integrity`: the bytecode against the hash beside it."""
+        try:
+            return Check("main.hash", True, _require_intact(asset)[:16])
+        except (OSError, RuntimeError) as error:
+            return Check("main.hash", False, str(error))
 
     def signature(self, asset: Path) -> Signature:
         """See `Backend.signature`."""
@@ -471,15 +478,20 @@ class _Loaded:
         return self._loop.run_until_complete(coroutine)
 
 
-def _require_intact(asset: Path) -> None:
+def _require_intact(asset: Path) -> str:
     """Compare the bytecode with its hash before the toolchain sees it: what it cannot parse ends the whole process.
+
+    Returns:
+        The hash, hexadecimal.
 
     Raises:
         OSError: when a file is missing.
         RuntimeError: when the bytecode is not what was written.
     """
-    if bytes.fromhex(file_sha256(asset / "main.mlirb")) != (asset / "main.hash").read_bytes():
+    digest = file_sha256(asset / "main.mlirb")
+    if bytes.fromhex(digest) != (asset / "main.hash").read_bytes():
         raise RuntimeError("main.mlirb is not what main.hash says")
+    return digest
 
 
 def _bytecode(asset: Path) -> Bytecode:

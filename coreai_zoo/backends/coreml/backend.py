@@ -104,6 +104,9 @@ class CoreMLBackend:
         checked_versions(_REQUIRED)
         return CoreMLTraced(convert(module, spec))
 
+    def check_integrity(self, asset: Path) -> None:
+        """See `Backend.check_integrity`: a package has no checksum."""
+
     def signature(self, asset: Path) -> Signature:
         """See `Backend.signature`."""
         with _opened(asset) as package:
