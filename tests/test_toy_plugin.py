@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 import toy_plugin
 from coreai_zoo import hookimpl
-from coreai_zoo.backend import drain
+from coreai_zoo.backend import Check, drain
 from coreai_zoo.backends import builtin
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.backends.coreml.backend import CoreMLBackend
 from coreai_zoo.build.pipeline import BuildResult, build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
@@ -272,6 +273,22 @@ def test_a_bundle_of_the_toy_verifies(built: Built, plugins: Plugins) -> None:
     assert [check for check in checks if not check.passed] == []
 
 
+def test_a_backend_says_whether_an_asset_is_intact(built: Built, plugins: Plugins) -> None:
+    class Picky(CoreAIBackend):
+        def check_integrity(self, asset: Path) -> Check:
+            assert super().check_integrity(asset).passed
+            return Check("picky", False, f"{asset.name} is not good enough")
+
+    checks = verify(built.bundle, {"coreai": Picky()}, plugins.tokenizer_classes())
+    assert [check for check in checks if not check.passed] == [
+        Check("picky", False, f"{built.bundle.asset.name} is not good enough")
+    ]
+    assert "main.hash" not in {check.name for check in checks}
+    assert CoreMLBackend().check_integrity(built.bundle.asset) is None
+    gone = CoreAIBackend().check_integrity(built.bundle.directory)
+    assert (gone.name, gone.passed) == ("main.hash", False)
+
+
 def test_a_changed_byte_of_the_toy_bundle_does_not_verify(built: Built, plugins: Plugins) -> None:
     bytecode = built.bundle.asset / "main.mlirb"
     original = bytecode.read_bytes()
@@ -279,6 +296,7 @@ def test_a_changed_byte_of_the_toy_bundle_does_not_verify(built: Built, plugins:
     changed[len(changed) // 2] ^= 1
     try:
         bytecode.write_bytes(bytes(changed))
+        assert not plugins.backends()["coreai"].check_integrity(built.bundle.asset).passed  # type: ignore[union-attr]
         checks = {check.name: check for check in verify(built.bundle, plugins.backends(), plugins.tokenizer_classes())}
     finally:
         bytecode.write_bytes(original)
