@@ -137,7 +137,6 @@ class Plugins:
                 f"{owner} has the name of another plugin ({_source(self._sources[point.name])}).",
                 "Uninstall one of them.",
             )
-        self._sources[point.name] = point
         try:
             module = point.load()
         except (Exception, SystemExit) as error:
@@ -147,6 +146,7 @@ class Plugins:
                 f"Fix or uninstall it, or leave it out with `zoo --without {point.name}`.",
             ) from error
         self.register(module, point.name)
+        self._sources[point.name] = point
 
     def tolerate(self, error: ZooError, disputed: tuple[str, str] | None = None) -> None:
         """Report what is wrong with a plugin, once, where that is tolerated; else raise it.

@@ -277,6 +277,16 @@ def test_one_plugin_name_from_two_packages_names_both_and_the_first_is_there(ins
     assert [info.distribution for info in plugins.info()] == ["first"]
 
 
+def test_a_broken_plugin_does_not_take_the_name_of_one_that_works(install: Callable[..., None]) -> None:
+    install("first", "import a_module_that_is_not_there\n", plugin="same")
+    install("second", GOOD, plugin="same")
+
+    plugins = Plugins.discover()
+
+    assert [info.distribution for info in plugins.info()] == ["second"]
+    assert len(plugins.problems) == 1
+
+
 def test_a_plugin_that_is_left_out_is_not_even_imported(install: Callable[..., None]) -> None:
     install("good", GOOD)
     install("broken", "raise RuntimeError\n")
@@ -426,6 +436,13 @@ def test_an_architecture_that_nobody_claims_says_who_was_asked_and_which_hook_to
 
     with pytest.raises(BadInput, match=r"'mamba' is claimed by no plugin\. Asked: one, two\..*zoo_claim_overlay"):
         plugins.claim_overlay("mamba", {})
+
+
+def test_an_architecture_that_nobody_claims_says_which_plugins_were_left_out(install: Callable[..., None]) -> None:
+    install("broken", "import a_module_that_is_not_there\n")
+
+    with pytest.raises(BadInput, match=r"'mamba' is claimed by no plugin\..*Left out: plugin 'broken' .*cannot be imp"):
+        Plugins.discover().claim_overlay("mamba", {})
 
 
 def test_two_claims_name_both_plugins(make_plugin: MakePlugin) -> None:
