@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from measure import measure
 
-from coreai_zoo.recipes import find_recipe
+from coreai_zoo.recipes import RECIPES
 from coreai_zoo.weights.quantizer import SCALE_FLOOR, quantize_rows
 
 HERE = Path(__file__).parent
@@ -47,7 +47,7 @@ def rate(function: Callable[[], object], parameters: int, runs: int) -> float:
 def quantizer_rates(runs: int) -> dict[str, float]:
     """Our quantizer on all cores beside the same arithmetic as plain torch operations on the whole matrix."""
     weight = (torch.randn(17408, 5120) * 0.02).bfloat16()  # the down projection of the 27B, transposed
-    spec = find_recipe("int8hu").specs["body"]
+    spec = RECIPES["int8hu"].specs["body"]
     assert spec is not None
 
     def plain() -> torch.Tensor:

@@ -30,7 +30,7 @@ from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.plan import WeightPlan, plan_weights
 
@@ -50,7 +50,7 @@ def load(directory: Path) -> tuple[nn.Module, TraceSpec, WeightPlan, Recipe]:
     config = overlay.read_config(checkpoint.config)
     rewrites = plugins.layer_rewrites(overlay, None, config, STATIC_S1)
     module = build_module(lambda: overlay.decoder(config, STATIC_S1), rewrites).to_empty(device="cpu")
-    recipe = find_recipe("int8hu").with_head(plugins.head_quantization(overlay, None, config))
+    recipe = RECIPES["int8hu"].with_head(plugins.head_quantization(overlay, None, config))
     _, table = plugins.weight_map(overlay, None, config)
     plan = plan_weights(table, parameters_of(module), checkpoint.tensors, recipe)
     for planned in plan.tensors:

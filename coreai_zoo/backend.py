@@ -27,6 +27,21 @@ class Signature:
     outputs: Mapping[str, tuple[tuple[int, ...], str]]
 
 
+@frozen
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: whether it holds.
+        detail: what was found.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
 class Traced(Protocol):
     """A decoder that its backend has traced, and that waits for its weights."""
 
@@ -87,10 +102,6 @@ class Backend(Protocol):
         """Further files of a bundle, by name: text."""
 
     @property
-    def contracts(self) -> tuple[str, ...]:
-        """Names of the engine contracts that it writes for, the default one first."""
-
-    @property
     def runtime(self) -> str:
         """What runs its assets on this machine, as the gate names that candidate."""
 
@@ -131,6 +142,12 @@ class Backend(Protocol):
         Raises:
             PluginError: when a module does not meet the contract.
             EnvironmentLacks: when the toolchain is missing or another version.
+        """
+
+    def check_integrity(self, asset: Path) -> Check | None:
+        """Hold an asset on disk against a checksum of its own; None for a format that has none.
+
+        It is asked before anything else reads the asset: a runtime may end the process when it loads a damaged one.
         """
 
     def signatures(self, asset: Path) -> Mapping[str, Signature]:

@@ -1,4 +1,4 @@
-"""The entries of all plugins: what there is to build."""
+"""What all plugins bring, by name: entries, recipes, contracts, backends."""
 
 from __future__ import annotations
 
@@ -6,33 +6,49 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from coreai_zoo.contracts import Contract
 from coreai_zoo.entry import Entry, load_entry
-from coreai_zoo.errors import BadInput, PluginError, listing
+from coreai_zoo.errors import BadInput, PluginError, ZooError, listing
+from coreai_zoo.recipes import Recipe
 
 if TYPE_CHECKING:
+    from coreai_zoo.backend import Backend
     from coreai_zoo.plugins import Plugins
+
+
+_T = TypeVar("_T")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entries
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_entries(plugins: Plugins) -> Mapping[str, tuple[Entry, str]]:
     """Every entry of every plugin, by name, each with the name of the plugin that brought it.
 
     Raises:
-        BadInput: when an entry file is bad; the plugin is named.
-        PluginError: when two files have one name, naming both plugins and files.
+        BadInput: when an entry file is bad, unless that is tolerated; the plugin is named.
+        PluginError: when two files have one name, unless that is tolerated, naming both plugins and files.
     """
     entries: dict[str, tuple[Entry, str]] = {}
     files: dict[str, Path] = {}
     for plugin, path in plugins.entries():
-        with plugins.attribute_errors(plugin, "zoo_entries"):
-            entry = load_entry(path)
+        try:
+            with plugins.attribute_errors(plugin, "zoo_entries"):
+                entry = load_entry(path)
+        except ZooError as error:
+            plugins.tolerate(error)
+            continue
         if entry.name in entries:
-            raise PluginError(
+            dispute = PluginError(
                 f"the entry {entry.name!r} is there twice: from plugin {entries[entry.name][1]!r} "
                 f"({files[entry.name]}) and from plugin {plugin!r} ({path}).",
                 "Rename one, or uninstall one of the plugins.",
             )
+            plugins.tolerate(dispute, ("zoo_entries", entry.name))
+            continue
         entries[entry.name] = (entry, plugin)
         files[entry.name] = path
     return dict(sorted(entries.items(), key=lambda item: _natural(item[0])))
@@ -48,10 +64,12 @@ def find_entry(name: str, plugins: Plugins) -> tuple[Entry, str]:
 
     Raises:
         BadInput: when there is none, with the nearest names.
+        PluginError: when two plugins bring it.
     """
     if name.endswith(".toml"):
         return load_entry(Path(name)), f"none: the file {name}"
     entries = load_entries(plugins)
+    plugins.require_undisputed("zoo_entries", name)
     if name in entries:
         return entries[name]
     near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.5)
@@ -61,4 +79,48 @@ def find_entry(name: str, plugins: Plugins) -> tuple[Entry, str]:
         hint = f"There are: {listing(list(entries))}."
     else:
         hint = "No plugin brings any entry: `zoo plugins` shows what is installed."
-    raise BadInput(f"no entry is called {name!r}.", hint)
+    raise BadInput(f"no entry is called {name!r}.", f"{hint} {plugins.left_out()}".rstrip())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes, contracts, backends
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_recipes(plugins: Plugins) -> Mapping[str, Recipe]:
+    """Every recipe of every plugin, by name."""
+    return {recipe.name: recipe for _plugin, recipe in plugins.recipes()}
+
+
+def load_contracts(plugins: Plugins) -> Mapping[str, Contract]:
+    """Every engine contract of every plugin, by name."""
+    return {contract.name: contract for _plugin, contract in plugins.contracts()}
+
+
+def find_recipe(name: str, plugins: Plugins) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        BadInput: when there is none, with the nearest names.
+        PluginError: when two plugins bring it.
+    """
+    return _find("recipe", name, load_recipes(plugins), plugins)
+
+
+def find_contract(name: str, plugins: Plugins) -> Contract:
+    """The contract called `name`; raises as `find_recipe` does."""
+    return _find("contract", name, load_contracts(plugins), plugins)
+
+
+def find_backend(name: str, plugins: Plugins) -> Backend:
+    """The backend called `name`; raises as `find_recipe` does."""
+    return _find("backend", name, plugins.backends(), plugins)
+
+
+def _find(kind: str, name: str, there: Mapping[str, _T], plugins: Plugins) -> _T:
+    plugins.require_undisputed(f"zoo_{kind}s", name)
+    if name in there:
+        return there[name]
+    near = difflib.get_close_matches(name, there, n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(list(there)) or 'none'}."
+    raise BadInput(f"There is no {kind} {name!r}.", f"{hint} {plugins.left_out()}".rstrip())

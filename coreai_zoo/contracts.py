@@ -6,14 +6,12 @@ adds its own states through the `zoo_extra_states` hook. Facts and their sources
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from attrs import field, frozen
 from attrs.validators import ge, optional
 
-from coreai_zoo.errors import BadInput
 from coreai_zoo.signature import Axis, InputSpec, KVCache, StateSpec, TensorSpec, TraceSpec
 
 # The pipelined engine allocates KV at 256 and doubles it; the trace only has to leave the axis free.
@@ -35,6 +33,7 @@ class Contract:
         fixed_context: whether the KV pair has its full length from the start, and `position_ids` names the new tokens
             only; else both grow with the tokens.
         default_context: positions that a bundle allows unless it is told, or None for what the model allows.
+        backends: names of the backends that write such bundles.
         compute_dtype: dtype of states and logits.
     """
 
@@ -45,6 +44,7 @@ class Contract:
     fixed_context: bool = False
     default_context: int | None = None
     compute_dtype: str = "float16"
+    backends: tuple[str, ...] = ("coreai",)
 
     def functions(
         self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int
@@ -121,18 +121,7 @@ FIXED_S1 = Contract(
     prerequisites=("macOS 15 or iOS 18, or later", "a caller that carries the states from call to call (MLState)"),
     fixed_context=True,
     default_context=4096,
+    backends=("coreml",),
 )
 
 CONTRACTS: Mapping[str, Contract] = MappingProxyType({contract.name: contract for contract in (STATIC_S1, FIXED_S1)})
-
-
-def find_contract(name: str) -> Contract:
-    """The contract called `name`.
-
-    Raises:
-        BadInput: with the nearest names.
-    """
-    if name not in CONTRACTS:
-        near = difflib.get_close_matches(name, CONTRACTS, n=3, cutoff=0.4) or sorted(CONTRACTS)
-        raise BadInput(f"There is no contract {name!r}.", f"Did you mean {' or '.join(near)}?")
-    return CONTRACTS[name]

@@ -1,4 +1,4 @@
-"""SHA-256 of files, each computed once as long as the file stays as it is.
+"""SHA-256 of files, each computed once as long as the file stays as it is; and of the code that something is made of.
 
 A build writes a bundle's bytecode once and needs its hash five times: for the asset, for the record, for three checks.
 For 28 GB that is 18 seconds each, and minutes when it has to come back from the disk, so it is taken while the file is
@@ -8,7 +8,9 @@ written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import os
 import subprocess
 import sys
@@ -48,6 +50,18 @@ def file_sha256(path: Path) -> str:
             with _lock:
                 _known[identity] = digest
         return digest
+
+
+def code_sha256(code: object) -> str:
+    """SHA-256 over the source of the package in which a function or class is defined, or of its module without one."""
+    code = inspect.unwrap(code) if callable(code) else code
+    while isinstance(code, functools.partial):
+        code = code.func
+    module = sys.modules[code.__module__]
+    source = Path(str(module.__file__))
+    files = sorted(source.parent.rglob("*.py")) if module.__package__ else [source]
+    lines = [f"{path.relative_to(source.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # Hashes a file until its end is reached after the standard input has ended, which stands for the writer being done.

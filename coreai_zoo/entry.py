@@ -173,7 +173,7 @@ class Entry:
     """One thing to build.
 
     Attributes:
-        name: what a user types, for example `qwen3.6-27b`.
+        name: what a user types, for example `acme-7b`.
         title: the model's name as its makers write it.
         summary: one sentence.
         model_type: the `model_type`s that a checkpoint of this entry may have.
@@ -210,7 +210,7 @@ class Entry:
 
     @property
     def slug(self) -> str:
-        """The name in a bundle's name: `qwen3_6_27b` for `qwen3.6-27b`."""
+        """The name in a bundle's name: `acme_1_5_7b` for `acme-1.5-7b`."""
         return re.sub(r"[^a-z0-9]+", "_", self.name)
 
     def sample_directory(self) -> Path:

@@ -7,16 +7,19 @@ puts them together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import is_callable, min_len
 
 from coreai_zoo.signature import TraceSpec
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from transformers import PreTrainedModel
 
 
 @frozen
@@ -45,6 +48,21 @@ class Model(Protocol):
 
     def run(self, tokens: Sequence[int]) -> Activations:
         """Teacher-forced: what follows each token, given all up to it."""
+
+
+@frozen
+class ReferenceModel:
+    """How the oracle makes the model of an architecture that transformers' Auto classes do not know.
+
+    Attributes:
+        name: which implementation in which version, for reports: `acme-models 2.1`.
+        make: takes a `config.json` and the dtype to compute in; returns a `transformers.PreTrainedModel` for causal
+            language modelling. It is called with the meta device as torch's default: the oracle fills the parameters
+            layer by layer, the layers being the modules that the class names in `_no_split_modules`.
+    """
+
+    name: str = field(validator=min_len(1))
+    make: Callable[[Mapping[str, Any], torch.dtype], PreTrainedModel] = field(validator=is_callable())
 
 
 @frozen

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
-from coreai_zoo.recipes import HeadQuantization
+from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, WeightMap
+from coreai_zoo.recipes import HeadQuantization, Recipe
 from coreai_zoo.signature import StateSpec, TraceSpec
 
 if TYPE_CHECKING:
     import click
 
     from coreai_zoo.backend import Backend
+    from coreai_zoo.bounds import MeasuredBounds
     from coreai_zoo.contracts import Contract
     from coreai_zoo.entry import Entry
-    from coreai_zoo.gate import Gate
+    from coreai_zoo.gate import Gate, ReferenceModel
 
 hookspec = pluggy.HookspecMarker("coreai_zoo")
 hookimpl = pluggy.HookimplMarker("coreai_zoo")
@@ -42,6 +43,34 @@ def zoo_entries() -> Iterable[Path]:
 
     Returns:
         Paths. All plugins' are collected; one name from two plugins is an error that names both.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_recipes() -> Iterable[Recipe]:
+    """Recipes that a build can be asked for with `--recipe`, or by an entry.
+
+    Called by any command that names a recipe. Must not import torch.
+
+    Returns:
+        Recipes. All plugins' are collected; one name from two plugins is an error that names both.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_contracts() -> Iterable[Contract]:
+    """Engine contracts that a build can be asked for with `--contract`, or by an entry.
+
+    Called by any command that names a contract. Must not import torch.
+
+    Returns:
+        Contracts. All plugins' are collected; one name from two plugins is an error that names both.
 
     .. versionadded:: 0.1
     """
@@ -78,7 +107,8 @@ def zoo_claim_overlay(model_type: str, hf_config: Mapping[str, Any]) -> Overlay 
         hf_config: the whole of it.
 
     Returns:
-        The overlay, or None. Exactly one plugin must claim; two claims are an error that names both.
+        The overlay, or None. Exactly one plugin must claim; two claims are an error that names both, unless one
+        overlay `refines` the other: then it wins.
 
     .. versionadded:: 0.1
     """
@@ -168,6 +198,20 @@ def zoo_head_quantization(overlay: Overlay, entry: Entry | None, config: Any) ->
     raise NotImplementedError
 
 
+@hookspec
+def zoo_tokenizer_classes() -> Iterable[TokenizerClass]:
+    """Classes of tokenizers that engines can use, by their own name or by that of another class.
+
+    Called when a checkpoint's tokenizer is checked or copied, and when a bundle is verified. Must not import torch.
+
+    Returns:
+        Classes. All plugins' are collected; two that disagree on one class are an error that names both.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing and judging a bundle
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +225,44 @@ def zoo_backends() -> Iterable[Backend]:
 
     Returns:
         Backends. All plugins' are collected; one name from two plugins is an error that names both.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_oracle(overlay: Overlay, hf_config: Mapping[str, Any]) -> ReferenceModel | None:
+    """How the oracle makes the reference model of an architecture that transformers' Auto classes do not know.
+
+    Called by whatever compares with the oracle, `zoo gate` first of all. Without an answer the oracle is transformers'
+    own class for the config. What makes the model must never be the overlay: the gate would compare it with itself.
+
+    Args:
+        overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        hf_config: the checkpoint's `config.json`, or that of a slice of it.
+
+    Returns:
+        What makes the model, or None. The first plugin that answers wins, the last registered asked first: the zoo's
+        own plugins are registered before all others, so yours has precedence over them.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_gate_bounds(overlay: Overlay) -> MeasuredBounds | None:
+    """Bounds on errors, measured on untouched models of the overlay's family.
+
+    Called by `zoo gate`. Without an answer the host's general, looser bounds hold.
+
+    Args:
+        overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+
+    Returns:
+        What was measured and where, or None. The first plugin that answers wins, the last registered asked first: the
+        zoo's own plugins are registered before all others, so yours has precedence over them.
 
     .. versionadded:: 0.1
     """

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from attrs import field, frozen
-from attrs.validators import deep_iterable, ge, in_, min_len
+from attrs.validators import deep_iterable, ge, in_, min_len, optional
 
 from coreai_zoo.dtypes import STORED_DTYPES
 from coreai_zoo.signature import KVCache
@@ -199,6 +199,30 @@ class WeightMap:
             raise ValueError(f"the weight map names a role twice: {', '.join(sorted(names))}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class TokenizerClass:
+    """A `tokenizer_class` of a `tokenizer_config.json` whose tokenizer engines can use.
+
+    Attributes:
+        name: the class, without the suffix `Fast`.
+        known_as: the class as which engines know the same `tokenizer.json`, where they do not know `name`: a bundle
+            is written with that. None for a class that engines know by its own name.
+    """
+
+    name: str = field(validator=min_len(1))
+    known_as: str | None = field(default=None, validator=optional(min_len(1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoders and overlays
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @runtime_checkable
 class LayeredDecoder(Protocol):
     """A decoder that can also be run one layer at a time, so that a model of any size is gated in the memory of one.
@@ -243,12 +267,13 @@ class LayeredDecoder(Protocol):
 class Overlay(Protocol):
     """A decoder re-authored for export, for one family of architectures.
 
-    `config` objects are the overlay's own; the host only hands them back.
+    `config` objects are the overlay's own; the host only hands them back. An overlay may also be a `Variant`, and may
+    have a parameter table (`HasParameterTable`).
     """
 
     @property
     def name(self) -> str:
-        """Short name, for example `qwen3_5`."""
+        """Short name, for example `acme_hybrid`."""
 
     def read_config(self, hf_config: Mapping[str, Any]) -> Any:
         """Parse and check a Hugging Face `config.json`.
@@ -288,6 +313,15 @@ class Overlay(Protocol):
         Raises:
             BadInput: when a slice of that depth is not a model.
         """
+
+
+@runtime_checkable
+class Variant(Protocol):
+    """An overlay that refines another one: it wins over that one where both claim an architecture."""
+
+    @property
+    def refines(self) -> str:
+        """Name of the overlay that it refines, which has to claim the architecture too."""
 
 
 @runtime_checkable

@@ -2,6 +2,10 @@
 
 pluggy picks one of several answers without a word and does not say whose function raised. So each implementation is
 called by itself here: all answers are collected and checked, and whatever goes wrong names the plugin and the hook.
+
+One broken plugin must not keep a user from the others. Where a hook only adds to a list (entries, recipes, backends,
+commands, ...), what is wrong is reported once and left out; where a missing answer would change a bundle or a verdict
+(rewrites, states, weights, ...), it is an error.
 """
 
 from __future__ import annotations
@@ -9,24 +13,26 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 import pluggy
-from attrs import frozen
+from attrs import evolve, frozen
 
 from coreai_zoo import hookspecs
+from coreai_zoo.bounds import GENERAL, MeasuredBounds
+from coreai_zoo.contracts import Contract
 from coreai_zoo.errors import BadInput, PluginError, ZooError, listing
-from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
-from coreai_zoo.recipes import HeadQuantization
+from coreai_zoo.gate import ReferenceModel
+from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, Variant, WeightMap
+from coreai_zoo.recipes import HeadQuantization, Recipe
 from coreai_zoo.signature import StateSpec, TraceSpec
 
 if TYPE_CHECKING:
     from coreai_zoo.backend import Backend
-    from coreai_zoo.contracts import Contract
     from coreai_zoo.entry import Entry
     from coreai_zoo.gate import Gate
 
@@ -39,7 +45,27 @@ DISTRIBUTION = "coreai-zoo"
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("zoo_"))
 """Every hook, in the order of hookspecs.py."""
 
+LISTS = frozenset(
+    {
+        "zoo_entries",
+        "zoo_recipes",
+        "zoo_contracts",
+        "zoo_register_commands",
+        "zoo_tokenizer_classes",
+        "zoo_backends",
+    }
+)
+"""Hooks that only add to a list: a plugin that fails in one is left out of that list."""
+
 _T = TypeVar("_T")
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_N = TypeVar("_N", bound=_Named)
 
 
 @frozen
@@ -62,41 +88,98 @@ class PluginInfo:
 
 
 class Plugins:
-    """The registered plugins. One method per hook asks them all, checks what they say, and blames."""
+    """The registered plugins. One method per hook asks them all, checks what they say, and blames.
 
-    def __init__(self) -> None:
+    Args:
+        tolerant: report what is wrong with a plugin once, on stderr, and go on without what it would have added. Else
+            it is raised.
+    """
+
+    def __init__(self, *, tolerant: bool = False) -> None:
         self._manager = pluggy.PluginManager("coreai_zoo")
         self._manager.add_hookspecs(hookspecs)
         self._sources: dict[str, importlib.metadata.EntryPoint] = {}
+        self._tolerant = tolerant
+        self._problems: dict[str, ZooError] = {}
+        self._disputed: dict[tuple[str, str], ZooError] = {}
 
     @classmethod
-    def discover(cls) -> Plugins:
-        """Register every plugin of the entry-point group.
+    def discover(cls, without: Collection[str] = ()) -> Plugins:
+        """Register every plugin of the entry-point group, tolerant of those that are broken.
+
+        Args:
+            without: names of plugins to leave out; they are not even imported.
 
         Raises:
-            PluginError: for a plugin that cannot be imported or is not valid, naming it and the others.
+            BadInput: when there is no plugin of a name in `without`.
         """
-        plugins = cls()
-        found = importlib.metadata.entry_points(group=GROUP)
-        points = sorted(found, key=_precedence)
+        plugins = cls(tolerant=True)
+        points = sorted(importlib.metadata.entry_points(group=GROUP), key=_precedence)
+        names = [point.name for point in points]
+        for name in without:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1) or names
+                hint = f"Did you mean {listing(near)}?" if near else "No plugin is installed."
+                raise BadInput(f"There is no plugin {name!r} to leave out.", hint)
         for point in points:
-            owner = f"plugin {point.name!r} ({_source(point)})"
-            others = [other.name for other in points if other is not point]
-            beside = f"Other plugins: {listing(others)}." if others else "There is no other plugin."
-            if point.name in plugins._sources:
-                raise PluginError(
-                    f"{owner} has the name of another plugin ({_source(plugins._sources[point.name])}).",
-                    "Uninstall one of them.",
-                )
+            if point.name in without:
+                continue
             try:
-                module = point.load()
-            except Exception as error:
-                raise PluginError(
-                    f"{owner} cannot be imported: {_brief(error)}. {beside}", "Fix or uninstall it."
-                ) from error
-            plugins._sources[point.name] = point
-            plugins.register(module, point.name)
+                plugins._load(point, [other.name for other in points if other is not point])
+            except PluginError as error:
+                plugins.tolerate(error)
         return plugins
+
+    def _load(self, point: importlib.metadata.EntryPoint, others: list[str]) -> None:
+        owner = f"plugin {point.name!r} ({_source(point)})"
+        if point.name in self._sources:
+            raise PluginError(
+                f"{owner} has the name of another plugin ({_source(self._sources[point.name])}).",
+                "Uninstall one of them.",
+            )
+        try:
+            module = point.load()
+        except (Exception, SystemExit) as error:
+            beside = f"Other plugins: {listing(others)}." if others else "There is no other plugin."
+            raise PluginError(
+                f"{owner} cannot be imported: {_brief(error)}. {beside}",
+                f"Fix or uninstall it, or leave it out with `zoo --without {point.name}`.",
+            ) from error
+        self.register(module, point.name)
+        self._sources[point.name] = point
+
+    def tolerate(self, error: ZooError, disputed: tuple[str, str] | None = None) -> None:
+        """Report what is wrong with a plugin, once, where that is tolerated; else raise it.
+
+        Args:
+            error: what is wrong, naming the plugin.
+            disputed: hook and name of something that two plugins bring; see `require_undisputed`.
+        """
+        if not self._tolerant:
+            raise error
+        if disputed is not None:
+            self._disputed[disputed] = error
+        if str(error) not in self._problems:
+            self._problems[str(error)] = error
+            click.echo(f"warning: {error}", err=True)
+
+    @property
+    def problems(self) -> tuple[ZooError, ...]:
+        """What was tolerated so far."""
+        return tuple(self._problems.values())
+
+    def require_undisputed(self, hook: str, name: str) -> None:
+        """Refuse a name that two plugins bring in `hook`: listing the first is tolerable, building from it is not.
+
+        Raises:
+            PluginError: naming both.
+        """
+        if (hook, name) in self._disputed:
+            raise self._disputed[hook, name]
+
+    def left_out(self) -> str:
+        """What was tolerated, as a sentence for the hint of an error about something that is not there; else empty."""
+        return f"Left out: {listing([str(error) for error in self.problems], 3, ' ')}" if self.problems else ""
 
     def register(self, plugin: object, name: str) -> None:
         """Register a module or object as a plugin.
@@ -223,18 +306,44 @@ class Plugins:
 
     def _collect(self, hook: str, check: Callable[[Any], _T], **arguments: Any) -> list[tuple[str, _T]]:
         """The items of every plugin's answer; `check` returns the item or raises TypeError saying what it should be."""
-        items = []
-        for plugin, answer in self._ask(hook, **arguments):
-            if isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Iterable):
-                raise _wrong(plugin, hook, answer, "a list")
-            with self.attribute_errors(plugin, hook):  # a generator runs here
-                found = list(answer)
-            for item in found:
-                try:
-                    items.append((plugin, check(item)))
-                except TypeError as error:
-                    raise _wrong(plugin, hook, item, f"only {error}", "answered with a list that holds") from None
+        items: list[tuple[str, _T]] = []
+        for plugin, implementation in self._implementations(hook):
+            try:
+                with self.attribute_errors(plugin, hook):
+                    answer = implementation(**arguments)
+                    is_list = isinstance(answer, Iterable) and not isinstance(answer, str | bytes | Mapping)
+                    found = list(answer) if is_list else answer  # a generator runs here
+                if found is None:
+                    continue
+                if not is_list:
+                    raise _wrong(plugin, hook, found, "a list")
+                items += [(plugin, _checked(plugin, hook, item, check)) for item in found]
+            except ZooError as error:
+                self._report(hook, error)
         return items
+
+    def _report(self, hook: str, error: ZooError, name: str | None = None) -> None:
+        """Raise what is wrong with a plugin's answer, unless its hook is one where that can be tolerated."""
+        if hook not in LISTS:
+            raise error
+        self.tolerate(error, None if name is None else (hook, name))
+
+    def _unique(self, hook: str, what: str, items: list[tuple[str, _N]]) -> list[tuple[str, _N]]:
+        """The items, each with its plugin, of which no two may have one name."""
+        owners: dict[str, str] = {}
+        unique = []
+        for plugin, item in items:
+            if item.name in owners:
+                error = PluginError(
+                    f"the {what} {item.name!r} is there twice in {hook}: from plugin {owners[item.name]!r} and from "
+                    f"plugin {plugin!r}.",
+                    "Rename one, or uninstall one of the plugins.",
+                )
+                self._report(hook, error, item.name)
+                continue
+            owners[item.name] = plugin
+            unique.append((plugin, item))
+        return unique
 
     def _first(self, hook: str, kind: type[_T], **arguments: Any) -> tuple[str, _T] | None:
         """The first answer, the last registered plugin asked first."""
@@ -259,12 +368,30 @@ class Plugins:
         """Entry files, each with its plugin."""
         return self._collect("zoo_entries", _instances(Path))
 
+    def recipes(self) -> list[tuple[str, Recipe]]:
+        """Recipes, each with its plugin.
+
+        Raises:
+            PluginError: when two have one name, naming the plugins.
+        """
+        return self._unique("zoo_recipes", "recipe", self._collect("zoo_recipes", _instances(Recipe)))
+
+    def contracts(self) -> list[tuple[str, Contract]]:
+        """Contracts, each with its plugin.
+
+        Raises:
+            PluginError: when two have one name, naming the plugins.
+        """
+        return self._unique("zoo_contracts", "contract", self._collect("zoo_contracts", _instances(Contract)))
+
     def claim_overlay(self, model_type: str, hf_config: Mapping[str, Any]) -> tuple[Overlay, str]:
         """The overlay for an architecture and the plugin that claims it.
 
+        An overlay that refines another claimant's wins over it.
+
         Raises:
             BadInput: when nobody claims it.
-            PluginError: when several do, naming them.
+            PluginError: when several do, naming them, or an overlay refines one that nobody claims it with.
         """
         hook = "zoo_claim_overlay"
         claims: list[tuple[str, Overlay]] = []
@@ -275,15 +402,9 @@ class Plugins:
         if not claims:
             raise BadInput(
                 f"the architecture {model_type!r} is claimed by no plugin. {self._asked(hook)}",
-                f"Install a plugin for it, or write one that implements {hook}.",
+                f"Install a plugin for it, or write one that implements {hook}. {self.left_out()}".rstrip(),
             )
-        if len(claims) > 1:
-            who = " and ".join(f"plugin {plugin!r} (overlay {overlay.name!r})" for plugin, overlay in claims)
-            raise PluginError(
-                f"the architecture {model_type!r} is claimed more than once in {hook}: by {who}.",
-                "Uninstall all but one.",
-            )
-        plugin, overlay = claims[0]
+        plugin, overlay = _winning_claim(model_type, claims)
         return overlay, plugin
 
     def layer_rewrites(
@@ -301,8 +422,7 @@ class Plugins:
         """
         hook = "zoo_extra_states"
         arguments = {"overlay": overlay, "entry": entry, "config": config, "contract": contract}
-        states = self._collect(hook, _instances(StateSpec), **arguments)
-        _unique(hook, "state", [(plugin, state.name) for plugin, state in states])
+        states = self._unique(hook, "state", self._collect(hook, _instances(StateSpec), **arguments))
         return [state for _plugin, state in states]
 
     def weight_map(self, overlay: Overlay, entry: Entry | None, config: Any) -> tuple[str, WeightMap]:
@@ -325,6 +445,32 @@ class Plugins:
         answer = self._first("zoo_head_quantization", HeadQuantization, overlay=overlay, entry=entry, config=config)
         return answer[1] if answer else None
 
+    def tokenizer_classes(self) -> Mapping[str, str]:
+        """Classes of tokenizers that engines can use, each with the class that engines know it as.
+
+        Raises:
+            PluginError: when two plugins disagree, or a class is said to be known as one that engines do not know.
+        """
+        hook = "zoo_tokenizer_classes"
+        answers = self._collect(hook, _instances(TokenizerClass))
+        classes = {answer.name: answer.name for _plugin, answer in answers if answer.known_as is None}
+        owners = {answer.name: plugin for plugin, answer in reversed(answers) if answer.known_as is None}
+        for plugin, answer in answers:
+            if answer.known_as is None:
+                continue
+            known_as = classes.get(answer.name, answer.known_as)
+            if known_as != answer.known_as:
+                message = (
+                    f"plugin {plugin!r} says in {hook} that engines know {answer.name} as {answer.known_as}; plugin "
+                )
+                self._report(hook, PluginError(f"{message}{owners[answer.name]!r} says as {known_as}."))
+            elif classes.get(known_as) != known_as:
+                message = f"plugin {plugin!r} says in {hook} that engines know {answer.name} as {known_as}, "
+                self._report(hook, PluginError(f"{message}which no plugin says that they know."))
+            else:
+                classes[answer.name], owners[answer.name] = known_as, plugin
+        return classes
+
     def backends(self) -> Mapping[str, Backend]:
         """Backends by name.
 
@@ -336,8 +482,27 @@ class Plugins:
     def backends_by_plugin(self) -> list[tuple[str, Backend]]:
         """Backends, each with its plugin; raises as `backends` does."""
         backends: list[tuple[str, Backend]] = self._collect("zoo_backends", _named("Backend"))
-        _unique("zoo_backends", "backend", [(plugin, backend.name) for plugin, backend in backends])
-        return backends
+        return self._unique("zoo_backends", "backend", backends)
+
+    def oracle(self, overlay: Overlay, hf_config: Mapping[str, Any]) -> ReferenceModel | None:
+        """How the reference model is made, or None for transformers' own class for the config."""
+        hook = "zoo_oracle"
+        answer = self._first(hook, ReferenceModel, overlay=overlay, hf_config=hf_config)
+        if answer is None:
+            return None
+        plugin, reference = answer
+
+        @functools.wraps(reference.make)
+        def make(*arguments: Any) -> Any:
+            with self.attribute_errors(plugin, hook):
+                return reference.make(*arguments)
+
+        return evolve(reference, make=make)
+
+    def gate_bounds(self, overlay: Overlay) -> MeasuredBounds:
+        """The bounds of the overlay's family; the general ones where no plugin has any."""
+        answer = self._first("zoo_gate_bounds", MeasuredBounds, overlay=overlay)
+        return answer[1] if answer else GENERAL
 
     def gates(self, overlay: Overlay, entry: Entry | None) -> list[tuple[str, Gate]]:
         """Extra gates, each with its plugin.
@@ -345,9 +510,8 @@ class Plugins:
         Raises:
             PluginError: when two have one name, naming the plugins.
         """
-        gates = self._collect("zoo_gates", _named("Gate"), overlay=overlay, entry=entry)
-        _unique("zoo_gates", "gate", [(plugin, gate.name) for plugin, gate in gates])
-        return gates
+        gates: list[tuple[str, Gate]] = self._collect("zoo_gates", _named("Gate"), overlay=overlay, entry=entry)
+        return self._unique("zoo_gates", "gate", gates)
 
     def register_commands(self, cli: click.Group) -> None:
         """Let every plugin add its commands to `cli`.
@@ -359,14 +523,18 @@ class Plugins:
         for plugin, implementation in self._implementations(hook):
             before = dict(cli.commands)
             taken = set(cli.list_commands(click.Context(cli)))
-            with self.attribute_errors(plugin, hook):
-                implementation(cli=cli)
-            changed = {name for name, command in cli.commands.items() if command is not before.get(name)}
-            clashes = sorted((changed & taken) | (before.keys() - cli.commands.keys()))
-            if clashes:
+            try:
+                with self.attribute_errors(plugin, hook):
+                    implementation(cli=cli)
+                changed = {name for name, command in cli.commands.items() if command is not before.get(name)}
+                clashes = sorted((changed & taken) | (before.keys() - cli.commands.keys()))
+                if clashes:
+                    message = f"plugin {plugin!r} replaces the command {listing(clashes)} in {hook}."
+                    raise PluginError(message, "Rename it.")
+            except ZooError as error:
                 cli.commands.clear()
                 cli.commands.update(before)
-                raise PluginError(f"plugin {plugin!r} replaces the command {listing(clashes)} in {hook}.", "Rename it.")
+                self._report(hook, error)
 
 
 @functools.cache
@@ -403,6 +571,13 @@ def _wrong(plugin: str, hook: str, answer: object, expected: str, verb: str = "a
     return PluginError(f"plugin {plugin!r} {verb} {shown} in {hook}; the host expects {expected}.")
 
 
+def _checked(plugin: str, hook: str, item: Any, check: Callable[[Any], _T]) -> _T:
+    try:
+        return check(item)
+    except TypeError as error:
+        raise _wrong(plugin, hook, item, f"only {error}", "answered with a list that holds") from None
+
+
 def _instances(kind: type[_T]) -> Callable[[Any], _T]:
     def check(item: Any) -> _T:
         if not isinstance(item, kind):
@@ -427,13 +602,38 @@ def _lacking(answer: object, protocol: type) -> str:
     return listing([member for member in members if not member.startswith("_") and not hasattr(answer, member)])
 
 
-def _unique(hook: str, what: str, named: Iterable[tuple[str, str]]) -> None:
-    owners: dict[str, str] = {}
-    for plugin, name in named:
-        if name in owners:
+def _winning_claim(model_type: str, claims: list[tuple[str, Overlay]]) -> tuple[str, Overlay]:
+    """The claim that no other one refines.
+
+    Raises:
+        PluginError: when several are left, or none, or an overlay refines one that is not among the claims.
+    """
+    hook, names = "zoo_claim_overlay", [overlay.name for _plugin, overlay in claims]
+    refined = {name: _refined(plugin, overlay) for name, (plugin, overlay) in zip(names, claims, strict=True)}
+    for plugin, overlay in claims:
+        base = refined[overlay.name]
+        if base is not None and base not in names:
             raise PluginError(
-                f"the {what} {name!r} is there twice in {hook}: from plugin {owners[name]!r} and from plugin "
-                f"{plugin!r}.",
-                "Rename one, or uninstall one of the plugins.",
+                f"plugin {plugin!r} claims the architecture {model_type!r} in {hook} with the overlay "
+                f"{overlay.name!r}, which refines the overlay {base!r}, but no plugin claims it with that.",
+                f"Install the plugin that brings {base!r}, or leave out {plugin!r}: `zoo --without {plugin}`.",
             )
-        owners[name] = plugin
+    same = [claim for claim in claims if names.count(claim[1].name) > 1]
+    winning = same or [claim for claim in claims if claim[1].name not in refined.values()]
+    if len(winning) == 1:
+        return winning[0]
+    who = " and ".join(f"plugin {plugin!r} (overlay {overlay.name!r})" for plugin, overlay in winning or claims)
+    raise PluginError(
+        f"the architecture {model_type!r} is claimed more than once in {hook}: by {who}"
+        f"{'' if winning else ', which refine each other'}.",
+        "Uninstall all but one, or let one overlay say that it refines the other.",
+    )
+
+
+def _refined(plugin: str, overlay: Overlay) -> str | None:
+    """Name of the overlay that this one refines, if any."""
+    base = overlay.refines if isinstance(overlay, Variant) else None
+    if base is not None and not isinstance(base, str):
+        expected = "the name of the overlay that it refines"
+        raise _wrong(plugin, "zoo_claim_overlay", base, expected, f"gave the overlay {overlay.name!r} `refines`")
+    return base

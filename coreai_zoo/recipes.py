@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -176,16 +175,3 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     }
 )
 """The built-in recipes by name."""
-
-
-def find_recipe(name: str) -> Recipe:
-    """The recipe called `name`.
-
-    Raises:
-        BadInput: when there is none, with the nearest names.
-    """
-    if name in RECIPES:
-        return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(list(RECIPES))}."
-    raise BadInput(f"There is no recipe {name!r}.", hint)

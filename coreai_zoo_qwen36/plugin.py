@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from coreai_zoo import hookimpl
+from coreai_zoo.bounds import MeasuredBounds
 from coreai_zoo.contracts import Contract
-from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
+from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, WeightMap
 from coreai_zoo.recipes import HeadQuantization
 from coreai_zoo.signature import StateSpec, TraceSpec
 from coreai_zoo_overlays import qwen3_5
+from coreai_zoo_qwen36.bounds import BOUNDS
 
 
 @hookimpl
@@ -48,6 +50,18 @@ def zoo_weight_map(overlay: Overlay, config: Any) -> WeightMap | None:
 def zoo_head_quantization(overlay: Overlay) -> HeadQuantization | None:
     """Absolute-maximum scales."""
     return qwen3_5.HEAD if _ours(overlay) else None
+
+
+@hookimpl
+def zoo_tokenizer_classes() -> Iterable[TokenizerClass]:
+    """The class of newer transformers, which engines do not know yet; they read all that differs in tokenizer.json."""
+    return [TokenizerClass("Qwen3_5Tokenizer", known_as="Qwen2Tokenizer")]
+
+
+@hookimpl
+def zoo_gate_bounds(overlay: Overlay) -> MeasuredBounds | None:
+    """What the samples show."""
+    return BOUNDS if _ours(overlay) else None
 
 
 def _ours(overlay: Overlay) -> bool:

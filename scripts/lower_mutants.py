@@ -18,17 +18,19 @@ from attrs import evolve
 
 from attack import UNTOUCHED, Outcome, Target
 from coreai_zoo.backend import Backend
+from coreai_zoo.bounds import Arithmetic
 from coreai_zoo.build.design import design
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.gate import Model
-from coreai_zoo.gates.bounds import Arithmetic, check_bounds, of_recipe
+from coreai_zoo.gates.bounds import check_bounds
 from coreai_zoo.gates.candidate import AssetCandidate
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.weights import AssetWeights
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipes import RECIPES
+from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 from mutants import MUTANTS, Mutant, applied
 
 ENTRY = "qwen3.6-27b"
@@ -56,7 +58,7 @@ def gate(mutant: Mutant, target: Target, folder: Path) -> dict[str, Outcome]:
             verdict = target.compare(candidate.run(target.tokens))
             roles = dict(RECIPES["int8hu"].specs if mutant.declared else mutant.recipe.specs)
             stored = {role: None if spec is None else {"dtype": spec.dtype} for role, spec in roles.items()}
-            bounds = of_recipe(stored, len(target.config.layer_types), arithmetic, target.bounds_kind)
+            bounds = SAMPLES.of_recipe(stored, len(target.config.layer_types), arithmetic, target.bounds_kind)
             found[arithmetic] = Outcome(verdict, check_bounds(verdict, bounds))
     return found
 

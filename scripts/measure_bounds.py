@@ -1,4 +1,5 @@
-"""What the untouched samples show at most, from the transcripts of their gates: the rows of `gates/bounds.py`.
+"""What the untouched samples show at most, from the transcripts of their gates: the rows of
+`coreai_zoo_qwen36/bounds.py`; of a family of your own, those of its plugin.
 
     for recipe in fp16 int8lin int8hu int4lin; do
         zoo build qwen3.6-27b --sample --recipe $recipe -o out/$recipe       # and qwen3.6-35b-a3b
@@ -8,8 +9,8 @@
     done
     python scripts/measure_bounds.py out/*-*/transcript.json
 
-Prints one row for each class of recipes, arithmetic and kind of model. Paste them into `_MEASURED`, then the table of
-`bounds.table()` into docs/gate.md. On the samples that takes some half an hour.
+Prints one row for each class of recipes, arithmetic and kind of model, in the order of `Measured`. Paste them into
+`_ROWS`, then the table of `BOUNDS.table()` into docs/gate.md. On the samples that takes some half an hour.
 """
 
 from __future__ import annotations

@@ -27,12 +27,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from coreai_zoo.bounds import Kind
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.gate import Activations
 from coreai_zoo.gates import rule
-from coreai_zoo.gates.bounds import BoundCheck, Kind, check_bounds, check_control, of_recipe
+from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
 from coreai_zoo.gates.rule import Verdict
@@ -42,6 +43,7 @@ from coreai_zoo.recipes import RECIPES, Recipe
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
+from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 from decoders import OVERLAY, feed, fresh_states, one_thread, rewrites_of, signature
 from mutants import BOTH, MUTANTS, REFUSALS, Mutant, applied
 
@@ -119,13 +121,14 @@ class Target:
         nothing that is wrong with a quantized file.
         """
         layers = len(self.config.layer_types)
-        bounds = of_recipe(_record(mutant.declared or mutant.recipe), layers, "torch", self.bounds_kind)
+        bounds = SAMPLES.of_recipe(_record(mutant.declared or mutant.recipe), layers, "torch", self.bounds_kind)
         verdict = self.compare(self.run(mutant, mutant.recipe))
         checks = check_bounds(verdict, bounds)
         if not verdict.passed:
             return Outcome(verdict, checks)
+        plain = SAMPLES.of_recipe({}, layers, "torch", self.bounds_kind)
         control = self.control if mutant.in_file else self.compare(self.run(mutant, RECIPES["fp16"]))
-        return Outcome(verdict, (*checks, *check_control(verdict, control, bounds)))
+        return Outcome(verdict, (*checks, *check_control(verdict, control, bounds, plain)))
 
     @functools.cached_property
     def control(self) -> Verdict:

@@ -16,7 +16,7 @@ from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1, Contract
 from coreai_zoo.lowering.module import bind, build_module, parameters_of
 from coreai_zoo.overlay import LayerRewrite
-from coreai_zoo.recipes import find_recipe
+from coreai_zoo.recipes import RECIPES
 from coreai_zoo.signature import KVCache, TraceSpec
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
@@ -46,7 +46,7 @@ def load_decoder(
     config = OVERLAY.read_config(checkpoint.config)
     rewrites = [("qwen36", rewrite) for rewrite in rewrites_of(contract)] if rewritten else []
     module = build_module(lambda: OVERLAY.decoder(config, contract), rewrites)
-    plan = plan_weights(qwen3_5.weight_map(config), parameters_of(module), checkpoint.tensors, find_recipe(recipe))
+    plan = plan_weights(qwen3_5.weight_map(config), parameters_of(module), checkpoint.tensors, RECIPES[recipe])
     store = WeightStore(work)
     store.fill(plan, checkpoint)
     bind(module, store)

@@ -21,7 +21,7 @@ from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights, WeightSource
 from coreai_zoo.lowering import module as lowering
-from coreai_zoo.recipes import QuantizationSpec, find_recipe
+from coreai_zoo.recipes import RECIPES, QuantizationSpec
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.plan import WeightPlan, plan_weights
 from coreai_zoo.weights.store import WeightStore
@@ -83,7 +83,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
 
     def compile_(kind: Any) -> Compiled:
         directory = tmp_path_factory.mktemp(kind)
-        planned = Planned(Checkpoint.open(with_equal_norms(directory / "checkpoint", kind)), find_recipe("int8hu"))
+        planned = Planned(Checkpoint.open(with_equal_norms(directory / "checkpoint", kind)), RECIPES["int8hu"])
         module, tensors = planned.module(), {tensor.name: tensor for tensor in planned.plan.tensors}
         lowering.allocate(module, {name: tensor.format for name, tensor in tensors.items()})
         constants = lowering.constants(planned.store(directory / "store"), tensors)
@@ -124,7 +124,7 @@ def test_every_state_comes_back_wherever_the_compiler_put_it(kind: str, compiled
 
 def test_an_asset_of_other_weights_is_refused(compiled: dict[str, Compiled]) -> None:
     built = compiled["dense"]
-    plain = attrs.evolve(built.planned, recipe=find_recipe("fp16"))
+    plain = attrs.evolve(built.planned, recipe=RECIPES["fp16"])
     with pytest.raises(CheckFailed, match=r"does not hold lm_head\.weight"):
         AssetWeights.open(built.asset, BACKEND, "main", plain.module(), plain.plan)
     with pytest.raises(CheckFailed):
@@ -173,7 +173,7 @@ def test_layer_by_layer_gives_the_bits_of_the_whole_decoder(
 ) -> None:
     contract = attrs.evolve(STATIC_S1, query_length=query_length)
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "checkpoint", kind, num_hidden_layers=4))
-    planned = Planned(checkpoint, find_recipe("int8hu"), contract)
+    planned = Planned(checkpoint, RECIPES["int8hu"], contract)
     whole = planned.module()
     lowering.bind(whole, planned.store(tmp_path / "store"))
     pieces = () if query_length else (len(TOKENS),)
@@ -188,7 +188,7 @@ def test_layer_by_layer_gives_the_bits_of_the_whole_decoder(
 
 def test_a_candidate_leaves_its_module_as_it_was(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path))
-    planned = Planned(checkpoint, find_recipe("fp16"))
+    planned = Planned(checkpoint, RECIPES["fp16"])
     devices: list[set[str]] = []
     module = planned.module()
 
@@ -204,7 +204,7 @@ def test_a_candidate_leaves_its_module_as_it_was(tmp_path: Path) -> None:
 
 def test_half_a_head_at_a_time_is_the_whole_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path))
-    planned = Planned(checkpoint, find_recipe("fp16"))
+    planned = Planned(checkpoint, RECIPES["fp16"])
     candidate = planned.candidate(CheckpointWeights("it", checkpoint, planned.plan))
     whole = candidate.run(TOKENS).logits
     monkeypatch.setattr("coreai_zoo.gates.layered.HEAD_CHUNK_ELEMENTS", 32 * 100)

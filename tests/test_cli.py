@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
+import os
 import subprocess
 import sys
 import types
@@ -35,8 +36,8 @@ def zoo(plugins: Plugins, *arguments: str) -> Result:
     return run_zoo(*arguments, plugins=plugins)
 
 
-def host(**plugins: types.ModuleType) -> Plugins:
-    registered = Plugins()
+def host(*, tolerant: bool = False, **plugins: types.ModuleType) -> Plugins:
+    registered = Plugins(tolerant=tolerant)
     for name, module in plugins.items():
         registered.register(module, name)
     return registered
@@ -188,20 +189,131 @@ def test_a_plugin_cannot_replace_a_command_of_the_host(make_plugin: MakePlugin, 
 
     assert result.exit_code == 2
     assert result.stderr == f"error: plugin 'rude' replaces the command {name} in zoo_register_commands. Rename it.\n"
+    tolerated = zoo(host(rude=make_plugin(zoo_register_commands=adding(name)), tolerant=True), "list")
+    assert (tolerated.exit_code, tolerated.stderr) == (0, result.stderr.replace("error: ", "warning: "))
+    assert "ran" not in tolerated.stdout
 
 
-def test_help_and_doctor_survive_a_broken_plugin(make_plugin: MakePlugin) -> None:
-    def broken() -> None:
-        raise RuntimeError("broken")
+def broken() -> None:
+    raise RuntimeError("broken")
 
-    plugins = host(bad=make_plugin(zoo_register_commands=broken, zoo_entries=broken))
 
-    helped = zoo(plugins, "--help")
+def test_help_list_and_doctor_survive_a_broken_plugin(make_plugin: MakePlugin) -> None:
+    def plugins() -> Plugins:
+        return host(bad=make_plugin(zoo_register_commands=broken, zoo_entries=broken), tolerant=True)
+
+    helped = zoo(plugins(), "--help")
     assert (helped.exit_code, helped.stderr[:9]) == (0, "warning: ")
-    doctored = zoo(plugins, "doctor")
+    doctored = zoo(plugins(), "doctor")
     assert doctored.exit_code == 3
     assert "plugin 'bad' failed in zoo_entries: RuntimeError: broken." in doctored.stdout
-    assert zoo(plugins, "list").stderr.startswith("error: plugin 'bad' failed in zoo_register_commands")
+    assert "plugin 'bad' failed in zoo_register_commands: RuntimeError: broken." in doctored.stdout
+    listed = zoo(plugins(), "list")
+    assert listed.exit_code == 0
+    assert listed.stderr == "".join(
+        f"warning: plugin 'bad' failed in {hook}: RuntimeError: broken.\n"
+        for hook in ("zoo_register_commands", "zoo_entries")
+    )
+
+
+@pytest.mark.parametrize(
+    "hook", ["zoo_entries", "zoo_recipes", "zoo_contracts", "zoo_tokenizer_classes", "zoo_backends"]
+)
+def test_doctor_fails_on_a_plugin_that_is_broken_in_any_list(make_plugin: MakePlugin, hook: str) -> None:
+    doctored = zoo(host(bad=make_plugin(**{hook: broken}), tolerant=True), "doctor")
+
+    assert doctored.exit_code == 3
+    assert f"plugin 'bad' failed in {hook}: RuntimeError: broken." in doctored.stdout
+    assert "not as required: plugins." in doctored.stderr
+
+
+def test_a_bad_entry_file_leaves_the_others_of_its_plugin_and_fails_where_it_is_asked_for(
+    make_plugin: MakePlugin, entry_file: Callable[..., Path]
+) -> None:
+    good = entry_file()
+    bad = entry_file(('name = "toy-1b"', 'name = "toy-2b"'), ("layers = 2", "layers = 0"), name="bad")
+    plugins = host(toys=make_plugin(zoo_entries=lambda: [bad, good]), tolerant=True)
+
+    listed = zoo(plugins, "list")
+    assert listed.exit_code == 0
+    assert "toy-1b" in listed.stdout
+    assert listed.stderr.count("warning: ") == 1
+    assert "facts.layers: 0 is not positive" in listed.stderr
+    assert "plugin 'toys', zoo_entries" in listed.stderr
+    shown = zoo(plugins, "show", "toy-2b")
+    assert shown.exit_code == 2
+    assert "facts.layers: 0 is not positive" in shown.stderr
+
+
+def test_an_entry_that_two_plugins_bring_is_listed_once_and_refused_where_it_is_asked_for(
+    make_plugin: MakePlugin, entry_file: Callable[..., Path]
+) -> None:
+    first, second, other = (
+        entry_file(name="first"),
+        entry_file(name="second"),
+        entry_file(('name = "toy-1b"', 'name = "toy-2b"'), name="other"),
+    )
+    plugins = host(
+        ours=make_plugin(zoo_entries=lambda: [first]),
+        theirs=make_plugin(zoo_entries=lambda: [second, other]),
+        tolerant=True,
+    )
+
+    listed = [record["plugin"] for record in json.loads(zoo(plugins, "list", "--json").stdout)]
+    assert listed == ["ours", "theirs"]
+    refused = zoo(plugins, "show", "toy-1b")
+    assert refused.exit_code == 2
+    for part in ("error: the entry 'toy-1b' is there twice", "'ours'", "'theirs'", str(first), str(second)):
+        assert part in refused.stderr
+    assert zoo(plugins, "show", "toy-2b").exit_code == 0
+
+
+@pytest.fixture
+def with_a_broken_plugin(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the installed `zoo` beside an installed plugin that cannot be imported."""
+    (tmp_path / "zoo_test_wreck.py").write_text("import a_module_that_is_not_there\n", encoding="utf-8")
+    information = tmp_path / "wreck-1.5.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: wreck\nVersion: 1.5\n", encoding="utf-8")
+    (information / "entry_points.txt").write_text("[coreai_zoo]\nwreck = zoo_test_wreck\n", encoding="utf-8")
+    command = str(Path(sys.executable).with_name("zoo"))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run([command, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["--help"], ["show", "qwen3.6-27b"], ["plugins"]], ids=" ".join)
+def test_an_installed_plugin_that_cannot_be_imported_is_reported_in_one_line(
+    with_a_broken_plugin: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str]
+) -> None:
+    result = with_a_broken_plugin(*arguments)
+
+    assert result.returncode == 0
+    assert result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: plugin 'wreck' (zoo_test_wreck of wreck 1.5) cannot be imported: ModuleNotFound")
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["--help"]], ids=" ".join)
+def test_a_plugin_can_be_left_out(
+    with_a_broken_plugin: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str]
+) -> None:
+    result = with_a_broken_plugin("--without", "wreck", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == with_a_broken_plugin(*arguments).stdout
+
+    neither = with_a_broken_plugin("--without", "wreck", "--without", "qwen36", "list", "--json")
+    assert (neither.returncode, neither.stdout, neither.stderr) == (0, "[]\n", "")
+
+
+def test_leaving_out_a_plugin_that_is_not_there_is_refused() -> None:
+    result = run_zoo("--without", "qwen63", "list")
+
+    assert result.exit_code == 2
+    assert result.stderr == "error: There is no plugin 'qwen63' to leave out. Did you mean qwen36?\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from coreai_zoo.lowering import module as lowering
 from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo, WeightMap, WeightRule
 from coreai_zoo.program import Program
-from coreai_zoo.recipes import QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
 from coreai_zoo.signature import KVCache, TensorSpec, TraceSpec
 from coreai_zoo.weights.formats import has_zero_points
 from coreai_zoo.weights.plan import plan_weights
@@ -59,7 +59,7 @@ BODY = ("attention", "gdn.in", "gdn.out", "mlp", "moe.expert", "head")
 
 def recipe_of(spec: QuantizationSpec, **others: QuantizationSpec) -> Recipe:
     """`spec` for every matrix that is multiplied, the head included."""
-    plain = find_recipe("fp16")
+    plain = RECIPES["fp16"]
     return evolve(plain, name="test", specs={**plain.specs, **dict.fromkeys(BODY, spec), **others})
 
 
@@ -746,7 +746,7 @@ def test_weights_lower_and_step_however_they_are_stored(
     assert np.abs(found - expected).max() < 2e-2
 
     # The same weights unquantized are further away than that: it is the integers that were run.
-    plain, _ = asset.model.bound(filled(asset.model, find_recipe("fp16"), tmp_path / "plain"), values=True)
+    plain, _ = asset.model.bound(filled(asset.model, RECIPES["fp16"], tmp_path / "plain"), values=True)
     unquantized = asset.model.stepped_in_torch(plain)
     assert np.abs(found - expected).mean() < np.abs(unquantized - expected).mean() / 4
 
@@ -776,7 +776,7 @@ def test_a_plain_trace_is_lowered_with_quantized_weights_to_the_same_program(
         return operations, program.stored, [function.operations for function in program.composites.values()]
 
     _, asset = stored
-    plain = filled(asset.model, find_recipe("fp16"), tmp_path / "plain")
+    plain = filled(asset.model, RECIPES["fp16"], tmp_path / "plain")
     module, constants = asset.model.bound(plain, values=False)
     traced = BACKEND.trace({"main": module}, {"main": asset.model.spec})
     unquantized, quantized = traced.lowered(constants), traced.lowered(asset.constants)

@@ -35,20 +35,21 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.verify import verify
-from coreai_zoo.catalogue import find_entry
+from coreai_zoo.catalogue import find_entry, load_contracts
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.contracts import FIXED_S1
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, PluginError
 from coreai_zoo.gate import Activations
 from coreai_zoo.gates import rule
-from coreai_zoo.gates.bounds import check_bounds, of_recipe
+from coreai_zoo.gates.bounds import check_bounds
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
 from coreai_zoo.lowering import module as lowering_module
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.signature import Axis, KVCache, StateSpec, TraceSpec
 from coreai_zoo.weights.store import WeightStore
+from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 from decoders import rewrites_of
 
 POSITIONS, LONG, CONTEXT = 64, 512, 512
@@ -125,7 +126,7 @@ def judge(resolved: Design, checkpoint: Checkpoint, tokens: list[int], logits: n
         verdict = rule.compare(tokens, oracle, Activations(logits), experts)
     roles = {role: None if spec is None else {"dtype": spec.dtype} for role, spec in resolved.stored_roles.items()}
     kind = "dense" if experts is None else "routed"
-    bounds = of_recipe(roles, resolved.facts["layers"], "torch", kind)
+    bounds = SAMPLES.of_recipe(roles, resolved.facts["layers"], "torch", kind)
     return Judged(verdict, [check.name for check in check_bounds(verdict, bounds) if not check.passed])
 
 
@@ -327,7 +328,9 @@ def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: dict[str, Built
 
 def test_signature_and_state_are_read_back(built: dict[str, Built]) -> None:
     model = built["dense"]
-    assert all(check.passed for check in verify(model.bundle, {"coreml": BACKEND}))
+    assert all(
+        check.passed for check in verify(model.bundle, {"coreml": BACKEND}, default_plugins().tokenizer_classes())
+    )
     expected = lowering_module.state_of(model.resolved.modules["main"], model.resolved.weights)
     read = BACKEND.state(model.package, "main", expected)
     assert list(read) == list(expected)
@@ -641,7 +644,7 @@ def test_both_backends_come_with_the_host() -> None:
         "coreai": CoreAIBackend,
         "coreml": CoreMLBackend,
     }
-    assert not set(backends["coreai"].contracts) & set(backends["coreml"].contracts)
+    assert [contract.backends for contract in load_contracts(default_plugins()).values()] == [("coreai",), ("coreml",)]
 
 
 def test_a_state_that_grows_is_refused() -> None:

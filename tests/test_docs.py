@@ -20,7 +20,10 @@ import click
 import pytest
 
 from coreai_zoo import hookspecs
+from coreai_zoo.backends import builtin
+from coreai_zoo.bounds import GENERAL
 from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.catalogue import find_contract, load_recipes
 from coreai_zoo.cli.app import COMMANDS
 from coreai_zoo.contracts import CONTRACTS, STATIC_S1
 from coreai_zoo.entry import BundleDefaults, Entry, Facts, Published, Sample, load_entry
@@ -99,6 +102,14 @@ TOY_CONFIG = TOY.read_config(
 )  # fmt: skip
 
 
+CLIPPED = "symmetric_with_clipping"
+
+
+def with_the_hosts_own(plugins: Plugins) -> Plugins:
+    plugins.register(builtin, "coreai")
+    return plugins
+
+
 def commands(plugins: Plugins) -> list[str]:
     group = click.Group()
     plugins.register_commands(group)
@@ -108,6 +119,8 @@ def commands(plugins: Plugins) -> list[str]:
 # Each calls the example through the host and gives something by which its answer can be told.
 ANSWERS: dict[str, tuple[Callable[[Plugins], Any], Any]] = {
     "zoo_entries": (lambda plugins: plugins.entries(), []),  # no folder of entries is beside the page
+    "zoo_recipes": (lambda plugins: str(load_recipes(plugins)["acme-int8"].roles["mlp"]), f"int8 block 64 {CLIPPED}"),
+    "zoo_contracts": (lambda plugins: find_contract("acme-s4", plugins).query_length, 4),
     "zoo_register_commands": (commands, ["roles"]),
     "zoo_claim_overlay": (lambda plugins: plugins.claim_overlay("acme_hybrid", {})[0].name, "acme_hybrid"),
     "zoo_layer_rewrites": (
@@ -125,7 +138,13 @@ ANSWERS: dict[str, tuple[Callable[[Plugins], Any], Any]] = {
         lambda plugins: str(plugins.head_quantization(QWEN, CLAMPED, None).spec),
         "int8 block 16 symmetric",
     ),
+    "zoo_tokenizer_classes": (
+        lambda plugins: with_the_hosts_own(plugins).tokenizer_classes()["AcmeTokenizer"],
+        "PreTrainedTokenizer",
+    ),
     "zoo_backends": (lambda plugins: list(plugins.backends()), ["coreai-every-layer"]),
+    "zoo_oracle": (lambda plugins: plugins.oracle(TOY, {}).name, "acme-models 2.1"),
+    "zoo_gate_bounds": (lambda plugins: plugins.gate_bounds(TOY).of_class("int8", "torch").error, 8e-2),
     "zoo_gates": (lambda plugins: [gate.name for _, gate in plugins.gates(QWEN, CLAMPED)], ["fits-the-phone"]),
 }
 
@@ -152,6 +171,15 @@ def test_the_examples_leave_other_entries_alone(hook: str) -> None:
             "zoo_head_quantization": lambda: plugins.head_quantization(QWEN, entry, None),  # noqa: B023
             "zoo_gates": lambda: plugins.gates(QWEN, entry),  # noqa: B023
         }[hook]()
+
+
+def test_the_examples_leave_other_overlays_alone() -> None:
+    plugins = Plugins()
+    for hook in ("zoo_oracle", "zoo_gate_bounds"):
+        plugins.register(example(hook), hook)
+
+    assert plugins.oracle(QWEN, {}) is None
+    assert plugins.gate_bounds(QWEN) is GENERAL
 
 
 def test_the_claimed_overlay_of_the_example_reads_its_own_config() -> None:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from click.testing import Result
 
 from command import zoo
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.bounds import Measured, MeasuredBounds
 from coreai_zoo.build.rebuild import differences
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.gate import ReferenceModel
+from coreai_zoo.gates.huggingface import _by_config
+from coreai_zoo.plugins import Plugins
+from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 
+MakePlugin = Callable[..., types.ModuleType]
 ENTRY = "qwen3.6-27b"
 # Of this prompt no oracle margin is a tie, also not in its first tokens.
 SHORT = ("--prompts", "digits", "--positions", "6")
@@ -67,6 +76,48 @@ def test_the_verdict_is_printed_and_written_as_transcript_page_and_card(gated: t
     assert len(prompt["control"]["hidden_error"]) == record["bundle"]["layers"] + 1
     assert bundle.name in (bundle / "gate" / "report.html").read_text(encoding="utf-8")
     assert "| digits | 6 | 6 | 0 | 0 |" in (bundle / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_samples_are_held_to_what_was_measured_on_them(gated: tuple[Path, Result]) -> None:
+    (prompt,) = transcript(gated[0])["prompts"]
+
+    bounds = SAMPLES.of_recipe({"mlp": {"dtype": "int8"}}, 8, "runtime")
+    assert prompt["bounds"] == attrs.asdict(bounds)
+    limits = {check["name"]: check["limit"] for check in prompt["checks"]}
+    assert limits["median relative error"] == pytest.approx(8.04e-3 * 1.5)
+    assert limits["control: median relative error"] == pytest.approx(8.53e-4 * 1.5)
+
+
+def test_a_plugin_brings_a_runtime_a_reference_and_bounds(copy: Path, make_plugin: MakePlugin) -> None:
+    build = json.loads((copy / "build.json").read_text(encoding="utf-8"))
+    (copy / "build.json").write_text(json.dumps(build | {"backend": "acme"}), encoding="utf-8")
+    unreachable = Measured(*[0.0] * 8)
+    bounds = MeasuredBounds("nothing but wishes", 8, {("int8", "runtime", "dense"): unreachable}, {})
+    hooks = {
+        "zoo_backends": lambda: [CoreAIBackend(name="acme", runtime="acme-cpu")],
+        "zoo_oracle": lambda: ReferenceModel("acme-models 2.1", _by_config),
+        "zoo_gate_bounds": lambda: bounds,
+    }
+    plugins = Plugins.discover()
+    plugins.register(make_plugin(**hooks), "acme")
+
+    result = zoo("gate", copy, *SHORT, "--candidate", "acme-cpu", plugins=plugins)
+
+    assert result.exit_code == 1, result.output
+    record = transcript(copy)
+    (prompt,) = record["prompts"]
+    assert prompt["candidate"] == f"{copy.name}.aimodel on the acme-cpu runtime"
+    assert record["inputs"]["oracle"] == "acme-models 2.1 in float32"
+    assert prompt["matched"] == 6, "the reference is the same model, whoever makes it"
+    assert prompt["bounds"]["measured_on"] == "nothing but wishes"
+    assert any("median relative error is" in reason for reason in record["verdict"]["reasons"])
+    assert "measured on nothing but wishes" in (copy / "gate" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_candidate_that_no_backend_runs_is_answered_with_the_nearest(original: Path) -> None:
+    for name, answer in (("corai", "Did you mean coreai?"), ("qq", "There are auto, torch, coreai, mil.")):
+        result = zoo("gate", original, "--candidate", name)
+        assert (result.exit_code, result.stderr) == (2, f"error: There is no candidate {name!r}. {answer}\n")
 
 
 def test_a_gated_bundle_verifies_and_equals_a_rebuild(gated: tuple[Path, Result], original: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from attrs import evolve
 
+from coreai_zoo.bounds import GENERAL, Bounds, Measured, MeasuredBounds
+from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations
-from coreai_zoo.gates.bounds import MEASURED_LAYERS, Bounds, check_bounds, check_control, of_class, of_recipe, table
+from coreai_zoo.gates.bounds import check_bounds, check_control
 from coreai_zoo.gates.rule import Position, Verdict, compare, router_swaps
+from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 
 BOUNDS = Bounds(
     "test",
@@ -24,8 +28,11 @@ BOUNDS = Bounds(
     kl=0.01,
     hidden_error=0.02,
     over_control=2.0,
+    layers=8,
+    measured_on="nothing",
     router_gap=0.005,
 )
+PLAIN = SAMPLES.of_recipe({}, 8, "torch", "routed")
 ROUTER_NEAR_TIE = 0.005
 
 
@@ -169,27 +176,59 @@ def test_the_relative_error_is_in_units_of_the_oracles_spread() -> None:
     ],
 )
 def test_a_recipe_has_the_bounds_of_its_coarsest_integers(roles: dict[str, dict[str, str] | None], name: str) -> None:
-    assert of_recipe(roles, MEASURED_LAYERS, "runtime") == of_class(name, "runtime")
+    assert SAMPLES.of_recipe(roles, SAMPLES.layers, "runtime") == SAMPLES.of_class(name, "runtime")
 
 
 @pytest.mark.parametrize("arithmetic", ["torch", "runtime"])
 def test_coarser_recipes_have_wider_bounds(arithmetic: str) -> None:
-    fp16, int8, int4 = (of_class(name, arithmetic) for name in ("fp16", "int8", "int4"))
+    fp16, int8, int4 = (SAMPLES.of_class(name, arithmetic) for name in ("fp16", "int8", "int4"))
 
     for key in ("median_error", "error", "kl", "over_control"):
         assert getattr(fp16, key) < getattr(int8, key) < getattr(int4, key)
     assert fp16.cosine > int8.cosine > int4.cosine
 
 
-def test_the_documentation_has_the_bounds(root: Path) -> None:
-    assert table() in (root / "docs" / "gate.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("key", GENERAL.rows, ids=" ".join)
+def test_the_general_bounds_are_looser_than_those_of_the_samples_but_not_idle(key: tuple[Any, ...]) -> None:
+    ours, general = SAMPLES.of_class(*key), GENERAL.of_class(*key)
+
+    for name in ("median_error", "error", "near_tie_error", "median_kl", "kl", "hidden_error", "over_control"):
+        looser, tighter = (getattr(bounds, name) for bounds in (general, ours))
+        assert looser >= 1.9 * tighter, name  # of routed models at least twice, but for rounding
+    assert general.cosine < ours.cosine
+    # Coarse integers of miniatures allow nearly anything but a flip; the others must still say something.
+    assert key[0] == "int4" or (general.cosine > 0.97 and general.median_error < 0.04)
+
+
+def test_a_class_of_recipes_that_a_family_did_not_measure_has_the_general_bounds() -> None:
+    row = Measured(0.001, 0.002, 0, 1e-5, 1e-6, 1e-5, 0.001, 1.0)
+    family = MeasuredBounds("two models", 4, {("fp16", "torch", "dense"): row}, {})
+
+    assert family.of_class("fp16", "torch").error == 0.004
+    assert (family.of_class("fp16", "torch").layers, family.of_class("fp16", "torch").measured_on) == (4, "two models")
+    assert family.of_class("int8", "torch") == GENERAL.of_class("int8", "torch")
+    assert family.of_recipe({}, 16, "torch").error == pytest.approx(0.008), "errors grow from the measured depth on"
+    with pytest.raises(BadInput, match=r"no bounds for recipes of the class int3\..*zoo_gate_bounds"):
+        family.of_recipe({"mlp": {"dtype": "int3"}}, 4, "torch")
+
+
+def test_a_routed_row_without_a_router_gap_is_refused() -> None:
+    row = Measured(0.001, 0.002, 0.1, 1e-5, 1e-6, 1e-5, 0.001, 1.0)
+
+    with pytest.raises(ValueError, match="no router gap for fp16"):
+        MeasuredBounds("two models", 4, {("fp16", "torch", "routed"): row}, {})
+
+
+@pytest.mark.parametrize("measured", [SAMPLES, GENERAL], ids=["samples", "general"])
+def test_the_documentation_has_the_bounds(root: Path, measured: MeasuredBounds) -> None:
+    assert measured.table() in (root / "docs" / "gate.md").read_text(encoding="utf-8")
 
 
 def test_deeper_models_have_wider_bounds_and_shallower_ones_have_not_narrower_ones() -> None:
-    bounds = of_class("int8", "torch")
+    bounds, deeper = SAMPLES.of_class("int8", "torch"), 4 * SAMPLES.layers
 
-    assert of_recipe({"mlp": {"dtype": "int8"}}, 4 * MEASURED_LAYERS, "torch").error == pytest.approx(2 * bounds.error)
-    assert bounds.for_depth(4 * MEASURED_LAYERS).kl == pytest.approx(4 * bounds.kl)
+    assert SAMPLES.of_recipe({"mlp": {"dtype": "int8"}}, deeper, "torch").error == pytest.approx(2 * bounds.error)
+    assert bounds.for_depth(deeper).kl == pytest.approx(4 * bounds.kl)
     assert bounds.for_depth(2).error == bounds.error
 
 
@@ -197,15 +236,15 @@ def test_a_candidate_that_is_far_worse_than_its_control_fails() -> None:
     control = Verdict((position(relative_error=1e-4),))
     fine, worse = (Verdict((position(relative_error=error),)) for error in (2e-4, 2.1e-4))
 
-    assert all(check.passed for check in check_control(fine, control, BOUNDS))
-    assert [check.name for check in check_control(worse, control, BOUNDS) if not check.passed] == [
+    assert all(check.passed for check in check_control(fine, control, BOUNDS, PLAIN))
+    assert [check.name for check in check_control(worse, control, BOUNDS, PLAIN) if not check.passed] == [
         "median relative error over the control's"
     ]
 
 
 def test_a_control_that_is_wrong_itself_fails_a_bundle_of_any_recipe() -> None:
     wrong = Verdict((position(relative_error=0.04, cosine=0.999),))
-    checks = check_control(wrong, wrong, of_class("int4", "torch"))
+    checks = check_control(wrong, wrong, SAMPLES.of_class("int4", "torch"), SAMPLES.of_recipe({}, 8, "torch"))
 
     failed = [check.name for check in checks if not check.passed]
     assert "control: median relative error" in failed

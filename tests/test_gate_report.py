@@ -18,12 +18,12 @@ from coreai_zoo.bundle.card import CARD, without_measurements
 from coreai_zoo.bundle.layout import file_digests
 from coreai_zoo.cli.gate import failure, show
 from coreai_zoo.gate import Activations, GateResult
-from coreai_zoo.gates.bounds import of_recipe
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
 from coreai_zoo.gates.report import damage, markdown, render, totals
 from coreai_zoo.gates.teacher_forced import GateReport, Models, Runner, gate, run_oracle
 from coreai_zoo.gates.transcript import Run, replace, to_json, transcript, write, write_card
 from coreai_zoo.progress import Reporter
+from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 
 P, V, D, LAYERS = 16, 24, 6, 3
 STOP = 3
@@ -99,8 +99,9 @@ def judged(
     return gate(
         run_oracle(oracle, prompts(), silent),
         Models(judging, judging, plain),
-        lambda arithmetic: of_recipe({"mlp": {"dtype": "int8"}}, LAYERS, arithmetic),
+        lambda arithmetic: SAMPLES.of_recipe({"mlp": {"dtype": "int8"}}, LAYERS, arithmetic),
         silent,
+        control_bounds=SAMPLES.of_recipe({}, LAYERS, "torch"),
         experts_per_token=2,
         quantized=True,
     )

@@ -22,7 +22,7 @@ from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.lowering.repetition import NotRepeated, Repetition, find_repetition, short_signature, shortened
 from coreai_zoo.lowering.trace import check_traced, trace
 from coreai_zoo.overlay import LayerRewrite
-from coreai_zoo.recipes import find_recipe
+from coreai_zoo.recipes import RECIPES
 from coreai_zoo.signature import StateSpec, TensorSpec, TraceSpec
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
@@ -70,9 +70,7 @@ def checkpointed(directory: Path, kind: Any, layers: str, *rewrites: LayerRewrit
     store = WeightStore(directory / "store")
     made = Checkpointed(config, store, (*rewrites_of(STATIC_S1), *rewrites))
     parameters = parameters_of(made.module())
-    store.fill(
-        plan_weights(qwen3_5.weight_map(config), parameters, checkpoint.tensors, find_recipe("int8hu")), checkpoint
-    )
+    store.fill(plan_weights(qwen3_5.weight_map(config), parameters, checkpoint.tensors, RECIPES["int8hu"]), checkpoint)
     return made
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 
 from checkpoints import read_weights, tiny_checkpoint, write_weights
 from coreai_zoo.checkpoint.files import Checkpoint, read_config
+from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gate import Activations
+from coreai_zoo.gate import Activations, ReferenceModel
 from coreai_zoo.gates.oracle import Oracle, default_cache
 from decoders import OVERLAY
 from reference import whole_model
@@ -116,6 +120,102 @@ def test_a_parameter_that_nothing_fills_is_an_error_before_anything_is_computed(
     write_weights(directory, weights | {key: weights[key][:, :16].clone()})
     with pytest.raises(BadInput, match=r"o_proj\.weight is \[32, 16\] in the checkpoint, not \[32, 64\]"):
         oracle_of(directory).run(TOKENS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architectures that transformers does not know
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def acme() -> tuple[Any, Any]:
+    """A config and a model class of somebody else: Llama whose layers multiply their output by `gain`."""
+    with quiet_transformers():
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    class AcmeConfig(LlamaConfig):  # type: ignore[misc]
+        model_type = "acme_gain"
+        gain: float = 1.0
+
+    class AcmeLayer(LlamaDecoderLayer):  # type: ignore[misc]
+        def __init__(self, config: Any, layer_idx: int) -> None:
+            super().__init__(config, layer_idx)
+            self.gain = config.gain
+
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            return super().forward(*arguments, **options) * self.gain
+
+    class AcmeForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+        config_class = AcmeConfig
+        _no_split_modules = ("AcmeLayer",)
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model.layers = torch.nn.ModuleList(AcmeLayer(config, i) for i in range(config.num_hidden_layers))
+            self.post_init()
+
+    return AcmeConfig, AcmeForCausalLM
+
+
+def make_acme(hf_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    config, model = acme()
+    return model._from_config(config(**hf_config), dtype=dtype)
+
+
+ACME = ReferenceModel("acme-models 2.1", make_acme)
+
+
+@pytest.fixture(scope="module")
+def gained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of that architecture, written by transformers."""
+    directory = tmp_path_factory.mktemp("gained") / "checkpoint"
+    config, model = acme()
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    with quiet_transformers():
+        model(config(gain=1.3, **sizes, **heads)).save_pretrained(directory)
+    return directory
+
+
+def test_a_reference_of_a_plugin_is_streamed_like_transformers_own(gained: Path) -> None:
+    tokens = [token % 128 for token in TOKENS]
+    with quiet_transformers(), torch.inference_mode():
+        whole = acme()[1].from_pretrained(gained, dtype=torch.float32).eval()
+        outputs = whole(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
+    theirs = Activations(outputs.logits[0].numpy(), [state[0].numpy() for state in outputs.hidden_states])
+
+    assert_equal(oracle_of(gained, reference=ACME).run(tokens), theirs)
+    with pytest.raises(BadInput, match=r"^transformers cannot make a model of this config: .*acme_gain"):
+        oracle_of(gained).run(tokens)
+    plain = {**read_config(gained), "gain": 1.0}
+    without = Oracle(Checkpoint.open(gained), plain, reference=ACME).run(tokens)
+    assert np.abs(without.logits - theirs.logits).max() > 1e-3, "the layers of this architecture are its own"
+
+
+def test_a_reference_that_fails_is_named(gained: Path) -> None:
+    def make(_hf_config: Mapping[str, Any], _dtype: torch.dtype) -> Any:
+        raise LookupError("no such size")
+
+    with pytest.raises(BadInput, match=r"^acme-models 2\.2 cannot make a model of this config: no such size\.$"):
+        oracle_of(gained, reference=ReferenceModel("acme-models 2.2", make)).run(TOKENS)
+
+
+def test_a_kept_result_belongs_to_its_reference_by_name_and_code(gained: Path, tmp_path: Path) -> None:
+    tokens = [token % 128 for token in TOKENS]
+    assert counted(gained, tmp_path, tokens, reference=ACME)[1] == 3
+    assert counted(gained, tmp_path, tokens, reference=ReferenceModel(ACME.name, make_acme))[1] == 0
+    assert counted(gained, tmp_path, tokens, reference=evolve(ACME, name="acme-models 2.2"))[1] == 3
+    assert oracle_of(gained, reference=ACME).name == "acme-models 2.1 in float32"
+
+    identities = [
+        oracle_of(gained, reference=reference).identity(tokens)
+        for reference in (None, ACME, ReferenceModel(ACME.name, whole_model))
+    ]
+    assert "reference" not in identities[0]
+    assert identities[1]["reference"]["name"] == identities[2]["reference"]["name"]
+    assert identities[1]["reference"]["code_sha256"] != identities[2]["reference"]["code_sha256"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,15 @@ import pluggy
 import pytest
 
 from coreai_zoo import contracts, hookimpl, hookspecs
+from coreai_zoo.backends import builtin
+from coreai_zoo.bounds import GENERAL, Measured, MeasuredBounds
+from coreai_zoo.catalogue import find_backend, find_contract, find_recipe, load_contracts, load_recipes
+from coreai_zoo.digest import code_sha256
 from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError
-from coreai_zoo.overlay import LayerRewrite, Overlay, WeightMap
-from coreai_zoo.plugins import HOOKS, Plugins
-from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
+from coreai_zoo.gate import ReferenceModel
+from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, WeightMap
+from coreai_zoo.plugins import HOOKS, LISTS, Plugins
+from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, Recipe
 from coreai_zoo.signature import KVCache, StateSpec
 
 MakePlugin = Callable[..., types.ModuleType]
@@ -28,8 +33,10 @@ CONTRACT = contracts.STATIC_S1
 class ToyOverlay:
     """An overlay that is nothing but its shape."""
 
-    def __init__(self, name: str = "toy") -> None:
+    def __init__(self, name: str = "toy", refines: object = None) -> None:
         self.name = name
+        if refines is not None:
+            self.refines = refines
 
     def read_config(self, hf_config: Mapping[str, Any]) -> Any:
         return dict(hf_config)
@@ -60,8 +67,8 @@ class Thing:
 TOY: Overlay = ToyOverlay()
 
 
-def host(**plugins: object) -> Plugins:
-    registered = Plugins()
+def host(*, tolerant: bool = False, **plugins: object) -> Plugins:
+    registered = Plugins(tolerant=tolerant)
     for name, plugin in plugins.items():
         registered.register(plugin, name)
     return registered
@@ -223,31 +230,73 @@ def test_plugins_of_the_zoo_come_first_so_that_any_other_may_answer_in_their_pla
     assert [info.distribution for info in Plugins.discover().info()] == ["coreai-zoo", "almond", "walnut"]
 
 
-def test_a_plugin_that_cannot_be_imported_is_named_with_the_others(install: Callable[..., None]) -> None:
+def test_a_plugin_that_cannot_be_imported_is_named_with_the_others_and_left_out(
+    install: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     install("good", GOOD)
     install("broken", "import a_module_that_is_not_there\n")
 
-    with pytest.raises(PluginError) as caught:
-        Plugins.discover()
+    plugins = Plugins.discover()
 
-    message = str(caught.value)
+    (message,) = map(str, plugins.problems)
     assert "plugin 'broken' (zoo_test_broken of broken 1.5) cannot be imported: ModuleNotFoundError" in message
     assert "Other plugins: good." in message
+    assert "zoo --without broken" in message
+    assert capsys.readouterr().err == f"warning: {message}\n"
+    assert plugins.names() == ["good"]
 
 
-def test_a_plugin_that_raises_anything_on_import_is_named(install: Callable[..., None]) -> None:
-    install("broken", "raise ValueError('two\\nlines')\n")
+@pytest.mark.parametrize("last_words", ["raise ValueError('two\\nlines')", "raise SystemExit('two\\nlines')"])
+def test_a_plugin_that_raises_anything_on_import_is_named(install: Callable[..., None], last_words: str) -> None:
+    install("broken", f"{last_words}\n")
 
-    with pytest.raises(PluginError, match=r"'broken'.*ValueError: two lines.*There is no other plugin"):
-        Plugins.discover()
+    (problem,) = Plugins.discover().problems
+
+    assert isinstance(problem, PluginError)
+    assert re.search(r"'broken'.*(ValueError|SystemExit): two lines.*There is no other plugin", str(problem))
 
 
-def test_one_plugin_name_from_two_packages_names_both(install: Callable[..., None]) -> None:
+def test_a_plugin_that_is_not_valid_is_left_out_of_what_is_discovered(install: Callable[..., None]) -> None:
+    install("good", GOOD)
+    install("typo", GOOD.replace("zoo_entries", "zoo_entrys"))
+
+    plugins = Plugins.discover()
+
+    (problem,) = map(str, plugins.problems)
+    assert problem == "plugin 'typo' implements zoo_entrys, which is no hook. Did you mean zoo_entries?"
+    assert plugins.names() == ["good"]
+
+
+def test_one_plugin_name_from_two_packages_names_both_and_the_first_is_there(install: Callable[..., None]) -> None:
     install("first", GOOD, plugin="same")
     install("second", GOOD, plugin="same")
 
-    with pytest.raises(PluginError, match=r"zoo_test_second of second 1\.5.*zoo_test_first of first 1\.5"):
-        Plugins.discover()
+    plugins = Plugins.discover()
+
+    (problem,) = map(str, plugins.problems)
+    assert re.search(r"zoo_test_second of second 1\.5.*zoo_test_first of first 1\.5", problem)
+    assert [info.distribution for info in plugins.info()] == ["first"]
+
+
+def test_a_broken_plugin_does_not_take_the_name_of_one_that_works(install: Callable[..., None]) -> None:
+    install("first", "import a_module_that_is_not_there\n", plugin="same")
+    install("second", GOOD, plugin="same")
+
+    plugins = Plugins.discover()
+
+    assert [info.distribution for info in plugins.info()] == ["second"]
+    assert len(plugins.problems) == 1
+
+
+def test_a_plugin_that_is_left_out_is_not_even_imported(install: Callable[..., None]) -> None:
+    install("good", GOOD)
+    install("broken", "raise RuntimeError\n")
+
+    plugins = Plugins.discover(without=["broken"])
+
+    assert (plugins.names(), plugins.problems) == (["good"], ())
+    with pytest.raises(BadInput, match=r"no plugin 'brokn' to leave out\. Did you mean broken\?"):
+        Plugins.discover(without=["brokn"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,13 +305,18 @@ def test_one_plugin_name_from_two_packages_names_both(install: Callable[..., Non
 
 CALLS: dict[str, Callable[[Plugins], object]] = {
     "zoo_entries": lambda plugins: plugins.entries(),
+    "zoo_recipes": lambda plugins: plugins.recipes(),
+    "zoo_contracts": lambda plugins: plugins.contracts(),
     "zoo_register_commands": lambda plugins: plugins.register_commands(click.Group()),
     "zoo_claim_overlay": lambda plugins: plugins.claim_overlay("toy", {}),
     "zoo_layer_rewrites": lambda plugins: plugins.layer_rewrites(TOY, None, None, CONTRACT, FUNCTION),
     "zoo_extra_states": lambda plugins: plugins.extra_states(TOY, None, None, CONTRACT),
     "zoo_weight_map": lambda plugins: plugins.weight_map(TOY, None, None),
     "zoo_head_quantization": lambda plugins: plugins.head_quantization(TOY, None, None),
+    "zoo_tokenizer_classes": lambda plugins: plugins.tokenizer_classes(),
     "zoo_backends": lambda plugins: plugins.backends(),
+    "zoo_oracle": lambda plugins: plugins.oracle(TOY, {}),
+    "zoo_gate_bounds": lambda plugins: plugins.gate_bounds(TOY),
     "zoo_gates": lambda plugins: plugins.gates(TOY, None),
 }
 
@@ -299,6 +353,39 @@ def test_an_answer_of_the_wrong_type_names_the_plugin_and_the_hook(
 ) -> None:
     with pytest.raises(PluginError, match=rf"^plugin 'odd' answered with .* in {hook}; the host expects "):
         CALLS[hook](host(odd=make_plugin(**{hook: lambda: answer})))
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_only_adds_to_a_list_is_reported_once_and_left_out_and_the_rest_raises(
+    make_plugin: MakePlugin, hook: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of\nluck")
+
+    plugins = host(tolerant=True, unlucky=make_plugin(**{hook: fail}), fine=make_plugin(**{hook: lambda: None}))
+
+    if hook not in LISTS:
+        with pytest.raises(PluginError, match=f"'unlucky' failed in {hook}"):
+            CALLS[hook](plugins)
+        return
+    CALLS[hook](plugins)
+    CALLS[hook](plugins)
+
+    assert capsys.readouterr().err == f"warning: plugin 'unlucky' failed in {hook}: RuntimeError: out of luck.\n"
+    (problem,) = plugins.problems
+    assert isinstance(problem, PluginError)
+
+
+@pytest.mark.parametrize("hook", sorted(LISTS - {"zoo_register_commands"}))
+@pytest.mark.parametrize("answer", [3, "text", [3]], ids=repr)
+def test_an_answer_of_the_wrong_type_leaves_out_that_plugin_only(
+    make_plugin: MakePlugin, hook: str, answer: object
+) -> None:
+    plugins = host(odd=make_plugin(**{hook: lambda: answer}), tolerant=True)
+    plugins.register(builtin, "coreai")
+
+    assert CALLS[hook](plugins) == CALLS[hook](host(coreai=builtin))
+    assert str(plugins.problems[0]).startswith("plugin 'odd' answered with ")
 
 
 def test_a_generator_that_fails_half_way_is_blamed_too(make_plugin: MakePlugin) -> None:
@@ -352,11 +439,83 @@ def test_an_architecture_that_nobody_claims_says_who_was_asked_and_which_hook_to
         plugins.claim_overlay("mamba", {})
 
 
+def test_an_architecture_that_nobody_claims_says_which_plugins_were_left_out(install: Callable[..., None]) -> None:
+    install("broken", "import a_module_that_is_not_there\n")
+
+    with pytest.raises(BadInput, match=r"'mamba' is claimed by no plugin\..*Left out: plugin 'broken' .*cannot be imp"):
+        Plugins.discover().claim_overlay("mamba", {})
+
+
 def test_two_claims_name_both_plugins(make_plugin: MakePlugin) -> None:
     plugins = host(one=claiming(make_plugin, TOY), two=claiming(make_plugin, ToyOverlay("twin")))
 
     with pytest.raises(PluginError, match=r"'toy'.*plugin 'one' \(overlay 'toy'\) and plugin 'two' \(overlay 'twin'\)"):
         plugins.claim_overlay("toy", {})
+
+
+@pytest.mark.parametrize("order", [["base", "variant"], ["variant", "base"]])
+def test_an_overlay_that_refines_another_claimant_wins_over_it(make_plugin: MakePlugin, order: list[str]) -> None:
+    overlays = {"base": ToyOverlay("base"), "variant": ToyOverlay("variant", refines="base")}
+    plugins = host(**{name: claiming(make_plugin, overlays[name]) for name in order})
+
+    assert plugins.claim_overlay("toy", {}) == (overlays["variant"], "variant")
+
+
+def test_a_chain_of_refinements_works(make_plugin: MakePlugin) -> None:
+    last = ToyOverlay("third", refines="second")
+    plugins = host(
+        c=claiming(make_plugin, last),
+        a=claiming(make_plugin, ToyOverlay("first")),
+        b=claiming(make_plugin, ToyOverlay("second", refines="first")),
+    )
+
+    assert plugins.claim_overlay("toy", {}) == (last, "c")
+
+
+def test_two_refinements_of_one_overlay_are_equal_claims(make_plugin: MakePlugin) -> None:
+    plugins = host(
+        base=claiming(make_plugin, TOY),
+        one=claiming(make_plugin, ToyOverlay("left", refines="toy")),
+        two=claiming(make_plugin, ToyOverlay("right", refines="toy")),
+    )
+
+    with pytest.raises(PluginError, match=r"by plugin 'one' \(overlay 'left'\) and plugin 'two' \(overlay 'right'\)\."):
+        plugins.claim_overlay("toy", {})
+
+
+def test_overlays_of_one_name_are_equal_claims_whoever_refines_them(make_plugin: MakePlugin) -> None:
+    plugins = host(
+        one=claiming(make_plugin, TOY),
+        two=claiming(make_plugin, ToyOverlay("toy")),
+        variant=claiming(make_plugin, ToyOverlay("variant", refines="toy")),
+    )
+
+    with pytest.raises(PluginError, match=r"by plugin 'one' \(overlay 'toy'\) and plugin 'two' \(overlay 'toy'\)\."):
+        plugins.claim_overlay("toy", {})
+
+
+def test_a_refinement_of_an_overlay_that_nobody_claims_says_so(make_plugin: MakePlugin) -> None:
+    plugins = host(variant=claiming(make_plugin, ToyOverlay("variant", refines="toy")), other=make_plugin())
+
+    with pytest.raises(
+        PluginError, match=r"'variant' claims .*'toy' .*refines the overlay 'toy', but no plugin claims it with that\."
+    ):
+        plugins.claim_overlay("toy", {})
+
+
+def test_overlays_that_refine_each_other_name_both(make_plugin: MakePlugin) -> None:
+    plugins = host(
+        one=claiming(make_plugin, ToyOverlay("left", refines="right")),
+        two=claiming(make_plugin, ToyOverlay("right", refines="left")),
+    )
+
+    with pytest.raises(PluginError, match=r"'left'.* and plugin 'two' \(overlay 'right'\), which refine each other\."):
+        plugins.claim_overlay("toy", {})
+
+
+def test_what_an_overlay_refines_is_a_name(make_plugin: MakePlugin) -> None:
+    with pytest.raises(PluginError, match=r"'odd' gave the overlay 'variant' `refines` 3 in zoo_claim_overlay; .*name"):
+        host(odd=claiming(make_plugin, ToyOverlay("variant", refines=3))).claim_overlay("toy", {})
 
 
 def test_an_overlay_that_lacks_a_method_is_told_which(make_plugin: MakePlugin) -> None:
@@ -465,6 +624,153 @@ def test_one_name_from_two_plugins_names_both(make_plugin: MakePlugin, hook: str
         CALLS[hook](plugins)
 
 
+def recipe(name: str) -> Recipe:
+    return Recipe(name, f"{name}_published", "A recipe.", RECIPES["fp16"].specs)
+
+
+def contract(name: str) -> contracts.Contract:
+    return contracts.Contract(name, "A contract.", 1, ())
+
+
+LISTED: dict[str, Callable[[str], Any]] = {"zoo_recipes": recipe, "zoo_contracts": contract, "zoo_backends": Thing}
+FIND: dict[str, Callable[[str, Plugins], Any]] = {
+    "zoo_recipes": find_recipe,
+    "zoo_contracts": find_contract,
+    "zoo_backends": find_backend,
+}
+
+
+@pytest.mark.parametrize("hook", LISTED)
+def test_what_a_plugin_lists_is_found_by_name_beside_the_hosts_own(make_plugin: MakePlugin, hook: str) -> None:
+    theirs, kind = LISTED[hook]("acme-one"), hook.removeprefix("zoo_").removesuffix("s")
+    plugins = host(coreai=builtin, acme=make_plugin(**{hook: lambda: [theirs]}))
+
+    assert FIND[hook]("acme-one", plugins) is theirs
+    with pytest.raises(BadInput, match=rf"no {kind} 'acme-on'\. Did you mean acme-one\?$"):
+        FIND[hook]("acme-on", plugins)
+    with pytest.raises(BadInput, match=rf"no {kind} 'zzzzzzzz'\. There are .*, acme-one\.$"):
+        FIND[hook]("zzzzzzzz", plugins)
+    with pytest.raises(BadInput, match=r"There are none\.$"):
+        FIND[hook]("acme-one", Plugins())
+
+
+@pytest.mark.parametrize("hook", LISTED)
+def test_a_name_that_two_plugins_bring_is_listed_once_and_refused_where_it_is_asked_for(
+    make_plugin: MakePlugin, hook: str
+) -> None:
+    first, second, other = (LISTED[hook](name) for name in ("same", "same", "other"))
+    hooks = {"a": [first], "b": [second, other]}
+    plugins = host(tolerant=True, **{name: make_plugin(**{hook: lambda n=name: hooks[n]}) for name in hooks})
+
+    for _ in range(2):
+        with pytest.raises(PluginError, match=f"'same' is there twice in {hook}: from plugin 'a' and from plugin 'b'"):
+            FIND[hook]("same", plugins)
+    assert FIND[hook]("other", plugins) is other
+    assert len(plugins.problems) == 1
+
+
+@pytest.mark.parametrize("hook", LISTED)
+def test_the_error_for_a_name_that_is_not_there_tells_what_was_left_out(make_plugin: MakePlugin, hook: str) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of luck")
+
+    plugins = host(coreai=builtin, unlucky=make_plugin(**{hook: fail}), tolerant=True)
+
+    with pytest.raises(BadInput, match=rf"Left out: plugin 'unlucky' failed in {hook}: RuntimeError: out of luck\.$"):
+        FIND[hook]("acme-one", plugins)
+
+
+def test_the_hosts_own_plugin_brings_the_built_in_recipes_and_contracts() -> None:
+    plugins = host(coreai=builtin)
+
+    assert load_recipes(plugins) == RECIPES
+    assert load_contracts(plugins) == contracts.CONTRACTS
+
+
+def classes(*answers: TokenizerClass) -> Callable[[], list[TokenizerClass]]:
+    return lambda: list(answers)
+
+
+def test_classes_of_tokenizers_are_collected_with_the_class_that_engines_know(make_plugin: MakePlugin) -> None:
+    plugins = host(
+        early=make_plugin(zoo_tokenizer_classes=classes(TokenizerClass("AcmeTokenizer", "PreTrainedTokenizer"))),
+        coreai=builtin,
+        again=make_plugin(
+            zoo_tokenizer_classes=classes(TokenizerClass("AcmeTokenizer", "PreTrainedTokenizer"), TokenizerClass("Own"))
+        ),
+    )
+
+    found = plugins.tokenizer_classes()
+
+    assert (found["AcmeTokenizer"], found["Own"], found["Qwen2Tokenizer"]) == (
+        "PreTrainedTokenizer",
+        "Own",
+        "Qwen2Tokenizer",
+    )
+    assert "Qwen3_5Tokenizer" not in found, "that is the business of the plugin that brings the family"
+
+
+@pytest.mark.parametrize("other", [TokenizerClass("AcmeTokenizer"), TokenizerClass("AcmeTokenizer", "Qwen2Tokenizer")])
+def test_two_plugins_that_disagree_on_a_class_of_tokenizers_are_named(
+    make_plugin: MakePlugin, other: TokenizerClass
+) -> None:
+    plugins = host(
+        coreai=builtin,
+        one=make_plugin(zoo_tokenizer_classes=classes(TokenizerClass("AcmeTokenizer", "PreTrainedTokenizer"))),
+        two=make_plugin(zoo_tokenizer_classes=classes(other)),
+    )
+
+    with pytest.raises(PluginError, match=r"AcmeTokenizer as ") as caught:
+        plugins.tokenizer_classes()
+    for part in ("plugin 'one'", "plugin 'two'", "zoo_tokenizer_classes", "PreTrainedTokenizer"):
+        assert part in str(caught.value)
+
+
+def test_a_class_of_tokenizers_cannot_be_known_as_one_that_engines_do_not_know(make_plugin: MakePlugin) -> None:
+    plugins = host(
+        coreai=builtin,
+        one=make_plugin(zoo_tokenizer_classes=classes(TokenizerClass("AcmeTokenizer", "NobodysTokenizer"))),
+    )
+
+    with pytest.raises(
+        PluginError, match=r"'one' says in zoo_tokenizer_classes .* as NobodysTokenizer, which no plugin"
+    ):
+        plugins.tokenizer_classes()
+
+
+def test_the_last_registered_bounds_win_and_the_general_ones_are_the_last(make_plugin: MakePlugin) -> None:
+    row = Measured(0.001, 0.002, 0, 1e-5, 1e-6, 1e-5, 0.001, 1.0)
+    ours, theirs = (MeasuredBounds(who, 4, {("fp16", "torch", "dense"): row}, {}) for who in ("ours", "theirs"))
+
+    assert Plugins().gate_bounds(TOY) is GENERAL
+    plugins = host(
+        ours=make_plugin(zoo_gate_bounds=lambda: ours),
+        theirs=make_plugin(zoo_gate_bounds=lambda: theirs),
+        silent=make_plugin(zoo_gate_bounds=lambda: None),
+    )
+    assert plugins.gate_bounds(TOY) is theirs
+
+
+def make_reference(hf_config: Mapping[str, Any], dtype: Any) -> Any:
+    raise LookupError(f"no {hf_config['model_type']} in {dtype}")
+
+
+def test_the_last_registered_reference_wins_and_its_failures_name_the_plugin(make_plugin: MakePlugin) -> None:
+    ours, theirs = (ReferenceModel(name, make_reference) for name in ("ours", "theirs"))
+
+    assert Plugins().oracle(TOY, {}) is None
+    plugins = host(
+        ours=make_plugin(zoo_oracle=lambda: ours),
+        theirs=make_plugin(zoo_oracle=lambda hf_config: theirs if hf_config["model_type"] == "toy" else None),
+    )
+    other, found = plugins.oracle(TOY, {"model_type": "other"}), plugins.oracle(TOY, {"model_type": "toy"})
+    assert other is not None and found is not None
+    assert (other.name, found.name) == ("ours", "theirs")
+    with pytest.raises(PluginError, match="'theirs' failed in zoo_oracle: LookupError: no toy in float32"):
+        found.make({"model_type": "toy"}, "float32")  # type: ignore[arg-type]
+    assert code_sha256(found.make) == code_sha256(make_reference) != code_sha256(Plugins)
+
+
 def test_gates_come_with_their_plugins(make_plugin: MakePlugin) -> None:
     gate: Any = Thing("long_context")
 
@@ -508,6 +814,30 @@ def test_two_plugins_cannot_add_one_command(make_plugin: MakePlugin) -> None:
 
     with pytest.raises(PluginError, match="'second' replaces the command bench"):
         plugins.register_commands(click.Group())
+
+
+def test_a_plugin_that_breaks_commands_leaves_those_of_the_others(
+    make_plugin: MakePlugin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half_way(cli: click.Group) -> None:
+        cli.add_command(click.Command("half"))
+        raise RuntimeError("broken")
+
+    group = click.Group(commands=[click.Command("list")])
+    plugins = host(
+        tolerant=True,
+        rude=make_plugin(zoo_register_commands=adding("list")),
+        broken=make_plugin(zoo_register_commands=half_way),
+        good=make_plugin(zoo_register_commands=adding("bench")),
+    )
+
+    plugins.register_commands(group)
+
+    assert sorted(group.commands) == ["bench", "list"]
+    assert [line.partition(" in zoo_")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "warning: plugin 'rude' replaces the command list",
+        "warning: plugin 'broken' failed",
+    ]
 
 
 def test_removing_a_command_is_replacing_it(make_plugin: MakePlugin) -> None:

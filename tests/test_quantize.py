@@ -15,9 +15,11 @@ from coreai_opt.quantization.spec.factory import QuantizationComponentFactory
 from coreai_torch._compression._intx import IntxTensor, UintxTensor
 from hypothesis import example, given, settings
 
+from coreai_zoo.catalogue import find_recipe
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import RoleKind
-from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.plugins import default_plugins
+from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, Recipe
 from coreai_zoo.weights.formats import has_zero_points, pack_int4, unpack_int4
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, dequantize_rows, quantize_rows, workers
 from coreai_zoo_overlays.qwen3_5.table import ROLES
@@ -324,8 +326,8 @@ def test_a_per_channel_head_needs_force() -> None:
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest_names() -> None:
-    assert find_recipe("int8hu") is RECIPES["int8hu"]
+    assert find_recipe("int8hu", default_plugins()) is RECIPES["int8hu"]
     with pytest.raises(BadInput, match=r"no recipe 'int8hy'\. Did you mean int8hu"):
-        find_recipe("int8hy")
+        find_recipe("int8hy", default_plugins())
     with pytest.raises(BadInput, match="There are fp16, int8lin, int8hu, int4lin"):
-        find_recipe("zzz")
+        find_recipe("zzz", default_plugins())

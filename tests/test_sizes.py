@@ -16,7 +16,7 @@ from coreai_zoo.checkpoint.files import TensorInfo
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import find_recipe
+from coreai_zoo.recipes import RECIPES
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY
@@ -63,7 +63,7 @@ def test_the_true_size_plan_of_the_27b_is_within_a_thousandth_of_the_published_b
     config = OVERLAY.read_config(OVERLAY.config_of_facts(facts))
     module = build_module(lambda: OVERLAY.decoder(config, STATIC_S1), [])
     parameters = parameters_of(module)
-    plan = plan_weights(qwen3_5.weight_map(config), parameters, released_tensors(parameters), find_recipe("int8hu"))
+    plan = plan_weights(qwen3_5.weight_map(config), parameters, released_tensors(parameters), RECIPES["int8hu"])
     assert sum(tensor.parameters for tensor in plan.tensors) == facts["parameters"]
     assert abs(plan.stored_bytes / PUBLISHED_27B_INT8HU - 1) <= 0.001
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Part, Transform, WeightMap, WeightRule
-from coreai_zoo.recipes import QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
 from coreai_zoo.weights import store as store_module
 from coreai_zoo.weights.formats import has_zero_points, pack_int4
 from coreai_zoo.weights.plan import ParameterInfo, PlannedTensor, WeightPlan, plan_weights
@@ -30,7 +30,7 @@ from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, QUANTIZER_VERSION, quan
 from coreai_zoo.weights.store import JOURNAL, PARTIAL, FillReport, WeightStore
 from coreai_zoo_overlays.qwen3_5.table import ROLES
 
-INT8 = find_recipe("int8hu")
+INT8 = RECIPES["int8hu"]
 # Files of the same sizes as int8hu's, with other bits in them.
 ABSMAX = Recipe("absmax", "absmax", "", {**INT8.specs, "mlp": INT8.specs["head"], "moe.expert": INT8.specs["head"]})
 RULES = (
@@ -71,7 +71,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe = INT8, rules: tuple[WeightRule,
 
 def one(checkpoint: Checkpoint, shape: tuple[int, ...], spec: QuantizationSpec | None, dtype: str) -> WeightPlan:
     """A plan for the one tensor `w`."""
-    roles = {**find_recipe("fp16").specs, "mlp": spec}
+    roles = {**RECIPES["fp16"].specs, "mlp": spec}
     parameters = {"w": ParameterInfo(shape, dtype)}
     rules = WeightMap((WeightRule("w", "w", "mlp"),))
     return plan_weights(rules, parameters, checkpoint.tensors, Recipe("test", "test", "", roles))
@@ -225,7 +225,7 @@ def test_a_second_fill_computes_nothing_and_reports_all_progress(checkpoint: Che
 
 def test_another_recipe_computes_again_what_it_stores_differently(checkpoint: Checkpoint, store: WeightStore) -> None:
     store.fill(plan(checkpoint), checkpoint)
-    assert computed(store, plan(checkpoint, find_recipe("fp16")), checkpoint) == ["l.0.w", "l.1.w", "experts"]
+    assert computed(store, plan(checkpoint, RECIPES["fp16"]), checkpoint) == ["l.0.w", "l.1.w", "experts"]
     assert not (store.directory / "l.0.w.scales").exists()
     assert computed(store, plan(checkpoint), checkpoint) == ["l.0.w", "l.1.w", "experts"]
 
@@ -656,7 +656,7 @@ def test_a_range_that_overflows_is_refused(tmp_path: Path, store: WeightStore) -
 def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, store: WeightStore, name: str) -> None:
     checkpoint = write(tmp_path / "c", {"w": torch.ones(2, 4)})
     weights = WeightMap((WeightRule("w", name, "mlp"),))
-    planned = plan_weights(weights, {name: ParameterInfo((2, 4), "float16")}, checkpoint.tensors, find_recipe("fp16"))
+    planned = plan_weights(weights, {name: ParameterInfo((2, 4), "float16")}, checkpoint.tensors, RECIPES["fp16"])
     with pytest.raises(BadInput, match="cannot be a file name"):
         store.fill(planned, checkpoint)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "store"]
@@ -714,7 +714,7 @@ def two(checkpoint: Checkpoint) -> WeightPlan:
     """A plan for a small tensor and a large one."""
     rules = WeightMap((WeightRule("{n}", "w.{n}", "mlp"),))
     parameters = {f"w.{n}": ParameterInfo(tuple(checkpoint.tensors[str(n)].shape), "float16") for n in (0, 1)}
-    return plan_weights(rules, parameters, checkpoint.tensors, find_recipe("fp16"))
+    return plan_weights(rules, parameters, checkpoint.tensors, RECIPES["fp16"])
 
 
 def check_no_space(directory: Path, tmp_path: Path, limit: str) -> None:

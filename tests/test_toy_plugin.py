@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 import toy_plugin
 from coreai_zoo import hookimpl
-from coreai_zoo.backend import drain
+from coreai_zoo.backend import Check, drain
 from coreai_zoo.backends import builtin
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.backends.coreml.backend import CoreMLBackend
 from coreai_zoo.build.pipeline import BuildResult, build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
@@ -34,7 +35,7 @@ from coreai_zoo.lowering.module import build_module
 from coreai_zoo.lowering.trace import check_traced, trace
 from coreai_zoo.overlay import COMMON_ROLES, LayerRewrite
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.recipes import Recipe, find_recipe
+from coreai_zoo.recipes import RECIPES, Recipe
 from coreai_zoo.signature import StateSpec, TensorSpec, TraceSpec
 from coreai_zoo.weights.quantizer import dequantize_rows, quantize_rows
 
@@ -161,7 +162,7 @@ def built(
     wanted = BuildRequest("toy-mean", checkpoint=checkpoint, recipe=recipe, output=output, allow_unverified=True)
     result = build(wanted, plugins)
     head = toy_plugin.ToyPlugin(output).zoo_head_quantization(toy_plugin.ToyOverlay())
-    return Built(result, Bundle.open(result.path), find_recipe(request.param).with_head(head))
+    return Built(result, Bundle.open(result.path), RECIPES[request.param].with_head(head))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,9 +268,25 @@ def test_a_bundle_of_the_toy_holds_every_file_and_nothing_else(built: Built) -> 
 
 
 def test_a_bundle_of_the_toy_verifies(built: Built, plugins: Plugins) -> None:
-    checks = verify(built.bundle, plugins.backends())
+    checks = verify(built.bundle, plugins.backends(), plugins.tokenizer_classes())
     assert {check.name for check in checks} == {"files", "metadata", "tokenizer", "main.hash", "signature", "step"}
     assert [check for check in checks if not check.passed] == []
+
+
+def test_a_backend_says_whether_an_asset_is_intact(built: Built, plugins: Plugins) -> None:
+    class Picky(CoreAIBackend):
+        def check_integrity(self, asset: Path) -> Check:
+            assert super().check_integrity(asset).passed
+            return Check("picky", False, f"{asset.name} is not good enough")
+
+    checks = verify(built.bundle, {"coreai": Picky()}, plugins.tokenizer_classes())
+    assert [check for check in checks if not check.passed] == [
+        Check("picky", False, f"{built.bundle.asset.name} is not good enough")
+    ]
+    assert "main.hash" not in {check.name for check in checks}
+    assert CoreMLBackend().check_integrity(built.bundle.asset) is None
+    gone = CoreAIBackend().check_integrity(built.bundle.directory)
+    assert (gone.name, gone.passed) == ("main.hash", False)
 
 
 def test_a_changed_byte_of_the_toy_bundle_does_not_verify(built: Built, plugins: Plugins) -> None:
@@ -279,7 +296,8 @@ def test_a_changed_byte_of_the_toy_bundle_does_not_verify(built: Built, plugins:
     changed[len(changed) // 2] ^= 1
     try:
         bytecode.write_bytes(bytes(changed))
-        checks = {check.name: check for check in verify(built.bundle, plugins.backends())}
+        assert not plugins.backends()["coreai"].check_integrity(built.bundle.asset).passed  # type: ignore[union-attr]
+        checks = {check.name: check for check in verify(built.bundle, plugins.backends(), plugins.tokenizer_classes())}
     finally:
         bytecode.write_bytes(original)
     assert not checks["files"].passed
@@ -312,7 +330,7 @@ def test_the_asset_of_the_toy_computes_what_the_toy_computes_in_float32(built: B
 
 def test_every_state_of_the_toy_matters_for_its_logits() -> None:
     """Guards the test above: with a state left at zero, the reference itself moves by far more than the tolerance."""
-    recipe = find_recipe("fp16")
+    recipe = RECIPES["fp16"]
     expected, _ = reference(recipe)
     decoder = reference_decoder(recipe)
     layers, heads, width = CONFIG["layers"], CONFIG["kv_heads"], CONFIG["head_dim"]
@@ -380,7 +398,7 @@ def test_the_host_names_no_model(root: Path) -> None:
         f"{path.relative_to(root)}:{line}: {text}"
         for path, line, text in said
         # A class that the runtime registers, and that other families' tokenizers use as well.
-        if (model.search(text) or text in classes) and text not in ("Qwen2Tokenizer", "Qwen3_5Tokenizer")
+        if (model.search(text) or text in classes) and text != "Qwen2Tokenizer"
     ]
     assert found == []
 

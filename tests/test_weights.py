@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from coreai_zoo.checkpoint.files import TensorInfo
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Drop, Part, Transform, WeightMap, WeightRule
-from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
 from coreai_zoo.weights.plan import (
     ParameterInfo,
     PlannedTensor,
@@ -25,7 +25,7 @@ from coreai_zoo.weights.plan import (
 )
 from coreai_zoo_overlays.qwen3_5.table import ROLES
 
-FP16, INT8 = find_recipe("fp16"), find_recipe("int8hu")
+FP16, INT8 = RECIPES["fp16"], RECIPES["int8hu"]
 EXPERTS = (
     WeightRule("l.{n}.experts.gate_up", "l.{n}.gate_up", "moe.expert"),
     WeightRule("l.{n}.experts.{e}.gate.weight", "l.{n}.gate_up", "moe.expert", part=Part("e", 0, 2)),

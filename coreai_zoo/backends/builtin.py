@@ -1,4 +1,4 @@
-"""The host's own plugin: the backends that come with it."""
+"""The host's own plugin: the backends, recipes, contracts and classes of tokenizers that come with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ from collections.abc import Iterable
 
 from coreai_zoo import hookimpl
 from coreai_zoo.backend import Backend
+from coreai_zoo.contracts import CONTRACTS, Contract
+from coreai_zoo.overlay import TokenizerClass
+from coreai_zoo.recipes import RECIPES, Recipe
+
+
+@hookimpl
+def zoo_recipes() -> Iterable[Recipe]:
+    """Unquantized, int8 and int4."""
+    return RECIPES.values()
+
+
+@hookimpl
+def zoo_contracts() -> Iterable[Contract]:
+    """One for each engine that the backends write for."""
+    return CONTRACTS.values()
+
+
+@hookimpl
+def zoo_tokenizer_classes() -> Iterable[TokenizerClass]:
+    """Those that are registered in swift-transformers, so that a Mac can load them."""
+    return [TokenizerClass(name) for name in ("Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")]
 
 
 @hookimpl

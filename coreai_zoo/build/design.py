@@ -24,17 +24,17 @@ from coreai_zoo.build.request import (
     BuildRequest,
 )
 from coreai_zoo.build.workspace import check_output_folder
-from coreai_zoo.catalogue import find_entry
+from coreai_zoo.catalogue import find_backend, find_contract, find_entry, find_recipe, load_contracts
 from coreai_zoo.checkpoint.files import Checkpoint, has_weights, read_config
 from coreai_zoo.checkpoint.hub import locate_checkpoint
 from coreai_zoo.checkpoint.tokenizer import check_tokenizer
-from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract, find_contract
+from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract
 from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, PluginError, listing
 from coreai_zoo.overlay import HasParameterTable, LayerRewrite, ParameterInfo, WeightMap
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe, find_recipe
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.plan import WeightPlan, plan_weights, plan_without_checkpoint
 
@@ -222,7 +222,8 @@ class Design:
         Raises:
             BadInput: when there is no such recipe, or it does not fit the weights.
         """
-        recipe, head = _with_head(find_recipe(name), self.model, self.entry, self.decoders.plugins)
+        plugins = self.decoders.plugins
+        recipe, head = _with_head(find_recipe(name, plugins), self.model, self.entry, plugins)
         weights = _weights(self.decoders, self.entry, self.opened, recipe)
         return evolve(self, recipe=recipe, head=head, weights=weights)
 
@@ -240,9 +241,9 @@ def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) 
     """
     if entry is None and request.entry is not None:
         entry, _ = find_entry(request.entry, plugins)
-    backend = _find_backend(request.backend, plugins)
-    contract = _contract(request, entry, backend)
-    recipe = find_recipe(request.recipe or (entry.recipe if entry else DEFAULT_RECIPE))
+    backend = find_backend(request.backend, plugins)
+    contract = _contract(request, entry, backend, plugins)
+    recipe = find_recipe(request.recipe or (entry.recipe if entry else DEFAULT_RECIPE), plugins)
     date = 0 if request.dry else _require_buildable(request, entry, backend)
 
     source = _source(request, entry, plugins)
@@ -252,7 +253,7 @@ def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) 
     checkpoint = source.checkpoint(need_weights=not request.dry)
     if not request.dry:
         assert source.directory is not None
-        check_tokenizer(source.directory, model.facts["vocab_size"])
+        check_tokenizer(source.directory, model.facts["vocab_size"], plugins.tokenizer_classes())
 
     recipe, head = _with_head(recipe, model, entry, plugins)
     functions = _functions(model, entry, contract, max_context, plugins)
@@ -313,23 +314,18 @@ def _check_status(request: BuildRequest, entry: Entry) -> None:
     )
 
 
-def _find_backend(name: str, plugins: Plugins) -> Backend:
-    backends = plugins.backends()
-    if name not in backends:
-        raise BadInput(f"There is no backend {name!r}.", f"There is {listing(sorted(backends))}.")
-    return backends[name]
-
-
-def _contract(request: BuildRequest, entry: Entry | None, backend: Backend) -> Contract:
+def _contract(request: BuildRequest, entry: Entry | None, backend: Backend, plugins: Plugins) -> Contract:
     """The contract that was asked for, or the entry's, or where the backend does not write for that one its own."""
-    usual = entry.contract if entry else DEFAULT_CONTRACT
-    contract = find_contract(request.contract or (usual if usual in backend.contracts else backend.contracts[0]))
-    if not request.dry and contract.name not in backend.contracts:
+    contract = find_contract(request.contract or (entry.contract if entry else DEFAULT_CONTRACT), plugins)
+    if (request.dry and request.contract) or backend.name in contract.backends:
+        return contract
+    own = [other for other in load_contracts(plugins).values() if backend.name in other.backends]
+    if request.contract or not own:
         raise BadInput(
             f"The backend {backend.name} does not write for the contract {contract.name}.",
-            f"It writes for {listing(list(backend.contracts))}.",
+            f"It writes for {listing([other.name for other in own]) or 'none that is installed'}.",
         )
-    return contract
+    return own[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from attrs import frozen
 
-from coreai_zoo.backend import Traced
+from coreai_zoo.backend import Check, Traced
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.record import write_records
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.workspace import Workspace
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.verify import Check, require, verify
+from coreai_zoo.bundle.verify import require, verify
 from coreai_zoo.errors import listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -90,9 +90,10 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         with report.stage("lower", designed.asset):
             _lower(traced, designed, store, partial)
         with report.stage("bundle", designed.name):
-            write_records(designed, store, partial)
+            classes = plugins.tokenizer_classes()
+            write_records(designed, store, partial, classes)
         with report.stage("verify"):
-            checks = verify(Bundle.open(partial), {designed.backend.name: designed.backend})
+            checks = verify(Bundle.open(partial), {designed.backend.name: designed.backend}, classes)
             require(checks)
         workspace.publish()
     path = workspace.destination

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from coreai_zoo.backend import Check
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.record import versions
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, without_measurements
 from coreai_zoo.bundle.layout import GATE_FOLDER
-from coreai_zoo.bundle.verify import Check, backend_of
+from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter

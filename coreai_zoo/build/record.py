@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections import Counter
+from collections.abc import Mapping
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,23 @@ from coreai_zoo.bundle.layout import BUILD_SCHEMA, file_digests, file_sizes
 from coreai_zoo.bundle.metadata import Description, metadata
 from coreai_zoo.checkpoint.tokenizer import copy_tokenizer
 from coreai_zoo.dates import build_date
+from coreai_zoo.digest import code_sha256
 from coreai_zoo.json_files import write_json
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION
 from coreai_zoo.weights.store import WeightStore
 
 
-def write_records(design: Design, store: WeightStore, partial: Path) -> None:
-    """Add everything but the asset to the bundle in `partial`."""
-    copy_tokenizer(design.checkpoint.directory, partial / "tokenizer")
+def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_classes: Mapping[str, str]) -> None:
+    """Add everything but the asset to the bundle in `partial`.
+
+    Args:
+        design: what is built.
+        store: its weights.
+        partial: folder of the bundle.
+        tokenizer_classes: see `Plugins.tokenizer_classes`.
+    """
+    copy_tokenizer(design.checkpoint.directory, partial / "tokenizer", tokenizer_classes)
     record = build_record(design, store)
     write_json(
         partial / "metadata.json",
@@ -98,14 +106,14 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
         "overlay": {
             "name": design.model.overlay.name,
             "plugin": design.model.plugin,
-            "code_sha256": _code_digest(type(design.model.overlay).__module__),
+            "code_sha256": code_sha256(type(design.model.overlay)),
             "rewrites": [
                 {
                     "name": rewrite.name,
                     "plugin": plugin,
                     "pattern": rewrite.pattern,
                     "reason": rewrite.reason,
-                    "code_sha256": _code_digest(rewrite.apply.__module__),
+                    "code_sha256": code_sha256(rewrite.apply),
                 }
                 for plugin, rewrite in _rewrites(design)
             ],
@@ -151,12 +159,3 @@ def _values_digest(design: Design, store: WeightStore) -> str:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _code_digest(name: str) -> str:
-    """SHA-256 over the source of the package that module `name` is in, or of the module where it is in none."""
-    module = sys.modules[name]
-    source = Path(str(module.__file__))
-    files = sorted(source.parent.rglob("*.py")) if module.__package__ else [source]
-    lines = [f"{path.relative_to(source.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

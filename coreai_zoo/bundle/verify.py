@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
-
-from coreai_zoo.backend import Backend, Signature
+from coreai_zoo.backend import Backend, Check, Signature
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import file_digests
 from coreai_zoo.bundle.metadata import METADATA_VERSION
-from coreai_zoo.checkpoint.tokenizer import TOKENIZER_CLASSES
+from coreai_zoo.checkpoint.tokenizer import tokenizer_class
 from coreai_zoo.digest import file_sha256
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.signature import TensorSpec, TraceSpec
@@ -22,29 +20,19 @@ from coreai_zoo.signature import TensorSpec, TraceSpec
 SMOKE_STEP_BYTES = 64 * 2**20
 
 
-@frozen
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        passed: whether it holds.
-        detail: what was found.
-    """
-
-    name: str
-    passed: bool
-    detail: str
-
-
-def verify(bundle: Bundle, backends: Mapping[str, Backend]) -> list[Check]:
+def verify(bundle: Bundle, backends: Mapping[str, Backend], tokenizer_classes: Mapping[str, str]) -> list[Check]:
     """Check a bundle: files, records, tokenizer, then the asset; which is not opened when a file is not as recorded.
+
+    Args:
+        bundle: the bundle.
+        backends: the installed ones, by name.
+        tokenizer_classes: see `Plugins.tokenizer_classes`.
 
     Raises:
         BadInput: when the bundle was written by a backend that is not installed.
     """
     backend = backend_of(bundle, backends)
-    checks = [check_files(bundle), _metadata(bundle), _tokenizer(bundle)]
+    checks = [check_files(bundle), _metadata(bundle), _tokenizer(bundle, set(tokenizer_classes.values()))]
     if checks[0].passed:
         checks += _asset(bundle, backend)
     return checks
@@ -137,22 +125,23 @@ def _metadata(bundle: Bundle) -> Check:
     )
 
 
-def _tokenizer(bundle: Bundle) -> Check:
+def _tokenizer(bundle: Bundle, known: Collection[str]) -> Check:
     try:
         config = json.loads((bundle.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
-        name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+        name = tokenizer_class(config)
         from tokenizers import Tokenizer
 
         size = Tokenizer.from_file(str(bundle.tokenizer / "tokenizer.json")).get_vocab_size()
     except Exception as error:  # noqa: BLE001  # what tokenizers raises for a file that it cannot parse
         return Check("tokenizer", False, f"cannot be loaded: {error}")
     width = int(bundle.signature.outputs[0].shape[-1])
-    passed = name in TOKENIZER_CLASSES and size <= width
+    passed = name in known and size <= width
     return Check("tokenizer", passed, f"{name}, {size} tokens for {width} logits")
 
 
 def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
-    checks = [_bytecode_hash(bundle)] if (bundle.asset / "main.hash").is_file() else []
+    integrity = backend.check_integrity(bundle.asset)
+    checks = [] if integrity is None else [integrity]
     try:
         problems = compare_signatures(backend.signatures(bundle.asset), bundle.functions)
     except ZooError as error:
@@ -173,11 +162,6 @@ def _shown(spec: TraceSpec) -> str:
         ", ".join(tensor.name for tensor in tensors) for tensors in (spec.inputs, spec.states, spec.outputs)
     )
     return "; ".join(filter(None, (inputs, f"states {states}", outputs)))
-
-
-def _bytecode_hash(bundle: Bundle) -> Check:
-    digest = file_sha256(bundle.asset / "main.mlirb")
-    return Check("main.hash", bytes.fromhex(digest) == (bundle.asset / "main.hash").read_bytes(), digest[:16])
 
 
 def compare_signatures(found: Mapping[str, Signature], functions: Mapping[str, TraceSpec]) -> list[str]:

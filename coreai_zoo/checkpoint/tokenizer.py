@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,6 @@ from coreai_zoo.json_files import read_object, write_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-
-# Registered in swift-transformers, so that a Mac can load them.
-TOKENIZER_CLASSES = ("Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
-
-# Classes of newer transformers that engines do not know yet, and the one that the same tokenizer.json works as: the
-# engine reads everything else from that file.
-_TOKENIZER_ALIASES = {"Qwen3_5Tokenizer": "Qwen2Tokenizer"}
 
 _TOKENIZER_FILES = {
     "tokenizer.json": True,
@@ -47,8 +40,13 @@ def tokenizer_files(checkpoint: Path) -> list[Path]:
     return [member(checkpoint, name, str(checkpoint)) for name in _TOKENIZER_FILES if (checkpoint / name).is_file()]
 
 
-def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
+def check_tokenizer(checkpoint: Path, vocab_size: int, classes: Mapping[str, str]) -> dict[str, Any]:
     """Read the checkpoint's `tokenizer_config.json` and check that an engine can use the tokenizer.
+
+    Args:
+        checkpoint: its folder.
+        vocab_size: of the model.
+        classes: see `Plugins.tokenizer_classes`.
 
     Raises:
         BadInput: when a file is missing or unreadable, the class is unknown to engines, or a token id is out of range.
@@ -58,12 +56,12 @@ def check_tokenizer(checkpoint: Path, vocab_size: int) -> dict[str, Any]:
         raise BadInput(f"{checkpoint} has no {' and no '.join(missing)}.", "A bundle needs the checkpoint's tokenizer.")
     tokenizer_files(checkpoint)
     config = read_object(checkpoint / "tokenizer_config.json")
-    name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-    if name not in (*TOKENIZER_CLASSES, *_TOKENIZER_ALIASES):
+    if tokenizer_class(config) not in classes:
         raise BadInput(
             f"tokenizer_class in {checkpoint / 'tokenizer_config.json'} is {config.get('tokenizer_class')!r}, which "
             f"the runtime does not know.",
-            f"It knows {listing(list(TOKENIZER_CLASSES))}.",
+            f"It knows {listing(sorted(set(classes.values())))}. A plugin that knows better says so in "
+            "zoo_tokenizer_classes.",
         )
     highest = max(load_tokenizer(checkpoint).get_vocab(with_added_tokens=True).values(), default=-1)
     if highest < 0 or highest >= vocab_size:
@@ -88,15 +86,20 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
 
 
-def copy_tokenizer(checkpoint: Path, destination: Path) -> None:
-    """Copy the checkpoint's tokenizer files to `destination`, its class under a name that engines know."""
+def copy_tokenizer(checkpoint: Path, destination: Path, classes: Mapping[str, str]) -> None:
+    """Copy the checkpoint's tokenizer files to `destination`, its class under the name by which engines know it."""
     destination.mkdir()
     for path in tokenizer_files(checkpoint):
         shutil.copyfile(path, destination / path.name)
     config = read_object(destination / "tokenizer_config.json")
-    alias = _TOKENIZER_ALIASES.get(str(config.get("tokenizer_class", "")).removesuffix("Fast"))
-    if alias is not None:
-        write_json(destination / "tokenizer_config.json", {**config, "tokenizer_class": alias})
+    name = tokenizer_class(config)
+    if classes[name] != name:
+        write_json(destination / "tokenizer_config.json", {**config, "tokenizer_class": classes[name]})
+
+
+def tokenizer_class(config: Mapping[str, Any]) -> str:
+    """The class in a `tokenizer_config.json`, which engines look up without the suffix of the fast ones."""
+    return str(config.get("tokenizer_class", "")).removesuffix("Fast")
 
 
 @contextlib.contextmanager

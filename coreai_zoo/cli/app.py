@@ -17,6 +17,7 @@ import click
 from coreai_zoo import __version__
 from coreai_zoo.commands import plugins_of
 from coreai_zoo.errors import ZooError
+from coreai_zoo.plugins import Plugins
 
 COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
     {
@@ -56,9 +57,6 @@ _INTERRUPTED = 130
 class ZooGroup(click.Group):
     """Imports a command when it runs, adds those of plugins, and turns errors into one paragraph and an exit code."""
 
-    # Commands that must answer when a plugin is broken, because they say what is broken.
-    without_plugins = frozenset({"doctor"})
-
     debug = False
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
@@ -77,16 +75,12 @@ class ZooGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, with plugins' commands added first."""
-        if args[0] not in self.without_plugins:
-            self._add_plugin_commands(ctx)
+        self._add_plugin_commands(ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands; only plugins' are loaded for it."""
-        try:
-            self._add_plugin_commands(ctx)
-        except ZooError as error:  # help is still help
-            click.echo(f"warning: {error}", err=True)
+        self._add_plugin_commands(ctx)
         rows = [(name, help_line) for name, (_target, help_line) in COMMANDS.items()]
         rows += [(name, self.commands[name].get_short_help_str(limit=80)) for name in sorted(self.commands)]
         with formatter.section("Commands"):
@@ -141,12 +135,26 @@ def _set_debug(ctx: click.Context, _option: click.Parameter, debug: bool) -> Non
         ctx.command.debug = debug
 
 
+def _leave_out(ctx: click.Context, _option: click.Parameter, names: tuple[str, ...]) -> None:
+    if names:
+        ctx.obj = Plugins.discover(without=names)
+
+
 @click.group(
     cls=ZooGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     epilog="Example: zoo build qwen3.6-27b --sample",
 )
 @click.option("--debug", is_flag=True, is_eager=True, expose_value=False, callback=_set_debug, help="Show tracebacks.")
+@click.option(
+    "--without",
+    metavar="PLUGIN",
+    multiple=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_leave_out,
+    help="Leave out a plugin, a broken one for example; may be repeated.",
+)
 @click.version_option(__version__, prog_name="zoo")
 def cli() -> None:
     """Turn Hugging Face checkpoints into verified Core AI bundles."""

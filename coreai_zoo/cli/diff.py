@@ -14,14 +14,13 @@ from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.verify import backend_of
-from coreai_zoo.catalogue import find_entry, load_entries
+from coreai_zoo.catalogue import find_entry, find_recipe, load_entries, load_recipes
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, CheckFailed
-from coreai_zoo.gates.run import checkpoint_of, config_of
+from coreai_zoo.gates.run import checkpoint_of, oracle_of
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
-from coreai_zoo.recipes import RECIPES, find_recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,10 +144,10 @@ def _entry_recipe(text: str, plugins: Plugins) -> EntryRecipe:
     name, _, recipe = text.partition(":")
     if not name.endswith(".toml") and ("/" in text or Path(text).exists()):
         raise BadInput(f"{text} is neither a bundle's folder nor an entry.", "`zoo list` shows the entries.")
-    if name in RECIPES and not recipe and name not in load_entries(plugins):
+    if name in load_recipes(plugins) and not recipe and name not in load_entries(plugins):
         raise BadInput(f"{name} is a recipe: two are compared on an entry.", f"Write it as ENTRY:{name}.")
     entry, _ = find_entry(name, plugins)
-    return EntryRecipe(entry, find_recipe(recipe or entry.recipe).name)
+    return EntryRecipe(entry, find_recipe(recipe or entry.recipe, plugins).name)
 
 
 def _of_bundles(a: Bundle, b: Bundle, options: Options, plugins: Plugins, report: Reporter) -> Difference:
@@ -232,6 +231,7 @@ def _of_revisions(
 def _numerics(a: Bundle, b: Bundle, options: Options, plugins: Plugins, report: Reporter) -> Section:
     """Run both bundles on the same tokens and judge both by the same oracle."""
     from coreai_zoo.gates import prompts, teacher_forced
+    from coreai_zoo.gates.oracle import default_cache
     from coreai_zoo.review import diff as differences
 
     if not options.numerics:
@@ -247,7 +247,7 @@ def _numerics(a: Bundle, b: Bundle, options: Options, plugins: Plugins, report: 
         teacher_forced.check_checkpoint(bundle, checkpoint)
     count = min(options.positions, a.max_context, b.max_context)
     tokens = prompts.tokenize(a, prompts.cut(prompts.named_prompts([prompts.ANCHOR])[0], count)).tokens
-    oracle = _oracle(checkpoint, tokens, config_of(a, plugins, checkpoint))
+    oracle = oracle_of(a, plugins, checkpoint, cache=default_cache()).run(tokens)
     one, other = (_run(bundle, tokens, oracle, plugins, report, letter) for bundle, letter in ((a, "A"), (b, "B")))
     of_sample = "the sample" if options.checkpoint is None else checkpoint.name
     return differences.compare_numerics(
@@ -259,13 +259,6 @@ def _numerics(a: Bundle, b: Bundle, options: Options, plugins: Plugins, report: 
 
 def _source(bundle: Bundle) -> Mapping[str, Any]:
     return {key: bundle.build["source"].get(key) for key in ("config_sha256", "files")}
-
-
-def _oracle(checkpoint: Path, tokens: Sequence[int], hf_config: Mapping[str, Any]) -> Any:
-    from coreai_zoo.checkpoint.files import Checkpoint
-    from coreai_zoo.gates.oracle import Oracle, default_cache
-
-    return Oracle(Checkpoint.open(checkpoint), hf_config, cache=default_cache()).run(tokens)
 
 
 def _run(

@@ -14,9 +14,10 @@ import attrs
 import click
 from attrs import frozen
 
-from coreai_zoo.catalogue import load_entries
+from coreai_zoo.catalogue import load_contracts, load_entries, load_recipes
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_rows, print_table
-from coreai_zoo.errors import EnvironmentLacks, ZooError, listing
+from coreai_zoo.errors import EnvironmentLacks, listing
+from coreai_zoo.plugins import Plugins
 
 # ---------------------------------------------------------------------------------------------------------------------
 # zoo doctor
@@ -77,12 +78,12 @@ def _imports() -> list[Finding]:
 
 
 def _plugin_finding(ctx: click.Context) -> Finding:
-    try:
-        names = plugins_of(ctx).names()
-        load_entries(plugins_of(ctx))
-    except ZooError as error:
-        return Finding("plugins", None, "all load", ok=False, note=str(error))
-    return Finding("plugins", ", ".join(names) or "none", "all load", ok=True)
+    plugins = plugins_of(ctx)
+    for load in (load_entries, load_recipes, load_contracts, Plugins.tokenizer_classes, Plugins.backends):
+        load(plugins)
+    problems = " ".join(str(problem) for problem in plugins.problems)
+    names = None if problems else ", ".join(plugins.names()) or "none"
+    return Finding("plugins", names, "all load", ok=not problems, note=problems)
 
 
 def _memory_gib() -> float | None:

@@ -32,11 +32,11 @@ _SHOWN_FLIPS, _SHOWN_REASONS = 5, 5
 @click.option("--allow-weak-prompt", is_flag=True, help="Judge prompts too on which the oracle is unsure of itself.")
 @click.option(
     "--candidate",
-    type=click.Choice(["auto", "coreai", "mil", "torch"]),
+    metavar="NAME",
     default="auto",
     show_default=True,
-    help="The asset on the Core AI runtime, of a Core ML bundle in the reference interpreter (mil); or the overlay in "
-    "PyTorch on the asset's weights; auto: by size.",
+    help="The asset on the runtime of its backend: coreai, for a Core ML bundle mil (a reference interpreter), or that "
+    "of a plugin's backend; torch: the overlay in PyTorch on the asset's weights; auto: by size.",
 )
 @click.option(
     "--control/--no-control", default=True, help="Also run unquantized weights, to tell where flips are from."

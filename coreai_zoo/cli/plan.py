@@ -11,6 +11,7 @@ from attrs import asdict, evolve, frozen
 
 from coreai_zoo.build.preflight import size
 from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.catalogue import load_recipes
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.errors import BadInput
@@ -86,11 +87,11 @@ def plan(
         raise BadInput(
             "There is nothing to plan.", "Name an entry, or pass --checkpoint DIR; `zoo list` shows entries."
         )
+    plugins = plugins_of(ctx)
     several = len(entries) + len(checkpoints) > 1
-    chosen: Sequence[str | None] = recipes or ((*RECIPES,) if compare and not several else (None,))
+    chosen: Sequence[str | None] = recipes or ((*load_recipes(plugins),) if compare and not several else (None,))
     if not compare and (several or len(chosen) > 1):
         raise BadInput("This asks for several plans.", "Pass --compare to see them side by side.")
-    plugins = plugins_of(ctx)
     subjects = [BuildRequest(entry=name) for name in entries] + [BuildRequest(checkpoint=path) for path in checkpoints]
     plans = [
         make_plan(evolve(subject, recipe=recipe, contract=contract, max_context=context, dry=True), plugins)

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import attrs
 import click
 
-from coreai_zoo.catalogue import find_entry
+from coreai_zoo.catalogue import find_entry, find_recipe
 from coreai_zoo.commands import json_option, plugins_of, print_json, print_rows
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.recipes import QuantizationSpec, find_recipe
+from coreai_zoo.recipes import QuantizationSpec
 
 
 def _recipe_by_role(entry: Entry, plugins: Plugins) -> dict[str, str | None]:
@@ -21,7 +21,7 @@ def _recipe_by_role(entry: Entry, plugins: Plugins) -> dict[str, str | None]:
     from coreai_zoo.build.design import design
     from coreai_zoo.build.request import BuildRequest
 
-    specs: Mapping[str, QuantizationSpec | None] = find_recipe(entry.recipe).specs
+    specs: Mapping[str, QuantizationSpec | None] = find_recipe(entry.recipe, plugins).specs
     with contextlib.suppress(BadInput):
         specs = design(BuildRequest(entry.name, dry=True), plugins, entry).stored_roles
     return {role: None if spec is None else str(spec) for role, spec in specs.items()}

@@ -37,7 +37,7 @@ def verify(ctx: click.Context, bundle: Path, rebuild: bool, checkpoint: Path | N
     if checkpoint is not None and not rebuild:
         raise BadInput("--checkpoint is for --rebuild.")
     opened, plugins = Bundle.open(bundle), plugins_of(ctx)
-    checks = verify_bundle(opened, plugins.backends())
+    checks = verify_bundle(opened, plugins.backends(), plugins.tokenizer_classes())
     if rebuild:
         checks.append(rebuild_bundle(opened, checkpoint, plugins, Reporter(silent=as_json)))
     if as_json:

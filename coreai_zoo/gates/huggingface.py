@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
-from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
-from coreai_zoo.gate import Activations
+from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError, listing
+from coreai_zoo.gate import Activations, ReferenceModel
 
 HEAD_CHUNK_ELEMENTS = 1 << 25
 """Elements of the head that are multiplied at a time: 128 MiB in float32."""
@@ -35,6 +35,7 @@ class StreamedCausalLM:
         hf_config: its config, or that of a slice of it.
         dtype: that weights are converted to and everything is computed in, apart from what transformers always keeps in
             float32.
+        reference: how the model is made; None for transformers' own class for the config.
 
     Raises:
         BadInput: when transformers has no such model, finds a parameter that the checkpoint does not fill, or one of
@@ -42,10 +43,16 @@ class StreamedCausalLM:
         EnvironmentLacks: when this transformers has no loader that can be called for a part of a model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, hf_config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        hf_config: Mapping[str, Any],
+        dtype: torch.dtype,
+        reference: ReferenceModel | None = None,
+    ) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
         with quiet_transformers():
-            self.model = _laid_out(hf_config, dtype)
+            self.model = _laid_out(hf_config, dtype, reference or ReferenceModel("transformers", _by_config))
             self._loader = _Loader(self.model, checkpoint, dtype)
             self._loader.check()
         self.layers = _decoder_layers(self.model)
@@ -157,17 +164,24 @@ def _array(tensor: Tensor) -> Any:
     return tensor.float().numpy()
 
 
-def _laid_out(hf_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def _laid_out(hf_config: Mapping[str, Any], dtype: torch.dtype, reference: ReferenceModel) -> Any:
     """The model on the meta device."""
+    try:
+        with torch.device("meta"):
+            return reference.make(hf_config, dtype).eval()
+    except ZooError:
+        raise
+    except Exception as error:  # whatever its configuration classes make of a field
+        raise BadInput(f"{reference.name} cannot make a model of this config: {error}.") from error
+
+
+def _by_config(hf_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The model of the class that transformers has for the model type."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = {key: value for key, value in hf_config.items() if key != "model_type"}
-    try:
-        config = AutoConfig.for_model(str(hf_config.get("model_type")), **fields)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except Exception as error:  # whatever its configuration classes make of a field
-        raise BadInput(f"transformers cannot make a model of this config: {error}.") from error
+    config = AutoConfig.for_model(str(hf_config.get("model_type")), **fields)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _decoder_layers(model: Any) -> dict[str, nn.Module]:

@@ -24,7 +24,8 @@ from attrs import field, frozen
 from attrs.validators import in_
 
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.gate import Activations
+from coreai_zoo.digest import code_sha256
+from coreai_zoo.gate import Activations, ReferenceModel
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Oracle:
         dtype: what it computes in; weights are converted to it.
         cache: directory of kept results, or None to compute always and keep nothing.
         on_layer: called after each layer that is computed; never when the result was kept.
+        reference: how the model is made; None for transformers' own class for the config.
     """
 
     checkpoint: Checkpoint
@@ -59,11 +61,13 @@ class Oracle:
     dtype: Literal["float32", "bfloat16"] = field(default="float32", validator=in_(("float32", "bfloat16")))
     cache: Path | None = None
     on_layer: Callable[[], None] = lambda: None
+    reference: ReferenceModel | None = None
 
     @property
     def name(self) -> str:
         """Which implementation, and in what precision."""
-        return f"Hugging Face transformers {metadata.version('transformers')} in {self.dtype}"
+        transformers = f"Hugging Face transformers {metadata.version('transformers')}"
+        return f"{transformers if self.reference is None else self.reference.name} in {self.dtype}"
 
     def run(self, tokens: Sequence[int]) -> Activations:
         """Teacher-forced logits, hidden states and router logits, float32.
@@ -80,7 +84,7 @@ class Oracle:
 
         from coreai_zoo.gates.huggingface import StreamedCausalLM
 
-        model = StreamedCausalLM(self.checkpoint, self.hf_config, getattr(torch, self.dtype))
+        model = StreamedCausalLM(self.checkpoint, self.hf_config, getattr(torch, self.dtype), self.reference)
         result = model.run(tokens, self.on_layer)
         if path is not None:
             _write(path, identity, result)
@@ -96,6 +100,7 @@ class Oracle:
 
         The files' stamps are in it because values are not read: two fine-tunes of one model differ in nothing else.
         """
+        made_by = self.reference and {"name": self.reference.name, "code_sha256": code_sha256(self.reference.make)}
         return {
             "schema": _SCHEMA,
             "checkpoint": self.checkpoint.identity(),
@@ -104,6 +109,7 @@ class Oracle:
             "tokens": list(tokens),
             "dtype": self.dtype,
             "versions": {name: metadata.version(name) for name in ("transformers", "torch")},
+            **({"reference": made_by} if made_by else {}),
         }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import evolve, frozen
 
+from coreai_zoo.bounds import Kind, MeasuredBounds
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.model import Model, read_model
 from coreai_zoo.build.rebuild import recorded_request
@@ -21,6 +23,9 @@ from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.overlay import LayeredDecoder
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
+
+if TYPE_CHECKING:
+    from coreai_zoo.gates.oracle import Oracle
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a bundle's record leads to
@@ -37,16 +42,28 @@ def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
     return entry.sample_directory()
 
 
-def config_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Mapping[str, Any]:
-    """The checkpoint's config, or that of the slice that was built."""
-    return _model_of(bundle, plugins, checkpoint).hf_config
-
-
 def _model_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Model:
     """What the overlay makes of the checkpoint's config, cut to the layers that were built."""
     model = read_model(read_config(checkpoint), plugins)
     layers = bundle.build["layers"]
     return model if layers == model.facts["layers"] else read_model(model.hf_config, plugins, layers)
+
+
+def oracle_of(
+    bundle: Bundle,
+    plugins: Plugins,
+    checkpoint: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    cache: Path | None = None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Oracle:
+    """The oracle on the checkpoint of `bundle`, or on the slice of it that was built; see `Oracle` for the rest."""
+    from coreai_zoo.checkpoint.files import Checkpoint
+    from coreai_zoo.gates.oracle import Oracle
+
+    model = _model_of(bundle, plugins, checkpoint)
+    reference = plugins.oracle(model.overlay, model.hf_config)
+    return Oracle(Checkpoint.open(checkpoint), model.hf_config, dtype, cache, on_layer, reference)
 
 
 def run_plugin_gates(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> list[Any]:
@@ -68,7 +85,11 @@ _PLAIN = "fp16"  # the recipe that quantizes nothing
 
 @frozen
 class GateOptions:
-    """What was asked for; see the options of `zoo gate`."""
+    """What was asked for; see the options of `zoo gate`.
+
+    Attributes:
+        candidate: `auto`, `torch`, or the runtime of an installed backend.
+    """
 
     checkpoint: Path | None = None
     prompt: str | None = None
@@ -76,7 +97,7 @@ class GateOptions:
     prompt_file: Sequence[Path] = ()
     positions: int | None = None
     allow_weak_prompt: bool = False
-    candidate: Literal["auto", "coreai", "mil", "torch"] = "auto"
+    candidate: str = "auto"
     control: bool = True
     oracle_dtype: Literal["float32", "bfloat16"] = "float32"
     oracle_cache: Path | None = None
@@ -121,6 +142,7 @@ def run_gate(
     """
     from coreai_zoo.gates import teacher_forced
 
+    _check_candidate(options.candidate, plugins)
     checkpoint = checkpoint_of(bundles[0], plugins, options.checkpoint)
     subjects = []
     for bundle in bundles:
@@ -163,10 +185,11 @@ def _report_folder(bundle: Bundle, output: Path | None) -> Path:
 
 @frozen
 class _Subject:
-    """A bundle, what runs it, and what its record says of it."""
+    """A bundle, what runs it, what it is held to, and what its record says of it."""
 
     bundle: Bundle
     models: Any
+    measured: MeasuredBounds
     roles: Mapping[str, Any]
     experts_per_token: int | None
     plugin_gates: Callable[[], list[Any]]
@@ -182,7 +205,8 @@ def _subject(
         message = f"build.json of {bundle.directory} does not say how it was built: {error!r}."
         raise BadInput(message, "Build the bundle again.") from error
     models = _models(bundle, options, plugins, checkpoint, keep_in)
-    return _Subject(bundle, models, roles, experts, lambda: run_plugin_gates(bundle, plugins, checkpoint))
+    measured = plugins.gate_bounds(_model_of(bundle, plugins, checkpoint).overlay)
+    return _Subject(bundle, models, measured, roles, experts, lambda: run_plugin_gates(bundle, plugins, checkpoint))
 
 
 def _judge(
@@ -193,16 +217,17 @@ def _judge(
     controls: dict[str, Any],
     report: Reporter,
 ) -> dict[str, Any]:
-    from coreai_zoo.gates import bounds, teacher_forced, transcript
+    from coreai_zoo.gates import teacher_forced, transcript
 
-    bundle, models, roles = subject.bundle, subject.models, subject.roles
-    kind: Literal["dense", "routed"] = "dense" if subject.experts_per_token is None else "routed"
+    bundle, models, roles, layers = subject.bundle, subject.models, subject.roles, subject.bundle.build["layers"]
+    kind: Kind = "dense" if subject.experts_per_token is None else "routed"
     report.seconds = {stage: took for stage, took in report.seconds.items() if stage == "oracle"}
     judged = teacher_forced.gate(
         references,
         models,
-        lambda arithmetic: bounds.of_recipe(roles, bundle.build["layers"], arithmetic, kind),
+        lambda arithmetic: subject.measured.of_recipe(roles, layers, arithmetic, kind),
         report,
+        control_bounds=subject.measured.of_recipe({}, layers, "torch", kind),
         experts_per_token=subject.experts_per_token,
         quantized=any(roles.values()),
         allow_weak=options.allow_weak_prompt,
@@ -259,18 +284,10 @@ def _prompts(bundle: Bundle, options: GateOptions) -> list[Any]:
 
 
 def _oracle(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path) -> Any:
-    from coreai_zoo.checkpoint.files import Checkpoint
-    from coreai_zoo.gates.oracle import Oracle
     from coreai_zoo.gates.teacher_forced import Runner, Ticker
 
     ticker = Ticker()
-    oracle = Oracle(
-        Checkpoint.open(checkpoint),
-        config_of(bundle, plugins, checkpoint),
-        options.oracle_dtype,
-        options.oracle_cache,
-        ticker,
-    )
+    oracle = oracle_of(bundle, plugins, checkpoint, options.oracle_dtype, options.oracle_cache, ticker)
     return Runner(oracle, ticker, lambda _prompt: int(bundle.build["layers"]))
 
 
@@ -281,6 +298,15 @@ def _require_cached(oracle: Any, prompts: Sequence[Any]) -> None:
             f"{oracle.cache} holds no oracle result for {listing(missing)}.",
             "Leave out --cached-only to compute it; a result counts only for the same checkpoint, prompt and versions.",
         )
+
+
+def _check_candidate(name: str, plugins: Plugins) -> None:
+    """Refuse a candidate that no installed backend runs."""
+    known = ["auto", "torch", *dict.fromkeys(backend.runtime for backend in plugins.backends().values())]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=2)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(known)}."
+        raise BadInput(f"There is no candidate {name!r}.", f"{hint} {plugins.left_out()}".rstrip())
 
 
 def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None) -> Any:

@@ -13,11 +13,12 @@ from typing import Protocol
 
 from attrs import field, frozen
 
+from coreai_zoo.bounds import Arithmetic, Bounds
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations, Model
-from coreai_zoo.gates.bounds import Arithmetic, BoundCheck, Bounds, check_bounds, check_control
+from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
 from coreai_zoo.gates.prompts import Strength, TokenizedPrompt, strength
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare
 
@@ -279,6 +280,7 @@ def gate(
     bounds: Callable[[Arithmetic], Bounds],
     report: Progress,
     *,
+    control_bounds: Bounds,
     experts_per_token: int | None,
     quantized: bool,
     allow_weak: bool = False,
@@ -291,6 +293,7 @@ def gate(
         models: what runs.
         bounds: of the bundle's recipe, by what runs it.
         report: of progress.
+        control_bounds: what the control is held to: the bounds of an unquantized bundle in PyTorch.
         experts_per_token: how many experts a router chooses; None without a router.
         quantized: whether the bundle stores any weight as integers.
         allow_weak: judge weak prompts too.
@@ -320,7 +323,7 @@ def gate(
             results.append(PromptResult(reference.prompt, reference.strength))
             continue
         control = None if models.control is None else controls[name]
-        held_to = bounds(judging.arithmetic)
+        held_to = bounds(judging.arithmetic), control_bounds
         results.append(_judge(reference, judging.model.name, found[name], control, held_to, experts_per_token))
     return GateReport(tuple(results), weak if allow_weak else (), quantized)
 
@@ -330,16 +333,16 @@ def _judge(
     candidate: str,
     found: Activations,
     control: Activations | None,
-    bounds: Bounds,
+    held_to: tuple[Bounds, Bounds],
     experts_per_token: int | None,
 ) -> PromptResult:
-    prompt, oracle = reference.prompt, reference.activations
+    prompt, oracle, (bounds, control_bounds) = reference.prompt, reference.activations, held_to
     verdict = compare(prompt.tokens, oracle, found, experts_per_token)
     checks = list(check_bounds(verdict, bounds))
     control_verdict = None
     if control is not None:
         control_verdict = compare(prompt.tokens, oracle, control, experts_per_token)
-        checks += check_control(verdict, control_verdict, bounds)
+        checks += check_control(verdict, control_verdict, bounds, control_bounds)
     return PromptResult(
         prompt,
         reference.strength,

@@ -25,11 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from attrs import frozen
 
-from coreai_zoo.backend import Signature
+from coreai_zoo.backend import Check, Signature
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.backends.native import exit_explained, output_captured
 from coreai_zoo.backends.versions import checked_versions
-from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.digest import file_sha256, hashed_while_written
 from coreai_zoo.errors import CheckFailed
@@ -64,7 +63,6 @@ class CoreAIBackend:
     run_instructions: str = "On Linux, on the Core AI CPU interpreter (slow; for checking):"
     extra_files: Mapping[str, str] = MappingProxyType({})
     asset_suffix: str = ".aimodel"
-    contracts: tuple[str, ...] = (STATIC_S1.name,)
     runtime: str = "coreai"
     accumulation: Literal["half", "single"] = "half"
     version_warnings: tuple[str, ...] = ()
@@ -90,6 +88,13 @@ class CoreAIBackend:
                 name: _trace(module, functions[name], every_layer=self.every_layer) for name, module in modules.items()
             }
         return CoreAITraced(traced)
+
+    def check_integrity(self, asset: Path) -> Check:
+        """See `Backend.check_integrity`: the bytecode against the hash beside it."""
+        try:
+            return Check("main.hash", True, _require_intact(asset)[:16])
+        except (OSError, RuntimeError) as error:
+            return Check("main.hash", False, str(error))
 
     def signatures(self, asset: Path) -> Mapping[str, Signature]:
         """See `Backend.signatures`."""
@@ -496,15 +501,20 @@ class _Loaded:
         return self._functions[name]
 
 
-def _require_intact(asset: Path) -> None:
+def _require_intact(asset: Path) -> str:
     """Compare the bytecode with its hash before the toolchain sees it: what it cannot parse ends the whole process.
+
+    Returns:
+        The hash, hexadecimal.
 
     Raises:
         OSError: when a file is missing.
         RuntimeError: when the bytecode is not what was written.
     """
-    if bytes.fromhex(file_sha256(asset / "main.mlirb")) != (asset / "main.hash").read_bytes():
+    digest = file_sha256(asset / "main.mlirb")
+    if bytes.fromhex(digest) != (asset / "main.hash").read_bytes():
         raise RuntimeError("main.mlirb is not what main.hash says")
+    return digest
 
 
 def _bytecode(asset: Path) -> Bytecode:

@@ -20,7 +20,6 @@ from attrs import frozen
 
 from coreai_zoo.backend import Signature
 from coreai_zoo.backends.versions import checked_versions
-from coreai_zoo.contracts import FIXED_S1
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.recipes import QuantizationSpec
@@ -62,7 +61,6 @@ class CoreMLBackend:
     title: str = "Core ML"
     run_instructions: str = _RUNNING
     asset_suffix: str = ".mlpackage"
-    contracts: tuple[str, ...] = (FIXED_S1.name,)
     runtime: str = "mil"
     accumulation: Literal["half", "single"] = "single"
 
@@ -113,6 +111,9 @@ class CoreMLBackend:
 
         checked_versions(_REQUIRED)
         return CoreMLTraced(convert(modules[FUNCTION], functions[FUNCTION]))
+
+    def check_integrity(self, asset: Path) -> None:
+        """See `Backend.check_integrity`: a package has no checksum."""
 
     def signatures(self, asset: Path) -> Mapping[str, Signature]:
         """See `Backend.signatures`."""

@@ -1,0 +1,219 @@
+"""Bounds on the measures of a gate, and the measurements that they are made of.
+
+A bound is the largest value that untouched models of a family show on any built-in prompt, times a factor that is
+stated here. There is a set for each class of recipes, by the coarsest integers that it stores, and for each arithmetic:
+a runtime may sum in half precision, PyTorch does not. A plugin brings what it measured on its own models through
+`zoo_gate_bounds`; where none did, the looser bounds of `GENERAL` hold. docs/gate.md has both tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from attrs import evolve, field, frozen
+from attrs.validators import ge, min_len
+
+from coreai_zoo.errors import BadInput
+
+MEDIAN_FACTOR = 1.5
+"""On medians over positions, which vary little from prompt to prompt."""
+
+EXTREME_FACTOR = 2.0
+"""On largest values, which vary more."""
+
+Arithmetic = Literal["torch", "runtime"]
+Kind = Literal["dense", "routed"]
+
+
+@frozen
+class Bounds:
+    """What a candidate may show. Errors are relative, see `gates.rule.Position.relative_error`.
+
+    Attributes:
+        name: of the class of recipes.
+        arithmetic: of what runs it.
+        median_error: median relative error over positions.
+        error: largest relative error, but for router near-ties.
+        near_tie_error: the same at router near-ties, where an expert may have been swapped.
+        cosine: lowest cosine, but for router near-ties.
+        median_kl: median KL over positions, in nats.
+        kl: largest KL, but for router near-ties.
+        hidden_error: largest over layers of the median over positions, see `gates.rule.Verdict.hidden_error`.
+        over_control: median relative error over that of the fp16 control.
+        layers: depth of the model that they are for.
+        measured_on: the models and the machine that they were measured on, in words.
+        router_gap: oracle gap of a router, in router logits, below which errors may swap an expert; None without one.
+    """
+
+    name: str
+    arithmetic: Arithmetic
+    median_error: float
+    error: float
+    near_tie_error: float
+    cosine: float
+    median_kl: float
+    kl: float
+    hidden_error: float
+    over_control: float
+    layers: int
+    measured_on: str
+    router_gap: float | None = None
+
+    def for_depth(self, layers: int) -> Bounds:
+        """The bounds of a deeper model than the measured ones; a shallower one is held to theirs.
+
+        Errors of layers add up like independent noise: they grow with the square root of the depth, KL and 1 - cosine
+        with its squares.
+        """
+        growth = max(1.0, layers / self.layers)
+        root = math.sqrt(growth)
+        return evolve(
+            self,
+            median_error=self.median_error * root,
+            error=self.error * root,
+            cosine=1 - (1 - self.cosine) * growth,
+            median_kl=self.median_kl * growth,
+            kl=self.kl * growth,
+            hidden_error=self.hidden_error * root,
+            layers=layers,
+        )
+
+
+@frozen
+class Measured:
+    """The largest values over all prompts of untouched bundles of one class of recipes.
+
+    Attributes:
+        median_error: median relative error over positions.
+        error: largest relative error, but for router near-ties.
+        near_tie_error: the same at router near-ties; 0 without a router.
+        cosine_distance: largest 1 - cosine, but for router near-ties.
+        median_kl: median KL over positions, in nats.
+        kl: largest KL, but for router near-ties.
+        hidden_error: largest over layers of the median over positions; 0 where layers are not seen.
+        over_control: median relative error over that of the fp16 control.
+    """
+
+    median_error: float = field(validator=ge(0))
+    error: float = field(validator=ge(0))
+    near_tie_error: float = field(validator=ge(0))
+    cosine_distance: float = field(validator=ge(0))
+    median_kl: float = field(validator=ge(0))
+    kl: float = field(validator=ge(0))
+    hidden_error: float = field(validator=ge(0))
+    over_control: float = field(validator=ge(0))
+
+
+@frozen
+class MeasuredBounds:
+    """What was measured on the models of a family, and the bounds that follow from it.
+
+    Attributes:
+        measured_on: the models and the machine, in words, for the report.
+        layers: depth of these models.
+        rows: what they showed, by class of recipes (`fp16`, or `int8` and `int4` by the coarsest integers), arithmetic,
+            and whether layers choose experts. A class that is not here has the bounds of `GENERAL`.
+        router_gaps: by class of recipes, the gap between the last chosen and the first rejected expert, in router
+            logits, below which errors of that size may swap the two. Needed for each class that has a `routed` row.
+        slack: a further factor on errors (its square on KL and 1 - cosine), for models that were not measured.
+    """
+
+    measured_on: str = field(validator=min_len(1))
+    layers: int = field(validator=ge(1))
+    rows: Mapping[tuple[str, Arithmetic, Kind], Measured]
+    router_gaps: Mapping[str, float] = field()
+    slack: float = field(default=1.0, validator=ge(1.0))
+
+    @router_gaps.validator
+    def _every_routed_class_has_a_gap(self, _attribute: object, gaps: Mapping[str, float]) -> None:
+        lacking = sorted({name for name, _arithmetic, kind in self.rows if kind == "routed"} - set(gaps))
+        if lacking:
+            raise ValueError(f"no router gap for {', '.join(lacking)}, of which a routed model was measured")
+
+    def of_class(self, name: str, arithmetic: Arithmetic, kind: Kind = "dense") -> Bounds:
+        """The bounds of a class of recipes at the measured depth: what was measured times the factors.
+
+        KL and 1 - cosine are squares of errors, and their factors squares.
+
+        Raises:
+            BadInput: when nobody ever measured such a class.
+        """
+        if (name, arithmetic, kind) not in self.rows:
+            if self is GENERAL:
+                raise BadInput(
+                    f"There are no bounds for recipes of the class {name}.",
+                    "A plugin can bring those that it measured: see zoo_gate_bounds in docs/hooks.md.",
+                )
+            return GENERAL.of_class(name, arithmetic, kind)
+        row = self.rows[name, arithmetic, kind]
+        median, extreme = MEDIAN_FACTOR * self.slack, EXTREME_FACTOR * self.slack
+        return Bounds(
+            name,
+            arithmetic,
+            median_error=row.median_error * median,
+            error=row.error * extreme,
+            near_tie_error=row.near_tie_error * extreme,
+            cosine=1 - row.cosine_distance * extreme**2,
+            median_kl=row.median_kl * median**2,
+            kl=row.kl * extreme**2,
+            hidden_error=row.hidden_error * median,
+            over_control=row.over_control * median,
+            layers=self.layers,
+            measured_on=self.measured_on,
+            router_gap=self.router_gaps[name] if kind == "routed" else None,
+        )
+
+    def of_recipe(
+        self, roles: Mapping[str, Mapping[str, Any] | None], layers: int, arithmetic: Arithmetic, kind: Kind = "dense"
+    ) -> Bounds:
+        """The bounds of a bundle: of its coarsest integers, for its depth.
+
+        Args:
+            roles: of `build.json`: how each role is stored, None where it is not quantized.
+            layers: depth of the model.
+            arithmetic: of what runs it.
+            kind: whether its layers choose experts.
+        """
+        bits = {int(str(spec["dtype"]).lstrip("uint")) for spec in roles.values() if spec is not None}
+        return self.of_class(f"int{min(bits)}" if bits else "fp16", arithmetic, kind).for_depth(layers)
+
+    def table(self) -> str:
+        """All bounds at the measured depth as a Markdown table; docs/gate.md holds it."""
+        header = ("recipe", "runs in", "model", "median error", "largest", "at near-ties", "cosine", "median KL", "KL")
+        lines = ["| " + " | ".join((*header, "hidden state", "over control")) + " |", "|" + " --- |" * 11]
+        for name, arithmetic, kind in self.rows:
+            bounds = self.of_class(name, arithmetic, kind)
+            cells = [name, arithmetic, kind, f"{bounds.median_error:.2g}", f"{bounds.error:.2g}"]
+            cells += [f"{bounds.near_tie_error:.2g}" if kind == "routed" else "-", f"{bounds.cosine:.6g}"]
+            cells += [f"{bounds.median_kl:.1e}", f"{bounds.kl:.1e}"]
+            cells += [f"{bounds.hidden_error:.2g}" if arithmetic == "torch" else "-", f"{bounds.over_control:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+# The larger of what a dense and a routed miniature showed, rounded up.
+_GENERAL: Mapping[tuple[str, Arithmetic], Measured] = MappingProxyType(
+    {
+        #                            median   largest near-tie 1 - cos  med. KL  KL      hidden  / control
+        ("fp16", "torch"): Measured(0.0038, 0.045, 0.16, 0.00036, 3.7e-05, 0.0051, 0.0055, 1.0),
+        ("fp16", "runtime"): Measured(0.0057, 0.03, 0.16, 0.00043, 7.0e-05, 0.0012, 0, 4.7),
+        ("int8", "torch"): Measured(0.01, 0.084, 0.31, 0.0014, 0.00029, 0.038, 0.012, 11),
+        ("int8", "runtime"): Measured(0.011, 0.042, 0.31, 0.00068, 0.00053, 0.0051, 0, 12),
+        ("int4", "torch"): Measured(0.11, 0.72, 0.72, 0.17, 0.014, 0.12, 0.27, 125),
+        ("int4", "runtime"): Measured(0.11, 0.72, 0.72, 0.17, 0.014, 0.12, 0, 125),
+    }
+)
+
+_KINDS: tuple[Kind, ...] = ("dense", "routed")
+
+GENERAL = MeasuredBounds(
+    measured_on="trained miniatures of another family, on a 2-core x86-64 Linux machine, with twice the allowance",
+    layers=8,
+    rows=MappingProxyType({(*key, kind): row for key, row in _GENERAL.items() for kind in _KINDS}),
+    router_gaps=MappingProxyType({"fp16": 0.005, "int8": 0.02, "int4": 0.1}),
+    slack=2.0,
+)
+"""The bounds of a family that nobody measured: the looser of dense and routed models, times two."""
