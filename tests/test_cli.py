@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from command import zoo as run_zoo
 from coreai_zoo import __version__
+from coreai_zoo.backends import builtin
 from coreai_zoo.cli import doctor as doctor_module
 from coreai_zoo.cli.app import COMMANDS, cli
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks
@@ -256,6 +257,7 @@ def test_an_entry_that_two_plugins_bring_is_listed_once_and_refused_where_it_is_
     plugins = host(
         ours=make_plugin(zoo_entries=lambda: [first]),
         theirs=make_plugin(zoo_entries=lambda: [second, other]),
+        coreai=builtin,
         tolerant=True,
     )
 

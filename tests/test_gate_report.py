@@ -117,14 +117,14 @@ def bundle(tmp_path: Path) -> Bundle:
     (directory / "metadata.json").write_text(json.dumps({"assets": {"main": "toy.aimodel"}}))
     spec = {"dtype": "int8", "scheme": "symmetric", "block": 32}
     build = {
-        "schema": 1,
+        "schema": 2,
         "name": "toy",
         "backend": "coreai",
         "layers": LAYERS,
         "max_context": 64,
         "entry": {"name": "toy-1b", "title": "Toy", "hf_id": "toys/Toy"},
         "source": {"config_sha256": "0" * 64, "files": {}},
-        "function": {},
+        "functions": {},
         "sample": False,
         "recipe": {"name": "int8hu", "published_name": "int8hu_block32_sym", "roles": {"mlp": spec, "norm": None}},
         "weights": {"mlp": {"parameters": 90, "bytes": 95}, "norm": {"parameters": 5, "bytes": 10}},

@@ -23,7 +23,6 @@ from pathlib import Path
 
 from attrs import asdict, field, frozen
 from attrs.validators import instance_of
-from filelock import lock_descriptor
 
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 
@@ -134,6 +133,8 @@ def _open(file: Path, path: Path) -> FileIO:
 
 def _try(opened: FileIO, path: Path) -> bool:
     """Take the kernel's lock; False when another has it."""
+    from filelock import lock_descriptor  # brings asyncio along, which only a build needs
+
     try:
         return lock_descriptor(opened.fileno(), blocking=False)
     except OSError as error:

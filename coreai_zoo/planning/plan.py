@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from attrs import frozen
 
@@ -67,7 +68,7 @@ class Plan:
         """Positions that states are counted at."""
         return self.design.max_context
 
-    @property
+    @cached_property
     def roles(self) -> tuple[RoleSum, ...]:
         """The weights by role, in the order of the overlay's roles."""
         weights = self.design.weights

@@ -113,7 +113,7 @@ class Format:
             arrays["zero_points"] = StoredArray("zero_points", self.scales_shape, spec.dtype)
         return arrays
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.bytes for array in self.arrays.values())
