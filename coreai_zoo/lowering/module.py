@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from coreai_zoo.backend import Constant
 from coreai_zoo.errors import PluginError
+from coreai_zoo.lowering import mistakes
 from coreai_zoo.names import quantized_names
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo
 from coreai_zoo.recipes import QuantizationSpec
@@ -41,7 +42,7 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
     Raises:
         PluginError: when two rewrites meet on one layer, or one matches no layer or raises.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), mistakes.located():
         module = make().eval()
     taken: dict[str, tuple[str, LayerRewrite]] = {}
     for plugin, rewrite in rewrites:
@@ -57,13 +58,13 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
                 )
             taken[path] = (plugin, rewrite)
     for path, (plugin, rewrite) in taken.items():
-        try:
-            replacement = rewrite.apply(module.get_submodule(path))
-        except Exception as error:
-            raise PluginError(
-                f"plugin {plugin!r} failed in rewrite {rewrite.name!r} of layer {path}: "
-                f"{type(error).__name__}: {error}."
-            ) from error
+        with mistakes.located():
+            try:
+                replacement = rewrite.apply(module.get_submodule(path))
+            except Exception as error:
+                raise PluginError(
+                    f"plugin {plugin!r} failed in rewrite {rewrite.name!r} of layer {path}: {mistakes.brief(error)}"
+                ) from error
         module.set_submodule(path, replacement)
     return module
 

@@ -191,8 +191,9 @@ class CoreAITraced:
             short, traced, composites = _traced_short(self.module, self.spec, self.present, self.repetition)
             program = extend(traced, self.module, self.repetition, short, self.spec)
         except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
+            whole = _traced_with_composites(self.module, self.spec, self.present)
             _tell_that_all_are_traced(reason)
-            return _traced_with_composites(self.module, self.spec, self.present)
+            return whole
         check_traced(program, self.spec)
         return program, composites
 
@@ -212,7 +213,9 @@ def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> 
             _traced_short(module, spec, present, repetition.one_of_each)
             return CoreAITraced(module, spec, present, None, repetition)
         except Exception as reason:  # noqa: BLE001  # as above
+            whole = _traced_with_composites(module, spec, present)
             _tell_that_all_are_traced(reason)
+            return CoreAITraced(module, spec, present, whole)
     return CoreAITraced(module, spec, present, _traced_with_composites(module, spec, present))
 
 
@@ -241,12 +244,13 @@ def _traced_with_composites(
         _restore_externalized,
     )
 
-    from coreai_zoo.backends.coreai.lowering import export_composites
+    from coreai_zoo.backends.coreai.lowering import export_composites, require_lowered
     from coreai_zoo.lowering.trace import trace
 
     _patch_model_for_externalization(module, present)
     try:
         program = trace(module, spec, get_decomp_table())
+        require_lowered(program, module)
         return program, export_composites(module, program)
     finally:
         _restore_externalized(_find_marked_submodules(module))

@@ -39,6 +39,7 @@ from torch.export import ExportedProgram
 
 from coreai_zoo.backend import Constant
 from coreai_zoo.backends.coreai.backend import _ALIGNMENT
+from coreai_zoo.lowering import mistakes
 
 
 def element_type(dtype: str) -> Type:
@@ -78,7 +79,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
     ) -> Any:
         """The lowered `AIProgram` with the one function `main`."""
         # Not add_exported_program: it would unpack and repack every 4-bit weight in memory.
-        validate_exported_program(program, self._user_defined_torch_lowering)
+        self.validate(program)
         self._main = program
         self._staged.append(
             _StagedEntry(
@@ -91,6 +92,10 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
             )
         )
         return self.to_coreai()
+
+    def validate(self, program: ExportedProgram) -> None:
+        """Raise ValueError for operations that are not lowered, naming them."""
+        validate_exported_program(program, self._user_defined_torch_lowering)
 
     def _handle_placeholder_op(self, node: fx.Node) -> None:
         if self.exported_program is self._main and node.name in self._state:
@@ -108,6 +113,16 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
             if read.name in self._quantized and self.exported_program is self._main:
                 self._values_map[read.name] = _dequantized(*self._quantized.pop(read.name))
         super()._handle_call_function_op(node)
+
+
+def require_lowered(program: ExportedProgram, module: torch.nn.Module) -> None:
+    """Refuse a traced program with an operation that is not lowered, before weights are read for it.
+
+    Raises:
+        PluginError: with the layer and the line of the overlay.
+    """
+    with mistakes.explained("lowered", module, program):
+        Converter({}).validate(program)
 
 
 def _constant(name: str, constant: Constant) -> Value:
