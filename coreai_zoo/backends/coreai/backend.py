@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import logging
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from attrs import frozen
 
+from coreai_zoo import interruption
 from coreai_zoo.backend import Signature
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.backends.native import exit_explained, output_captured
@@ -126,6 +130,29 @@ def _toolchain() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="coreai-torch has only been validated")
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+def _take_signals_back() -> None:
+    """Have the compiler install its signal handlers now, then put Python's back.
+
+    It installs them when it writes its first file, once in a process. On Ctrl-C they would remove the file that is
+    being written, and the writer would abort.
+    """
+    if threading.current_thread() is threading.main_thread():  # elsewhere nothing can be put back
+        _write_first_file()
+
+
+@functools.cache
+def _write_first_file() -> None:
+    import coreai.authoring  # noqa: F401  # before the compiler's modules, which import each other in a circle
+    from coreai._compiler.ir import Module
+    from coreai.authoring.asset import Context, serialize_module_to_odix
+
+    handler = signal.getsignal(signal.SIGINT)
+    with tempfile.TemporaryDirectory() as folder, Context()._mlir_context:
+        serialize_module_to_odix(module=Module.parse("module {}"), path=Path(folder) / "first.odix")
+    if handler is not None:
+        signal.signal(signal.SIGINT, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +354,9 @@ def _save(program: Any, destination: Path) -> None:
 
     destination.mkdir(parents=True)
     asset = _AIModelAsset._create(path=str(destination), metadata=None)
-    with exit_explained(destination), hashed_while_written(Path(asset._program_bytecode_path)):
+    bytecode = Path(asset._program_bytecode_path)
+    with interruption.deferred(), exit_explained(destination), hashed_while_written(bytecode):
+        _take_signals_back()
         program._save_bytecode(asset._program_bytecode_path)
 
     def stamp(fields: Any) -> None:
@@ -455,11 +484,16 @@ class _Loaded:
 
         try:
             _require_intact(self._asset)
-            with _toolchain(), output_captured():
-                model = self.run(self._open.enter_async_context(AIModelAsset.load(str(self._asset)).executable()))
+            with interruption.deferred(), _toolchain(), output_captured():
+                _take_signals_back()
+                model = self._loop.run_until_complete(
+                    self._open.enter_async_context(AIModelAsset.load(str(self._asset)).executable())
+                )
                 self.function = model.load_function("main")
-        except (RuntimeError, KeyError, OSError) as error:
+        except BaseException as error:
             self.__exit__()
+            if not isinstance(error, (RuntimeError, KeyError, OSError)):
+                raise
             raise CheckFailed(
                 f"{self._asset} cannot be loaded on the Core AI runtime: {str(error).strip()[:300]}.",
                 "Build the bundle again.",
@@ -468,11 +502,14 @@ class _Loaded:
 
     def __exit__(self, *exc: object) -> None:
         self.function = None
-        self.run(self._open.aclose())
-        self._loop.close()
+        with interruption.deferred():
+            self._loop.run_until_complete(self._open.aclose())
+            self._loop.close()
 
-    def run(self, coroutine: Any) -> Any:
-        return self._loop.run_until_complete(coroutine)
+    def run(self, *arguments: Any) -> Any:
+        """What the function gives for `arguments`; Ctrl-C waits for it."""
+        with interruption.deferred():
+            return self._loop.run_until_complete(self.function(*arguments))
 
 
 def _require_intact(asset: Path) -> None:
@@ -528,7 +565,7 @@ class CoreAIStepper:
             "input_ids": NDArray(np.array([[token]], np.int32)),
             "position_ids": NDArray(np.arange(self._position, dtype=np.int32)[None]),
         }
-        outputs = self._loaded.run(self._loaded.function(inputs, self._states))
+        outputs = self._loaded.run(inputs, self._states)
         logits: np.ndarray[Any, Any] = np.array(outputs["logits"].numpy()[0, -1])
         return logits
 
