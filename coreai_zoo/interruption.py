@@ -1,14 +1,18 @@
 """Ctrl-C ends `zoo` with one line and exit code 130, and never in the middle of what cannot be left.
 
 Python raises KeyboardInterrupt between any two steps of its own. Two things do not survive that, and are finished
-first. One is a native call that threads still work for: when a thread comes back to an interpreter that is ending it is
-unwound, and a runtime in Swift aborts when that happens; or a thread that was being started is never told to end, and
-the process waits for it for ever. The other is an import: a half-imported extension module may crash the process at its
-end, and what Python calls to clean up after an import swallows the interruption.
+first. One is a native call that threads still work for: its results are taken down under it, and a thread that was
+being started is never told to end, so that the process waits for it for ever. The other is an import: a half-imported
+extension module may crash the process at its end, and what Python calls to clean up after an import swallows the
+interruption.
+
+What is left then is the end of the interpreter. A thread that comes back to it is unwound, and a runtime in Swift
+aborts the process when that happens to one of its threads. So an interrupted process ends without it, see `_end`.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -71,9 +75,30 @@ def answered() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         leave()
-    finally:
-        for number in (signal.SIGINT, signal.SIGALRM):
-            signal.signal(number, signal.SIG_IGN)  # what is left is the interpreter's own end
+    except SystemExit as end:
+        _ignore()
+        if end.code == EXIT_CODE:
+            _end()
+        raise
+
+
+def _ignore() -> None:
+    """Ignore Ctrl-C from now on: all that is left is the end."""
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end() -> NoReturn:
+    """End the process as interrupted, without the end of the interpreter.
+
+    A thread of the runtime that still lets go of what it was given would come back to the interpreter while that ends.
+    What Python would do that matters is done: exit handlers remove temporary folders, and what was printed goes out.
+    """
+    atexit._run_exitfuncs()  # noqa: SLF001  # nothing public runs them
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(EXIT_CODE)
 
 
 class _BetweenImports:

@@ -63,10 +63,8 @@ class Unmade(toy_plugin.Attention):
 
 
 class TooFewStates(toy_plugin.ToyDecoder):
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:  # mistake: states
-        return super().forward(input_ids, position_ids, keys, values, keys)
+    def forward(self, input_ids: Tensor, position_ids: Tensor, keys: Tensor) -> Tensor:  # mistake: states
+        return super().forward(input_ids, position_ids, keys, keys, keys)
 
 
 class Mistaken(toy_plugin.ToyOverlay):
