@@ -170,10 +170,8 @@ def _layer(frames: Sequence[FrameType], module: nn.Module | None) -> str | None:
 
 def _traced_from(said: str, program: ExportedProgram, module: nn.Module) -> _Place | None:
     """Where the operation that `said` names was traced from."""
-    words = set(re.findall(r"[\w.]*\w", said))
-    named = [node for node in program.graph.nodes if str(node.target) in words]
-    # A short name may be any word.
-    named += sorted((node for node in program.graph.nodes if node.name in words), key=lambda node: -len(node.name))
+    words, names = set(re.findall(r"[\w.]*\w", said)), set(re.findall(r"\bnode (\w+)", said))
+    named = [node for node in program.graph.nodes if str(node.target) in words or node.name in names]
     for node in named:
         stack = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
         for file, line in reversed(stack):

@@ -195,16 +195,18 @@ class CoreAITraced:
     def lower(self, constants: Mapping[str, Constant]) -> Any:
         """The `AIProgram` of all layers."""
         from coreai_zoo.backends.coreai.lowering import Converter, with_call_sites
+        from coreai_zoo.lowering import mistakes
 
         program, composites = self._whole()
         converter = Converter(_named_state(program, constants))
-        return converter.convert(
-            program,
-            with_call_sites(composites, program),
-            input_names=[tensor.name for tensor in self.spec.inputs],
-            output_names=[tensor.name for tensor in self.spec.outputs],
-            state_names=[state.name for state in self.spec.states],
-        )
+        with mistakes.explained("lowered", self.module, program):
+            return converter.convert(
+                program,
+                with_call_sites(composites, program),
+                input_names=[tensor.name for tensor in self.spec.inputs],
+                output_names=[tensor.name for tensor in self.spec.outputs],
+                state_names=[state.name for state in self.spec.states],
+            )
 
     def _whole(self) -> tuple[ExportedProgram, list[Any]]:
         """The program of all layers, and its composites."""
@@ -355,9 +357,10 @@ def _save(program: Any, destination: Path) -> None:
     destination.mkdir(parents=True)
     asset = _AIModelAsset._create(path=str(destination), metadata=None)
     bytecode = Path(asset._program_bytecode_path)
-    with interruption.deferred(), exit_explained(destination), hashed_while_written(bytecode):
+    with interruption.deferred():
         _take_signals_back()
-        program._save_bytecode(asset._program_bytecode_path)
+        with exit_explained(destination), hashed_while_written(bytecode):
+            program._save_bytecode(asset._program_bytecode_path)
 
     def stamp(fields: Any) -> None:
         fields.creation_date = float(source_date_epoch())
