@@ -119,7 +119,7 @@ def commands(plugins: Plugins) -> list[str]:
 # Each calls the example through the host and gives something by which its answer can be told.
 ANSWERS: dict[str, tuple[Callable[[Plugins], Any], Any]] = {
     "zoo_entries": (lambda plugins: plugins.entries(), []),  # no folder of entries is beside the page
-    "zoo_recipes": (lambda plugins: str(load_recipes(plugins)["acme-int8"].roles["mlp"]), f"int8 block 64 {CLIPPED}"),
+    "zoo_recipes": (lambda plugins: str(load_recipes(plugins)["acme-int8"].specs["mlp"]), f"int8 block 64 {CLIPPED}"),
     "zoo_contracts": (lambda plugins: find_contract("acme-s4", plugins).query_length, 4),
     "zoo_register_commands": (commands, ["roles"]),
     "zoo_claim_overlay": (lambda plugins: plugins.claim_overlay("acme_hybrid", {})[0].name, "acme_hybrid"),

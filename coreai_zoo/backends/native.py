@@ -49,7 +49,7 @@ def output_captured() -> Iterator[None]:
     with tempfile.TemporaryFile() as captured, _stderr_in(captured) as stderr:
         try:
             yield
-        except BaseException:
+        except Exception:
             _pass_on(captured, stderr)
             raise
 

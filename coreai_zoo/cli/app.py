@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from coreai_zoo import __version__
+from coreai_zoo import __version__, interruption
 from coreai_zoo.commands import plugins_of
 from coreai_zoo.errors import ZooError
 from coreai_zoo.plugins import Plugins
@@ -46,8 +46,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
     }
 )
 """The host's commands in the order of `zoo --help`: where each is, and its first line of help."""
-
-_INTERRUPTED = 130
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Frame
@@ -109,14 +107,15 @@ class ZooGroup(click.Group):
         except (ZooError, click.ClickException, click.Abort) as error:
             if not standalone_mode or (self.debug and isinstance(error, ZooError)):
                 raise
-            _exit_with(error)
+            exit_with(error)
         if not standalone_mode:
             return result
         # Without standalone mode, click hands back the code of `ctx.exit(code)`.
         sys.exit(result if isinstance(result, int) else 0)
 
 
-def _exit_with(error: Exception) -> NoReturn:
+def exit_with(error: ZooError | click.ClickException | click.Abort) -> NoReturn:
+    """End the process with what went wrong in one paragraph, and the exit code that says so."""
     if isinstance(error, click.UsageError):
         error.show()
         sys.exit(2)
@@ -127,7 +126,7 @@ def _exit_with(error: Exception) -> NoReturn:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     click.echo("interrupted", err=True)  # click turns KeyboardInterrupt into Abort
-    sys.exit(_INTERRUPTED)
+    sys.exit(interruption.EXIT_CODE)
 
 
 def _set_debug(ctx: click.Context, _option: click.Parameter, debug: bool) -> None:
@@ -161,6 +160,6 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """Entry point of `zoo`."""
+    """Run `zoo` with the arguments of this process."""
     cli.main(prog_name="zoo")
     raise AssertionError("main exits by itself in standalone mode")

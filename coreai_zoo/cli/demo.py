@@ -6,21 +6,16 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from coreai_zoo.build.pipeline import BuildResult, build
+from coreai_zoo import interruption
 from coreai_zoo.build.request import DEFAULT_OUTPUT, BuildRequest
-from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.generate import generate
-from coreai_zoo.bundle.verify import backend_of
-from coreai_zoo.commands import new_table, print_table
-from coreai_zoo.errors import ZooError
-from coreai_zoo.gates.report import totals
-from coreai_zoo.gates.run import GateOptions, run_gate, write_report
-from coreai_zoo.plugins import default_plugins
-from coreai_zoo.progress import Reporter
+
+if TYPE_CHECKING:
+    from coreai_zoo.build.pipeline import BuildResult
+    from coreai_zoo.bundle.bundle import Bundle
 
 POSITIONS = 32
 PROMPT = "def main("
@@ -37,6 +32,14 @@ def demo(entry: str, output: Path) -> None:
     Example:
         python -m coreai_zoo.cli.demo qwen3.6-35b-a3b
     """
+    from coreai_zoo.build.pipeline import build
+    from coreai_zoo.bundle.bundle import Bundle
+    from coreai_zoo.bundle.generate import generate
+    from coreai_zoo.bundle.verify import backend_of
+    from coreai_zoo.gates.run import GateOptions, run_gate, write_report
+    from coreai_zoo.plugins import default_plugins
+    from coreai_zoo.progress import Reporter
+
     started, plugins, report = time.monotonic(), default_plugins(), Reporter()
     request = BuildRequest(entry=entry, sample=True, output=output, force=True)
     result = build(request, plugins, report)
@@ -53,6 +56,9 @@ def demo(entry: str, output: Path) -> None:
 
 
 def _print_result(bundle: Bundle, result: BuildResult, record: Mapping[str, Any], page: Path, seconds: float) -> None:
+    from coreai_zoo.commands import new_table, print_table
+    from coreai_zoo.gates.report import totals
+
     counts = totals(record)
     table = new_table("", "")
     table.show_header = False
@@ -68,9 +74,17 @@ def _print_result(bundle: Bundle, result: BuildResult, record: Mapping[str, Any]
     print_table(table)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the demo with the arguments of this process."""
+    from coreai_zoo.cli.app import exit_with
+    from coreai_zoo.errors import ZooError
+
     try:
-        demo()
-    except ZooError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        demo(standalone_mode=False)
+    except (ZooError, click.ClickException, click.Abort) as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    with interruption.answered():
+        main()

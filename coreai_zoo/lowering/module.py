@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from coreai_zoo.backend import Constant
 from coreai_zoo.errors import PluginError
+from coreai_zoo.lowering import mistakes
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo
 from coreai_zoo.weights.formats import ArrayKind, Format, StoredArray, unpacked
 
@@ -38,7 +39,7 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
     Raises:
         PluginError: when two rewrites meet on one layer, or one matches no layer or raises.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), mistakes.located():
         module = make().eval()
     taken: dict[str, tuple[str, LayerRewrite]] = {}
     for plugin, rewrite in rewrites:
@@ -55,13 +56,13 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
             taken[path] = (plugin, rewrite)
     for path, (plugin, rewrite) in taken.items():
         layer = module.get_submodule(path)
-        try:
-            replacement = rewrite.apply(layer)
-        except Exception as error:
-            raise PluginError(
-                f"plugin {plugin!r} failed in rewrite {rewrite.name!r} of layer {path}: "
-                f"{type(error).__name__}: {error}."
-            ) from error
+        with mistakes.located():
+            try:
+                replacement = rewrite.apply(layer)
+            except Exception as error:
+                raise PluginError(
+                    f"plugin {plugin!r} failed in rewrite {rewrite.name!r} of layer {path}: {mistakes.brief(error)}"
+                ) from error
         if rewrite.keeps_parameters and parameters_of(replacement) != parameters_of(layer):
             raise PluginError(
                 f"Rewrite {rewrite.name!r} of plugin {plugin} changes the parameters of layer {path}, and promises in "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coreai_zoo.errors import PluginError, listing
+from coreai_zoo.lowering import mistakes
 from coreai_zoo.signature import TraceSpec
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ def trace(module: nn.Module, spec: TraceSpec, decompositions: Mapping[Any, Any])
     """Trace `module` once and check the result against `spec`.
 
     Raises:
-        PluginError: when the traced function has another output than the contract, leaves a state unwritten, or writes
-            to something that is not a state.
+        PluginError: when the overlay has a mistake that keeps it from being traced; when the traced function has
+            another output than the contract, leaves a state unwritten, or writes to something that is not a state.
     """
-    with torch.no_grad(), warnings.catch_warnings():
+    mistakes.require_arguments(module, [tensor.name for tensor in (*spec.inputs, *spec.states)])
+    with torch.no_grad(), warnings.catch_warnings(), mistakes.explained("traced", module):
         warnings.simplefilter("ignore", FutureWarning)
         program = torch.export.export(module, example_inputs(spec), dynamic_shapes=dynamic_shapes(spec), strict=False)
         program = program.run_decompositions(dict(decompositions))

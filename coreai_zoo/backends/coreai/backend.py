@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import logging
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from attrs import frozen
 
+from coreai_zoo import interruption
 from coreai_zoo.backend import Check, Signature
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.backends.native import exit_explained, output_captured
@@ -135,6 +139,29 @@ def _toolchain() -> Iterator[None]:
         yield
 
 
+def _take_signals_back() -> None:
+    """Have the compiler install its signal handlers now, then put Python's back.
+
+    It installs them when it writes its first file, once in a process. On Ctrl-C they would remove the file that is
+    being written, and the writer would abort.
+    """
+    if threading.current_thread() is threading.main_thread():  # elsewhere nothing can be put back
+        _write_first_file()
+
+
+@functools.cache
+def _write_first_file() -> None:
+    import coreai.authoring  # noqa: F401  # before the compiler's modules, which import each other in a circle
+    from coreai._compiler.ir import Module
+    from coreai.authoring.asset import Context, serialize_module_to_odix
+
+    handler = signal.getsignal(signal.SIGINT)
+    with tempfile.TemporaryDirectory() as folder, Context()._mlir_context:
+        serialize_module_to_odix(module=Module.parse("module {}"), path=Path(folder) / "first.odix")
+    if handler is not None:
+        signal.signal(signal.SIGINT, handler)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Lowering
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,12 +190,15 @@ class CoreAITraced:
     def lower(self, constants: Mapping[str, Constant]) -> Any:
         """The `AIProgram` of all functions and layers."""
         from coreai_zoo.backends.coreai.lowering import Converter
+        from coreai_zoo.lowering import mistakes
 
         converter = Converter()
-        for name, function in self.functions.items():
-            program, composites = function.whole_program()
-            converter.add(name, program, composites, _named_state(program, constants), function.spec)
-        return converter.to_coreai()
+        with contextlib.ExitStack() as stack:
+            for name, function in self.functions.items():
+                program, composites = function.whole_program()
+                converter.add(name, program, composites, _named_state(program, constants), function.spec)
+                stack.enter_context(mistakes.explained("lowered", function.module, program))
+            return converter.to_coreai()
 
 
 @frozen
@@ -201,8 +231,9 @@ class TracedFunction:
             short, traced, composites = _traced_short(self.module, self.spec, self.present, self.repetition)
             program = extend(traced, self.module, self.repetition, short, self.spec)
         except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
+            whole = _traced_with_composites(self.module, self.spec, self.present)
             _tell_that_all_are_traced(reason)
-            return _traced_with_composites(self.module, self.spec, self.present)
+            return whole
         check_traced(program, self.spec)
         return program, composites
 
@@ -222,7 +253,9 @@ def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> 
             _traced_short(module, spec, present, repetition.one_of_each)
             return TracedFunction(module, spec, present, None, repetition)
         except Exception as reason:  # noqa: BLE001  # as above
+            whole = _traced_with_composites(module, spec, present)
             _tell_that_all_are_traced(reason)
+            return TracedFunction(module, spec, present, whole)
     return TracedFunction(module, spec, present, _traced_with_composites(module, spec, present))
 
 
@@ -251,12 +284,13 @@ def _traced_with_composites(
         _restore_externalized,
     )
 
-    from coreai_zoo.backends.coreai.lowering import export_composites
+    from coreai_zoo.backends.coreai.lowering import export_composites, require_lowered
     from coreai_zoo.lowering.trace import trace
 
     _patch_model_for_externalization(module, present)
     try:
         program = trace(module, spec, get_decomp_table())
+        require_lowered(program, module)
         return program, export_composites(module, program)
     finally:
         _restore_externalized(_find_marked_submodules(module))
@@ -333,8 +367,11 @@ def _save(program: Any, destination: Path) -> None:
 
     destination.mkdir(parents=True)
     asset = _AIModelAsset._create(path=str(destination), metadata=None)
-    with exit_explained(destination), hashed_while_written(Path(asset._program_bytecode_path)):
-        program._save_bytecode(asset._program_bytecode_path)
+    bytecode = Path(asset._program_bytecode_path)
+    with interruption.deferred():
+        _take_signals_back()
+        with exit_explained(destination), hashed_while_written(bytecode):
+            program._save_bytecode(asset._program_bytecode_path)
 
     def stamp(fields: Any) -> None:
         fields.creation_date = float(source_date_epoch())
@@ -467,10 +504,15 @@ class _Loaded:
 
         try:
             _require_intact(self._asset)
-            with _toolchain(), output_captured():
-                self._model = self.run(self._open.enter_async_context(AIModelAsset.load(str(self._asset)).executable()))
-        except (RuntimeError, KeyError, OSError) as error:
+            with interruption.deferred(), _toolchain(), output_captured():
+                _take_signals_back()
+                self._model = self._loop.run_until_complete(
+                    self._open.enter_async_context(AIModelAsset.load(str(self._asset)).executable())
+                )
+        except BaseException as error:
             self.__exit__()
+            if not isinstance(error, (RuntimeError, KeyError, OSError)):
+                raise
             raise CheckFailed(
                 f"{self._asset} cannot be loaded on the Core AI runtime: {str(error).strip()[:300]}.",
                 "Build the bundle again.",
@@ -480,13 +522,17 @@ class _Loaded:
     def __exit__(self, *exc: object) -> None:
         self._functions.clear()
         self._model = None
-        self.run(self._open.aclose())
-        self._loop.close()
+        with interruption.deferred():
+            self._loop.run_until_complete(self._open.aclose())
+            self._loop.close()
 
-    def run(self, coroutine: Any) -> Any:
-        return self._loop.run_until_complete(coroutine)
+    def run(self, name: str, *arguments: Any) -> Any:
+        """What the function called `name` gives for `arguments`; Ctrl-C waits for it."""
+        function = self._function(name)
+        with interruption.deferred():
+            return self._loop.run_until_complete(function(*arguments))
 
-    def function(self, name: str) -> Any:
+    def _function(self, name: str) -> Any:
         """The function called `name`, loaded once.
 
         Raises:
@@ -494,7 +540,7 @@ class _Loaded:
         """
         if name not in self._functions:
             try:
-                with output_captured():  # it announces itself
+                with interruption.deferred(), output_captured():  # it announces itself
                     self._functions[name] = self._model.load_function(name)
             except (RuntimeError, KeyError) as error:
                 raise CheckFailed(f"{self._asset} has no function {name!r}.", "Build the bundle again.") from error
@@ -568,7 +614,7 @@ class CoreAIStepper:
         spec = self._functions[function]
         values = spec.step(tokens, self._position)
         inputs = {tensor.name: NDArray(np.array([values[tensor.name]], tensor.dtype)) for tensor in spec.inputs}
-        outputs = self._loaded.run(self._loaded.function(function)(inputs, self._states))
+        outputs = self._loaded.run(function, inputs, self._states)
         self._position += len(tokens)
         return np.array(outputs[spec.outputs[0].name].numpy()[0]) if spec.outputs else None
 

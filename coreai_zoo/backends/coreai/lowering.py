@@ -38,6 +38,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from coreai_zoo.backend import Constant
+from coreai_zoo.lowering import mistakes
 from coreai_zoo.signature import TraceSpec
 
 # A larger alignment is written but cannot be read back: AIModelAsset.summary() then expects sections aligned to 64.
@@ -89,7 +90,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
             spec: its signature.
         """
         # Not add_exported_program: it would unpack and repack every 4-bit weight in memory.
-        validate_exported_program(program, self._user_defined_torch_lowering)
+        self.validate(program)
         self._states[id(program)] = state
         self._staged.append(
             _StagedEntry(
@@ -101,6 +102,10 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
                 _externalized_exported_programs=_with_call_sites(composites, program, self._serial),
             )
         )
+
+    def validate(self, program: ExportedProgram) -> None:
+        """Raise ValueError for operations that are not lowered, naming them."""
+        validate_exported_program(program, self._user_defined_torch_lowering)
 
     def _handle_placeholder_op(self, node: fx.Node) -> None:
         state = self._states.get(id(self.exported_program), {})
@@ -137,6 +142,16 @@ def _same(one: Constant, other: Constant) -> bool:
     """Whether two constants of one name are the same: stored weights are one object, literals are compared."""
     alike = (one.shape, one.dtype) == (other.shape, other.dtype)
     return one is other or (alike and bool((one.data == other.data).all()))
+
+
+def require_lowered(program: ExportedProgram, module: torch.nn.Module) -> None:
+    """Refuse a traced program with an operation that is not lowered, before weights are read for it.
+
+    Raises:
+        PluginError: with the layer and the line of the overlay.
+    """
+    with mistakes.explained("lowered", module, program):
+        Converter().validate(program)
 
 
 def _splat_zero(shape: Sequence[int], element: Type) -> Value:

@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from coreai_zoo.backend import Constant
 from coreai_zoo.backends.coreml.package import NAMES, WEIGHT_FILE, WEIGHTS, quietly, write_specification
 from coreai_zoo.errors import PluginError, listing
+from coreai_zoo.lowering import mistakes
 from coreai_zoo.lowering.trace import example_inputs, require_contract
 from coreai_zoo.names import scales_name
 from coreai_zoo.signature import TraceSpec
@@ -97,11 +98,13 @@ def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
     """Trace a decoder.
 
     Raises:
-        PluginError: when it leaves a state unwritten, writes to something that is not one, or has another output.
+        PluginError: when it has a mistake that keeps it from being traced, leaves a state unwritten, writes to
+            something that is not one, or has another output.
     """
     examples = example_inputs(evolve(spec, states=()))  # states are buffers here, and may be large
     inputs = {tensor.name: example for tensor, example in zip(spec.inputs, examples, strict=True)}
-    with torch.no_grad(), quietly():
+    mistakes.require_arguments(decoder, [tensor.name for tensor in (*spec.inputs, *spec.states)])
+    with torch.no_grad(), quietly(), mistakes.explained("traced", decoder):
         module = _Stateful(decoder, spec)
         program: ExportedProgram = torch.export.export(module, (), inputs, strict=False).run_decompositions({})
     written = set(_written_buffers(program))
@@ -175,14 +178,14 @@ def convert(decoder: nn.Module, spec: TraceSpec) -> Converted:
         spec: its signature, without dynamic axes.
 
     Raises:
-        PluginError: when the decoder does not meet its contract, or its weights do not arrive in the program as they
-            are.
+        PluginError: when the decoder does not meet its contract or has an operation that is not lowered, or its weights
+            do not arrive in the program as they are.
     """
     traced = trace(decoder, spec)
     names = _hide_weights(traced)
     pipeline = ct.PassPipeline.DEFAULT
     pipeline.remove_passes({*_SKIPPED_PASSES, _TO_HALF})
-    with quietly():
+    with quietly(), mistakes.explained("lowered", decoder, traced):
         program = ct.convert(
             traced,
             convert_to="milinternal",

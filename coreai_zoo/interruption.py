@@ -1,0 +1,136 @@
+"""Ctrl-C ends `zoo` with one line and exit code 130, and never in the middle of what cannot be left.
+
+Python raises KeyboardInterrupt between any two steps of its own. Two things do not survive that, and are finished
+first. One is a native call that threads still work for: its results are taken down under it, and a thread that was
+being started is never told to end, so that the process waits for it for ever. The other is an import: a half-imported
+extension module may crash the process at its end, and what Python calls to clean up after an import swallows the
+interruption.
+
+What is left then is the end of the interpreter. A thread that comes back to it is unwound, and a runtime in Swift
+aborts the process when that happens to one of its threads. So an interrupted process ends without it, see `_end`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+
+TYPE_CHECKING = False  # as in `coreai_zoo`
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+    from typing import NoReturn
+
+EXIT_CODE = 130
+"""What a shell calls a command that Ctrl-C ended."""
+
+_RETRY_SECONDS = 0.02
+_IMPORT_SYSTEM = ("_frozen_importlib", "importlib._bootstrap")  # the same; renamed when `importlib` is imported
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Within the block Ctrl-C waits: it counts when the block has ended.
+
+    Where that takes minutes nobody has to wait: a second Ctrl-C ends the process at once.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = False
+    stderr = os.dup(2)  # the block may send it elsewhere
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            leave(stderr)
+        pressed = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        os.close(stderr)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Within the block, which is all that the process does, Ctrl-C waits until no import is under way.
+
+    What answers it in words is the command line; before there is one, it is answered here.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have us ignore it
+        handler = _BetweenImports()
+        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        leave()
+    except SystemExit as end:
+        _ignore()
+        if end.code == EXIT_CODE:
+            _end()
+        raise
+
+
+def _ignore() -> None:
+    """Ignore Ctrl-C from now on: all that is left is the end."""
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end() -> NoReturn:
+    """End the process as interrupted, without the end of the interpreter.
+
+    A thread of the runtime that still lets go of what it was given would come back to the interpreter while that ends.
+    What Python would do that matters is done: exit handlers remove temporary folders, and what was printed goes out.
+    """
+    atexit._run_exitfuncs()  # noqa: SLF001  # nothing public runs them
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(EXIT_CODE)
+
+
+class _BetweenImports:
+    """Raises KeyboardInterrupt as soon as no import is under way; a second Ctrl-C until then ends the process."""
+
+    def __init__(self) -> None:
+        self._pressed = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if _importing(frame):
+            if self._pressed and number == signal.SIGINT:
+                leave()
+            self._pressed = True
+            signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+        elif number == signal.SIGALRM:
+            self._pressed = False
+            signal.raise_signal(signal.SIGINT)  # which may be deferred by now
+        else:
+            raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _IMPORT_SYSTEM:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def leave(stderr: int = 2) -> NoReturn:
+    """End the process as interrupted, at once: what is left behind is what a killed process leaves."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # gone, or in the middle of a write
+        sys.stdout.flush()
+    os.write(stderr, b"\ninterrupted\n")
+    os._exit(EXIT_CODE)

@@ -1,0 +1,200 @@
+"""A mistake in an overlay, told in one paragraph: the layer, the line of its source, and what torch said of it.
+
+torch tells it in hundreds of lines, of its own frames for the most part. What an author needs of them is the line of
+the overlay that was running, and the layer that it was running for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import linecache
+import logging
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, TextIO
+
+from attrs import frozen
+from torch import nn
+
+from coreai_zoo.errors import PluginError, ZooError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+# Whose code is not what has to be mended. Packages by their names: `coreai_zoo_overlays` is another than `coreai_zoo`.
+_PACKAGES = ("coreai_zoo", "torch", "coreai", "coreai_torch", "coreai_opt", "coremltools", "sympy", "numpy")
+_LONGEST = 300  # characters of what torch said
+
+
+@frozen
+class _Place:
+    """A line of an overlay, and the layer that it ran for.
+
+    Attributes:
+        file: its path.
+        line: number of the line.
+        layer: path of the module in the decoder, empty for the decoder itself; None where that is not known.
+    """
+
+    file: str
+    line: int
+    layer: str | None
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}, `{linecache.getline(self.file, self.line).strip()}`"
+
+    @property
+    def owner(self) -> str:
+        """The layer in words."""
+        return f"layer {self.layer}" if self.layer else "the decoder"
+
+
+@contextlib.contextmanager
+def explained(doing: str, module: nn.Module, program: ExportedProgram | None = None) -> Iterator[None]:
+    """Within the block, an exception in which the overlay has a part becomes one paragraph that says which.
+
+    Args:
+        doing: what the block does with the decoder, for example `traced`.
+        module: the decoder.
+        program: what was traced from it, where the block converts that: an error that names one of its operations is
+            told of the line that the operation was traced from.
+
+    Raises:
+        PluginError: with the layer, the line and the error. What no line of an overlay has a part in is a fault of the
+            host or of the toolchain, and is raised as it is.
+    """
+    said = io.StringIO()
+    try:
+        with _stderr_in(said):
+            yield
+    except ZooError:
+        raise
+    except Exception as error:
+        place = _raised_at(error, module)
+        if place is None and program is not None:
+            place = _traced_from(str(error), program, module)
+        if place is None:
+            sys.stderr.write(said.getvalue())
+            raise
+        raise PluginError(f"The decoder cannot be {doing}: {place.owner} fails at {place}. {brief(error)}") from error
+    sys.stderr.write(said.getvalue())
+
+
+@contextlib.contextmanager
+def located() -> Iterator[None]:
+    """Within the block, a PluginError that another exception caused says at which line of the plugin."""
+    try:
+        yield
+    except PluginError as error:
+        place = None if error.__cause__ is None else _raised_at(error.__cause__)
+        if place is not None:
+            error.add_note(f"At {place}.")
+        raise
+
+
+def require_arguments(module: nn.Module, names: Sequence[str]) -> None:
+    """Refuse a decoder whose `forward` does not take as many arguments as its contract has inputs and states.
+
+    Raises:
+        PluginError: with the line at which it is defined.
+    """
+    forward = type(module).forward
+    try:
+        inspect.signature(module.forward).bind(*names)
+    except TypeError as error:
+        code = inspect.unwrap(forward).__code__
+        place = _Place(code.co_filename, code.co_firstlineno, "")
+        raise PluginError(
+            f"The decoder cannot be called with the inputs and states of its contract, {', '.join(names)}: its forward "
+            f"is defined at {place}. {brief(error)}"
+        ) from error
+
+
+def brief(error: BaseException) -> str:
+    """The first sentence or two of what an exception says, on one line, after its type."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    first = " ".join(lines[: lines.index("")] if "" in lines else lines)
+    text = f"{type(error).__name__}: {' '.join(first.split())}".removesuffix(": ").removesuffix(".")
+    return f"{text[:_LONGEST]}." if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+@contextlib.contextmanager
+def _stderr_in(said: TextIO) -> Iterator[None]:
+    """Within the block, what is printed on stderr and what torch logs goes to `said`."""
+    torchs = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    handlers = {handler for name in torchs for handler in logging.getLogger(name).handlers}
+    with contextlib.redirect_stderr(said), contextlib.ExitStack() as stack:
+        for handler in handlers:
+            if type(handler) is logging.StreamHandler:  # it holds the stderr that there was when it was made
+                stack.callback(handler.setStream, handler.stream)
+                handler.setStream(said)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _raised_at(error: BaseException, module: nn.Module | None = None) -> _Place | None:
+    """The innermost line of an overlay that `error` went through, or what it was raised from went through."""
+    seen: BaseException | None = error
+    while seen is not None:
+        frames = list(traceback.walk_tb(seen.__traceback__))
+        for at in range(len(frames) - 1, -1, -1):
+            frame, line = frames[at]
+            if _is_an_overlays(frame.f_code.co_filename):
+                layer = _layer([frame for frame, _ in frames[: at + 1]], module)
+                return _Place(frame.f_code.co_filename, line, layer)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return None
+
+
+def _layer(frames: Sequence[FrameType], module: nn.Module | None) -> str | None:
+    """Path in `module` of the innermost of its layers that one of `frames` is a method of."""
+    # What runs while torch traces may be a proxy of a layer, which shares its attributes.
+    paths = {} if module is None else {id(vars(child)): path for path, child in module.named_modules()}
+    for frame in reversed(frames):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(vars(owner)) in paths:
+            return paths[id(vars(owner))]
+    return None
+
+
+def _traced_from(said: str, program: ExportedProgram, module: nn.Module) -> _Place | None:
+    """Where the operation that `said` names was traced from."""
+    words, names = set(re.findall(r"[\w.]*\w", said)), set(re.findall(r"\bnode (\w+)", said))
+    named = [node for node in program.graph.nodes if str(node.target) in words or node.name in names]
+    for node in named:
+        stack = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+        for file, line in reversed(stack):
+            if _is_an_overlays(file):
+                modules = list((node.meta.get("nn_module_stack") or {}).values())
+                return _Place(file, int(line), _path_in(module, str(modules[-1][0])) if modules else None)
+    return None
+
+
+def _path_in(module: nn.Module, traced: str) -> str:
+    """Path in `module` of a layer whose path in what was traced, which may hold `module`, is `traced`."""
+    paths = dict(module.named_modules())
+    while traced not in paths:
+        traced = traced.partition(".")[2]
+    return traced
+
+
+def _is_an_overlays(file: str) -> bool:
+    if file.startswith("<"):  # made by a program
+        return False
+    path = Path(file)
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    if stdlib in path.parents and "site-packages" not in path.parts:
+        return False
+    homes = (getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES)
+    return not any(Path(home).parent in path.parents for home in homes if home)

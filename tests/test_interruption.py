@@ -1,0 +1,246 @@
+"""Ctrl-C at any moment: exit code 130, one line on stderr, and nothing broken or left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from attrs import frozen
+
+from coreai_zoo import interruption
+from coreai_zoo.backends.builtin import zoo_backends
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.verify import verify
+
+ENTRY = "qwen3.6-27b"
+ZOO = (sys.executable, "-m", "coreai_zoo")
+TRIES = int(os.environ.get("ZOO_INTERRUPTIONS", "8"))
+"""Of each command; more in a run that looks for what is rare."""
+
+RESUME = "Finished weights are kept. To resume, run:"
+
+
+@frozen
+class Outcome:
+    """How an interrupted command ended.
+
+    Attributes:
+        after: seconds after which it was interrupted, None when it had ended before.
+        lines: what it said on stderr, but for empty lines.
+    """
+
+    after: float | None
+    status: int
+    lines: tuple[str, ...]
+
+
+def started(command: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
+    """The command, once it answers Ctrl-C; its temporary files are in `folder`."""
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignore Ctrl-C, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509  # no threads
+    )
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt:"))
+        if int(caught.split()[1], 16) >> (signal.SIGALRM - 1) & 1:  # the last that is installed before all imports
+            break
+        time.sleep(0.001)
+    return process
+
+
+def interrupted(command: tuple[str, ...], after: float, folder: Path) -> Outcome:
+    """Interrupt `command` after so many seconds."""
+    process = started(command, folder)
+    try:
+        _, said = process.communicate(timeout=after)
+        return Outcome(None, process.returncode, tuple(filter(None, said.splitlines())))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return Outcome(after, process.returncode, tuple(filter(None, said.splitlines())))
+
+
+def attempts(command: Callable[[int], tuple[str, ...]], folder: Path, tries: int = TRIES) -> list[Outcome]:
+    """Run a command once undisturbed, then interrupt it at moments that are spread over that time."""
+    folder.mkdir()
+    before = time.monotonic()
+    undisturbed = started(command(0), folder)
+    assert undisturbed.communicate()[1] is not None and undisturbed.returncode == 0
+    seconds = time.monotonic() - before
+    dice = random.Random(130)
+    moments = [(number, (number + dice.random()) / tries * seconds) for number in range(tries)]
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda at: interrupted(command(1 + at[0]), at[1], folder), moments))
+    assert [path.name for path in folder.iterdir()] == [], "temporary files are left"
+    cut_short = [outcome for outcome in outcomes if outcome.after is not None]
+    assert len(cut_short) >= tries * 3 // 4
+    assert {(outcome.status, outcome.lines[-1:]) for outcome in cut_short} == {(130, ("interrupted",))}, cut_short
+    assert {outcome.status for outcome in outcomes if outcome.after is None} <= {0}, outcomes
+    return cut_short
+
+
+def files(folder: Path) -> set[str]:
+    """Everything below `folder`."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def bundle(built: Callable[[str, str], Bundle]) -> Bundle:
+    return built(ENTRY, "int8hu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "verify"])
+def test_a_command_that_reads_a_bundle_can_be_interrupted_anywhere(
+    bundle: Bundle, tmp_path: Path, command: str
+) -> None:
+    options = ("-p", "def main(", "-n", "40") if command == "run" else ()
+    before = files(bundle.directory)
+
+    outcomes = attempts(lambda _: (*ZOO, command, str(bundle.directory), *options), tmp_path / "temporary")
+
+    assert {outcome.lines for outcome in outcomes} == {("interrupted",)}
+    assert files(bundle.directory) == before
+    assert all(check.passed for check in verify(bundle, {backend.name: backend for backend in zoo_backends()}))
+
+
+@pytest.mark.slow
+def test_a_gate_can_be_interrupted_anywhere(bundle: Bundle, tmp_path: Path) -> None:
+    options = ("--prompts", "code", "--positions", "12", "--json")
+    before = files(bundle.directory)
+
+    outcomes = attempts(
+        lambda number: (*ZOO, "gate", str(bundle.directory), *options, "-o", str(tmp_path / f"gate-{number}")),
+        tmp_path / "temporary",
+    )
+
+    assert {outcome.lines for outcome in outcomes} == {("interrupted",)}
+    assert files(bundle.directory) == before
+    whole = files(tmp_path / "gate-0")
+    assert all(files(report) <= whole for report in tmp_path.glob("gate-*"))
+    assert all(check.passed for check in verify(bundle, {backend.name: backend for backend in zoo_backends()}))
+
+
+@pytest.mark.slow
+def test_a_build_can_be_interrupted_anywhere(bundle: Bundle, tmp_path: Path) -> None:
+    def command(number: int) -> tuple[str, ...]:
+        return (*ZOO, "build", ENTRY, "--sample", "--json", "-o", str(tmp_path / f"output-{number}"))
+
+    outcomes = attempts(command, tmp_path / "temporary")
+
+    for outcome in outcomes:
+        if outcome.lines != ("interrupted",):  # before there was anything to resume
+            assert (outcome.lines[0], outcome.lines[2:]) == (RESUME, ("interrupted",)), outcome
+            assert " build qwen3.6-27b --sample --json -o " in outcome.lines[1]
+    assert any(RESUME in outcome.lines for outcome in outcomes)
+    whole = files(tmp_path / "output-0")
+    for output in tmp_path.glob("output-*"):
+        # A bundle is there whole or not at all; beside it only the store that the next build goes on from.
+        found = {path for path in files(output) if path.partition("/")[0] != ".zoo-work"}
+        assert found in (set(), whole), output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What waits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Whatever a test does to the handler of SIGINT, afterwards it is what it was."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("restored")
+def test_an_interruption_waits_for_the_outermost_block_that_defers_it() -> None:
+    reached = []
+
+    def twice_deferred() -> None:
+        with interruption.deferred():
+            with interruption.deferred():
+                signal.raise_signal(signal.SIGINT)
+                reached.append("inner")
+            reached.append("outer")
+
+    with pytest.raises(KeyboardInterrupt):
+        twice_deferred()
+    assert reached == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("restored")
+def test_an_error_of_a_block_that_was_interrupted_is_not_lost() -> None:
+    def fails() -> None:
+        with interruption.deferred():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError("of the block")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fails()
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+WAITS = {
+    "native call": "with interruption.deferred():",
+    "import": "with interruption.answered():\n    import time, waits\n    time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("where", WAITS)
+@pytest.mark.parametrize("presses", [1, 2])
+def test_a_second_interruption_does_not_wait(tmp_path: Path, where: str, presses: int) -> None:
+    body = f"import signal\nfor _ in range({presses}):\n    signal.raise_signal(signal.SIGINT)\nprint('finished')\n"
+    (tmp_path / "waits.py").write_text(body, encoding="utf-8")
+    indented = "".join(f"    {line}\n" for line in body.splitlines()) if where == "native call" else ""
+    (tmp_path / "script.py").write_text(
+        f"import signal\nfrom coreai_zoo import interruption\n"
+        f"signal.signal(signal.SIGINT, signal.default_int_handler)\n{WAITS[where]}\n{indented}",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    if presses == 2:
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+    else:
+        assert done.stdout == "finished\n"
+        assert done.returncode == (-signal.SIGINT if where == "native call" else 130)
+
+
+def test_the_shell_sees_exit_code_130(tmp_path: Path) -> None:
+    script = tmp_path / "interrupts.py"
+    script.write_text(
+        "import signal, sys, threading\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from coreai_zoo.__main__ import main\n"
+        "from coreai_zoo.cli import list as module\n"
+        "import click\n"
+        "@click.command()\n"
+        "def press():\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "module.list_entries = press\n"
+        "sys.argv[1:] = ['list']\n"
+        "main()\n",
+        encoding="utf-8",
+    )
+    shell = subprocess.run(
+        ["sh", "-c", f"{sys.executable} {script}; echo $?"], capture_output=True, text=True, check=False
+    )
+    assert (shell.stdout, shell.stderr) == ("130\n", "\ninterrupted\n")
