@@ -152,8 +152,9 @@ def _serve() -> None:
     import coreai.authoring
     import coreai.runtime  # noqa: F401
     import coreai_torch  # noqa: F401
-    import coreai_zoo.cli_build  # noqa: F401
     import torch
+
+    import coreai_zoo.cli.build  # noqa: F401
 
     assert torch.get_num_threads() == 1  # threads would not survive the fork
     for line in sys.stdin:
