@@ -53,8 +53,9 @@ from coreai_zoo.signature import Axis, KVCache, StateSpec, TraceSpec
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 from shared import Arrays, Shared
+from suite import NIGHTLY
 
-POSITIONS, LONG, CONTEXT = 64, 512, 512
+POSITIONS, LONG, CONTEXT = 64, 512 if NIGHTLY else 384, 512
 FLOAT16, FLOAT32 = 10, 11  # of the format's DataType
 BACKEND = CoreMLBackend()
 KINDS = ("dense", "moe")
