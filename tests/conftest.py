@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, settings
 
 from coreai_zoo import hookimpl
 from coreai_zoo.bundle.bundle import Bundle
@@ -22,6 +23,10 @@ from suite import QUICK
 # Before anything imports torch. A step of a miniature is over before a second thread has woken up, and with as many
 # workers as cores the threads of one wait for those of the other, busily: measured, four times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A loaded machine is no fault of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent.parent
 

@@ -486,7 +486,7 @@ def run_here(call: str, *, directory: Path, **environment: str) -> subprocess.Po
 
 
 def answer(process: subprocess.Popen[str]) -> str:
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
     return output
 
@@ -859,7 +859,7 @@ def test_a_disk_that_fills_in_the_toolchains_own_writer_is_said(
     room = (hybrids["dense"].path / "main.mlirb").stat().st_size // 2
     call = f"save_on_a_small_disk(Path({str(hybrids['dense'].store.directory)!r}), {room})"
     process = run_here(call, directory=tmp_path)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == EnvironmentLacks.exit_code
     assert errors.splitlines()[-1].startswith("error: There is no space left to write small.aimodel; ")
     assert "LLVM" not in errors
