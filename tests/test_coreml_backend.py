@@ -409,7 +409,7 @@ def test_its_program_as_data_names_every_stored_weight(kind: str, built: Samples
 def test_another_process_writes_the_same_bytes(built: Samples, tmp_path: Path) -> None:
     zoo = Path(sys.executable).with_name("zoo")
     options = ["--sample", "--backend", "coreml", "--max-context", str(CONTEXT), "-o", str(tmp_path / "again")]
-    environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [zoo, "build", ENTRIES["dense"], *options],
         cwd=tmp_path,
