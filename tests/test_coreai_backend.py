@@ -871,7 +871,7 @@ def test_whatever_is_done_first_with_an_asset_prints_nothing(toy_asset: Compiled
     state = {name: (constant.shape, constant.dtype) for name, constant in toy_asset.constants.items()}
     program = f"""
 from pathlib import Path
-from coreai_zoo.backends.coreai import CoreAIBackend
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
 asset, state = Path({str(toy_asset.path)!r}), {state!r}
 CoreAIBackend().{use}
 """
@@ -977,7 +977,7 @@ def test_the_list_of_private_functions_is_complete(root: Path) -> None:
 
     listed = {name.replace(":", ".") for name in PRIVATE}
     imported = set()
-    for path in (root / "coreai_zoo" / "backends").glob("*coreai*.py"):
+    for path in (root / "coreai_zoo" / "backends" / "coreai").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
                 isinstance(node, ast.ImportFrom)
