@@ -13,7 +13,10 @@ stamp := $(VENV)/.installed
 # Twice quiet: errors only, not a warning for each index that lacks a package.
 pip := $(bin)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo test bench lint docs install clean
+# Half of the tests for each worker, in order; who has done its half takes from the end of the other's.
+pytest := $(bin)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+.PHONY: help demo quick test nightly bench lint style format types imports docs install clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -22,16 +25,31 @@ help:  ## Show this list
 demo: $(stamp)  ## Build the sample of qwen3.6-27b, gate it against Hugging Face, generate text with it
 	$(bin)/python -m coreai_zoo.cli.demo $(ENTRY)
 
-test: $(stamp)  ## Run the whole test suite
-	$(bin)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+quick: $(stamp)  ## Run the tests that tell in a minute whether a change is sane (tests/suite.py lists them)
+	$(pytest) --quick $(ARGS)
+
+test: $(stamp)  ## Run the whole test suite, its longest runs at a small size: some 8 minutes on two cores
+	$(pytest) $(ARGS)
+
+nightly: $(stamp)  ## The same with those at full size: 50 random architectures, 7 chains of killed builds
+	ZOO_NIGHTLY=1 $(pytest) $(ARGS)
 
 bench: $(stamp)  ## Measure quantizer, build and baseline side by side, some three minutes (RUNS=3 for medians)
 	$(bin)/python benchmarks/bench.py --runs $(RUNS)
 
-lint: $(stamp)  ## Check style, formatting, types and import directions
+lint: $(stamp)  ## Check style, formatting, types and import directions, all at once
+	@$(MAKE) --no-print-directory --keep-going --jobs 4 style format types imports
+
+style:
 	$(bin)/ruff check .
+
+format:
 	$(bin)/ruff format --check .
+
+types:
 	$(bin)/mypy
+
+imports:
 	$(bin)/lint-imports --no-logo
 
 docs: $(stamp)  ## Write again what docs/ takes from the commands: their help, and the outputs of the tutorial

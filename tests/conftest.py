@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +11,22 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, settings
 
 from coreai_zoo import hookimpl
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.cli.app import cli
 from coreai_zoo.plugins import Plugins
+from shared import Shared
+from suite import QUICK
+
+# Before anything imports torch. A step of a miniature is over before a second thread has woken up, and with as many
+# workers as cores the threads of one wait for those of the other, busily: measured, four times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A loaded machine is no fault of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +46,18 @@ vocab_size = 32
 [bundle]
 max_context = 64
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only the files of tests that tests/suite.py calls quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import what the quick loop leaves out."""
+    name = collection_path.stem
+    if config.getoption("quick") and name.startswith("test_") and name.removeprefix("test_") not in QUICK:
+        return True
+    return None
 
 
 @pytest.fixture
@@ -82,15 +105,24 @@ def shipped(root: Path, make_plugin: Callable[..., types.ModuleType]) -> Plugins
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """What all workers of this run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return Shared((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared")
+
+
+@pytest.fixture(scope="session")
+def built(shared: Shared) -> Callable[[str, str], Bundle]:
     """Build a sample once per entry and recipe, through the command line. Tests leave it as it is."""
 
-    @functools.cache
-    def build(entry: str, recipe: str) -> Bundle:
-        output = tmp_path_factory.mktemp("exports")
+    def fill(entry: str, recipe: str, output: Path) -> None:
         arguments = ["build", entry, "--sample", "--recipe", recipe, "-o", str(output), "--json"]
         result = CliRunner().invoke(cli, arguments)
         assert result.exit_code == 0, result.output
-        return Bundle.open(Path(json.loads(result.stdout)["path"]))
+
+    @functools.cache
+    def build(entry: str, recipe: str) -> Bundle:
+        (bundle,) = shared.folder(f"{entry}-{recipe}", functools.partial(fill, entry, recipe)).iterdir()
+        return Bundle.open(bundle)
 
     return build

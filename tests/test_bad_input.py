@@ -29,6 +29,7 @@ from coreai_zoo.backends import builtin
 from coreai_zoo.overlay import LayerRewrite, WeightMap
 from coreai_zoo.plugins import LISTS, Plugins
 from coreai_zoo_overlays import qwen3_5
+from shared import Shared
 
 MakePlugin = Callable[..., types.ModuleType]
 DENSE, MOE = "qwen3.6-27b", "qwen3.6-35b-a3b"
@@ -48,9 +49,9 @@ PROGRESS = re.compile(r"(resolve|trace|weights|lower|bundle|verify|oracle|contro
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(shared: Shared) -> Path:
     """A good dense checkpoint whose top-2 margins are confident."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("dense") / "checkpoint", head_scale=20.0)
+    return shared.folder("confident", lambda folder: tiny_checkpoint(folder, head_scale=20.0))
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +61,14 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
+def built(shared: Shared, dense: Path) -> Path:
     """The bundle of the dense checkpoint; tests that change it copy it first."""
-    output = tmp_path_factory.mktemp("built") / "exports"
-    result = zoo("build", DENSE, "--checkpoint", dense, "-o", output)
-    assert result.exit_code == 0, result.stderr
-    return output / NAME
+
+    def fill(output: Path) -> None:
+        result = zoo("build", DENSE, "--checkpoint", dense, "-o", output)
+        assert result.exit_code == 0, result.stderr
+
+    return shared.folder("confident-built", fill) / NAME
 
 
 @pytest.fixture
@@ -258,7 +261,7 @@ def test_no_checkpoint_and_no_network_is_the_environments_fault_and_says_what_to
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

@@ -23,38 +23,30 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, LayerKind, count
 from coreai_zoo.review.diff import Difference, Section, as_markdown, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
+from shared import Shared
 
 BACKEND = CoreAIBackend()
 POSITIONS = "6"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), "dense")
+def checkpoint(shared: Shared) -> Path:
+    return shared.folder("tiny-dense", tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
-def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def built(checkpoint: Path, shared: Shared) -> Callable[[str], Path]:
     """A bundle of the tiny checkpoint, once per recipe."""
+
+    def fill(recipe: str, output: Path) -> None:
+        options = ("--custom", "--recipe", recipe, "-o", output, "--max-context", 64)
+        result = zoo("build", "qwen3.6-27b", "--checkpoint", checkpoint, *options)
+        assert result.exit_code == 0, result.output
 
     @functools.cache
     def build(recipe: str) -> Path:
-        output = tmp_path_factory.mktemp(recipe)
-        arguments = (
-            "--checkpoint",
-            checkpoint,
-            "--custom",
-            "--recipe",
-            recipe,
-            "-o",
-            output,
-            "--max-context",
-            64,
-            "--json",
-        )
-        result = zoo("build", "qwen3.6-27b", *arguments)
-        assert result.exit_code == 0, result.output
-        return Path(json.loads(result.stdout)["path"])
+        (bundle,) = shared.folder(f"tiny-{recipe}", functools.partial(fill, recipe)).iterdir()
+        return bundle
 
     return build
 

@@ -252,7 +252,7 @@ def test_a_repository_without_network_is_the_environments_fault_and_says_what_to
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

@@ -17,6 +17,7 @@ from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.contracts import FIXED_S1
 from decoders import feed, feed_by_position, fresh_states, load_decoder
 from reference import whole_model
+from suite import NIGHTLY
 
 LINEAR, FULL = "linear_attention", "full_attention"
 POSITIONS = 24
@@ -80,7 +81,7 @@ def tokens_of(seed: int) -> list[int]:
     return torch.randint(0, VOCAB, (POSITIONS,), generator=generator).tolist()
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50 if NIGHTLY else 15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(options=architectures(), split=st.integers(1, POSITIONS - 1))
 def test_any_architecture_steps_to_the_logits_of_transformers(options: dict[str, Any], split: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from checkpoints import read_weights, tiny_checkpoint, write_json, write_weights
+from shared import Shared
 
 ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
 ZOO = (sys.executable, "-c", "from coreai_zoo.cli.app import main; main()")
@@ -58,19 +59,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("dense") / "checkpoint")
+def dense(shared: Shared) -> Path:
+    return shared.folder("tiny-dense", tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
-def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("moe") / "checkpoint", "moe")
+def moe(shared: Shared) -> Path:
+    return shared.folder("tiny-moe", lambda folder: tiny_checkpoint(folder, "moe"))
 
 
 @pytest.fixture(scope="module")
-def dated(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dated(dense: Path, shared: Shared) -> Path:
     """A bundle of the dense checkpoint that carries a date."""
-    return build("dense", dense, tmp_path_factory.mktemp("dated") / "here", SOURCE_DATE_EPOCH=str(EPOCH))
+    output = shared.folder(
+        "tiny-dated", lambda folder: build("dense", dense, folder / "here", SOURCE_DATE_EPOCH=str(EPOCH))
+    )
+    (record,) = output.rglob("build.json")
+    return record.parent
 
 
 @pytest.mark.slow

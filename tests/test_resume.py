@@ -21,9 +21,12 @@ import pytest
 from checkpoints import tiny_checkpoint
 from coreai_zoo.weights.store import JOURNAL, WeightStore
 from killing import Job, Outcome, Zoo
+from suite import NIGHTLY
 
 NAME = "qwen3_6_27b_custom_decode_int8hu_block32_sym"
 CHAINS = 7
+# By day those that are killed first of all, while the toolchain writes, and when the bundle is in its place.
+RUN = range(CHAINS) if NIGHTLY else (0, 4, 6)
 
 
 @attrs.frozen
@@ -157,12 +160,12 @@ def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(
     assert undisturbed.before_lowering > 100 and undisturbed.from_lowering > 30
 
     def run(number: int) -> list[int]:
-        places = {chain: Place(zoos[number], checkpoint, tmp_path / str(chain)) for chain in range(number, CHAINS, 2)}
+        places = {chain: Place(zoos[number], checkpoint, tmp_path / str(chain)) for chain in RUN[number::2]}
         return [run_chain(chain, place, undisturbed) for chain, place in places.items()]
 
     with ThreadPoolExecutor(2) as pool:
         killed = sum(sum(part) for part in pool.map(run, (0, 1)))
-    assert killed >= 30
+    assert killed >= (30 if NIGHTLY else 13)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict, judge, router_margi
 from coreai_zoo.gates.weights import AssetWeights
 from coreai_zoo.plugins import Plugins, default_plugins
 from reference import whole_model
+from shared import Shared
 
 ENTRIES = ("qwen3.6-27b", "qwen3.6-35b-a3b")
 POSITIONS = 64
@@ -63,15 +64,15 @@ def on_the_runtime(
     plugins: Plugins,
     built: Callable[[str, str], Bundle],
     oracle: Callable[[str], tuple[list[int], Activations]],
+    shared: Shared,
 ) -> Callable[[str, str], np.ndarray[Any, Any]]:
     """Logits of a bundle's asset on the gate prompt, run once."""
 
-    @functools.cache
-    def run(entry: str, recipe: str) -> np.ndarray[Any, Any]:
+    def run(entry: str, recipe: str) -> dict[str, np.ndarray[Any, Any]]:
         bundle, (tokens, _) = built(entry, recipe), oracle(entry)
-        return AssetCandidate(bundle, backend_of(bundle, plugins.backends())).run(tokens).logits
+        return {"logits": AssetCandidate(bundle, backend_of(bundle, plugins.backends())).run(tokens).logits}
 
-    return run
+    return lambda entry, recipe: shared.arrays(f"{entry}-{recipe}-logits", lambda: run(entry, recipe))["logits"]
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

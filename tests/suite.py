@@ -1,0 +1,62 @@
+"""Which tests run when: the files of the quick loop, all others, and the sizes that only a night has time for."""
+
+from __future__ import annotations
+
+import os
+
+# `make quick`: whether a change is sane, in a minute on two cores. Nothing here builds a bundle of a sample.
+QUICK = frozenset(
+    {
+        "bytecode",
+        "checkpoint",
+        "cli",
+        "digest",
+        "docs",
+        "entry",
+        "gate_bounds",
+        "gate_prompts",
+        "gate_report",
+        "gate_rule",
+        "imports",
+        "machine",
+        "overlay",
+        "plan",
+        "plugins",
+        "quantize",
+        "sensitivity",
+        "suite",
+        "weights",
+    }
+)
+
+# `make test` runs these as well: they build, run and attack bundles, in this process and in others.
+THOROUGH = frozenset(
+    {
+        "bad_input",
+        "benchmarks",
+        "candidates",
+        "check",
+        "coreai_backend",
+        "coreml_backend",
+        "diff",
+        "gate",
+        "lock",
+        "lowering",
+        "mutants",
+        "new",
+        "oracle",
+        "parity",
+        "preflight",
+        "reproducible",
+        "resume",
+        "samples",
+        "sizes",
+        "store",
+        "third_party_plugin",
+        "toy_plugin",
+        "tutorial",
+    }
+)
+
+NIGHTLY = os.environ.get("ZOO_NIGHTLY", "") not in {"", "0"}
+"""Whether the long runs have their full size (`make nightly`)."""
