@@ -706,7 +706,7 @@ def test_both_backends_come_with_the_host() -> None:
 def test_a_state_that_grows_is_refused() -> None:
     growing = StateSpec(name="keyCache", shape=(1, 1, 1, "capacity", 1), kind="kv_cache")
     with pytest.raises(BadInput, match="state keyCache has a dynamic axis"):
-        BACKEND.require(evolve(forgetful_spec(), states=(growing,), axes={"capacity": Axis(1, 8, 8)}), ())
+        BACKEND.require({"main": evolve(forgetful_spec(), states=(growing,), axes={"capacity": Axis(1, 8, 8)})}, ())
 
 
 def test_the_overlay_has_one_rewrite_more_for_it() -> None:
