@@ -46,7 +46,8 @@ def started(command: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
     """The command, once it answers Ctrl-C; its temporary files are in `folder`."""
     process = subprocess.Popen(
         command,
-        env={**os.environ, "TMPDIR": str(folder)},
+        # torch keeps a cache among the temporary files, interrupted or not.
+        env={**os.environ, "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder.with_name("torch"))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
