@@ -22,7 +22,7 @@ from coreai_zoo.bundle.verify import verify
 
 ENTRY = "qwen3.6-27b"
 ZOO = (sys.executable, "-m", "coreai_zoo")
-TRIES = int(os.environ.get("ZOO_INTERRUPTIONS", "8"))
+TRIES = int(os.environ.get("ZOO_INTERRUPTIONS", "6"))
 """Of each command; more in a run that looks for what is rare."""
 
 RESUME = "Finished weights are kept. To resume, run:"
@@ -46,7 +46,8 @@ def started(command: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
     """The command, once it answers Ctrl-C; its temporary files are in `folder`."""
     process = subprocess.Popen(
         command,
-        env={**os.environ, "TMPDIR": str(folder)},
+        # torch keeps a cache among the temporary files, interrupted or not.
+        env={**os.environ, "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder.with_name("torch"))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -74,7 +75,8 @@ def interrupted(command: tuple[str, ...], after: float, folder: Path) -> Outcome
         _, said = process.communicate(timeout=120)
     finally:
         process.kill()
-    return Outcome(after, process.returncode, tuple(filter(None, said.splitlines())))
+    finished = process.returncode == 0  # its work was done, and only the interpreter's own end was left
+    return Outcome(None if finished else after, process.returncode, tuple(filter(None, said.splitlines())))
 
 
 def attempts(command: Callable[[int], tuple[str, ...]], folder: Path, tries: int = TRIES) -> list[Outcome]:

@@ -408,7 +408,7 @@ def _without_weights(asset: Path) -> Iterator[Any]:
     """
     from coreai.authoring import AIModelAsset
 
-    with _damage_told(asset), tempfile.TemporaryDirectory() as folder:
+    with interruption.deferred(), _damage_told(asset), tempfile.TemporaryDirectory() as folder:
         bare = Path(folder) / asset.name
         bare.mkdir()
         bytecode = _bytecode(asset).without_blobs()
