@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints import tiny_checkpoint
+from checkpoints import tiny_checkpoint, write_json
 from coreai_zoo.backend import drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.bundle.bundle import Bundle
@@ -103,10 +103,13 @@ def test_the_package_imports_public_modules_and_reads_public_names_only() -> Non
                 names.add(node.attr)
 
     public = public_modules()
+    overlays = {module for module in modules if module.startswith("coreai_zoo_overlays.")}
+    assert {"coreai_zoo_overlays.NAME"} <= public and all(module.count(".") == 1 for module in overlays)
+    public |= overlays
     assert {module for module in modules if module.startswith("coreai")} <= public
     assert {name for name in names if name.startswith("_")} <= {"__init__"}
     assert {module.partition(".")[0] for module in modules - public} <= {
-        "__future__", "click", "collections", "pathlib", "torch", "typing",
+        "__future__", "click", "collections", "pathlib", "torch", "transformers", "typing",
     }  # fmt: skip
 
 
@@ -141,7 +144,8 @@ def test_plugins_names_the_distribution_its_version_and_its_hooks(zoo: Zoo) -> N
 
     assert (acme["distribution"], acme["version"], acme["module"]) == ("acme-zoo", "2.1.0", "acme_zoo.plugin")
     assert set(acme["hooks"]) == {
-        "zoo_entries", "zoo_layer_rewrites", "zoo_head_quantization", "zoo_register_commands",
+        "zoo_entries", "zoo_claim_overlay", "zoo_layer_rewrites", "zoo_head_quantization", "zoo_tokenizer_classes",
+        "zoo_oracle", "zoo_gate_bounds", "zoo_register_commands",
     }  # fmt: skip
 
 
@@ -166,8 +170,13 @@ def test_an_entry_name_that_two_packages_bring_is_refused_with_both_and_their_fi
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: other-zoo\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text("[coreai_zoo]\nother = other_zoo\n")
 
-    error = run_zoo(installed, tmp_path)("list", code=2).stderr
+    both = run_zoo(installed, tmp_path)
+    listed = both("list", "--json")
+    error = both("show", "acme-mini", code=2).stderr.splitlines()[-1]
 
+    assert [entry["plugin"] for entry in json.loads(listed.stdout) if entry["name"] == "acme-mini"] == ["acme"]
+    assert listed.stderr == f"{error.replace('error: ', 'warning: ')}\n"
+    assert both("--without", "other", "show", "acme-mini").stderr == ""
     assert error.startswith("error: the entry 'acme-mini' is there twice: from plugin 'acme' (")
     assert f"{installed / 'acme_zoo' / 'entries' / 'acme-mini.toml'}) and from plugin 'other' (" in error
     assert f"{other / 'entries' / 'acme-mini.toml'})" in error
@@ -229,6 +238,48 @@ def test_the_changed_layer_changes_the_logits_of_the_bundle_as_it_changes_those_
     # Measured 0.020 and 0.96: what quantization costs so narrow a model, and what the clamp does.
     assert distance(logits, with_clamp) < 0.1
     assert distance(logits, without) > 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A variant of an architecture that another plugin claims
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the variant: one more key in its config, and a tokenizer class of its own."""
+    directory = tiny_checkpoint(tmp_path_factory.mktemp("limited"), head_scale=20.0)
+    for name, change in {
+        "config.json": {"acme_limit": 0.25},
+        "tokenizer_config.json": {"tokenizer_class": "AcmeTokenizerFast"},
+    }.items():
+        write_json(directory / name, json.loads((directory / name).read_text()) | change)
+    return directory
+
+
+def test_a_variant_that_differs_in_one_layer_builds_and_passes_its_gate_by_its_own_reference_and_bounds(
+    zoo: Zoo, limited: Path, tmp_path: Path
+) -> None:
+    options = ("--checkpoint", limited, "-o", tmp_path, "--allow-unverified", "--json")
+    bundle = Bundle.open(Path(json.loads(zoo("build", "acme-mini", *options).stdout)["path"]))
+
+    overlay = bundle.build["overlay"]
+    assert (overlay["name"], overlay["plugin"]) == ("acme_limited", "acme")
+    assert {rewrite["plugin"] for rewrite in overlay["rewrites"]} == {"qwen36"}
+    tokenizer = json.loads((bundle.tokenizer / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizer"
+    assert zoo("verify", bundle.directory).returncode == 0
+
+    prompt = ("--checkpoint", limited, "-p", "Acme makes models.", "--allow-weak-prompt", "--candidate", "coreai")
+    record = json.loads(zoo("gate", bundle.directory, *prompt, "--json").stdout)
+    (judged,) = record["prompts"]
+    assert record["inputs"]["oracle"] == "transformers with Acme's clamp 1.0 in float32"
+    assert judged["bounds"]["measured_on"].startswith("Acme Limited")
+    assert judged["passed"]
+
+    logits = bundle_logits(bundle)
+    assert distance(logits, oracle_logits(limited, 0.25)) < 0.1
+    assert distance(logits, oracle_logits(limited, None)) > 0.3
 
 
 def bundle_logits(bundle: Bundle) -> np.ndarray[Any, Any]:

@@ -222,10 +222,8 @@ def test_toy_plugin_uses_public_modules_only() -> None:
     tree = ast.parse(Path(toy_plugin.__file__).read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    public = {
-        "coreai_zoo",
-        *(f"coreai_zoo.{name}" for name in ("composites", "contracts", "errors", "overlay", "recipes", "signature")),
-    }
+    names = ("composites", "contracts", "errors", "overlay", "recipes", "signature")
+    public = {"coreai_zoo", *(f"coreai_zoo.{name}" for name in names)}
     assert {name for name in modules if name.startswith("coreai")} == public
     assert {name.partition(".")[0] for name in modules - public} <= {
         "__future__", "collections", "dataclasses", "pathlib", "torch", "typing",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coreai_zoo import hookimpl
-from coreai_zoo.overlay import LayerRewrite
+from coreai_zoo.bounds import MeasuredBounds
+from coreai_zoo.gate import ReferenceModel
+from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
     from coreai_zoo.entry import Entry
 
+from .limited import BOUNDS, REFERENCE, AcmeLimited
+
 CLAMPED = "acme-mini-clamped"
 
 
@@ -23,6 +27,12 @@ CLAMPED = "acme-mini-clamped"
 def zoo_entries() -> Iterable[Path]:
     """Both fine-tunes. For `acme-mini` this is all: it is its base model with other weights."""
     return sorted((Path(__file__).parent / "entries").glob("*.toml"))
+
+
+@hookimpl
+def zoo_claim_overlay(hf_config: Mapping[str, Any]) -> Overlay | None:
+    """Acme Limited, which is a Qwen3.5 to everybody else."""
+    return AcmeLimited(name="acme_limited") if "acme_limit" in hf_config else None
 
 
 @hookimpl
@@ -48,6 +58,24 @@ def zoo_head_quantization(entry: Entry | None) -> HeadQuantization | None:
         spec=QuantizationSpec(dtype="int8", scheme="symmetric", block_size=16),
         reason="Outliers of this head come in narrow groups: blocks of 16 keep them from their neighbours.",
     )
+
+
+@hookimpl
+def zoo_tokenizer_classes() -> Iterable[TokenizerClass]:
+    """The class that our tokenizers are saved with."""
+    return [TokenizerClass("AcmeTokenizer", known_as="PreTrainedTokenizer")]
+
+
+@hookimpl
+def zoo_oracle(overlay: Overlay) -> ReferenceModel | None:
+    """The reference of Acme Limited."""
+    return REFERENCE if isinstance(overlay, AcmeLimited) else None
+
+
+@hookimpl
+def zoo_gate_bounds(overlay: Overlay) -> MeasuredBounds | None:
+    """The bounds of Acme Limited."""
+    return BOUNDS if isinstance(overlay, AcmeLimited) else None
 
 
 @hookimpl
