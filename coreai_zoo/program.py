@@ -57,23 +57,28 @@ class Function:
     declaration: tuple[str, ...]
     operations: tuple[Operation, ...]
 
+    @property
+    def size(self) -> int:
+        """Number of operations that compute something."""
+        return sum(not operation.is_constant for operation in self.operations)
+
 
 @frozen
 class Program:
     """Everything that an asset says, but for the bytes of its stored constants.
 
     Attributes:
-        main: the function that an engine calls.
-        composites: the functions that `main` calls, by name.
+        functions: those that an engine calls, by name, in the order of the asset.
+        composites: those that these call, by name.
     """
 
-    main: Function
+    functions: Mapping[str, Function]
     composites: Mapping[str, Function]
 
     @property
-    def functions(self) -> Iterator[Function]:
-        """All functions, `main` first."""
-        yield self.main
+    def everything(self) -> Iterator[Function]:
+        """The functions, then the composites."""
+        yield from self.functions.values()
         yield from self.composites.values()
 
     @property
@@ -81,7 +86,7 @@ class Program:
         """Logical shape and dtype of each stored constant. Equal ones are stored once, under the name of one."""
         return {
             operation.stored: _shape_and_dtype(operation.types[0])
-            for function in self.functions
+            for function in self.everything
             for operation in function.operations
             if operation.stored is not None
         }

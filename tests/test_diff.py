@@ -206,8 +206,8 @@ def test_a_summary_of_sections_that_are_left_out_claims_nothing() -> None:
 def test_every_operation_is_counted_once(built: Callable[[str], Path]) -> None:
     (asset,) = built("int8hu").glob("*.aimodel")
     program = BACKEND.program(asset)
-    graph = count(program)
-    assert graph.total == Counter(op.name for op in program.main.operations if not op.is_constant)
+    graph = count(program)["main"]
+    assert graph.total == Counter(op.name for op in program.functions["main"].operations if not op.is_constant)
     assert [(kind.name, kind.layers) for kind in graph.kinds] == [("linear_attn", (0,)), ("self_attn", (1,))]
     assert graph.outside["gather_nd"] == graph.outside["cos"] == 1  # embedding and rotation
     assert graph.kinds[1].operations["scaled_dot_product_attention"] == 1

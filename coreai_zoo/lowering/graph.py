@@ -1,4 +1,4 @@
-"""How many operations a program has, by kind of layer.
+"""How many operations each function of a program has, by kind of layer.
 
 A saved program does not say which layer an operation came from, but the constants that it stores carry the names of
 the decoder's parameters, and values flow from layer to layer. So an operation belongs to the last layer that anything
@@ -37,12 +37,13 @@ class LayerKind:
 
 @frozen
 class Graph:
-    """Operation counts of a program; constants are not operations.
+    """Operation counts of a function; constants are not operations.
 
     Attributes:
         kinds: the layers, in order of their first.
         outside: operations that belong to no layer.
-        composites: name of each composite to how many operations one is made of, sorted; one number per distinct shape.
+        composites: name of each composite that it calls to how many operations one is made of, sorted; one number per
+            distinct shape.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -77,23 +78,26 @@ class Graph:
         return Graph(tuple(kinds), self.outside, self.composites)
 
 
-def count(program: Program) -> Graph:
-    """Count a program's operations."""
-    names = [operation.stored for operation in program.main.operations if operation.stored]
-    anchors = _Anchors.of(names)
-    layers = _assigned(program.main, anchors)
+def count(program: Program) -> dict[str, Graph]:
+    """Operation counts of a program's functions, by the name of each."""
+    return {name: _counted(function, program.composites) for name, function in program.functions.items()}
+
+
+def _counted(function: Function, composites: Mapping[str, Function]) -> Graph:
+    anchors = _Anchors.of([operation.stored for operation in function.operations if operation.stored])
+    layers = _assigned(function, anchors)
     counts: dict[int, Counter[str]] = {}
-    for operation, layer in zip(program.main.operations, layers, strict=True):
+    for operation, layer in zip(function.operations, layers, strict=True):
         if not operation.is_constant:
             counts.setdefault(layer, Counter())[operation.name] += 1
     outside = counts.pop(_NOWHERE, Counter())
-    composites: dict[str, list[int]] = {}
-    called = {operation.callee: operation.name for operation in program.main.operations if operation.callee}
-    for name, function in program.composites.items():
-        size = sum(not operation.is_constant for operation in function.operations)
-        composites.setdefault(called.get(name, name), []).append(size)
-    sizes = {name: tuple(sorted(found)) for name, found in sorted(composites.items())}
-    return Graph(_kinds(counts, anchors), dict(sorted(outside.items())), sizes)
+    called = {operation.callee: operation.name for operation in function.operations if operation.callee}
+    sizes: dict[str, list[int]] = {}
+    for callee, name in called.items():
+        size = composites[callee].size
+        sizes.setdefault(name, []).append(size)
+    found = {name: tuple(sorted(each)) for name, each in sorted(sizes.items())}
+    return Graph(_kinds(counts, anchors), dict(sorted(outside.items())), found)
 
 
 def layer_names(parameters: Iterable[str]) -> list[str]:

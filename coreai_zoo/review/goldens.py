@@ -66,20 +66,22 @@ def take(entry: Entry, plugins: Plugins, on_recipe: Callable[[str], None] = lamb
         plugins: what claims it.
         on_recipe: told what has been counted.
     """
-    graphs: dict[str, Graph] = {}
-    for recipe, graph in graphs_of(entry, plugins, RECIPES):
-        graphs[recipe] = graph
+    graphs: dict[str, Mapping[str, Graph]] = {}
+    for recipe, by_function in graphs_of(entry, plugins, RECIPES):
+        graphs[recipe] = by_function
         on_recipe(f"{entry.name} as {recipe}")
     return golden(entry, graphs)
 
 
-def golden(entry: Entry, graphs: Mapping[str, Graph]) -> Golden:
-    """The golden graph that an entry's graphs by recipe are."""
+def golden(entry: Entry, graphs: Mapping[str, Mapping[str, Graph]]) -> Golden:
+    """The golden graph that an entry's graphs, by recipe and function, are."""
     tables: dict[str, dict[str, dict[str, int]]] = {}
-    for recipe, graph in graphs.items():
-        for table, counts in _tables(graph).items():
-            for name, count in counts.items():
-                tables.setdefault(table, {}).setdefault(name, {})[recipe] = count
+    for recipe, by_function in graphs.items():
+        for function, graph in by_function.items():
+            prefix = f"{function}: " if len(by_function) > 1 else ""
+            for table, counts in _tables(graph).items():
+                for name, count in counts.items():
+                    tables.setdefault(prefix + table, {}).setdefault(name, {})[recipe] = count
     made: Golden = {"entry": entry.name, "ffn": entry.facts.ffn}
     for table, rows in tables.items():
         made[table] = {name: _folded(by_recipe, [*graphs]) for name, by_recipe in rows.items()}

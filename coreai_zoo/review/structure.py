@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,8 +64,8 @@ class Structure:
         label: for the reader.
         overlay: name of the overlay.
         facts: what the overlay knows of the config.
-        signature: of the function.
-        graph: operation counts, of all layers.
+        signatures: of each function that an engine calls, by its name.
+        graphs: operation counts of each function, of all layers.
         program: the operations themselves; of the traced layers only, where `traced` says how many these are.
         traced: number of layers that `program` has, if not all.
         stored: by name; codes, scales and zero points of a weight are one each.
@@ -79,8 +79,8 @@ class Structure:
     contract: str
     backend: str
     facts: Mapping[str, Any]
-    signature: TraceSpec
-    graph: Graph
+    signatures: Mapping[str, TraceSpec]
+    graphs: Mapping[str, Graph]
     program: Program = field(repr=False)
     traced: int | None
     stored: Mapping[str, StoredWeight] = field(repr=False)
@@ -139,8 +139,8 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
             contract=build["contract"]["name"],
             backend=build["backend"],
             facts=build["facts"],
-            signature=bundle.signature,
-            graph=count(program),
+            signatures=dict.fromkeys(program.functions, bundle.signature),
+            graphs=count(program),
             program=program,
             traced=None,
             stored=stored,
@@ -223,8 +223,8 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
         contract=contract.name,
         backend=backend.name,
         facts=whole.model.facts,
-        signature=whole.signature(contract, entry, plugins),
-        graph=count(program).repeated(names),
+        signatures=dict.fromkeys(program.functions, whole.signature(contract, entry, plugins)),
+        graphs=_repeated(count(program), names),
         program=program,
         traced=depth if depth < len(names) else None,
         stored={name: weight for tensor in whole.plan.tensors for name, weight in _stored(tensor)},
@@ -233,8 +233,12 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
     )
 
 
-def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[tuple[str, Graph]]:
-    """For each recipe the graph that `of_entry` counts, in a fraction of the time.
+def _repeated(graphs: Mapping[str, Graph], names: Sequence[str]) -> dict[str, Graph]:
+    return {function: graph.repeated(names) for function, graph in graphs.items()}
+
+
+def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[tuple[str, dict[str, Graph]]]:
+    """For each recipe the graphs that `of_entry` counts, by function, in a fraction of the time.
 
     Recipes differ in how weights are stored and not in what is computed with them, so the decoder is traced once, with
     plain weights, and lowered once per recipe with the weights as that stores them. Of experts there are only twice as
@@ -251,7 +255,7 @@ def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[t
     traced = part.traced(_backend(plugins), part.signature(contract, entry, plugins))
     for recipe in recipes:
         plan = _planned(part.model, part.module, find_recipe(recipe), entry, plugins)
-        yield recipe, count(_lowered(traced, plan)).repeated(names)
+        yield recipe, _repeated(count(_lowered(traced, plan)), names)
 
 
 def _with_few_experts(entry: Entry) -> Entry:

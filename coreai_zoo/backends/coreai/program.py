@@ -9,6 +9,7 @@ from typing import Any
 from coreai_zoo.program import Function, Operation, Program
 
 _NOISE = ("coreai.", "decomposable.", "broadcasting_")
+_PRIVATE = "priv"  # what a function says that no engine calls: a composite
 _ON_STATE = frozenset({"read_handle", "write_handle", "create_token", "output"})
 _ELEMENTS = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "i1": "bool", "si": "int", "ui": "uint"}
 _ELEMENT = re.compile(r"(?<=[x<])(f16|f32|bf16|i1(?!\d)|si(?=\d)|ui(?=\d))")
@@ -19,10 +20,10 @@ def read_program(program: Any) -> Program:
     texts: dict[Any, str] = {}
     graphs = [graph.operation for graph in program._module._mlir_module.body.operations]
     composites = {_symbol(graph): _composite_name(graph) for graph in graphs}
-    functions = {
-        name: _function(graph, name, composites, texts) for name, graph in zip(composites, graphs, strict=True)
-    }
-    return Program(functions.pop("main"), functions)
+    kinds: dict[bool, dict[str, Function]] = {False: {}, True: {}}
+    for name, graph in zip(composites, graphs, strict=True):
+        kinds[_PRIVATE in graph.attributes][name] = _function(graph, name, composites, texts)
+    return Program(functions=kinds[False], composites=kinds[True])
 
 
 def _symbol(graph: Any) -> str:
