@@ -17,7 +17,7 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, LayerKind
 from coreai_zoo.plugins import Plugins, default_plugins
 from coreai_zoo.review.check import CHECKS
-from coreai_zoo.review.goldens import compare, golden, golden_entries, golden_path, of_recipe, read, write
+from coreai_zoo.review.goldens import compare, counts_of, golden, golden_entries, golden_path, of_recipe, read, write
 from coreai_zoo.review.structure import of_entry
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -217,5 +217,8 @@ def test_the_golden_graph_is_what_the_shipped_recipe_gives(path: Path) -> None:
     """Traced as it is built, with every expert; `zoo check` compares all recipes, from one trace with few experts."""
     plugins = default_plugins()
     entry, _ = find_entry(read(path)["entry"], plugins)
-    found = golden(entry, {entry.recipe: of_entry(entry, plugins).graphs})
-    assert compare(of_recipe(read(path), entry.recipe), of_recipe(found, entry.recipe)) == []
+    found = of_recipe(golden(entry, {entry.recipe: of_entry(entry, plugins).graphs}), entry.recipe)
+    expected = of_recipe(read(path), entry.recipe)
+    assert compare(counts_of(expected), counts_of(found)) == []
+    if entry.facts.ffn == "dense":  # the number of experts stands in the types
+        assert compare(expected, found) == []

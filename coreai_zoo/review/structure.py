@@ -250,8 +250,10 @@ def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[t
     """
     contract, plain = find_contract(entry.contract), find_recipe(_PLAIN)
     hf_config = config_of_entry(_with_few_experts(entry), plugins)
-    names = layer_names(tensor.name for tensor in _Unbuilt.of(hf_config, entry, contract, plain, plugins).plan.tensors)
-    part = _Unbuilt.of(hf_config, entry, contract, plain, plugins, _telling_depth(names))
+    whole = _Unbuilt.of(hf_config, entry, contract, plain, plugins)
+    names = layer_names(tensor.name for tensor in whole.plan.tensors)
+    depth = _telling_depth(names)
+    part = whole if depth == len(names) else _Unbuilt.of(hf_config, entry, contract, plain, plugins, depth)
     traced = part.traced(_backend(plugins), part.signature(contract, entry, plugins))
     for recipe in recipes:
         plan = _planned(part.model, part.module, find_recipe(recipe), entry, plugins)

@@ -163,21 +163,27 @@ class CoreAITraced:
         from coreai_zoo.backends.coreai.program import read_program
 
         with _toolchain():
-            return read_program(self.lower(constants))
+            program, state = self._lower(constants)
+            return read_program(program, state, constants.keys())
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
         """The `AIProgram` of all layers."""
+        return self._lower(constants)[0]
+
+    def _lower(self, constants: Mapping[str, Constant]) -> tuple[Any, dict[str, Constant]]:
+        """The `AIProgram` of all layers, and the constants of its function by name."""
         from coreai_zoo.backends.coreai.lowering import Converter, with_call_sites
 
         program, composites = self._whole()
-        converter = Converter(_named_state(program, constants))
-        return converter.convert(
+        state = _named_state(program, constants)
+        lowered = Converter(state).convert(
             program,
             with_call_sites(composites, program),
             input_names=[tensor.name for tensor in self.spec.inputs],
             output_names=[tensor.name for tensor in self.spec.outputs],
             state_names=[state.name for state in self.spec.states],
         )
+        return lowered, {name: constant for found in state.values() for name, constant in found.items()}
 
     def _whole(self) -> tuple[ExportedProgram, list[Any]]:
         """The program of all layers, and its composites."""
