@@ -21,8 +21,9 @@ from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, LayerKind, count
-from coreai_zoo.review.diff import Difference, Section, as_markdown, numerics_missing
+from coreai_zoo.review.diff import Change, Difference, Section, as_markdown, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
+from coreai_zoo.review.verdict import KINDS, Next, judge
 
 BACKEND = CoreAIBackend()
 POSITIONS = "6"
@@ -92,6 +93,7 @@ def test_a_copy_has_no_change_and_everything_was_compared(
     assert found["summary"] == "no change in graph, weights or numerics"
     assert not found["changed"]
     assert all(section["missing"] is None for section in found["sections"])
+    assert found["verdict"] == {"kind": "none", "reason": "nothing that was compared has changed", "commands": []}
     assert zoo("diff", built("int8hu"), copy, "--no-numerics", "--exit-code").exit_code == 0
 
 
@@ -128,6 +130,8 @@ def test_one_byte_of_one_weight_is_found_and_its_effect_is_shown(
     content_change = changes(found, "constants")
     assert content_change == {"content of model.layers.*.mlp.down_proj.weight": ("1 x", "1 bytes are others")}
     assert found["summary"] == "no change in graph; weights and numerics changed"
+    assert found["verdict"]["kind"] == "numerics"
+    assert found["verdict"]["commands"] == [f"zoo gate {copy} --checkpoint {checkpoint}"]
     assert float(changes(found, "numerics")["largest difference of a logit, A to B"][1] or 0) > 0
 
 
@@ -163,6 +167,8 @@ def test_metadata_alone_is_no_change_of_what_is_computed(
     found = difference(built("int8hu"), copy, "--checkpoint", checkpoint)
     assert found["summary"] == "no change in graph, weights or numerics; also changed: metadata"
     assert changes(found, "metadata") == {"language.max_context_length": ("64", "32")}
+    assert found["verdict"]["kind"] == "metadata"
+    assert found["verdict"]["commands"] == [f"zoo verify {copy}"]
     assert zoo("diff", built("int8hu"), copy, "--no-numerics", "--exit-code").exit_code == 1
 
 
@@ -174,6 +180,8 @@ def test_a_state_of_another_dtype_is_a_change_of_the_graph(built: Callable[[str]
     ((before, after),) = changes(found, "signature").values()
     assert (before or "").replace("float16", "float32") == after
     assert "graph changed" in found["summary"]
+    assert found["verdict"]["kind"] == "signature"
+    assert found["verdict"]["commands"] == [f"zoo verify {copy}", f"zoo gate {copy} --checkpoint DIR"]
 
 
 def test_text_and_markdown_say_the_same(built: Callable[[str], Path]) -> None:
@@ -196,6 +204,74 @@ def test_a_summary_of_sections_that_are_left_out_claims_nothing() -> None:
         == "no change in graph; weights not compared: they were left out; numerics not compared: no runtime"
     )
     assert "Not compared: no runtime." in as_markdown(empty)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict
+# ---------------------------------------------------------------------------------------------------------------------
+
+COMMANDS = Next(("zoo verify B",), ("zoo gate B",), ("zoo check --update-goldens",))
+
+
+def sections(*changed: str, run: bool = True) -> Difference:
+    """A difference of which these sections changed, numerics having been compared or not."""
+    about = {"signature": "graph", "operations": "graph", "constants": "weights", "numerics": "numerics"}
+    change = (Change("something", "1", "2"),)
+    return Difference(
+        "a",
+        "b",
+        tuple(
+            numerics_missing("no checkpoint")
+            if name == "numerics" and not run
+            else Section(name, change if name in changed else (), about=about.get(name))
+            for name in ("facts", "signature", "operations", "constants", "recipe per role", "numerics", "metadata")
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("difference", "kind", "commands"),
+    [
+        (sections(), "none", []),
+        (sections(run=False), "none", []),
+        (sections("metadata"), "metadata", ["zoo verify B"]),
+        (sections("facts", "metadata", run=False), "metadata", ["zoo verify B"]),
+        (sections("operations"), "graph", ["zoo check --update-goldens"]),
+        (sections("operations", run=False), "numerics", ["zoo gate B", "zoo check --update-goldens"]),
+        (sections("constants", "recipe per role"), "weights", ["zoo gate B"]),
+        (sections("constants", run=False), "weights", ["zoo gate B"]),
+        (sections("operations", "constants"), "weights", ["zoo gate B", "zoo check --update-goldens"]),
+        (sections("numerics"), "numerics", ["zoo gate B"]),
+        (sections("operations", "numerics"), "numerics", ["zoo gate B", "zoo check --update-goldens"]),
+        (
+            sections("signature", "operations", "constants", "numerics"),
+            "signature",
+            ["zoo verify B", "zoo gate B", "zoo check --update-goldens"],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_the_verdict_is_the_kind_that_weighs_most_and_what_to_run_next(
+    difference: Difference, kind: str, commands: list[str]
+) -> None:
+    verdict = judge(difference, COMMANDS)
+    assert (verdict.kind, list(verdict.commands), verdict.changed) == (kind, commands, difference.changed)
+    assert kind in KINDS
+    assert str(verdict).startswith(f"Verdict: {kind}. ") and ".." not in str(verdict)
+    assert all(f"`{command}`" in str(verdict) for command in commands)
+
+
+def test_a_verdict_does_not_say_that_numbers_are_the_same_where_none_were_compared() -> None:
+    assert "was not seen: no checkpoint" in str(judge(sections("operations", run=False), COMMANDS))
+    assert "logits were not compared: no checkpoint" in str(judge(sections("constants", run=False), COMMANDS))
+    assert "no logit did where both were run" in str(judge(sections("constants"), COMMANDS))
+
+
+def test_text_and_markdown_end_in_the_verdict(built: Callable[[str], Path], copy: Path) -> None:
+    arguments = ("diff", built("int8hu"), copy, "--no-numerics")
+    expected = "Verdict: none. Nothing that was compared has changed. Nothing to do."
+    assert zoo(*arguments).output.splitlines()[-1] == expected
+    assert zoo(*arguments, "--markdown").output.splitlines()[-1] == f"**{expected}**"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

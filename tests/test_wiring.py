@@ -123,8 +123,8 @@ MISTAKES = {
             "self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)",
             "self.k_norm = RMSNorm(self.head_dim, 1e-5)",
         ),
-        "self_attn: rms_norm{axes = -1, eps = 9.99999974E-6, version = 1}(reshape(batch_matmul<self_attn.k_proj.weight>)"
-        ", <self_attn.k_norm.weight>) -> 1x1x2x32xfloat16 instead of rms_norm{axes = -1, eps = 9.99999997E-7,",
+        "self_attn: rms_norm{axes = -1, eps = 9.99999974E-6, version = 1}(reshape(batch_matmul<self_attn.k_proj.weight>"
+        "), <self_attn.k_norm.weight>) -> 1x1x2x32xfloat16 instead of rms_norm{axes = -1, eps = 9.99999997E-7,",
     ),
     "eps of the l2 norm": Mistake(
         Edit("gated_delta_net.l2_norm", "+ _L2_EPS", "+ 1e-5"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from importlib import metadata as distributions
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import attrs
 
 from coreai_zoo.backend import Backend
+from coreai_zoo.build.code import code_digest
 from coreai_zoo.build.design import Resolved
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
@@ -95,14 +95,14 @@ def build_record(resolved: Resolved, store: WeightStore) -> dict[str, Any]:
         "overlay": {
             "name": resolved.overlay.name,
             "plugin": resolved.overlay_plugin,
-            "code_sha256": _code_digest(type(resolved.overlay).__module__),
+            "code_sha256": code_digest(resolved.overlay),
             "rewrites": [
                 {
                     "name": rewrite.name,
                     "plugin": plugin,
                     "pattern": rewrite.pattern,
                     "reason": rewrite.reason,
-                    "code_sha256": _code_digest(rewrite.apply.__module__),
+                    "code_sha256": code_digest(rewrite.apply),
                 }
                 for plugin, rewrite in resolved.rewrites
             ],
@@ -142,12 +142,3 @@ def _values_digest(resolved: Resolved, store: WeightStore) -> str:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _code_digest(name: str) -> str:
-    """SHA-256 over the source of the package that module `name` is in, or of the module where it is in none."""
-    module = sys.modules[name]
-    source = Path(str(module.__file__))
-    files = sorted(source.parent.rglob("*.py")) if module.__package__ else [source]
-    lines = [f"{path.relative_to(source.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -20,9 +20,9 @@ from coreai_zoo.gates.rule import Verdict
 from coreai_zoo.lowering.graph import Graph, LayerKind
 from coreai_zoo.program import Program
 from coreai_zoo.review.structure import StoredWeight, Structure
+from coreai_zoo.review.verdict import GRAPH, NUMERICS, SIGNATURE, WEIGHTS
 from coreai_zoo.signature import TraceSpec
 
-GRAPH, WEIGHTS, NUMERICS = "graph", "weights", "numerics"
 _SHOWN_OPERATIONS = 12
 _SHOWN_RESIZED = 6  # more than that are another model's sizes
 _CHUNK = 2**24
@@ -192,7 +192,7 @@ def _of_functions(a: Structure, b: Structure) -> Iterator[Section]:
 
 def _signature(a: Structure, b: Structure, function: str, suffix: str) -> Section:
     changes = _changes(_signature_of(a.signatures.get(function)), _signature_of(b.signatures.get(function)))
-    return Section(f"signature{suffix}", changes, about=GRAPH)
+    return Section(f"{SIGNATURE}{suffix}", changes, about=GRAPH)
 
 
 def _signature_of(spec: TraceSpec | None) -> dict[str, str]:
