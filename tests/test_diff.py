@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from checkpoints import tiny_checkpoint
 from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreai.bytecode import Bytecode
+from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, LayerKind, count
-from coreai_zoo.review.diff import Change, Difference, Section, as_markdown, numerics_missing
+from coreai_zoo.program import Function
+from coreai_zoo.review.diff import Change, Difference, Section, as_markdown, compare, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
+from coreai_zoo.review.structure import Structure, of_bundle
 from coreai_zoo.review.verdict import KINDS, Next, judge
 
 BACKEND = CoreAIBackend()
@@ -288,6 +292,32 @@ def test_every_operation_is_counted_once(built: Callable[[str], Path]) -> None:
     assert graph.outside["gather_nd"] == graph.outside["cos"] == 1  # embedding and rotation
     assert graph.kinds[1].operations["scaled_dot_product_attention"] == 1
     assert {name: len(view) for name, view in BACKEND.constants(asset).items()}.keys() == program.stored.keys()
+
+
+def test_every_function_that_an_engine_calls_is_compared_by_itself(built: Callable[[str], Path]) -> None:
+    bundle = Bundle.open(built("int8hu"))
+    one = of_bundle(bundle, BACKEND)
+    main = one.program.functions["main"]
+    shorter = evolve(main, name="prefill", operations=main.operations[:-2])
+
+    def with_prefill(prefill: Function) -> Structure:
+        program = evolve(one.program, functions={"main": main, "prefill": prefill})
+        signatures = dict.fromkeys(program.functions, bundle.signature)
+        return evolve(one, program=program, graphs=count(program), signatures=signatures)
+
+    two, other = with_prefill(evolve(main, name="prefill")), with_prefill(shorter)
+    assert two.graphs["prefill"] == two.graphs["main"] == one.graphs["main"]
+    found = {
+        name: {section.name: section.changes for section in compare(*sides, None, numerics_missing("no")).sections}
+        for name, sides in {"same": (two, two), "shorter": (two, other), "added": (one, two)}.items()
+    }
+    of_both = {f"{what} of {name}" for what in ("signature", "operations") for name in ("main", "prefill")}
+    assert of_both < found["same"].keys() and not any(found["same"].values())
+    assert found["shorter"]["operations of main"] == ()
+    assert "outside of the layers: operations" in {change.what for change in found["shorter"]["operations of prefill"]}
+    assert found["added"]["operations of main"] == found["added"]["signature of main"] == ()
+    assert all(change.before is None for change in found["added"]["signature of prefill"])
+    assert found["added"]["signature of prefill"]
 
 
 def test_layers_that_were_not_lowered_are_counted_like_the_last_of_their_kind() -> None:

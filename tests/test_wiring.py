@@ -312,8 +312,12 @@ def layered(
     begins: tuple[str, str, str] = ("0", "[1, 0]", "[2, 0]"), *, scale: str = "2.0", first: int = 100
 ) -> Program:
     """Three layers, each of which multiplies by its weight what is below and adds its slot of a state."""
-    operations = [Operation("read_handle", (1,), (first, first + 1), (STATE, "!token"), on_state=True)]
-    below, value = 0, first + 2
+    operations = [
+        Operation("read_handle", (1,), (first, first + 1), (STATE, "!token"), on_state=True),
+        weight(first + 2, "embed.weight"),
+        Operation("gather_nd", (first + 2, 0), (first + 3,), (ROW,)),
+    ]
+    below, value = first + 3, first + 4
     for layer, begin in enumerate(begins):
         w, b, e, s, c, slot, product, half = range(value, value + 8)
         operations += [
@@ -328,7 +332,7 @@ def layered(
             Operation("add", (half, slot), (half + 1,), (ROW,)),
         ]
         below, value = half + 1, half + 2
-    return Program({"main": Function("main", (), tuple(operations), ("hidden", "memory"))}, {})
+    return Program({"main": Function("main", (), tuple(operations), ("ids", "memory"))}, {})
 
 
 def test_layers_that_differ_in_their_slot_only_have_one_digest_however_values_are_numbered() -> None:
@@ -368,7 +372,6 @@ def test_functions_have_tables_of_their_own_where_there_are_several(plugins: Plu
         "layer",
         "outside",
         "all",
-        "composites",
         "digests",
         "lines of layer",
         "lines of outside",
