@@ -8,9 +8,7 @@ written.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import inspect
 import os
 import subprocess
 import sys
@@ -50,18 +48,6 @@ def file_sha256(path: Path) -> str:
             with _lock:
                 _known[identity] = digest
         return digest
-
-
-def code_sha256(code: object) -> str:
-    """SHA-256 over the source of the package in which a function or class is defined, or of its module without one."""
-    code = inspect.unwrap(code) if callable(code) else code
-    while isinstance(code, functools.partial):
-        code = code.func
-    module = sys.modules[code.__module__]
-    source = Path(str(module.__file__))
-    files = sorted(source.parent.rglob("*.py")) if module.__package__ else [source]
-    lines = [f"{path.relative_to(source.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # Hashes a file until its end is reached after the standard input has ended, which stands for the writer being done.

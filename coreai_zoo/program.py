@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from attrs import frozen
+from attrs import field, frozen
 
 
 @frozen
@@ -21,6 +21,7 @@ class Operation:
         types: of the results, for example `tensor<64x2xfloat16>`; a dynamic size is `?`.
         attributes: everything else that it says, as text: for a constant its value, or the name of a stored one.
         stored: name of the stored constant that this is, or None.
+        weight: name of the weight whose values this constant holds, where it is another name or none.
         callee: name of the composite's function that this calls, or None.
         on_state: whether it reads or writes a whole state, orders such accesses, or returns.
     """
@@ -31,6 +32,7 @@ class Operation:
     types: tuple[str, ...]
     attributes: tuple[str, ...] = ()
     stored: str | None = None
+    weight: str | None = None
     callee: str | None = None
     on_state: bool = False
 
@@ -51,11 +53,20 @@ class Function:
 
     Attributes:
         declaration: names and types of arguments and results, and of a composite its name and attributes.
+        arguments: their names, in the order of their values' numbers.
+        attributes: of a composite, such as `eps = 9.99999997E-7 : f32`.
     """
 
     name: str
     declaration: tuple[str, ...]
     operations: tuple[Operation, ...]
+    arguments: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of operations that compute something."""
+        return sum(not operation.is_constant for operation in self.operations)
 
 
 @frozen
@@ -63,31 +74,36 @@ class Program:
     """Everything that an asset says, but for the bytes of its stored constants.
 
     Attributes:
-        main: the function that an engine calls.
-        composites: the functions that `main` calls, by name.
+        functions: those that an engine calls, by name, in the order of the asset.
+        composites: those that these call, by name.
+        weights: names of what weights are stored in, in the order of the decoder, where that is known.
+        literals: stored constants that no weight fills, such as a table of frequencies, with their values or a hash of
+            them, where that is known.
     """
 
-    main: Function
+    functions: Mapping[str, Function]
     composites: Mapping[str, Function]
+    weights: tuple[str, ...] = ()
+    literals: Mapping[str, str] = field(factory=dict)
 
     @property
-    def functions(self) -> Iterator[Function]:
-        """All functions, `main` first."""
-        yield self.main
+    def everything(self) -> Iterator[Function]:
+        """The functions, then the composites."""
+        yield from self.functions.values()
         yield from self.composites.values()
 
     @property
     def stored(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Logical shape and dtype of each stored constant. Equal ones are stored once, under the name of one."""
         return {
-            operation.stored: _shape_and_dtype(operation.types[0])
-            for function in self.functions
+            operation.stored: shape_and_dtype(operation.types[0])
+            for function in self.everything
             for operation in function.operations
             if operation.stored is not None
         }
 
 
-def _shape_and_dtype(type_: str) -> tuple[tuple[int, ...], str]:
+def shape_and_dtype(type_: str) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a type such as `tensor<64x2xfloat16>`."""
     *shape, dtype = type_.removeprefix("tensor<").removesuffix(">").split("x")
     return tuple(map(int, shape)), dtype

@@ -37,6 +37,7 @@ THOROUGH = frozenset(
         "benchmarks",
         "candidates",
         "check",
+        "code",
         "coreai_backend",
         "coreml_backend",
         "diff",
@@ -58,6 +59,7 @@ THOROUGH = frozenset(
         "third_party_plugin",
         "toy_plugin",
         "tutorial",
+        "wiring",
     }
 )
 

@@ -772,7 +772,7 @@ def test_a_plain_trace_is_lowered_with_quantized_weights_to_the_same_program(
 ) -> None:
     def described(program: Program) -> tuple[list[str], object, list[object]]:
         """All but the order of the constants."""
-        operations = [str(operation) for operation in program.main.operations if not operation.is_constant]
+        operations = [str(operation) for operation in program.functions["main"].operations if not operation.is_constant]
         return operations, program.stored, [function.operations for function in program.composites.values()]
 
     _, asset = stored

@@ -405,7 +405,7 @@ def test_its_program_as_data_names_every_stored_weight(kind: str, built: Samples
     assert {name: stored for name, stored in program.stored.items() if name in constants} == {
         name: (constant.shape, constant.dtype) for name, constant in constants.items()
     }
-    writes = [operation for operation in program.main.operations if operation.name == "write_state"]
+    writes = [operation for operation in program.functions["main"].operations if operation.name == "write_state"]
     assert len(writes) == len(model.bundle.signature.states)
 
 

@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from checkpoints import tiny_checkpoint
 from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreai.bytecode import Bytecode
+from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, LayerKind, count
-from coreai_zoo.review.diff import Difference, Section, as_markdown, numerics_missing
+from coreai_zoo.program import Function
+from coreai_zoo.review.diff import Change, Difference, Section, as_markdown, compare, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
+from coreai_zoo.review.structure import Structure, of_bundle
+from coreai_zoo.review.verdict import KINDS, Next, judge
 from shared import Shared
 
 BACKEND = CoreAIBackend()
@@ -84,6 +89,7 @@ def test_a_copy_has_no_change_and_everything_was_compared(
     assert found["summary"] == "no change in graph, weights or numerics"
     assert not found["changed"]
     assert all(section["missing"] is None for section in found["sections"])
+    assert found["verdict"] == {"kind": "none", "reason": "nothing that was compared has changed", "commands": []}
     assert zoo("diff", built("int8hu"), copy, "--no-numerics", "--exit-code").exit_code == 0
 
 
@@ -120,6 +126,8 @@ def test_one_byte_of_one_weight_is_found_and_its_effect_is_shown(
     content_change = changes(found, "constants")
     assert content_change == {"content of model.layers.*.mlp.down_proj.weight": ("1 x", "1 bytes are others")}
     assert found["summary"] == "no change in graph; weights and numerics changed"
+    assert found["verdict"]["kind"] == "numerics"
+    assert found["verdict"]["commands"] == [f"zoo gate {copy} --checkpoint {checkpoint}"]
     assert float(changes(found, "numerics")["largest difference of a logit, A to B"][1] or 0) > 0
 
 
@@ -155,6 +163,8 @@ def test_metadata_alone_is_no_change_of_what_is_computed(
     found = difference(built("int8hu"), copy, "--checkpoint", checkpoint)
     assert found["summary"] == "no change in graph, weights or numerics; also changed: metadata"
     assert changes(found, "metadata") == {"language.max_context_length": ("64", "32")}
+    assert found["verdict"]["kind"] == "metadata"
+    assert found["verdict"]["commands"] == [f"zoo verify {copy}"]
     assert zoo("diff", built("int8hu"), copy, "--no-numerics", "--exit-code").exit_code == 1
 
 
@@ -166,6 +176,8 @@ def test_a_state_of_another_dtype_is_a_change_of_the_graph(built: Callable[[str]
     ((before, after),) = changes(found, "signature").values()
     assert (before or "").replace("float16", "float32") == after
     assert "graph changed" in found["summary"]
+    assert found["verdict"]["kind"] == "signature"
+    assert found["verdict"]["commands"] == [f"zoo verify {copy}", f"zoo gate {copy} --checkpoint DIR"]
 
 
 def test_text_and_markdown_say_the_same(built: Callable[[str], Path]) -> None:
@@ -191,6 +203,74 @@ def test_a_summary_of_sections_that_are_left_out_claims_nothing() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The verdict
+# ---------------------------------------------------------------------------------------------------------------------
+
+COMMANDS = Next(("zoo verify B",), ("zoo gate B",), ("zoo check --update-goldens",))
+
+
+def sections(*changed: str, run: bool = True) -> Difference:
+    """A difference of which these sections changed, numerics having been compared or not."""
+    about = {"signature": "graph", "operations": "graph", "constants": "weights", "numerics": "numerics"}
+    change = (Change("something", "1", "2"),)
+    return Difference(
+        "a",
+        "b",
+        tuple(
+            numerics_missing("no checkpoint")
+            if name == "numerics" and not run
+            else Section(name, change if name in changed else (), about=about.get(name))
+            for name in ("facts", "signature", "operations", "constants", "recipe per role", "numerics", "metadata")
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("difference", "kind", "commands"),
+    [
+        (sections(), "none", []),
+        (sections(run=False), "none", []),
+        (sections("metadata"), "metadata", ["zoo verify B"]),
+        (sections("facts", "metadata", run=False), "metadata", ["zoo verify B"]),
+        (sections("operations"), "graph", ["zoo check --update-goldens"]),
+        (sections("operations", run=False), "numerics", ["zoo gate B", "zoo check --update-goldens"]),
+        (sections("constants", "recipe per role"), "weights", ["zoo gate B"]),
+        (sections("constants", run=False), "weights", ["zoo gate B"]),
+        (sections("operations", "constants"), "weights", ["zoo gate B", "zoo check --update-goldens"]),
+        (sections("numerics"), "numerics", ["zoo gate B"]),
+        (sections("operations", "numerics"), "numerics", ["zoo gate B", "zoo check --update-goldens"]),
+        (
+            sections("signature", "operations", "constants", "numerics"),
+            "signature",
+            ["zoo verify B", "zoo gate B", "zoo check --update-goldens"],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_the_verdict_is_the_kind_that_weighs_most_and_what_to_run_next(
+    difference: Difference, kind: str, commands: list[str]
+) -> None:
+    verdict = judge(difference, COMMANDS)
+    assert (verdict.kind, list(verdict.commands), verdict.changed) == (kind, commands, difference.changed)
+    assert kind in KINDS
+    assert str(verdict).startswith(f"Verdict: {kind}. ") and ".." not in str(verdict)
+    assert all(f"`{command}`" in str(verdict) for command in commands)
+
+
+def test_a_verdict_does_not_say_that_numbers_are_the_same_where_none_were_compared() -> None:
+    assert "was not seen: no checkpoint" in str(judge(sections("operations", run=False), COMMANDS))
+    assert "logits were not compared: no checkpoint" in str(judge(sections("constants", run=False), COMMANDS))
+    assert "no logit did where both were run" in str(judge(sections("constants"), COMMANDS))
+
+
+def test_text_and_markdown_end_in_the_verdict(built: Callable[[str], Path], copy: Path) -> None:
+    arguments = ("diff", built("int8hu"), copy, "--no-numerics")
+    expected = "Verdict: none. Nothing that was compared has changed. Nothing to do."
+    assert zoo(*arguments).output.splitlines()[-1] == expected
+    assert zoo(*arguments, "--markdown").output.splitlines()[-1] == f"**{expected}**"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Graphs
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -198,12 +278,38 @@ def test_a_summary_of_sections_that_are_left_out_claims_nothing() -> None:
 def test_every_operation_is_counted_once(built: Callable[[str], Path]) -> None:
     (asset,) = built("int8hu").glob("*.aimodel")
     program = BACKEND.program(asset)
-    graph = count(program)
-    assert graph.total == Counter(op.name for op in program.main.operations if not op.is_constant)
+    graph = count(program)["main"]
+    assert graph.total == Counter(op.name for op in program.functions["main"].operations if not op.is_constant)
     assert [(kind.name, kind.layers) for kind in graph.kinds] == [("linear_attn", (0,)), ("self_attn", (1,))]
     assert graph.outside["gather_nd"] == graph.outside["cos"] == 1  # embedding and rotation
     assert graph.kinds[1].operations["scaled_dot_product_attention"] == 1
     assert {name: len(view) for name, view in BACKEND.constants(asset).items()}.keys() == program.stored.keys()
+
+
+def test_every_function_that_an_engine_calls_is_compared_by_itself(built: Callable[[str], Path]) -> None:
+    bundle = Bundle.open(built("int8hu"))
+    one = of_bundle(bundle, BACKEND)
+    main = one.program.functions["main"]
+    shorter = evolve(main, name="prefill", operations=main.operations[:-2])
+
+    def with_prefill(prefill: Function) -> Structure:
+        program = evolve(one.program, functions={"main": main, "prefill": prefill})
+        signatures = dict.fromkeys(program.functions, bundle.signature)
+        return evolve(one, program=program, graphs=count(program), signatures=signatures)
+
+    two, other = with_prefill(evolve(main, name="prefill")), with_prefill(shorter)
+    assert two.graphs["prefill"] == two.graphs["main"] == one.graphs["main"]
+    found = {
+        name: {section.name: section.changes for section in compare(*sides, None, numerics_missing("no")).sections}
+        for name, sides in {"same": (two, two), "shorter": (two, other), "added": (one, two)}.items()
+    }
+    of_both = {f"{what} of {name}" for what in ("signature", "operations") for name in ("main", "prefill")}
+    assert of_both < found["same"].keys() and not any(found["same"].values())
+    assert found["shorter"]["operations of main"] == ()
+    assert "outside of the layers: operations" in {change.what for change in found["shorter"]["operations of prefill"]}
+    assert found["added"]["operations of main"] == found["added"]["signature of main"] == ()
+    assert all(change.before is None for change in found["added"]["signature of prefill"])
+    assert found["added"]["signature of prefill"]
 
 
 def test_layers_that_were_not_lowered_are_counted_like_the_last_of_their_kind() -> None:

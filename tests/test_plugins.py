@@ -15,8 +15,8 @@ import pytest
 from coreai_zoo import contracts, hookimpl, hookspecs
 from coreai_zoo.backends import builtin
 from coreai_zoo.bounds import GENERAL, Measured, MeasuredBounds
+from coreai_zoo.build.code import code_digest
 from coreai_zoo.catalogue import find_backend, find_contract, find_recipe, load_contracts, load_recipes
-from coreai_zoo.digest import code_sha256
 from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError
 from coreai_zoo.gate import ReferenceModel
 from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, WeightMap
@@ -768,7 +768,7 @@ def test_the_last_registered_reference_wins_and_its_failures_name_the_plugin(mak
     assert (other.name, found.name) == ("ours", "theirs")
     with pytest.raises(PluginError, match="'theirs' failed in zoo_oracle: LookupError: no toy in float32"):
         found.make({"model_type": "toy"}, "float32")  # type: ignore[arg-type]
-    assert code_sha256(found.make) == code_sha256(make_reference) != code_sha256(Plugins)
+    assert code_digest(found.make) == code_digest(make_reference) != code_digest(Plugins)
 
 
 def test_gates_come_with_their_plugins(make_plugin: MakePlugin) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 
 from coreai_zoo.backend import Backend
+from coreai_zoo.build.code import code_digest
 from coreai_zoo.build.design import Design
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
@@ -20,7 +21,6 @@ from coreai_zoo.bundle.layout import BUILD_SCHEMA, file_digests, file_sizes
 from coreai_zoo.bundle.metadata import Description, metadata
 from coreai_zoo.checkpoint.tokenizer import copy_tokenizer
 from coreai_zoo.dates import build_date
-from coreai_zoo.digest import code_sha256
 from coreai_zoo.json_files import write_json
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION
@@ -106,14 +106,14 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
         "overlay": {
             "name": design.model.overlay.name,
             "plugin": design.model.plugin,
-            "code_sha256": code_sha256(type(design.model.overlay)),
+            "code_sha256": code_digest(design.model.overlay),
             "rewrites": [
                 {
                     "name": rewrite.name,
                     "plugin": plugin,
                     "pattern": rewrite.pattern,
                     "reason": rewrite.reason,
-                    "code_sha256": code_sha256(rewrite.apply),
+                    "code_sha256": code_digest(rewrite.apply),
                 }
                 for plugin, rewrite in _rewrites(design)
             ],

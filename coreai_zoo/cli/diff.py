@@ -21,6 +21,7 @@ from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.gates.run import checkpoint_of, oracle_of
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.review.verdict import Next
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from coreai_zoo.review.structure import Structure
 
 _POSITIONS = 32
+_AFTER_CODE = Next(
+    verify=("zoo check --only samples",),
+    gate=("zoo check --only samples",),
+    goldens=("zoo check --only goldens --update-goldens",),
+)
 
 
 @frozen
@@ -64,7 +70,7 @@ class Options:
 )
 @click.option("--no-numerics", is_flag=True, help="Run nothing: compare graph and weights only.")
 @click.option("--markdown", is_flag=True, help="Print Markdown, to be pasted into a review.")
-@click.option("--exit-code", is_flag=True, help="Exit with 1 when anything differs.")
+@click.option("--exit-code", is_flag=True, help="Exit with 1 when anything differs, whatever the kind.")
 @json_option
 @click.pass_context
 def diff(
@@ -84,7 +90,8 @@ def diff(
     A and B are two bundles, two entries, or two recipes of one entry (ENTRY:RECIPE). With --rev, A is an entry: its
     sample is built with the code at REV and with the working tree, or at both of two --rev. Operations are counted per
     kind of layer; weights are compared byte by byte and logits bit by bit where both sides are bundles. Entries are
-    compared without weights, at their true sizes.
+    compared without weights, at their true sizes. The last line is the verdict: what kind of change it is, and what to
+    run next.
 
     \b
     Example:
@@ -94,6 +101,7 @@ def diff(
         zoo diff exports/one exports/other
     """
     from coreai_zoo.review import diff as differences
+    from coreai_zoo.review.verdict import judge
 
     if markdown and as_json:
         raise BadInput("--markdown and --json exclude each other.")
@@ -102,16 +110,18 @@ def diff(
     plugins, report = plugins_of(ctx), Reporter(silent=as_json or markdown)
     options = Options(checkpoint, positions, not no_numerics)
     if b is None:
-        found = _of_revisions(_entry_recipe(a, plugins), revisions, options, plugins, report)
+        found, following = _of_revisions(_entry_recipe(a, plugins), revisions, options, plugins, report), _AFTER_CODE
     else:
-        found = _of_two(a, b, options, plugins, report)
+        found, following = _of_two(a, b, options, plugins, report)
+    verdict = judge(found, following)
     if as_json:
-        print_json(differences.as_json(found))
+        print_json({**differences.as_json(found), "verdict": verdict.as_json()})
     elif markdown:
-        click.echo(differences.as_markdown(found))
+        click.echo(f"{differences.as_markdown(found)}\n**{verdict}**")
     else:
         _print(found)
-    if exit_code and found.changed:
+        click.echo(str(verdict))
+    if exit_code and verdict.changed:
         raise CheckFailed(f"{found.a} and {found.b} differ.")
 
 
@@ -120,19 +130,31 @@ def diff(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _of_two(a: str, b: str, options: Options, plugins: Plugins, report: Reporter) -> Difference:
+def _of_two(a: str, b: str, options: Options, plugins: Plugins, report: Reporter) -> tuple[Difference, Next]:
     if b.startswith(":"):
         b = a.partition(":")[0] + b
     is_bundle = [Path(name).is_dir() and name not in load_entries(plugins) for name in (a, b)]
     if all(is_bundle):
-        return _of_bundles(Bundle.open(Path(a)), Bundle.open(Path(b)), options, plugins, report)
+        bundles = Bundle.open(Path(a)), Bundle.open(Path(b))
+        return _of_bundles(*bundles, options, plugins, report), _after_bundle(bundles[1], options)
     if any(is_bundle):
         bundle, other = (a, b) if is_bundle[0] else (b, a)
         raise BadInput(
             f"{bundle} is a bundle and {other} is none: they cannot be compared.",
             "Give two bundles, or two entries; `zoo build ENTRY --sample` makes a bundle of an entry.",
         )
-    return _of_entries(_entry_recipe(a, plugins), _entry_recipe(b, plugins), options, plugins, report)
+    sides = _entry_recipe(a, plugins), _entry_recipe(b, plugins)
+    return _of_entries(*sides, options, plugins, report), _after_entry(b.partition(":")[0], sides[1])
+
+
+def _after_bundle(bundle: Bundle, options: Options) -> Next:
+    checkpoint = "" if bundle.build.get("sample") else f" --checkpoint {options.checkpoint or 'DIR'}"
+    return Next((f"zoo verify {bundle.directory}",), (f"zoo gate {bundle.directory}{checkpoint}",))
+
+
+def _after_entry(name: str, side: EntryRecipe) -> Next:
+    build = f"zoo build {name} --recipe {side.recipe}"
+    return Next((f"zoo plan {name} --recipe {side.recipe}",), (build, "zoo gate BUNDLE"))
 
 
 def _entry_recipe(text: str, plugins: Plugins) -> EntryRecipe:

@@ -23,8 +23,8 @@ import numpy as np
 from attrs import field, frozen
 from attrs.validators import in_
 
+from coreai_zoo.build.code import code_digest
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.digest import code_sha256
 from coreai_zoo.gate import Activations, ReferenceModel
 
 _log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Oracle:
 
         The files' stamps are in it because values are not read: two fine-tunes of one model differ in nothing else.
         """
-        made_by = self.reference and {"name": self.reference.name, "code_sha256": code_sha256(self.reference.make)}
+        made_by = self.reference and {"name": self.reference.name, "code_sha256": code_digest(self.reference.make)}
         return {
             "schema": _SCHEMA,
             "checkpoint": self.checkpoint.identity(),

@@ -1,4 +1,4 @@
-"""How many operations a program has, by kind of layer.
+"""How many operations each function of a program has, by kind of layer.
 
 A saved program does not say which layer an operation came from, but the constants that it stores carry the names of
 the decoder's parameters, and values flow from layer to layer. So an operation belongs to the last layer that anything
@@ -12,11 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
+from coreai_zoo.lowering.wiring import OUTSIDE, Wiring, merged, wire, wire_composites
 from coreai_zoo.program import Function, Operation, Program
 
-_NOWHERE = -1
 _IN_A_LIST = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
 
 
@@ -28,26 +28,33 @@ class LayerKind:
         name: the submodules that not every layer has, or `layer` where all have the same.
         layers: their positions.
         operations: of one of them, how often each occurs.
+        wiring: what these say and how they are connected.
     """
 
     name: str
     layers: tuple[int, ...]
     operations: Mapping[str, int]
+    wiring: Wiring = field(factory=Wiring, repr=False)
 
 
 @frozen
 class Graph:
-    """Operation counts of a program; constants are not operations.
+    """Operation counts of a function; constants are not operations.
 
     Attributes:
         kinds: the layers, in order of their first.
         outside: operations that belong to no layer.
-        composites: name of each composite to how many operations one is made of, sorted; one number per distinct shape.
+        composites: name of each composite that it calls to how many operations one is made of, sorted; one number per
+            distinct shape.
+        wiring: of what belongs to no layer.
+        composite_wiring: of each composite.
     """
 
     kinds: tuple[LayerKind, ...]
     outside: Mapping[str, int]
     composites: Mapping[str, tuple[int, ...]]
+    wiring: Wiring = field(factory=Wiring, repr=False)
+    composite_wiring: Mapping[str, Wiring] = field(factory=dict, repr=False)
 
     @property
     def total(self) -> Counter[str]:
@@ -73,27 +80,36 @@ class Graph:
         for position, name in enumerate(names):
             kind = own.get(position) or last[name]
             members.setdefault(self.kinds.index(kind), []).append(position)
-        kinds = [LayerKind(self.kinds[k].name, tuple(p), self.kinds[k].operations) for k, p in sorted(members.items())]
-        return Graph(tuple(kinds), self.outside, self.composites)
+        kinds = [evolve(self.kinds[kind], layers=tuple(layers)) for kind, layers in sorted(members.items())]
+        return evolve(self, kinds=tuple(kinds))
 
 
-def count(program: Program) -> Graph:
-    """Count a program's operations."""
-    names = [operation.stored for operation in program.main.operations if operation.stored]
-    anchors = _Anchors.of(names)
-    layers = _assigned(program.main, anchors)
+def count(program: Program) -> dict[str, Graph]:
+    """Operation counts of a program's functions, by the name of each."""
+    return {name: _counted(function, program) for name, function in program.functions.items()}
+
+
+def _counted(function: Function, program: Program) -> Graph:
+    anchors = _Anchors.of([operation.stored for operation in function.operations if operation.stored])
+    layers = _assigned(function, anchors)
     counts: dict[int, Counter[str]] = {}
-    for operation, layer in zip(program.main.operations, layers, strict=True):
+    for operation, layer in zip(function.operations, layers, strict=True):
         if not operation.is_constant:
             counts.setdefault(layer, Counter())[operation.name] += 1
-    outside = counts.pop(_NOWHERE, Counter())
-    composites: dict[str, list[int]] = {}
-    called = {operation.callee: operation.name for operation in program.main.operations if operation.callee}
-    for name, function in program.composites.items():
-        size = sum(not operation.is_constant for operation in function.operations)
-        composites.setdefault(called.get(name, name), []).append(size)
-    sizes = {name: tuple(sorted(found)) for name, found in sorted(composites.items())}
-    return Graph(_kinds(counts, anchors), dict(sorted(outside.items())), sizes)
+    outside = counts.pop(OUTSIDE, Counter())
+    called = {operation.callee: operation.name for operation in function.operations if operation.callee}
+    sizes: dict[str, list[int]] = {}
+    for callee, name in called.items():
+        sizes.setdefault(name, []).append(program.composites[callee].size)
+    found = {name: tuple(sorted(each)) for name, each in sorted(sizes.items())}
+    wiring = wire(function, layers, program)
+    return Graph(
+        _kinds(counts, wiring, anchors),
+        dict(sorted(outside.items())),
+        found,
+        wiring[OUTSIDE],
+        wire_composites(program, called),
+    )
 
 
 def layer_names(parameters: Iterable[str]) -> list[str]:
@@ -141,13 +157,23 @@ class _Anchors:
         return {layer: "+".join(sorted(found - common)) or "layer" for layer, found in sorted(self.children.items())}
 
 
-def _kinds(counts: Mapping[int, Counter[str]], anchors: _Anchors) -> tuple[LayerKind, ...]:
+def _kinds(
+    counts: Mapping[int, Counter[str]], wiring: Mapping[int, Wiring], anchors: _Anchors
+) -> tuple[LayerKind, ...]:
+    """Layers that hold the same operations, wired alike."""
     names = anchors.kind_names()
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str, str], list[int]] = {}
     for layer in sorted(counts):
-        groups.setdefault((names[layer], repr(sorted(counts[layer].items()))), []).append(layer)
+        alike = (names[layer], repr(sorted(counts[layer].items())), wiring[layer].digest)
+        groups.setdefault(alike, []).append(layer)
     return tuple(
-        LayerKind(name, tuple(layers), dict(sorted(counts[layers[0]].items()))) for (name, _), layers in groups.items()
+        LayerKind(
+            name,
+            tuple(layers),
+            dict(sorted(counts[layers[0]].items())),
+            merged([wiring[layer] for layer in layers]),
+        )
+        for (name, *_), layers in groups.items()
     )
 
 
@@ -161,27 +187,27 @@ def _assigned(function: Function, anchors: _Anchors) -> list[int]:
     operations = function.operations
     flow = _Flow.of(operations)
     anchored = [
-        max((anchors.layer.get(name, _NOWHERE) for name in flow.stored[index]), default=_NOWHERE)
+        max((anchors.layer.get(name, OUTSIDE) for name in flow.stored[index]), default=OUTSIDE)
         for index in range(len(operations))
     ]
-    layer = [_NOWHERE] * len(operations)
+    layer = [OUTSIDE] * len(operations)
     for index in range(len(operations)):
-        layer[index] = max(anchored[index], *(layer[before] for before in flow.producers[index]), _NOWHERE)
-    ahead = [_NOWHERE] * len(operations)  # the last layer that anything behind this operation reads a parameter of
+        layer[index] = max(anchored[index], *(layer[before] for before in flow.producers[index]), OUTSIDE)
+    ahead = [OUTSIDE] * len(operations)  # the last layer that anything behind this operation reads a parameter of
     for index in reversed(range(len(operations))):
-        ahead[index] = max((max(anchored[user], ahead[user]) for user in flow.users[index]), default=_NOWHERE)
+        ahead[index] = max((max(anchored[user], ahead[user]) for user in flow.users[index]), default=OUTSIDE)
     after = _after_the_layers(flow, anchored, layer, ahead)
     slots = _slot_reads(flow, layer)
     for index in reversed(range(len(operations))):
         if flow.on_state[index] or index in after:
-            layer[index] = _NOWHERE
+            layer[index] = OUTSIDE
             continue
-        behind = {layer[user] for user in flow.users[index]} - {_NOWHERE}
-        if anchored[index] == _NOWHERE and flow.stored[index] & anchors.shared and behind:
+        behind = {layer[user] for user in flow.users[index]} - {OUTSIDE}
+        if anchored[index] == OUTSIDE and flow.stored[index] & anchors.shared and behind:
             # Its own parameter has another's name: it is where its result is used first.
             layer[index] = min(behind)
         elif index in slots:
-            layer[index] = behind.pop() if len(behind) == 1 else _NOWHERE
+            layer[index] = behind.pop() if len(behind) == 1 else OUTSIDE
     return layer
 
 
@@ -192,11 +218,11 @@ def _after_the_layers(flow: _Flow, anchored: Sequence[int], layer: Sequence[int]
     def continues(index: int) -> bool:
         return any(before in after for before in flow.producers[index])
 
-    last = max((index for index, own in enumerate(anchored) if own != _NOWHERE), default=0)
+    last = max((index for index, own in enumerate(anchored) if own != OUTSIDE), default=0)
     # The compiler may rename a constant that it folds, so a parameter of another name says nothing before that.
     behind = [index for index in range(last + 1, len(flow.users)) if not flow.on_state[index]]
     for index in behind:
-        is_last = ahead[index] == _NOWHERE and layer[index] != _NOWHERE
+        is_last = ahead[index] == OUTSIDE and layer[index] != OUTSIDE
         if continues(index) or (is_last and flow.stored[index]):
             after.add(index)
     leads_there: set[int] = set()
@@ -204,7 +230,7 @@ def _after_the_layers(flow: _Flow, anchored: Sequence[int], layer: Sequence[int]
         if any(user in after or user in leads_there for user in flow.users[index]):
             leads_there.add(index)
     for index in behind:
-        sources = {layer[before] for before in flow.producers[index]} - {_NOWHERE}
+        sources = {layer[before] for before in flow.producers[index]} - {OUTSIDE}
         if continues(index) or (len(sources) > 1 and index not in leads_there):
             after.add(index)
     return after
@@ -215,7 +241,7 @@ def _slot_reads(flow: _Flow, layer: Sequence[int]) -> set[int]:
     slots: set[int] = set()
     for index, producers in enumerate(flow.producers):
         states = [before for before in producers if flow.whole_state[before] or before in slots]
-        others = [before for before in producers if before not in states and layer[before] != _NOWHERE]
+        others = [before for before in producers if before not in states and layer[before] != OUTSIDE]
         if states and not others and not flow.on_state[index] and not flow.whole_state[index]:
             slots.add(index)
     return slots

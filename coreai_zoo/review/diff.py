@@ -20,8 +20,9 @@ from coreai_zoo.gates.rule import Verdict
 from coreai_zoo.lowering.graph import Graph, LayerKind
 from coreai_zoo.program import Program
 from coreai_zoo.review.structure import StoredWeight, Structure
+from coreai_zoo.review.verdict import GRAPH, NUMERICS, SIGNATURE, WEIGHTS
+from coreai_zoo.signature import TraceSpec
 
-GRAPH, WEIGHTS, NUMERICS = "graph", "weights", "numerics"
 _SHOWN_OPERATIONS = 12
 _SHOWN_RESIZED = 6  # more than that are another model's sizes
 _CHUNK = 2**24
@@ -151,8 +152,7 @@ def compare(a: Structure, b: Structure, contents: Contents | None, numerics: Sec
         b.label,
         (
             _facts(a, b),
-            _signature(a, b),
-            _operations(a, b),
+            *_of_functions(a, b),
             _constants(a, b, contents),
             _bytes(a, b),
             _recipe(a, b),
@@ -181,12 +181,24 @@ def _facts(a: Structure, b: Structure) -> Section:
     return Section("facts", _changes({**a.facts, "contract": a.contract}, {**b.facts, "contract": b.contract}))
 
 
-def _signature(a: Structure, b: Structure) -> Section:
-    return Section("signature", _changes(_signature_of(a), _signature_of(b)), about=GRAPH)
+def _of_functions(a: Structure, b: Structure) -> Iterator[Section]:
+    """Signature and operations of each function that either side has, named where there are several."""
+    names = {**a.graphs, **b.graphs}
+    for name in names:
+        suffix = f" of {name}" if len(names) > 1 else ""
+        yield _signature(a, b, name, suffix)
+        yield _operations(a, b, name, suffix)
 
 
-def _signature_of(structure: Structure) -> dict[str, str]:
-    record = signature_record(structure.signature)
+def _signature(a: Structure, b: Structure, function: str, suffix: str) -> Section:
+    changes = _changes(_signature_of(a.signatures.get(function)), _signature_of(b.signatures.get(function)))
+    return Section(f"{SIGNATURE}{suffix}", changes, about=GRAPH)
+
+
+def _signature_of(spec: TraceSpec | None) -> dict[str, str]:
+    if spec is None:
+        return {}
+    record = signature_record(spec)
     described: dict[str, str] = {}
     for what in ("inputs", "states", "outputs"):
         for order, tensor in enumerate(record[what]):
@@ -198,23 +210,33 @@ def _signature_of(structure: Structure) -> dict[str, str]:
     return described
 
 
-def _operations(a: Structure, b: Structure) -> Section:
+_NO_GRAPH = Graph((), {}, {})
+
+
+def _operations(a: Structure, b: Structure, function: str, suffix: str) -> Section:
     """Counts per kind of layer, and where these are the same, what the operations say."""
-    changes = [*_counts(a.graph, b.graph)]
+    changes = [*_counts(*(side.graphs.get(function, _NO_GRAPH) for side in (a, b)))]
     notes = [
         f"{side.label}: counted in its first {side.traced} layers, at its true sizes and without weights; the others "
         "are like the last of their kind"
         for side in (a, b)
         if side.traced is not None
     ]
+    programs = [_called(side.program, function) for side in (a, b)]
     if _same_sizes(a, b):
-        details = _details(a.program, b.program)
-        changes += details
-        if not changes and a.program != b.program:
+        changes += _details(*programs)
+        if not changes and programs[0] != programs[1]:
             changes.append(Change("the same operations, wired otherwise", "", ""))
     elif not changes:
         notes.append("types and inline constants follow the sizes and are not listed")
-    return Section("operations", tuple(changes), about=GRAPH, note="; ".join(dict.fromkeys(notes)))
+    return Section(f"operations{suffix}", tuple(changes), about=GRAPH, note="; ".join(dict.fromkeys(notes)))
+
+
+def _called(program: Program, function: str) -> Program:
+    """What an engine calls by this name: the function, if it is there, and the composites that it calls."""
+    functions = {name: own for name, own in program.functions.items() if name == function}
+    called = {operation.callee for own in functions.values() for operation in own.operations}
+    return Program(functions, {name: own for name, own in program.composites.items() if name in called})
 
 
 def _same_sizes(a: Structure, b: Structure) -> bool:
@@ -302,10 +324,11 @@ def _details(a: Program, b: Program) -> list[Change]:
 
 def _texts(program: Program) -> Counter[str]:
     texts: Counter[str] = Counter()
-    for function in program.functions:
+    for function in program.everything:
         # Names of composites are numbered; what they are is in their declaration.
         own = [line for line in function.declaration if not line.startswith("sym_name")]
-        texts.update(f"{'main' if function is program.main else 'composite'}: {line}" for line in own)
+        whose = function.name if function.name in program.functions else "composite"
+        texts.update(f"{whose}: {line}" for line in own)
         texts.update(_numberless(str(operation)) for operation in function.operations if operation.stored is None)
     return texts
 

@@ -5,7 +5,11 @@ One TOML file per entry, a table per kind of layer. A count that depends on the 
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from coreai_zoo.catalogue import load_entries
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph
+from coreai_zoo.lowering.wiring import Wiring, unnamed
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.recipes import RECIPES
 from coreai_zoo.review.structure import graphs as graphs_of
@@ -50,9 +55,16 @@ _WHY = {
 _WRITE = "Write it with `zoo check --only goldens --update-goldens`."
 _OTHERWISE = "arithmetic"
 
+_DIGESTS = "digests"
+_LINES = "lines of "
+_VARIANT = " from layer "
+_OPERATION = re.compile(r"[({]")  # behind the name of an operation
+
 _HEAD = """\
 # Operation counts of {name}, per kind of layer, as the toolchain lowers it at its true sizes. Constants do not count.
 # Of experts there are fewer: how many has no influence.
+# `digests` are of what these operations say and how they are connected, `lines of ...` the same to read: an operation,
+# what it reads and what it makes, and how often. `below` is the layer before, `slot` the layer's own in a state.
 # A table in place of a number is by recipe. Written by `zoo check --update-goldens`; a change of a number belongs into
 # the same commit as what changed it, and its reason into the message.
 """
@@ -66,44 +78,62 @@ def take(entry: Entry, plugins: Plugins, on_recipe: Callable[[str], None] = lamb
         plugins: what claims it.
         on_recipe: told what has been counted.
     """
-    graphs: dict[str, Graph] = {}
-    for recipe, graph in graphs_of(entry, plugins, RECIPES):
-        graphs[recipe] = graph
+    graphs: dict[str, Mapping[str, Graph]] = {}
+    for recipe, by_function in graphs_of(entry, plugins, RECIPES):
+        graphs[recipe] = by_function
         on_recipe(f"{entry.name} as {recipe}")
     return golden(entry, graphs)
 
 
-def golden(entry: Entry, graphs: Mapping[str, Graph]) -> Golden:
-    """The golden graph that an entry's graphs by recipe are."""
-    tables: dict[str, dict[str, dict[str, int]]] = {}
-    for recipe, graph in graphs.items():
-        for table, counts in _tables(graph).items():
-            for name, count in counts.items():
-                tables.setdefault(table, {}).setdefault(name, {})[recipe] = count
+def golden(entry: Entry, graphs: Mapping[str, Mapping[str, Graph]]) -> Golden:
+    """The golden graph that an entry's graphs, by recipe and function, are."""
+    tables: dict[str, dict[str, dict[str, int | str]]] = {}
+    for recipe, by_function in graphs.items():
+        for function, graph in by_function.items():
+            prefix = f"{function}: " if len(by_function) > 1 else ""
+            for table, counts in _tables(graph).items():
+                for name, count in counts.items():
+                    tables.setdefault(prefix + table, {}).setdefault(name, {})[recipe] = count
     made: Golden = {"entry": entry.name, "ffn": entry.facts.ffn}
     for table, rows in tables.items():
         made[table] = {name: _folded(by_recipe, [*graphs]) for name, by_recipe in rows.items()}
     return made
 
 
-def _tables(graph: Graph) -> dict[str, dict[str, int]]:
-    """Counts by table and operation: a table per kind of layer, and one for everything else."""
-    tables: dict[str, dict[str, int]] = {}
+def _tables(graph: Graph) -> dict[str, dict[str, int | str]]:
+    """Counts, digests and lines by table: one per kind of layer, one for everything else, then the lines of each."""
+    tables: dict[str, dict[str, int | str]] = {}
+    wirings: dict[str, Wiring] = {}
     for kind in graph.kinds:
         name = kind.name
         if name in tables:  # layers that are not quite like the others of their kind
-            name = f"{kind.name} from layer {kind.layers[0]}"
+            name = f"{kind.name}{_VARIANT}{kind.layers[0]}"
         tables[name] = {"layers": len(kind.layers), "operations": sum(kind.operations.values()), **kind.operations}
+        wirings[name] = kind.wiring
     tables["outside"] = {"operations": sum(graph.outside.values()), **graph.outside}
+    wirings["outside"] = graph.wiring
     tables["all"] = {"operations": sum(graph.total.values())}
     tables["composites"] = {name: len(sizes) for name, sizes in graph.composites.items()}
+    wirings |= {f"composite {name}": wiring for name, wiring in graph.composite_wiring.items()}
+    digests: dict[str, int | str] = {name: wiring.digest for name, wiring in wirings.items() if wiring.digest}
+    return {**tables, _DIGESTS: digests, **_line_tables(wirings)} if digests else tables
+
+
+def _line_tables(wirings: Mapping[str, Wiring]) -> dict[str, dict[str, int | str]]:
+    """The lines of each; of layers that are not quite like the others of their kind, those that are not the same."""
+    tables: dict[str, dict[str, int | str]] = {}
+    for name, wiring in wirings.items():
+        kind, variant, _ = name.partition(_VARIANT)
+        others = wirings[kind].lines if variant else {}
+        lines = {line: wiring.lines.get(line, 0) for line in sorted({*wiring.lines, *others})}
+        tables[_LINES + name] = {line: count for line, count in lines.items() if count != others.get(line, 0)}
     return tables
 
 
-def _folded(by_recipe: Mapping[str, int], recipes: Sequence[str]) -> int | dict[str, int]:
-    """One number where all recipes agree."""
-    counts = {recipe: by_recipe.get(recipe, 0) for recipe in recipes}
-    return counts if len(set(counts.values())) > 1 else next(iter(counts.values()))
+def _folded(by_recipe: Mapping[str, int | str], recipes: Sequence[str]) -> int | str | dict[str, int | str]:
+    """One number or digest where all recipes agree."""
+    values = {recipe: by_recipe.get(recipe, 0) for recipe in recipes}
+    return values if len(set(values.values())) > 1 else next(iter(values.values()))
 
 
 def of_recipe(golden: Golden, recipe: str) -> Golden:
@@ -118,14 +148,24 @@ def of_recipe(golden: Golden, recipe: str) -> Golden:
     return chosen
 
 
+def counts_of(golden: Golden) -> Golden:
+    """A golden graph without digests and lines."""
+    return {table: rows for table, rows in golden.items() if not _is_of_wiring(table)}
+
+
+def _is_of_wiring(table: str) -> bool:
+    return table.endswith(_DIGESTS) or _LINES in table
+
+
 def compare(golden: Golden, found: Golden) -> list[str]:
-    """What differs, one phrase each."""
-    ours, theirs = dict(_flat(golden)), dict(_flat(found))
-    return [
+    """What differs, one phrase each: operations that say something else or are wired otherwise, then counts."""
+    ours, theirs = dict(_flat(counts_of(golden))), dict(_flat(counts_of(found)))
+    counts = [
         f"{name} is {theirs.get(name, 'absent')}, the golden graph has {ours.get(name, 'none')}"
         for name in sorted({*ours, *theirs})
         if ours.get(name) != theirs.get(name)
     ]
+    return [*_other_wiring(golden, found), *counts]
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -134,6 +174,58 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, o
             yield from _flat(value, f"{prefix}{key}: ")
         else:
             yield prefix + key, value
+
+
+def _other_wiring(golden: Golden, found: Golden) -> Iterator[str]:
+    """Of everything whose digest is another, the lines that are; names of weights alone make no difference."""
+    digests = [
+        {(table, name): row for table in each if table.endswith(_DIGESTS) for name, row in each[table].items()}
+        for each in (golden, found)
+    ]
+    told: set[str] = set()
+    for table, name in {**digests[0], **digests[1]}:
+        lines = table.removesuffix(_DIGESTS) + _LINES + name
+        ours, theirs = golden.get(lines, {}), found.get(lines, {})
+        same_digest = digests[0].get((table, name)) == digests[1].get((table, name))
+        if same_digest and _nameless(ours) == _nameless(theirs):
+            continue
+        where = table.removesuffix(_DIGESTS) + name
+        changes = list(_changed_lines(ours, theirs))
+        if not changes and where.partition(_VARIANT)[0] not in told:
+            changes = ["the same operations, wired otherwise"]
+        told.add(where)
+        yield from (f"{where}: {change}" for change in changes)
+
+
+def _nameless(lines: Mapping[str, Any]) -> Counter[tuple[str, str]]:
+    return Counter((unnamed(line), str(count)) for line, count in lines.items())
+
+
+def _changed_lines(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Lines that only one side has, one of each beside the other's of the same operation."""
+    gone = [line for line in ours if ours[line] != theirs.get(line)]
+    come = [line for line in theirs if theirs[line] != ours.get(line)]
+    for line in come:
+        if line in gone:
+            gone.remove(line)
+            yield f"{_times(theirs[line])} {line} instead of {_times(ours[line])}"
+            continue
+        alike = [
+            other for other in gone if _OPERATION.split(other)[0] == _OPERATION.split(line)[0] and other not in come
+        ]
+        if alike:
+            nearest = difflib.get_close_matches(line, alike, n=1, cutoff=0)[0]
+            gone.remove(nearest)
+            yield f"{line} instead of {nearest}"
+        else:
+            yield f"{line} is new"
+    yield from (f"{line} is gone" for line in gone)
+
+
+def _times(count: int | Mapping[str, int]) -> str:
+    if isinstance(count, Mapping):
+        return ", ".join(f"{times} x ({recipe})" for recipe, times in count.items())
+    return f"{count} x"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,16 +257,23 @@ def write(golden: Golden, path: Path) -> None:
     for table, counts in golden.items():
         if isinstance(counts, Mapping):
             lines += ["", f'["{table}"]']
-            lines += [_line(name, value) for name, value in counts.items()]
+            wiring = _is_of_wiring(table)
+            lines += [
+                f"{json.dumps(name)} = {_value(value)}" if wiring else _line(name, value)
+                for name, value in counts.items()
+            ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _line(name: str, value: int | Mapping[str, int]) -> str:
-    text = str(value)
+    return f"{name} = {_value(value)} # {_WHY.get(name, _OTHERWISE)}"
+
+
+def _value(value: int | str | Mapping[str, int | str]) -> str:
     if isinstance(value, Mapping):
-        text = "{ " + ", ".join(f"{recipe} = {count}" for recipe, count in value.items()) + " }"
-    return f"{name} = {text} # {_WHY.get(name, _OTHERWISE)}"
+        return "{ " + ", ".join(f"{recipe} = {_value(of_one)}" for recipe, of_one in value.items()) + " }"
+    return json.dumps(value)
 
 
 def golden_entries(folder: Path, plugins: Plugins) -> Sequence[Entry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,8 @@ class Structure:
         label: for the reader.
         overlay: name of the overlay.
         facts: what the overlay knows of the config.
-        signature: of the function.
-        graph: operation counts, of all layers.
+        signatures: of each function that an engine calls, by its name.
+        graphs: operation counts of each function, of all layers.
         program: the operations themselves; of the traced layers only, where `traced` says how many these are.
         traced: number of layers that `program` has, if not all.
         stored: by name; codes, scales and zero points of a weight are one each.
@@ -77,8 +77,8 @@ class Structure:
     contract: str
     backend: str
     facts: Mapping[str, Any]
-    signature: TraceSpec
-    graph: Graph
+    signatures: Mapping[str, TraceSpec]
+    graphs: Mapping[str, Graph]
     program: Program = field(repr=False)
     traced: int | None
     stored: Mapping[str, StoredWeight] = field(repr=False)
@@ -145,8 +145,8 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
             contract=build["contract"]["name"],
             backend=build["backend"],
             facts=build["facts"],
-            signature=bundle.signature,
-            graph=count(program),
+            signatures=bundle.functions,
+            graphs=count(program),
             program=program,
             traced=None,
             stored=stored,
@@ -224,8 +224,8 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
         contract=whole.contract.name,
         backend=whole.backend.name,
         facts=whole.facts,
-        signature=whole.signatures[whole.decode],
-        graph=count(program).repeated(names),
+        signatures=whole.signatures,
+        graphs=_repeated(count(program), names),
         program=program,
         traced=depth if depth < len(names) else None,
         stored={name: weight for tensor in whole.weights.tensors for name, weight in _stored(tensor)},
@@ -234,8 +234,12 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
     )
 
 
-def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[tuple[str, Graph]]:
-    """For each recipe the graph that `of_entry` counts, in a fraction of the time.
+def _repeated(graphs: Mapping[str, Graph], names: Sequence[str]) -> dict[str, Graph]:
+    return {function: graph.repeated(names) for function, graph in graphs.items()}
+
+
+def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[tuple[str, dict[str, Graph]]]:
+    """For each recipe the graphs that `of_entry` counts, by function, in a fraction of the time.
 
     Recipes differ in how weights are stored and not in what is computed with them, so the decoder is traced once, with
     plain weights, and lowered once per recipe with the weights as that stores them. Of experts there are only twice as
@@ -246,11 +250,13 @@ def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[t
         BadInput: when the entry does not state what its config needs.
     """
     request, few = BuildRequest(entry.name, recipe=_PLAIN, dry=True), _with_few_experts(entry)
-    names = layer_names(tensor.name for tensor in design(request, plugins, few).weights.tensors)
-    part = design(evolve(request, layers=_telling_depth(names)), plugins, few)
+    whole = design(request, plugins, few)
+    names = layer_names(tensor.name for tensor in whole.weights.tensors)
+    depth = _telling_depth(names)
+    part = whole if depth == len(names) else design(evolve(request, layers=depth), plugins, few)
     traced = _traced(part)
     for recipe in recipes:
-        yield recipe, count(_lowered(traced, part.with_recipe(recipe).weights)).repeated(names)
+        yield recipe, _repeated(count(_lowered(traced, part.with_recipe(recipe).weights)), names)
 
 
 def _with_few_experts(entry: Entry) -> Entry:

@@ -185,20 +185,28 @@ class CoreAITraced:
         from coreai_zoo.backends.coreai.program import read_program
 
         with _toolchain():
-            return read_program(self.lower(constants))
+            program, state = self._lower(constants)
+            return read_program(program, state, constants.keys())
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
         """The `AIProgram` of all functions and layers."""
+        return self._lower(constants)[0]
+
+    def _lower(self, constants: Mapping[str, Constant]) -> tuple[Any, dict[str, Constant]]:
+        """The `AIProgram`, and the constants of its functions by name."""
         from coreai_zoo.backends.coreai.lowering import Converter
         from coreai_zoo.lowering import mistakes
 
         converter = Converter()
+        named: dict[str, Constant] = {}
         with contextlib.ExitStack() as stack:
             for name, function in self.functions.items():
                 program, composites = function.whole_program()
-                converter.add(name, program, composites, _named_state(program, constants), function.spec)
+                state = _named_state(program, constants)
+                named |= {each: constant for found in state.values() for each, constant in found.items()}
+                converter.add(name, program, composites, state, function.spec)
                 stack.enter_context(mistakes.explained("lowered", function.module, program))
-            return converter.to_coreai()
+            return converter.to_coreai(), named
 
 
 @frozen

@@ -2,27 +2,84 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from coreai_zoo.program import Function, Operation, Program
+from attrs import evolve
+
+from coreai_zoo.backend import Constant
+from coreai_zoo.program import Function, Operation, Program, shape_and_dtype
 
 _NOISE = ("coreai.", "decomposable.", "broadcasting_")
+_PRIVATE = "priv"  # what a function says that no engine calls: a composite
 _ON_STATE = frozenset({"read_handle", "write_handle", "create_token", "output"})
+_SHOWN = 3
 _ELEMENTS = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "i1": "bool", "si": "int", "ui": "uint"}
 _ELEMENT = re.compile(r"(?<=[x<])(f16|f32|bf16|i1(?!\d)|si(?=\d)|ui(?=\d))")
 
 
-def read_program(program: Any) -> Program:
-    """Args: an `AIProgram`. No constant's bytes are read."""
+def read_program(program: Any, state: Mapping[str, Constant] | None = None, weights: Collection[str] = ()) -> Program:
+    """A lowered program as data. No weight's bytes are read.
+
+    Args:
+        program: an `AIProgram`.
+        state: what it was lowered with, by name, in the order of the decoder; None where that is not known.
+        weights: those of `state` that are weights; the others' values become part of what the program says.
+    """
+    state = state or {}
     texts: dict[Any, str] = {}
     graphs = [graph.operation for graph in program._module._mlir_module.body.operations]
     composites = {_symbol(graph): _composite_name(graph) for graph in graphs}
-    functions = {
-        name: _function(graph, name, composites, texts) for name, graph in zip(composites, graphs, strict=True)
-    }
-    return Program(functions.pop("main"), functions)
+    kinds: dict[bool, dict[str, Function]] = {False: {}, True: {}}
+    for name, graph in zip(composites, graphs, strict=True):
+        kinds[_PRIVATE in graph.attributes][name] = _function(graph, name, composites, texts)
+    present = {op.stored for function in kinds[False].values() for op in function.operations if op.stored}
+    folded = {name: state[name] for name in state if name in weights and name not in present}
+    return Program(
+        functions={name: _with_folded(function, state, folded) for name, function in kinds[False].items()},
+        composites=kinds[True],
+        weights=tuple(name for name in state if name in weights),
+        literals={name: _described(constant) for name, constant in state.items() if name not in weights},
+    )
+
+
+def _with_folded(function: Function, state: Collection[str], folded: Mapping[str, Constant]) -> Function:
+    """The function, its constants that hold a weight which the compiler laid out anew said to be that weight.
+
+    They bear no name, or one that differs from process to process. Of as many weights of one size as there are such
+    constants, each is found in the order in which they are used.
+    """
+    operations = list(function.operations)
+    nameless: dict[object, list[int]] = {}
+    used = dict.fromkeys(value for operation in operations for value in operation.operands)
+    made = {operation.results[0]: at for at, operation in enumerate(operations) if operation.is_constant}
+    for at in (made[value] for value in used if value in made):
+        if operations[at].stored not in state and "x" in operations[at].types[0]:
+            nameless.setdefault(_size(*shape_and_dtype(operations[at].types[0])), []).append(at)
+    missing: dict[object, list[str]] = {}
+    for name, constant in folded.items():
+        missing.setdefault(_size(constant.shape, constant.dtype), []).append(name)
+    for size, names in missing.items():
+        places = nameless.get(size, [])
+        if len(places) == len(names):
+            for at, name in zip(places, names, strict=True):
+                operations[at] = evolve(operations[at], weight=name)
+    return evolve(function, operations=tuple(operations))
+
+
+def _size(shape: Sequence[int], dtype: str) -> object:
+    """What laying a tensor out anew does not change."""
+    return tuple(sorted(shape)), dtype
+
+
+def _described(constant: Constant) -> str:
+    """Some values of a constant, exactly, and a hash of all."""
+    values = constant.data.reshape(-1)
+    shown = ", ".join(map(repr, values[:_SHOWN].tolist()))
+    rest = f", ... sha256 {hashlib.sha256(values.tobytes()).hexdigest()[:16]}" if values.size > _SHOWN else ""
+    return f"[{shown}{rest}] : {'x'.join(map(str, (*constant.shape, constant.dtype)))}"
 
 
 def _symbol(graph: Any) -> str:
@@ -72,7 +129,14 @@ def _function(graph: Any, name: str, composites: Mapping[str, str], texts: dict[
 
     body = [operation for block in graph.regions[0].blocks for operation in operations(block)]
     declaration = tuple(f"{entry.name} = {text(entry.attr)}" for entry in _attributes(graph))
-    return Function(name, declaration, tuple(body))
+    arguments = re.findall(r'coreai\.name = "([^"]*)"', _text_of(graph, "arg_attrs"))
+    composite = re.search(r"op_attrs = \{([^}]*)\}", _text_of(graph, "composite_decl"))
+    attributes = composite[1].split(", ") if composite else []
+    return Function(name, declaration, tuple(body), tuple(arguments), tuple(attributes))
+
+
+def _text_of(graph: Any, attribute: str) -> str:
+    return str(graph.attributes[attribute]) if attribute in graph.attributes else ""
 
 
 def _plain_name(match: re.Match[str]) -> str:

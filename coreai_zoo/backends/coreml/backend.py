@@ -254,22 +254,31 @@ def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
 
 
 def _program(package: Package) -> Program:
-    """The function `main` as data; a quantized weight is two stored constants and the operation that unpacks them."""
-    from coreai_zoo.backends.coreml.package import tensor_type
+    """Every function as data, in the order of their names: the file keeps none."""
+    functions = package.model.mlProgram.functions
+    return Program({name: _function_of(package, name, functions[name]) for name in sorted(functions)}, {})
+
+
+def _function_of(package: Package, name: str, function: Any) -> Function:
+    """One function as data; a quantized weight is two stored constants and the operation that unpacks them."""
+    from coreai_zoo.backends.coreml.package import Damaged, tensor_type
     from coreai_zoo.names import scales_name
 
-    function, names = package.function, package.names
+    if len(function.block_specializations) != 1:
+        raise Damaged(f"it has several forms of the function {name}, or none")
+    (block,) = function.block_specializations.values()
+    names = package.names
     numbers = {argument.name: number for number, argument in enumerate(function.inputs)}
     operations: list[Operation] = []
 
-    def constant(value: Any, name: str | None) -> int:
+    def constant(value: Any, stored: str | None) -> int:
         """Number of a new constant."""
         number = numbers.setdefault(f"constant {len(numbers)}", len(numbers))
-        text = () if name else (f"value = {_shown(package, value)}",)
-        operations.append(Operation("constant", (), (number,), (_type_of(value.type),), text, stored=name))
+        text = () if stored else (f"value = {_shown(package, value)}",)
+        operations.append(Operation("constant", (), (number,), (_type_of(value.type),), text, stored=stored))
         return number
 
-    for operation in package.block.operations:
+    for operation in block.operations:
         made = operation.outputs[0].name if operation.outputs else ""
         if operation.type == "const":
             numbers[made] = constant(operation.attributes["val"], names.get(made))
@@ -293,8 +302,8 @@ def _program(package: Package) -> Program:
             )
         )
     declaration = [f"{argument.name}: {tensor_type(argument.type)}" for argument in function.inputs]
-    declaration += [f"output {name}" for name in package.block.outputs]
-    return Program(Function("main", tuple(declaration), tuple(operations)), {})
+    declaration += [f"output {output}" for output in block.outputs]
+    return Function(name, tuple(declaration), tuple(operations))
 
 
 def _type_of(value_type: Any) -> str:
