@@ -42,12 +42,7 @@ def _parts(thing: object, seen: dict[int, object]) -> Iterator[tuple[str, bool]]
             yield from _parts(thing.__func__, seen)
             yield from _parts(thing.__self__, seen)
         case FunctionType():
-            # A wrapper bears the name of the module whose function it wraps.
-            own, wrapped = thing.__globals__["__name__"], getattr(thing, "__wrapped__", None)
-            yield from _modules(own, thing.__module__)
-            yield from _parts(wrapped, seen)
-            if wrapped is None or _is_unknown(own):
-                yield from _parts([*_held(thing.__closure__ or ())], seen)
+            yield from _function_parts(thing, seen)
         case type():
             yield from _modules(*(base.__module__ for base in thing.__mro__))
         case list() | tuple():
@@ -62,6 +57,15 @@ def _parts(thing: object, seen: dict[int, object]) -> Iterator[tuple[str, bool]]
             attributes = [*getattr(thing, "__dict__", {}), *getattr(type(thing), "__slots__", ())]
             values = [getattr(thing, name, None) for name in attributes]
             yield from _parts([value for value in values if callable(value)], seen)
+
+
+def _function_parts(function: FunctionType, seen: dict[int, object]) -> Iterator[tuple[str, bool]]:
+    # A wrapper bears the name of the module whose function it wraps.
+    own, wrapped = function.__globals__["__name__"], getattr(function, "__wrapped__", None)
+    yield from _modules(own, function.__module__)
+    yield from _parts(wrapped, seen)
+    if wrapped is None or _is_unknown(own):
+        yield from _parts([*_held(function.__closure__ or ())], seen)
 
 
 def _held(cells: Sequence[CellType]) -> Iterator[object]:
