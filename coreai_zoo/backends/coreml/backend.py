@@ -303,7 +303,8 @@ def _function_of(package: Package, name: str, function: Any) -> Function:
         )
     declaration = [f"{argument.name}: {tensor_type(argument.type)}" for argument in function.inputs]
     declaration += [f"output {output}" for output in block.outputs]
-    return Function(name, tuple(declaration), tuple(operations))
+    arguments = tuple(argument.name for argument in function.inputs)
+    return Function(name, tuple(declaration), tuple(operations), arguments)
 
 
 def _type_of(value_type: Any) -> str:
