@@ -321,11 +321,12 @@ def test_every_contract_is_documented(name: str) -> None:
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["../README.md", "../CONTRIBUTING.md", *PAGES])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
+    folder = (DOCS / page).parent
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", read(page)):
         path, _, anchor = target.partition("#")
-        linked = (DOCS / path).resolve() if path else DOCS / page
+        linked = (folder / path).resolve() if path else DOCS / page
         assert linked.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
