@@ -28,7 +28,7 @@ demo: $(stamp)  ## Build the sample of qwen3.6-27b, gate it against Hugging Face
 quick: $(stamp)  ## Run the tests that tell in a minute whether a change is sane (tests/suite.py lists them)
 	$(pytest) --quick $(ARGS)
 
-test: $(stamp)  ## Run the whole test suite, its longest runs at a small size: some 8 minutes on two cores
+test: $(stamp)  ## Run the whole test suite, its longest runs at a small size
 	$(pytest) $(ARGS)
 
 nightly: $(stamp)  ## The same with those at full size: 50 random architectures, 7 chains of killed builds

@@ -25,8 +25,8 @@ from suite import NIGHTLY
 
 NAME = "qwen3_6_27b_custom_decode_int8hu_block32_sym"
 CHAINS = 7
-# By day those that are killed first of all, while the toolchain writes, and when the bundle is in its place.
-RUN = range(CHAINS) if NIGHTLY else (0, 4, 6)
+# By day the one that is also killed while the toolchain writes, and the one that is when the bundle is in its place.
+RUN = range(CHAINS) if NIGHTLY else (4, 6)
 
 
 @attrs.frozen
@@ -165,7 +165,7 @@ def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(
 
     with ThreadPoolExecutor(2) as pool:
         killed = sum(sum(part) for part in pool.map(run, (0, 1)))
-    assert killed >= (30 if NIGHTLY else 13)
+    assert killed >= (30 if NIGHTLY else 9)
 
 
 @pytest.mark.slow
