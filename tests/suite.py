@@ -7,6 +7,7 @@ import os
 # `make quick`: whether a change is sane, in a minute on two cores. Nothing here builds a bundle of a sample.
 QUICK = frozenset(
     {
+        "architecture",
         "bytecode",
         "checkpoint",
         "cli",
@@ -59,6 +60,7 @@ THOROUGH = frozenset(
         "third_party_plugin",
         "toy_plugin",
         "tutorial",
+        "walk",
         "wiring",
     }
 )

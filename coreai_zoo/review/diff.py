@@ -20,9 +20,12 @@ from coreai_zoo.gates.rule import Verdict
 from coreai_zoo.lowering.graph import Graph, LayerKind
 from coreai_zoo.program import Program
 from coreai_zoo.review.structure import StoredWeight, Structure
-from coreai_zoo.review.verdict import GRAPH, NUMERICS, SIGNATURE, WEIGHTS
 from coreai_zoo.signature import TraceSpec
 
+GRAPH, WEIGHTS, NUMERICS = "graph", "weights", "numerics"
+"""What a section can be evidence for."""
+SIGNATURE = "signature"
+"""What the name of a section about one begins with."""
 _SHOWN_OPERATIONS = 12
 _SHOWN_RESIZED = 6  # more than that are another model's sizes
 _CHUNK = 2**24

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 from attrs import frozen
 
 from coreai_zoo.errors import listing
+from coreai_zoo.review.diff import GRAPH, NUMERICS, SIGNATURE, WEIGHTS, Difference, Section
 
-if TYPE_CHECKING:
-    from coreai_zoo.review.diff import Difference, Section
-
-GRAPH, WEIGHTS, NUMERICS = "graph", "weights", "numerics"
-"""What a section can be evidence for."""
-SIGNATURE = "signature"
-"""What the name of a section about one begins with."""
 KINDS = {
     "none": "nothing that was compared has changed",
     "metadata": "what is computed is the same, and only what is said about it has changed",
