@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import math
+import pkgutil
 import re
 import subprocess
 import sys
@@ -332,6 +333,24 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
             assert anchor in slugs, target
+
+
+FOLDERS = "benchmarks|coreai_zoo|coreai_zoo_qwen36|docs|overlays|scripts|tests|zoo_entries"
+
+
+@pytest.mark.parametrize("page", ["../README.md", "../CONTRIBUTING.md", *PAGES])
+def test_the_files_and_modules_that_a_page_names_are_there(page: str) -> None:
+    root = DOCS.parent
+    named = re.findall(r"`([\w./]+)`", read(page))
+    files = [name for name in named if re.match(rf"({FOLDERS})/", name)]
+    assert [name for name in files if not (root / name).exists()] == []
+
+    rooms = "|".join(
+        {path.parent.name for path in root.glob("coreai_zoo/*/__init__.py")} - {"cli"}
+    )  # a hook's argument
+    for name in named:
+        if match := re.fullmatch(rf"(?:coreai_zoo\.)?((?:{rooms})\.(?!json|py)[\w.]+)", name):
+            pkgutil.resolve_name(f"coreai_zoo.{match[1]}")  # raises where there is none
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -90,12 +90,12 @@ def test_a_build_goes_down_but_for_what_it_hands_down(tmp_path: Path, monkeypatc
         (call.caller.partition(".<locals>")[0], call.callee)
         for call in watch.calls
         if FLOORS[room(call.caller)] > FLOORS[room(call.callee)]
+        if not call.callee.startswith("backends.builtin.zoo_")  # a plugin's hooks are called by the host, as all are
     }
     assert up == {
         ("lowering.module.build_module", "build.design.Decoders._decoder"),
         ("lowering.module.constants", "build.pipeline._lower.<locals>.<genexpr>"),
         ("weights.store._Work._write_tensor", "build.pipeline._fill.<locals>.progress"),
-        ("plugins.Plugins._implementations", "backends.builtin.zoo_backends"),
     }
     assert in_walk_order([call.callee for call in watch.calls])
 

@@ -1,4 +1,4 @@
-"""The commands that build, run and judge: `zoo build`, `zoo run`, `zoo gate`, `zoo verify`."""
+"""`zoo build`: from a name to a bundle."""
 
 from __future__ import annotations
 

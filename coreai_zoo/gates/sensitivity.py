@@ -34,7 +34,7 @@ class Part:
     """What is quantized at a time.
 
     Attributes:
-        role: one of `overlay.ROLES`.
+        role: name of one of the weight map's roles.
         layer: its index; None for the role in all layers, or where it is in none.
         spec: how it is quantized.
         tensors: names of its parameters.

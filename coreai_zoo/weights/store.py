@@ -80,7 +80,7 @@ class StoredTensor:
 
     Attributes:
         name: of the parameter.
-        role: one of `overlay.ROLES`.
+        role: name of one of the weight map's roles.
         shape: of the parameter.
         dtype: of the plain values, or of the scales.
         quantization: how it is quantized, or None.
