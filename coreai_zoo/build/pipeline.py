@@ -130,7 +130,7 @@ def _fill(store: WeightStore, designed: Design, report: Reporter) -> FillReport:
     with report.bytes(designed.weights.stored_bytes) as counter:
 
         def progress(tensor: PlannedTensor, elements: int) -> None:
-            counter.advance(tensor.name, elements * tensor.stored_bytes // tensor.parameters)
+            counter.advance(tensor.name, elements * tensor.format.bytes // tensor.parameters)
 
         return store.fill(designed.weights, designed.checkpoint, progress)
 

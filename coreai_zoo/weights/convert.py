@@ -57,7 +57,7 @@ class Chunk:
 
 def chunks_of(planned: PlannedTensor) -> Iterator[Chunk]:
     """The rows of a planned tensor in order."""
-    step = chunk_rows(planned.columns)
+    step = chunk_rows(planned.format.columns)
     for source in planned.sources:
         rows = source.stop - source.start
         for start in range(0, rows, step):
