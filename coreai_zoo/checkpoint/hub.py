@@ -8,10 +8,6 @@ from pathlib import Path
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding things
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def locate_checkpoint(entry: Entry, directory: Path | None, *, sample: bool) -> tuple[Path, str | None]:
     """Where the checkpoint is, and its commit on the hub where that is known; of a sample, a copy may be given.

@@ -1,4 +1,4 @@
-"""Recipes, and the quantizer that turns rows of a weight into integers, scales and zero points.
+"""The quantizer: rows of a weight to integers, scales and zero points, and back.
 
 The arithmetic is coreai-opt 0.3.0's, bit for bit, so that a bundle's integers can be checked against Apple's own tool:
 ranges, scales and zero points are computed in the weight's dtype, integers in float32. It is written for row chunks: a
@@ -31,11 +31,6 @@ SCALE_FLOOR = 2.0**-23
 
 CHUNK_ELEMENTS = 1 << 19
 """Elements that one worker handles at a time: 2 MiB in float32, which stays in its cache."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows to integers and back
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @frozen
