@@ -27,7 +27,7 @@ from cattrs.gen import make_dict_structure_fn, override
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 
 HF_ID = r"[\w.-]+/[\w.-]+"
-"""What names a repository on the Hugging Face hub."""
+"""Pattern of a repository's name on the Hugging Face hub."""
 
 Scalar = bool | int | float | str
 FFNKind = Literal["dense", "moe"]

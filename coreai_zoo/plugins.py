@@ -70,7 +70,7 @@ _N = TypeVar("_N", bound=_Named)
 
 @frozen
 class PluginInfo:
-    """What is known of a registered plugin.
+    """A registered plugin: where it comes from, and which hooks it implements.
 
     Attributes:
         name: name of its entry point.
@@ -88,7 +88,7 @@ class PluginInfo:
 
 
 class Plugins:
-    """The registered plugins. One method per hook asks them all, checks what they say, and blames.
+    """The registered plugins. One method per hook asks them all and checks what they answer; an error names the plugin.
 
     Args:
         tolerant: report what is wrong with a plugin once, on stderr, and go on without what it would have added. Else
@@ -166,7 +166,7 @@ class Plugins:
 
     @property
     def problems(self) -> tuple[ZooError, ...]:
-        """What was tolerated so far."""
+        """The errors that were tolerated so far."""
         return tuple(self._problems.values())
 
     def require_undisputed(self, hook: str, name: str) -> None:
@@ -238,7 +238,7 @@ class Plugins:
         return [name for name, _plugin in self._manager.list_name_plugin()]
 
     def info(self) -> list[PluginInfo]:
-        """What is known of each plugin, in the order of registration."""
+        """Every registered plugin, in the order of registration."""
         infos = []
         for name, plugin in self._manager.list_name_plugin():
             point = self._sources.get(name)
@@ -283,14 +283,12 @@ class Plugins:
     def _implementations(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
         """The implementations of `hook` with the names of their plugins, in the order of registration."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
-        by_plugin = {}
-        for implementation in caller.get_hookimpls():
-            by_plugin[implementation.plugin_name] = (implementation.function, tuple(implementation.argnames))
+        by_plugin = {implementation.plugin_name: implementation for implementation in caller.get_hookimpls()}
 
-        def bind(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
-            return lambda **arguments: function(**{name: arguments[name] for name in names})
+        def bind(implementation: pluggy.HookImpl) -> Callable[..., Any]:
+            return lambda **given: implementation.function(**{name: given[name] for name in implementation.argnames})
 
-        return [(name, bind(*by_plugin[name])) for name in self.names() if name in by_plugin]
+        return [(name, bind(by_plugin[name])) for name in self.names() if name in by_plugin]
 
     def _ask(self, hook: str, *, last_first: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """Each plugin's answer that is not None, in the order of registration or the other way round."""
@@ -461,7 +459,7 @@ class Plugins:
         return self._collect_named("zoo_backends", "backend", _named("Backend"))
 
     def oracle(self, overlay: Overlay, hf_config: Mapping[str, Any]) -> ReferenceModel | None:
-        """How the reference model is made, or None for transformers' own class for the config."""
+        """The maker of the reference model, or None for transformers' own class for the config."""
         hook = "zoo_oracle"
         answer = self._first(hook, ReferenceModel, overlay=overlay, hf_config=hf_config)
         if answer is None:

@@ -60,7 +60,7 @@ class Function:
 
 @frozen
 class Program:
-    """Everything that an asset says, but for the bytes of its stored constants.
+    """The functions of an asset, without the bytes of its stored constants.
 
     Attributes:
         main: the function that an engine calls.

@@ -78,7 +78,7 @@ with another, it has to be read to know."""
 
 @frozen
 class TensorInfo:
-    """What a header says of one tensor.
+    """One tensor as its file's header describes it.
 
     Attributes:
         key: its name in the checkpoint.
@@ -531,7 +531,7 @@ class Checkpoint:
         return self._stamps[self.tensors[key].file]
 
     def identity(self) -> dict[str, Any]:
-        """What can be said of the checkpoint without reading weights.
+        """The identity of the checkpoint, as far as it shows without reading weights.
 
         Returns:
             `config_sha256` and, per file, its `size` and the SHA-256 of its header. Two fine-tunes of one model may

@@ -128,8 +128,8 @@ def _holes(name: str) -> tuple[str, list[str]]:
     return _NUMBER.sub(_HOLE, name), _NUMBER.findall(name)
 
 
-@define
-class Pattern:
+@frozen
+class _Pattern:
     """A dotted name in which a part `{name}` stands for one number; other numbers stand for themselves.
 
     Attributes:
@@ -144,7 +144,7 @@ class Pattern:
     slots: tuple[tuple[str | None, str], ...]
 
     @classmethod
-    def parse(cls, text: str) -> Pattern:
+    def parse(cls, text: str) -> _Pattern:
         """Parse a pattern.
 
         Raises:
@@ -177,12 +177,12 @@ class _Rule:
     """A `WeightRule` with its patterns parsed."""
 
     rule: WeightRule
-    source: Pattern
-    target: Pattern
+    source: _Pattern
+    target: _Pattern
 
     @classmethod
     def parse(cls, rule: WeightRule) -> _Rule:
-        parsed = cls(rule, Pattern.parse(rule.source), Pattern.parse(rule.target))
+        parsed = cls(rule, _Pattern.parse(rule.source), _Pattern.parse(rule.target))
         ours = {name for name, _ in parsed.source.slots if name}
         needed = {name for name, _ in parsed.target.slots if name} | ({rule.part.index} if rule.part else set())
         if not needed <= ours:
@@ -507,7 +507,7 @@ def plan_weights(
 
 
 def active_share(role: Role, facts: Mapping[str, Any]) -> float | None:
-    """Which share of a role's weights one token is multiplied by: of the experts those that its router chooses.
+    """The share of a role's weights that one token is multiplied by: of the experts, those that its router chooses.
 
     None when there are experts and `facts` does not say how many are chosen.
     """
@@ -520,7 +520,7 @@ def active_share(role: Role, facts: Mapping[str, Any]) -> float | None:
 def plan_without_checkpoint(
     weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], recipe: Recipe
 ) -> WeightPlan:
-    """How each parameter of a decoder will be stored, when no checkpoint is at hand: a plan without sources.
+    """A plan without sources: how each parameter of a decoder will be stored, when no checkpoint is at hand.
 
     Args:
         weight_map: the overlay's table.

@@ -35,7 +35,7 @@ from attrs import Factory, asdict, define, field, frozen
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, effect_of, in_order, process
+from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, convert_chunk, effect_digest, run_in_order
 from coreai_zoo.weights.formats import ArrayKind, Format, pack_int4
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows
@@ -114,7 +114,7 @@ class StoredTensor:
 
 @frozen
 class FillReport:
-    """What `WeightStore.fill` did.
+    """The outcome of `WeightStore.fill`.
 
     Attributes:
         computed: tensors that were read, converted and written.
@@ -369,7 +369,7 @@ class _Computed:
 
     @property
     def room(self) -> int:
-        """How much of the room for waiting tensors it takes."""
+        """The part of the room for waiting tensors that it takes: all of it when it is large."""
         return IN_FLIGHT if self.writer.bytes >= LARGE_BYTES else 1
 
 
@@ -458,7 +458,7 @@ def _fingerprint(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
             "dtype": planned.dtype,
             "quantization": asdict(planned.quantization) if planned.quantization else None,
             # Its name says nothing about its code, which may have changed since an interruption.
-            "transform": [transform.name, effect_of(transform, planned.format.columns)] if transform else None,
+            "transform": [transform.name, effect_digest(transform, planned.format.columns)] if transform else None,
             "sources": sources,
         }
     )
@@ -475,7 +475,7 @@ def _hash_sources(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
         return hashlib.sha256(bytes_of(checkpoint.read_rows(chunk.key, chunk.start, chunk.stop))).digest()
 
     digest = hashlib.sha256()
-    for part in in_order(partial(hash_chunk, chunk) for chunk in chunks_of(planned)):
+    for part in run_in_order(partial(hash_chunk, chunk) for chunk in chunks_of(planned)):
         digest.update(part)
     return digest.hexdigest()
 
@@ -492,7 +492,7 @@ class WeightStore:
 
     @cached_property
     def journal(self) -> _Journal:
-        """What is in the store; for this module alone."""
+        """The journal of the store, for this module alone."""
         with _explained(self.directory):
             return _Journal(self.directory / JOURNAL)
 
@@ -629,7 +629,7 @@ class _Work:
     def run(self, plan: WeightPlan) -> None:
         """Compute what is not current, chunk by chunk and without a pause between tensors."""
         chunks = (chunk for planned in plan.tensors if not self._is_current(planned) for chunk in chunks_of(planned))
-        results = in_order(partial(process, self.checkpoint, chunk) for chunk in chunks)
+        results = run_in_order(partial(convert_chunk, self.checkpoint, chunk) for chunk in chunks)
         with _Committer(self.store.directory, self.store.journal) as committer, closing(results):
             for result in results:
                 self._write_tensor(result, results, committer)
