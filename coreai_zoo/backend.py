@@ -1,4 +1,4 @@
-"""What a backend is. The toolchains themselves are imported only by the modules that implement one."""
+"""The interface of a backend. The toolchains themselves are imported only by the modules that implement one."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Kind = Literal["dense", "routed"]
 
 @frozen
 class Bounds:
-    """What a candidate may show. Errors are relative, see `gates.rule.Position.relative_error`.
+    """The largest errors that a candidate may show. They are relative, see `gates.rule.Position.relative_error`.
 
     Attributes:
         name: of the class of recipes.
@@ -109,7 +109,7 @@ class Measured:
 
 @frozen
 class MeasuredBounds:
-    """What was measured on the models of a family, and the bounds that follow from it.
+    """The measurements of a family's models, and the bounds that follow from them.
 
     Attributes:
         measured_on: the models and the machine, in words, for the report.

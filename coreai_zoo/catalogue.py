@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from coreai_zoo.contracts import Contract
 from coreai_zoo.entry import Entry, load_entry
-from coreai_zoo.errors import BadInput, PluginError, ZooError, listing
+from coreai_zoo.errors import PluginError, ZooError, listing
 from coreai_zoo.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def load_entries(plugins: Plugins) -> Mapping[str, tuple[Entry, str]]:
             with plugins.attribute_errors(plugin, "zoo_entries"):
                 entry = load_entry(path)
         except ZooError as error:
-            plugins.tolerate(error)
+            plugins.tolerate(error, "zoo_entries")
             continue
         if entry.name in entries:
             dispute = PluginError(
@@ -47,7 +47,7 @@ def load_entries(plugins: Plugins) -> Mapping[str, tuple[Entry, str]]:
                 f"({files[entry.name]}) and from plugin {plugin!r} ({path}).",
                 "Rename one, or uninstall one of the plugins.",
             )
-            plugins.tolerate(dispute, ("zoo_entries", entry.name))
+            plugins.tolerate(dispute, "zoo_entries", entry.name)
             continue
         entries[entry.name] = (entry, plugin)
         files[entry.name] = path
@@ -79,22 +79,12 @@ def find_entry(name: str, plugins: Plugins) -> tuple[Entry, str]:
         hint = f"There are: {listing(list(entries))}."
     else:
         hint = "No plugin brings any entry: `zoo plugins` shows what is installed."
-    raise BadInput(f"no entry is called {name!r}.", f"{hint} {plugins.left_out()}".rstrip())
+    raise plugins.not_found(f"no entry is called {name!r}.", hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes, contracts, backends
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_recipes(plugins: Plugins) -> Mapping[str, Recipe]:
-    """Every recipe of every plugin, by name."""
-    return {recipe.name: recipe for _plugin, recipe in plugins.recipes()}
-
-
-def load_contracts(plugins: Plugins) -> Mapping[str, Contract]:
-    """Every engine contract of every plugin, by name."""
-    return {contract.name: contract for _plugin, contract in plugins.contracts()}
 
 
 def find_recipe(name: str, plugins: Plugins) -> Recipe:
@@ -104,12 +94,12 @@ def find_recipe(name: str, plugins: Plugins) -> Recipe:
         BadInput: when there is none, with the nearest names.
         PluginError: when two plugins bring it.
     """
-    return _find("recipe", name, load_recipes(plugins), plugins)
+    return _find("recipe", name, plugins.recipes(), plugins)
 
 
 def find_contract(name: str, plugins: Plugins) -> Contract:
     """The contract called `name`; raises as `find_recipe` does."""
-    return _find("contract", name, load_contracts(plugins), plugins)
+    return _find("contract", name, plugins.contracts(), plugins)
 
 
 def find_backend(name: str, plugins: Plugins) -> Backend:
@@ -123,4 +113,4 @@ def _find(kind: str, name: str, there: Mapping[str, _T], plugins: Plugins) -> _T
         return there[name]
     near = difflib.get_close_matches(name, there, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(list(there)) or 'none'}."
-    raise BadInput(f"There is no {kind} {name!r}.", f"{hint} {plugins.left_out()}".rstrip())
+    raise plugins.not_found(f"There is no {kind} {name!r}.", hint)

@@ -96,7 +96,7 @@ class Contract:
 
 
 def _largest_capacity(max_context: int) -> int:
-    """What an engine that starts with 256 positions and doubles has allocated when `max_context` fit."""
+    """The capacity that an engine has allocated when `max_context` positions fit: it starts with 256 and doubles."""
     capacity = _TRACED_CAPACITY
     while capacity < max_context:
         capacity *= 2

@@ -7,10 +7,6 @@ import os
 
 from coreai_zoo.errors import BadInput
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def source_date_epoch() -> int:
     """Seconds since 1970 that a bundle carries as its date: SOURCE_DATE_EPOCH, else 0, so that rebuilds are equal.

@@ -6,13 +6,13 @@ import re
 from functools import cache
 
 DTYPES = ("float16", "float32", "bfloat16", "int32")
-"""What an input, a state, an output or a parameter can have."""
+"""The dtypes of inputs, states, outputs and parameters."""
 
 STORED_DTYPES = ("float16", "float32")
-"""What an unquantized weight can be stored in."""
+"""The dtypes in which an unquantized weight is stored."""
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
-"""What a weight can be quantized from."""
+"""The dtypes from which a weight is quantized."""
 
 
 @cache

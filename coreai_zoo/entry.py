@@ -14,7 +14,8 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args
 
 import attrs
 import cattrs
@@ -26,7 +27,7 @@ from cattrs.gen import make_dict_structure_fn, override
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 
 HF_ID = r"[\w.-]+/[\w.-]+"
-"""What names a repository on the Hugging Face hub."""
+"""Pattern of a repository's name on the Hugging Face hub."""
 
 Scalar = bool | int | float | str
 FFNKind = Literal["dense", "moe"]
@@ -237,22 +238,15 @@ def _mistyped(value: object, expected: str) -> ValueError:
     return ValueError(f"expected {expected}, found {_TOML_TYPES.get(type(value), type(value).__name__)} ({value!r})")
 
 
-def _text(value: object, _type: Any) -> str:
-    if not isinstance(value, str):
-        raise _mistyped(value, "text")
-    return value
+def _only(kinds: type | UnionType, expected: str, structure: Callable[[Any, Any], _T]) -> Callable[[Any, Any], _T]:
+    """A hook that structures values of some types and refuses all others; a boolean is no number."""
 
+    def hook(value: object, type_: Any) -> _T:
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise _mistyped(value, expected)
+        return structure(value, type_)
 
-def _integer(value: object, _type: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _mistyped(value, "an integer")
-    return value
-
-
-def _number(value: object, _type: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _mistyped(value, "a number")
-    return float(value)
+    return hook
 
 
 def _texts(value: object, _type: Any) -> tuple[str, ...]:
@@ -261,30 +255,14 @@ def _texts(value: object, _type: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _tables(value: object, _type: Any, *, structure: Callable[[Any, Any], _T]) -> _T:
-    if not isinstance(value, list):
-        raise _mistyped(value, "a list of tables")
-    return structure(value, _type)
-
-
 def _choice(value: object, type_: Any) -> object:
     if value not in get_args(type_):
         raise ValueError(f"{value!r} is not one of {', '.join(map(repr, get_args(type_)))}")
     return value
 
 
-def _is_choice(type_: Any) -> bool:
-    return get_origin(type_) is Literal
-
-
-def _as_it_is(value: Mapping[str, Scalar], _type: Any) -> Mapping[str, Scalar]:
-    return value  # further facts: `_bad_facts` has looked at them
-
-
-def _table(value: object, _type: Any, *, structure: Callable[[Any, Any], _T]) -> _T:
-    if not isinstance(value, dict):
-        raise _mistyped(value, "a table")
-    return structure(value, _type)
+def _as_it_is(value: Any, _type: Any) -> Any:
+    return value
 
 
 def _fact_table(value: Mapping[str, Any], type_: Any, *, structure: Callable[[Any, Any], Facts]) -> Facts:
@@ -294,11 +272,12 @@ def _fact_table(value: Mapping[str, Any], type_: Any, *, structure: Callable[[An
 
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    converter.register_structure_hook(str, _text)
-    converter.register_structure_hook(int, _integer)
-    converter.register_structure_hook(float, _number)
+    converter.register_structure_hook(str, _only(str, "text", _as_it_is))
+    converter.register_structure_hook(int, _only(int, "an integer", _as_it_is))
+    converter.register_structure_hook(float, _only(int | float, "a number", lambda value, _type: float(value)))
     converter.register_structure_hook_func(lambda type_: type_ == tuple[str, ...], _texts)
-    converter.register_structure_hook_func(_is_choice, _choice)
+    converter.register_structure_hook_func(lambda type_: type_ in (FFNKind, Status), _choice)
+    # Further facts: `_bad_facts` has looked at them.
     converter.register_structure_hook_func(lambda type_: type_ == Mapping[str, Scalar], _as_it_is)
 
     def field_hook(value: object, type_: Any, *, attribute: attrs.Attribute[Any]) -> object:
@@ -314,9 +293,9 @@ def _make_converter() -> cattrs.Converter:
         structure: Any = make_dict_structure_fn(cls, converter, **hooks)  # type: ignore[arg-type]  # hooks are overrides
         if cls is Facts:
             structure = partial(_fact_table, structure=structure)
-        converter.register_structure_hook(cls, partial(_table, structure=structure))
+        converter.register_structure_hook(cls, _only(dict, "a table", structure))
         if cls is Published:
-            each = partial(_tables, structure=converter.get_structure_hook(tuple[Published, ...]))
+            each = _only(list, "a list of tables", converter.get_structure_hook(tuple[Published, ...]))
             converter.register_structure_hook_func(lambda type_: type_ == tuple[Published, ...], each)
     return converter
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @frozen
 class Activations:
-    """What a model computed over a prompt: P positions, V tokens in the vocabulary, D hidden, L layers.
+    """The activations of a model over a prompt: P positions, V tokens in the vocabulary, D hidden, L layers.
 
     Attributes:
         logits: [P, V] float32 or float16.

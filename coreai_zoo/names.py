@@ -1,4 +1,4 @@
-"""Names under which a decoder's state is stored, and suggestions for names that are not known."""
+"""Names under which a decoder's state is stored."""
 
 from __future__ import annotations
 

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from coreai_zoo.contracts import Contract
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @frozen
 class ParameterInfo:
     """Shape and dtype of a parameter of the decoder.
@@ -39,11 +34,6 @@ class ParameterInfo:
 
     shape: tuple[int, ...] = field(validator=deep_iterable(ge(1)))
     dtype: str = field(validator=in_(STORED_DTYPES))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layer rewrites
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @frozen
@@ -64,6 +54,20 @@ class LayerRewrite:
     reason: str
     apply: Callable[[nn.Module], nn.Module]
     keeps_parameters: bool = False
+
+
+@frozen
+class TokenizerClass:
+    """A `tokenizer_class` of a `tokenizer_config.json` whose tokenizer engines can use.
+
+    Attributes:
+        name: the class, without the suffix `Fast`.
+        known_as: the class as which engines know the same `tokenizer.json`, where they do not know `name`: a bundle
+            is written with that. None for a class that engines know by its own name.
+    """
+
+    name: str = field(validator=min_len(1))
+    known_as: str | None = field(default=None, validator=optional(min_len(1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,25 +201,6 @@ class WeightMap:
             raise ValueError(f"the weight map does not say what the roles {', '.join(unknown)} of its rules are")
         if len(set(names)) < len(names):
             raise ValueError(f"the weight map names a role twice: {', '.join(sorted(names))}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@frozen
-class TokenizerClass:
-    """A `tokenizer_class` of a `tokenizer_config.json` whose tokenizer engines can use.
-
-    Attributes:
-        name: the class, without the suffix `Fast`.
-        known_as: the class as which engines know the same `tokenizer.json`, where they do not know `name`: a bundle
-            is written with that. None for a class that engines know by its own name.
-    """
-
-    name: str = field(validator=min_len(1))
-    known_as: str | None = field(default=None, validator=optional(min_len(1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

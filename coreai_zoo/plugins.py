@@ -70,7 +70,7 @@ _N = TypeVar("_N", bound=_Named)
 
 @frozen
 class PluginInfo:
-    """What is known of a registered plugin.
+    """A registered plugin: where it comes from, and which hooks it implements.
 
     Attributes:
         name: name of its entry point.
@@ -88,7 +88,7 @@ class PluginInfo:
 
 
 class Plugins:
-    """The registered plugins. One method per hook asks them all, checks what they say, and blames.
+    """The registered plugins. One method per hook asks them all and checks what they answer; an error names the plugin.
 
     Args:
         tolerant: report what is wrong with a plugin once, on stderr, and go on without what it would have added. Else
@@ -148,24 +148,25 @@ class Plugins:
         self.register(module, point.name)
         self._sources[point.name] = point
 
-    def tolerate(self, error: ZooError, disputed: tuple[str, str] | None = None) -> None:
+    def tolerate(self, error: ZooError, hook: str | None = None, name: str | None = None) -> None:
         """Report what is wrong with a plugin, once, where that is tolerated; else raise it.
 
         Args:
             error: what is wrong, naming the plugin.
-            disputed: hook and name of something that two plugins bring; see `require_undisputed`.
+            hook: the hook in which it is wrong, None outside of hooks. Only those of `LISTS` are tolerated.
+            name: of something that two plugins bring in that hook; see `require_undisputed`.
         """
-        if not self._tolerant:
+        if not self._tolerant or (hook is not None and hook not in LISTS):
             raise error
-        if disputed is not None:
-            self._disputed[disputed] = error
+        if hook is not None and name is not None:
+            self._disputed[hook, name] = error
         if str(error) not in self._problems:
             self._problems[str(error)] = error
             click.echo(f"warning: {error}", err=True)
 
     @property
     def problems(self) -> tuple[ZooError, ...]:
-        """What was tolerated so far."""
+        """The errors that were tolerated so far."""
         return tuple(self._problems.values())
 
     def require_undisputed(self, hook: str, name: str) -> None:
@@ -177,9 +178,10 @@ class Plugins:
         if (hook, name) in self._disputed:
             raise self._disputed[hook, name]
 
-    def left_out(self) -> str:
-        """What was tolerated, as a sentence for the hint of an error about something that is not there; else empty."""
-        return f"Left out: {listing([str(error) for error in self.problems], 3, ' ')}" if self.problems else ""
+    def not_found(self, message: str, hint: str) -> BadInput:
+        """The error about something that is not there, with what was left out behind its hint: that may be why."""
+        left_out = f"Left out: {listing([str(error) for error in self.problems], 3, ' ')}" if self.problems else ""
+        return BadInput(message, f"{hint} {left_out}".rstrip())
 
     def register(self, plugin: object, name: str) -> None:
         """Register a module or object as a plugin.
@@ -189,43 +191,41 @@ class Plugins:
         """
         if self._manager.has_plugin(name):
             raise PluginError(f"plugin {name!r} is registered already.")
+        self._check_hooks(plugin, name)
         try:
             self._manager.register(plugin, name)
-            self.check_pending(name)
         except pluggy.PluginValidationError as error:
-            self._unregister(name)
+            if self._manager.has_plugin(name):  # pluggy 1.6 leaves it there
+                self._manager.unregister(name=name)
             raise PluginError(f"plugin {name!r} is not valid: {_brief(error, kind=False)}.") from error
-        except PluginError:
-            self._unregister(name)
-            raise
 
-    def check_pending(self, name: str) -> None:
-        """Check that each hook which plugin `name` implements exists and could be called by this host.
+    def _check_hooks(self, plugin: object, name: str) -> None:
+        """Check that each hook which a plugin implements exists and could be called by this host.
 
         Raises:
             PluginError: naming the plugin, the function and the nearest hook.
         """
-        plugin = self._manager.get_plugin(name)
         implemented = set()
-        for caller in self._manager.get_hookcallers(plugin) or ():
-            implemented.add(caller.name)
-            for implementation in caller.get_hookimpls():
-                if implementation.plugin_name != name:
-                    continue
-                if not caller.has_spec() and not implementation.optionalhook:
-                    near = difflib.get_close_matches(caller.name, HOOKS, n=1)
-                    hint = f"Did you mean {near[0]}?" if near else f"The hooks are {', '.join(HOOKS)}."
-                    raise PluginError(f"plugin {name!r} implements {caller.name}, which is no hook.", hint)
-                if implementation.wrapper or implementation.hookwrapper:
-                    raise PluginError(
-                        f"plugin {name!r} wraps {caller.name}, but hooks of the zoo cannot be wrapped: the host could "
-                        "not say any more whose answer it has."
-                    )
-                if implementation.tryfirst or implementation.trylast:
-                    raise PluginError(
-                        f"plugin {name!r} marks {caller.name} as tryfirst or trylast, which the zoo does not heed: "
-                        "plugins are asked in the order of their registration, the zoo's own first."
-                    )
+        for function in dir(plugin):
+            options = self._manager.parse_hookimpl_opts(plugin, function)
+            if options is None:
+                continue
+            hook = options["specname"] or function
+            implemented.add(hook)
+            if hook not in HOOKS and not options["optionalhook"]:
+                near = difflib.get_close_matches(hook, HOOKS, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"The hooks are {', '.join(HOOKS)}."
+                raise PluginError(f"plugin {name!r} implements {hook}, which is no hook.", hint)
+            if options["wrapper"] or options["hookwrapper"]:
+                raise PluginError(
+                    f"plugin {name!r} wraps {hook}, but hooks of the zoo cannot be wrapped: the host could not say any "
+                    "more whose answer it has."
+                )
+            if options["tryfirst"] or options["trylast"]:
+                raise PluginError(
+                    f"plugin {name!r} marks {hook} as tryfirst or trylast, which the zoo does not heed: plugins are "
+                    "asked in the order of their registration, the zoo's own first."
+                )
         for hook in HOOKS:
             if hook not in implemented and callable(getattr(plugin, hook, None)):
                 raise PluginError(
@@ -233,16 +233,12 @@ class Plugins:
                     "Decorate it with coreai_zoo.hookimpl.",
                 )
 
-    def _unregister(self, name: str) -> None:
-        if self._manager.has_plugin(name):
-            self._manager.unregister(name=name)
-
     def names(self) -> list[str]:
         """Names of the registered plugins, in the order of registration."""
         return [name for name, _plugin in self._manager.list_name_plugin()]
 
     def info(self) -> list[PluginInfo]:
-        """What is known of each plugin, in the order of registration."""
+        """Every registered plugin, in the order of registration."""
         infos = []
         for name, plugin in self._manager.list_name_plugin():
             point = self._sources.get(name)
@@ -287,18 +283,17 @@ class Plugins:
     def _implementations(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
         """The implementations of `hook` with the names of their plugins, in the order of registration."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
-        by_plugin = {}
-        for implementation in caller.get_hookimpls():
-            by_plugin[implementation.plugin_name] = (implementation.function, tuple(implementation.argnames))
+        by_plugin = {implementation.plugin_name: implementation for implementation in caller.get_hookimpls()}
 
-        def bind(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
-            return lambda **arguments: function(**{name: arguments[name] for name in names})
+        def bind(implementation: pluggy.HookImpl) -> Callable[..., Any]:
+            return lambda **given: implementation.function(**{name: given[name] for name in implementation.argnames})
 
-        return [(name, bind(*by_plugin[name])) for name in self.names() if name in by_plugin]
+        return [(name, bind(by_plugin[name])) for name in self.names() if name in by_plugin]
 
-    def _ask(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Each plugin's answer that is not None, in the order of registration."""
-        for plugin, implementation in self._implementations(hook):
+    def _ask(self, hook: str, *, last_first: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Each plugin's answer that is not None, in the order of registration or the other way round."""
+        implementations = self._implementations(hook)
+        for plugin, implementation in reversed(implementations) if last_first else implementations:
             with self.attribute_errors(plugin, hook):
                 answer = implementation(**arguments)
             if answer is not None:
@@ -319,41 +314,32 @@ class Plugins:
                     raise _wrong(plugin, hook, found, "a list")
                 items += [(plugin, _checked(plugin, hook, item, check)) for item in found]
             except ZooError as error:
-                self._report(hook, error)
+                self.tolerate(error, hook)
         return items
 
-    def _report(self, hook: str, error: ZooError, name: str | None = None) -> None:
-        """Raise what is wrong with a plugin's answer, unless its hook is one where that can be tolerated."""
-        if hook not in LISTS:
-            raise error
-        self.tolerate(error, None if name is None else (hook, name))
-
-    def _unique(self, hook: str, what: str, items: list[tuple[str, _N]]) -> list[tuple[str, _N]]:
-        """The items, each with its plugin, of which no two may have one name."""
-        owners: dict[str, str] = {}
-        unique = []
-        for plugin, item in items:
-            if item.name in owners:
-                error = PluginError(
-                    f"the {what} {item.name!r} is there twice in {hook}: from plugin {owners[item.name]!r} and from "
-                    f"plugin {plugin!r}.",
-                    "Rename one, or uninstall one of the plugins.",
-                )
-                self._report(hook, error, item.name)
+    def _collect_named(
+        self, hook: str, what: str, check: Callable[[Any], _N], **arguments: Any
+    ) -> Mapping[str, tuple[str, _N]]:
+        """The items of every plugin's answer by name, each with its plugin; no two may have one name."""
+        named: dict[str, tuple[str, _N]] = {}
+        for plugin, item in self._collect(hook, check, **arguments):
+            if item.name not in named:
+                named[item.name] = (plugin, item)
                 continue
-            owners[item.name] = plugin
-            unique.append((plugin, item))
-        return unique
+            error = PluginError(
+                f"the {what} {item.name!r} is there twice in {hook}: from plugin {named[item.name][0]!r} and from "
+                f"plugin {plugin!r}.",
+                "Rename one, or uninstall one of the plugins.",
+            )
+            self.tolerate(error, hook, item.name)
+        return named
 
     def _first(self, hook: str, kind: type[_T], **arguments: Any) -> tuple[str, _T] | None:
         """The first answer, the last registered plugin asked first."""
-        for plugin, implementation in reversed(self._implementations(hook)):
-            with self.attribute_errors(plugin, hook):
-                answer = implementation(**arguments)
-            if answer is not None:
-                if not isinstance(answer, kind):
-                    raise _wrong(plugin, hook, answer, f"a {kind.__name__} or None")
-                return plugin, answer
+        for plugin, answer in self._ask(hook, last_first=True, **arguments):
+            if not isinstance(answer, kind):
+                raise _wrong(plugin, hook, answer, f"a {kind.__name__} or None")
+            return plugin, answer
         return None
 
     def _asked(self, hook: str) -> str:
@@ -368,21 +354,17 @@ class Plugins:
         """Entry files, each with its plugin."""
         return self._collect("zoo_entries", _instances(Path))
 
-    def recipes(self) -> list[tuple[str, Recipe]]:
-        """Recipes, each with its plugin.
+    def recipes(self) -> Mapping[str, Recipe]:
+        """Recipes by name.
 
         Raises:
             PluginError: when two have one name, naming the plugins.
         """
-        return self._unique("zoo_recipes", "recipe", self._collect("zoo_recipes", _instances(Recipe)))
+        return _without_plugins(self._collect_named("zoo_recipes", "recipe", _instances(Recipe)))
 
-    def contracts(self) -> list[tuple[str, Contract]]:
-        """Contracts, each with its plugin.
-
-        Raises:
-            PluginError: when two have one name, naming the plugins.
-        """
-        return self._unique("zoo_contracts", "contract", self._collect("zoo_contracts", _instances(Contract)))
+    def contracts(self) -> Mapping[str, Contract]:
+        """Engine contracts by name; raises as `recipes` does."""
+        return _without_plugins(self._collect_named("zoo_contracts", "contract", _instances(Contract)))
 
     def claim_overlay(self, model_type: str, hf_config: Mapping[str, Any]) -> tuple[Overlay, str]:
         """The overlay for an architecture and the plugin that claims it.
@@ -400,9 +382,9 @@ class Plugins:
                 raise _wrong(plugin, hook, answer, f"an Overlay or None; it lacks {_lacking(answer, Overlay)}")
             claims.append((plugin, answer))
         if not claims:
-            raise BadInput(
+            raise self.not_found(
                 f"the architecture {model_type!r} is claimed by no plugin. {self._asked(hook)}",
-                f"Install a plugin for it, or write one that implements {hook}. {self.left_out()}".rstrip(),
+                f"Install a plugin for it, or write one that implements {hook}.",
             )
         plugin, overlay = _winning_claim(model_type, claims)
         return overlay, plugin
@@ -420,10 +402,9 @@ class Plugins:
         Raises:
             PluginError: when a name is given twice, naming the plugins.
         """
-        hook = "zoo_extra_states"
         arguments = {"overlay": overlay, "entry": entry, "config": config, "contract": contract}
-        states = self._unique(hook, "state", self._collect(hook, _instances(StateSpec), **arguments))
-        return [state for _plugin, state in states]
+        states = self._collect_named("zoo_extra_states", "state", _instances(StateSpec), **arguments)
+        return [*_without_plugins(states).values()]
 
     def weight_map(self, overlay: Overlay, entry: Entry | None, config: Any) -> tuple[str, WeightMap]:
         """The weight map, with its plugin.
@@ -452,40 +433,33 @@ class Plugins:
             PluginError: when two plugins disagree, or a class is said to be known as one that engines do not know.
         """
         hook = "zoo_tokenizer_classes"
+        classes: dict[str, str] = {}
+        owners: dict[str, str] = {}
         answers = self._collect(hook, _instances(TokenizerClass))
-        classes = {answer.name: answer.name for _plugin, answer in answers if answer.known_as is None}
-        owners = {answer.name: plugin for plugin, answer in reversed(answers) if answer.known_as is None}
-        for plugin, answer in answers:
-            if answer.known_as is None:
-                continue
-            known_as = classes.get(answer.name, answer.known_as)
-            if known_as != answer.known_as:
-                message = (
-                    f"plugin {plugin!r} says in {hook} that engines know {answer.name} as {answer.known_as}; plugin "
-                )
-                self._report(hook, PluginError(f"{message}{owners[answer.name]!r} says as {known_as}."))
-            elif classes.get(known_as) != known_as:
-                message = f"plugin {plugin!r} says in {hook} that engines know {answer.name} as {known_as}, "
-                self._report(hook, PluginError(f"{message}which no plugin says that they know."))
+        # Those that engines know by their own names first: the others are known as one of these.
+        for plugin, answer in sorted(answers, key=lambda item: item[1].known_as is not None):
+            known_as = answer.known_as or answer.name
+            says = f"plugin {plugin!r} says in {hook} that engines know {answer.name} as {known_as}"
+            if classes.get(answer.name, known_as) != known_as:
+                owner = f"plugin {owners[answer.name]!r} says as {classes[answer.name]}"
+                self.tolerate(PluginError(f"{says}; {owner}."), hook)
+            elif answer.known_as is not None and classes.get(known_as) != known_as:
+                self.tolerate(PluginError(f"{says}, which no plugin says that they know."), hook)
             else:
-                classes[answer.name], owners[answer.name] = known_as, plugin
+                classes[answer.name] = known_as
+                owners.setdefault(answer.name, plugin)
         return classes
 
     def backends(self) -> Mapping[str, Backend]:
-        """Backends by name.
+        """Backends by name; raises as `recipes` does."""
+        return _without_plugins(self.backends_with_plugins())
 
-        Raises:
-            PluginError: when two have one name, naming the plugins.
-        """
-        return {backend.name: backend for _plugin, backend in self.backends_by_plugin()}
-
-    def backends_by_plugin(self) -> list[tuple[str, Backend]]:
-        """Backends, each with its plugin; raises as `backends` does."""
-        backends: list[tuple[str, Backend]] = self._collect("zoo_backends", _named("Backend"))
-        return self._unique("zoo_backends", "backend", backends)
+    def backends_with_plugins(self) -> Mapping[str, tuple[str, Backend]]:
+        """Backends by name, each with its plugin; raises as `recipes` does."""
+        return self._collect_named("zoo_backends", "backend", _named("Backend"))
 
     def oracle(self, overlay: Overlay, hf_config: Mapping[str, Any]) -> ReferenceModel | None:
-        """How the reference model is made, or None for transformers' own class for the config."""
+        """The maker of the reference model, or None for transformers' own class for the config."""
         hook = "zoo_oracle"
         answer = self._first(hook, ReferenceModel, overlay=overlay, hf_config=hf_config)
         if answer is None:
@@ -510,8 +484,8 @@ class Plugins:
         Raises:
             PluginError: when two have one name, naming the plugins.
         """
-        gates: list[tuple[str, Gate]] = self._collect("zoo_gates", _named("Gate"), overlay=overlay, entry=entry)
-        return self._unique("zoo_gates", "gate", gates)
+        gates = self._collect_named("zoo_gates", "gate", _named("Gate"), overlay=overlay, entry=entry)
+        return [*gates.values()]
 
     def register_commands(self, cli: click.Group) -> None:
         """Let every plugin add its commands to `cli`.
@@ -534,7 +508,7 @@ class Plugins:
             except ZooError as error:
                 cli.commands.clear()
                 cli.commands.update(before)
-                self._report(hook, error)
+                self.tolerate(error, hook)
 
 
 @functools.cache
@@ -576,6 +550,10 @@ def _checked(plugin: str, hook: str, item: Any, check: Callable[[Any], _T]) -> _
         return check(item)
     except TypeError as error:
         raise _wrong(plugin, hook, item, f"only {error}", "answered with a list that holds") from None
+
+
+def _without_plugins(named: Mapping[str, tuple[str, _T]]) -> Mapping[str, _T]:
+    return {name: item for name, (_plugin, item) in named.items()}
 
 
 def _instances(kind: type[_T]) -> Callable[[Any], _T]:

@@ -71,7 +71,7 @@ class Function:
 
 @frozen
 class Program:
-    """Everything that an asset says, but for the bytes of its stored constants.
+    """The functions of an asset, without the bytes of its stored constants.
 
     Attributes:
         functions: those that an engine calls, by name, in the order of the asset.

@@ -24,6 +24,9 @@ _PLAIN_INTERVAL = 10.0
 # The same between two events, which a program may draw.
 _EVENT_INTERVAL = 0.2
 
+CountBytes = Callable[[str, int], None]
+"""Takes what is worked on and how many more bytes of the stage are done."""
+
 
 class Reporter:
     """Tells the user which stage runs and how far it is.
@@ -69,10 +72,10 @@ class Reporter:
             yield lambda: bar.advance(task)
 
     @contextmanager
-    def bytes(self, total: int) -> Iterator[ByteCounter]:
-        """Count bytes of a stage up to `total`."""
+    def bytes(self, total: int) -> Iterator[CountBytes]:
+        """Count bytes of a stage up to `total`: a bar on a terminal, a line every ten seconds elsewhere."""
         if not self._console.is_terminal or self._console.quiet:
-            yield PlainCounter(self._console, total)
+            yield self._count_in_lines(total)
             return
         columns = (
             TextColumn("         {task.description:<48.48}"),
@@ -82,7 +85,27 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as bar:
-            yield BarCounter(bar, total)
+            task = bar.add_task("", total=total)
+            yield lambda what, count: bar.update(task, advance=count, description=what)
+
+    def _count_in_lines(self, total: int) -> CountBytes:
+        done = 0
+        started = reported = time.monotonic()
+
+        def count_bytes(what: str, count: int) -> None:
+            nonlocal done, reported
+            done += count
+            now = time.monotonic()
+            if now - reported >= _PLAIN_INTERVAL:
+                reported = now
+                rate = done / (now - started)
+                left = (total - done) / rate if rate else 0.0
+                self._console.print(
+                    f"         {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB, {rate / 2**20:,.0f} MiB/s, "
+                    f"{left:.0f} s left: {what}"
+                )
+
+        return count_bytes
 
 
 class EventReporter(Reporter):
@@ -121,71 +144,23 @@ class EventReporter(Reporter):
         self.emit("note", text=text)
 
     @contextmanager
-    def bytes(self, total: int) -> Iterator[ByteCounter]:
-        """See `Reporter.bytes`."""
-        counter = EventCounter(self, total)
-        yield counter
-        counter.emit()
+    def bytes(self, total: int) -> Iterator[CountBytes]:
+        """See `Reporter.bytes`: an event at once, then a few a second, and one at the end."""
+        done, current = 0, ""
+        started, emitted = time.monotonic(), 0.0
 
+        def emit() -> None:
+            nonlocal emitted
+            emitted = time.monotonic()
+            rate = done / max(emitted - started, 1e-9)
+            left = (total - done) / rate if rate else None
+            self.emit("bytes", what=current, done=done, total=total, rate=round(rate), left=left)
 
-class ByteCounter:
-    """Counts bytes against a total."""
+        def count_bytes(what: str, count: int) -> None:
+            nonlocal done, current
+            done, current = done + count, what
+            if time.monotonic() - emitted >= _EVENT_INTERVAL:
+                emit()
 
-    def advance(self, what: str, count: int) -> None:
-        """Add `count` bytes, now working on `what`."""
-        raise NotImplementedError
-
-
-class BarCounter(ByteCounter):
-    """A bar on a terminal."""
-
-    def __init__(self, bar: Progress, total: int) -> None:
-        self._bar = bar
-        self._task = bar.add_task("", total=total)
-
-    def advance(self, what: str, count: int) -> None:
-        """Add `count` bytes, now working on `what`."""
-        self._bar.update(self._task, advance=count, description=what)
-
-
-class PlainCounter(ByteCounter):
-    """A line every ten seconds."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self._console, self._total, self._done = console, total, 0
-        self._started = self._reported = time.monotonic()
-
-    def advance(self, what: str, count: int) -> None:
-        """Add `count` bytes, now working on `what`."""
-        self._done += count
-        now = time.monotonic()
-        if now - self._reported >= _PLAIN_INTERVAL:
-            self._reported = now
-            rate = self._done / (now - self._started)
-            left = (self._total - self._done) / rate if rate else 0.0
-            self._console.print(
-                f"         {self._done / 2**20:,.0f} of {self._total / 2**20:,.0f} MiB, {rate / 2**20:,.0f} MiB/s, "
-                f"{left:.0f} s left: {what}"
-            )
-
-
-class EventCounter(ByteCounter):
-    """Events: the first at once, then a few a second, and one at the end."""
-
-    def __init__(self, report: EventReporter, total: int) -> None:
-        self._report, self._total, self._done, self._what = report, total, 0, ""
-        self._started, self._emitted = time.monotonic(), 0.0
-
-    def advance(self, what: str, count: int) -> None:
-        """Add `count` bytes, now working on `what`."""
-        self._done += count
-        self._what = what
-        if time.monotonic() - self._emitted >= _EVENT_INTERVAL:
-            self.emit()
-
-    def emit(self) -> None:
-        """Tell how far it is."""
-        self._emitted = time.monotonic()
-        rate = self._done / max(self._emitted - self._started, 1e-9)
-        left = (self._total - self._done) / rate if rate else None
-        self._report.emit("bytes", what=self._what, done=self._done, total=self._total, rate=round(rate), left=left)
+        yield count_bytes
+        emit()

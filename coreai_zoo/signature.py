@@ -52,7 +52,7 @@ class InputSpec(TensorSpec):
     holds: Content = field(kw_only=True, validator=in_(get_args(Content)))
 
     def values(self, tokens: Sequence[int], start: int) -> list[int]:
-        """What a call holds that feeds `tokens` behind the first `start` positions."""
+        """The values of this input in a call that feeds `tokens` behind the first `start` positions."""
         end = start + len(tokens)
         return {"tokens": list(tokens), "positions": [*range(end)], "new_positions": [*range(start, end)]}[self.holds]
 

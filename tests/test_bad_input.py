@@ -200,7 +200,7 @@ def test_a_context_that_the_model_does_not_have_is_refused_with_its_limit(
 ) -> None:
     text = refusal(tmp_path, DENSE, "--checkpoint", dense, "--max-context", positions)
 
-    assert f"--max-context {positions} is not between 8 and 512" in text
+    assert f"A context of {positions} is not between 8 and 512" in text
 
 
 def test_a_model_with_room_for_fewer_positions_than_are_traced_is_refused(tmp_path: Path, checkpoint: Path) -> None:

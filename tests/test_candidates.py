@@ -153,11 +153,11 @@ def test_integers_become_the_values_that_the_graph_makes_of_them(spec: Quantizat
     assert len(quantized) >= 9
     for tensor in planned.plan.tensors:
         path, _, leaf = tensor.name.rpartition(".")
-        expected = getattr(module.get_submodule(path), leaf).detach().reshape(tensor.rows, tensor.columns)
+        expected = getattr(module.get_submodule(path), leaf).detach().reshape(tensor.format.rows, tensor.format.columns)
         out = torch.empty_like(expected)
-        middle = tensor.rows // 2
+        middle = tensor.format.rows // 2
         weights.read_rows(tensor.name, 0, middle, out[:middle])
-        weights.read_rows(tensor.name, middle, tensor.rows, out[middle:])
+        weights.read_rows(tensor.name, middle, tensor.format.rows, out[middle:])
         assert torch.equal(out, expected), tensor.name
 
 

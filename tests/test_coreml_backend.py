@@ -37,7 +37,7 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.verify import verify
-from coreai_zoo.catalogue import find_entry, load_contracts
+from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.contracts import FIXED_S1
@@ -700,7 +700,7 @@ def test_both_backends_come_with_the_host() -> None:
         "coreai": CoreAIBackend,
         "coreml": CoreMLBackend,
     }
-    assert [contract.backends for contract in load_contracts(default_plugins()).values()] == [("coreai",), ("coreml",)]
+    assert [contract.backends for contract in default_plugins().contracts().values()] == [("coreai",), ("coreml",)]
 
 
 def test_a_state_that_grows_is_refused() -> None:

@@ -24,7 +24,7 @@ from coreai_zoo import hookspecs
 from coreai_zoo.backends import builtin
 from coreai_zoo.bounds import GENERAL
 from coreai_zoo.build.request import BuildRequest
-from coreai_zoo.catalogue import find_contract, load_recipes
+from coreai_zoo.catalogue import find_contract
 from coreai_zoo.cli.app import COMMANDS
 from coreai_zoo.contracts import CONTRACTS, STATIC_S1
 from coreai_zoo.entry import BundleDefaults, Entry, Facts, Published, Sample, load_entry
@@ -120,7 +120,7 @@ def commands(plugins: Plugins) -> list[str]:
 # Each calls the example through the host and gives something by which its answer can be told.
 ANSWERS: dict[str, tuple[Callable[[Plugins], Any], Any]] = {
     "zoo_entries": (lambda plugins: plugins.entries(), []),  # no folder of entries is beside the page
-    "zoo_recipes": (lambda plugins: str(load_recipes(plugins)["acme-int8"].specs["mlp"]), f"int8 block 64 {CLIPPED}"),
+    "zoo_recipes": (lambda plugins: str(plugins.recipes()["acme-int8"].specs["mlp"]), f"int8 block 64 {CLIPPED}"),
     "zoo_contracts": (lambda plugins: find_contract("acme-s4", plugins).query_length, 4),
     "zoo_register_commands": (commands, ["roles"]),
     "zoo_claim_overlay": (lambda plugins: plugins.claim_overlay("acme_hybrid", {})[0].name, "acme_hybrid"),

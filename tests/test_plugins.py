@@ -16,7 +16,7 @@ from coreai_zoo import contracts, hookimpl, hookspecs
 from coreai_zoo.backends import builtin
 from coreai_zoo.bounds import GENERAL, Measured, MeasuredBounds
 from coreai_zoo.build.code import code_digest
-from coreai_zoo.catalogue import find_backend, find_contract, find_recipe, load_contracts, load_recipes
+from coreai_zoo.catalogue import find_backend, find_contract, find_recipe
 from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError
 from coreai_zoo.gate import ReferenceModel
 from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, WeightMap
@@ -683,8 +683,8 @@ def test_the_error_for_a_name_that_is_not_there_tells_what_was_left_out(make_plu
 def test_the_hosts_own_plugin_brings_the_built_in_recipes_and_contracts() -> None:
     plugins = host(coreai=builtin)
 
-    assert load_recipes(plugins) == RECIPES
-    assert load_contracts(plugins) == contracts.CONTRACTS
+    assert plugins.recipes() == RECIPES
+    assert plugins.contracts() == contracts.CONTRACTS
 
 
 def classes(*answers: TokenizerClass) -> Callable[[], list[TokenizerClass]]:

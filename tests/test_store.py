@@ -302,7 +302,7 @@ def test_a_transform_that_computes_something_else_under_its_name_computes_exactl
     changed = plan(checkpoint, rules=retold("-exp", apply))
     assert computed(store, changed, checkpoint) == ["decay"]
     expected = apply(values()["decay"].float()[None])[0]
-    assert torch.equal(torch.from_numpy(WeightStore(store.directory)["decay"].data()), expected)
+    assert torch.equal(torch.from_numpy(WeightStore(store.directory)["decay"].array("data")), expected)
     assert computed(store, changed, checkpoint) == []
 
 
@@ -441,9 +441,9 @@ def test_a_full_check_reads_the_sources_although_their_files_look_the_same(
     assert (report.computed, report.reused, report.repaired) == (1, 5, ())
 
 
-def test_a_discarded_tensor_is_computed_again(checkpoint: Checkpoint, store: WeightStore) -> None:
+def test_a_forgotten_tensor_is_computed_again(checkpoint: Checkpoint, store: WeightStore) -> None:
     store.fill(plan(checkpoint), checkpoint)
-    store.discard("experts")
+    store.journal.forget("experts")
     assert "experts" not in WeightStore(store.directory)
     assert computed(store, plan(checkpoint), checkpoint) == ["experts"]
 

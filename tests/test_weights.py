@@ -112,7 +112,7 @@ def test_sources_cover_every_row_once_for_any_experts_and_pieces(
     shuffled = dict(sorted(keys.items(), key=lambda _: random.random()))  # type: ignore[attr-defined]
     (tensor,) = plan(rules, {"w": (experts, pieces * height, columns)}, shuffled).tensors
     rows = [row for source in tensor.sources for row in range(source.start, source.stop)]
-    assert rows == list(range(tensor.rows))
+    assert rows == list(range(tensor.format.rows))
     for index, source in enumerate(tensor.sources):
         assert source.key == f"e.{index // pieces}.p{index % pieces}"
 
@@ -275,7 +275,7 @@ def test_a_parameter_that_cannot_be_stored_is_refused(shape: tuple[int, ...], dt
 )
 def test_stored_bytes_count_integers_scales_and_zero_points(spec: QuantizationSpec | None, expected: int) -> None:
     tensor = PlannedTensor("w", "mlp", (2, 3, 64), "float16", spec, None, ())
-    assert (tensor.rows, tensor.columns, tensor.parameters, tensor.stored_bytes) == (6, 64, 384, expected)
+    assert (tensor.format.rows, tensor.format.columns, tensor.parameters, tensor.format.bytes) == (6, 64, 384, expected)
 
 
 def test_every_recipe_can_plan_every_role() -> None:

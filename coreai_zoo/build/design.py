@@ -24,7 +24,7 @@ from coreai_zoo.build.request import (
     BuildRequest,
 )
 from coreai_zoo.build.workspace import check_output_folder
-from coreai_zoo.catalogue import find_backend, find_contract, find_entry, find_recipe, load_contracts
+from coreai_zoo.catalogue import find_backend, find_contract, find_entry, find_recipe
 from coreai_zoo.checkpoint.files import Checkpoint, has_weights, read_config
 from coreai_zoo.checkpoint.hub import locate_checkpoint
 from coreai_zoo.checkpoint.tokenizer import check_tokenizer
@@ -319,7 +319,7 @@ def _contract(request: BuildRequest, entry: Entry | None, backend: Backend, plug
     contract = find_contract(request.contract or (entry.contract if entry else DEFAULT_CONTRACT), plugins)
     if (request.dry and request.contract) or backend.name in contract.backends:
         return contract
-    own = [other for other in load_contracts(plugins).values() if backend.name in other.backends]
+    own = [other for other in plugins.contracts().values() if backend.name in other.backends]
     if request.contract or not own:
         raise BadInput(
             f"The backend {backend.name} does not write for the contract {contract.name}.",

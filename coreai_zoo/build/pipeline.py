@@ -127,10 +127,10 @@ def _trace(designed: Design) -> Traced:
 
 
 def _fill(store: WeightStore, designed: Design, report: Reporter) -> FillReport:
-    with report.bytes(designed.weights.stored_bytes) as counter:
+    with report.bytes(designed.weights.stored_bytes) as count_bytes:
 
         def progress(tensor: PlannedTensor, elements: int) -> None:
-            counter.advance(tensor.name, elements * tensor.stored_bytes // tensor.parameters)
+            count_bytes(tensor.name, elements * tensor.format.bytes // tensor.parameters)
 
         return store.fill(designed.weights, designed.checkpoint, progress)
 

@@ -76,7 +76,7 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
     roles: dict[str, Counter[str]] = {}
     for tensor in design.weights.tensors:
         counts = roles.setdefault(tensor.role, Counter())
-        counts.update(tensors=1, parameters=tensor.parameters, bytes=tensor.stored_bytes)
+        counts.update(tensors=1, parameters=tensor.parameters, bytes=tensor.format.bytes)
     return {
         "schema": BUILD_SCHEMA,
         "name": design.name,

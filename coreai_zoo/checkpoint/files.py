@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -70,9 +71,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _USE_ORIGINAL = "Pre-quantized weights are not supported: use the original bf16 checkpoint."
 
 
+Stamp = tuple[str, str, int, int, int]
+"""Path, hash of the header, size and times of a file. While it has the same stamp its content is taken to be the same;
+with another, it has to be read to know."""
+
+
 @frozen
 class TensorInfo:
-    """What a header says of one tensor.
+    """One tensor as its file's header describes it.
 
     Attributes:
         key: its name in the checkpoint.
@@ -107,15 +113,14 @@ class Header:
         file: the file.
         size: bytes of the whole file.
         sha256: of the header, its length prefix included.
-        stamp: path, header, size and times when it was opened. While a file has the same stamp its content is taken to
-            be the same; with another, it has to be read to know.
+        stamp: as it was when it was opened.
         tensors: what it holds, by key.
     """
 
     file: Path
     size: int
     sha256: str
-    stamp: tuple[str, str, int, int, int]
+    stamp: Stamp
     tensors: Mapping[str, TensorInfo]
 
 
@@ -273,12 +278,6 @@ def _read_header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
         raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _span(entry: Mapping[str, Any], data: int) -> tuple[int, int]:
-    """Where a tensor is in its file, whose data section begins at byte `data`."""
-    start, stop = entry["data_offsets"]
-    return data + start, data + stop
-
-
 def read_header(path: Path) -> Header:
     """Read and check the header of one safetensors file.
 
@@ -297,10 +296,10 @@ def read_header(path: Path) -> Header:
     if problems:
         raise BadInput(f"{path} is corrupt: {listing(problems, 4)}.", "Download it again.")
     _check_layout(path, entries, status.st_size - len(raw))
-    tensors = {
-        key: TensorInfo(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]][0], path, _span(entry, len(raw)))
-        for key, entry in entries.items()
-    }
+    tensors = {}
+    for key, entry in entries.items():
+        start, stop = (len(raw) + offset for offset in entry["data_offsets"])
+        tensors[key] = TensorInfo(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]][0], path, (start, stop))
     sha256 = hashlib.sha256(raw).hexdigest()
     stamp = (str(path.resolve()), sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return Header(path, status.st_size, sha256, stamp, tensors)
@@ -347,12 +346,10 @@ def _read_index(directory: Path) -> dict[str, str]:
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{path} has no weight_map from tensors to files.", "Download it again.")
-    unique: dict[object, None] = {}
     for name in weight_map.values():
-        unique[name if isinstance(name, str) else repr(name)] = None
         if not isinstance(name, str):
-            member(directory, name, str(path))
-    names = sorted(str(name) for name in unique)
+            member(directory, name, str(path))  # which says so
+    names = sorted(set(weight_map.values()))
     files = {name: member(directory, name, str(path)) for name in names}
     wrong = [name for name in names if not name.endswith(".safetensors")]
     if wrong:
@@ -441,11 +438,11 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     headers: tuple[Header, ...]
-    _stamps: dict[Path, tuple[str, str, int, int, int]] = field(init=False, repr=False)
     _files: dict[Path, Any] = field(factory=dict, init=False, repr=False)
 
-    def __attrs_post_init__(self) -> None:
-        self._stamps = {header.file: header.stamp for header in self.headers}
+    @cached_property
+    def _stamps(self) -> Mapping[Path, Stamp]:
+        return {header.file: header.stamp for header in self.headers}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -529,12 +526,12 @@ class Checkpoint:
             finally:
                 os.close(descriptor)
 
-    def stamp(self, key: str) -> list[Any]:
-        """The stamp (see `Header`) of the file that holds `key`, JSON-able."""
-        return list(self._stamps[self.tensors[key].file])
+    def stamp(self, key: str) -> Stamp:
+        """The stamp of the file that holds `key`."""
+        return self._stamps[self.tensors[key].file]
 
     def identity(self) -> dict[str, Any]:
-        """What can be said of the checkpoint without reading weights.
+        """The identity of the checkpoint, as far as it shows without reading weights.
 
         Returns:
             `config_sha256` and, per file, its `size` and the SHA-256 of its header. Two fine-tunes of one model may

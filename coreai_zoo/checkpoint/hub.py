@@ -8,10 +8,6 @@ from pathlib import Path
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding things
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def locate_checkpoint(entry: Entry, directory: Path | None, *, sample: bool) -> tuple[Path, str | None]:
     """Where the checkpoint is, and its commit on the hub where that is known; of a sample, a copy may be given.
@@ -42,7 +38,7 @@ def _fetch(entry: Entry) -> tuple[Path, str]:
             local_files_only=local_only,
         )
 
-    directory = from_hub(
+    directory = fetch_from_hub(
         hf_id,
         revision,
         download,
@@ -51,8 +47,8 @@ def _fetch(entry: Entry) -> tuple[Path, str]:
     return directory, directory.name
 
 
-def from_hub(hf_id: str, revision: str | None, download: Callable[[bool], str], hint: str) -> Path:
-    """What `download` fetches from a repository on the hub, or finds on this machine.
+def fetch_from_hub(hf_id: str, revision: str | None, download: Callable[[bool], str], hint: str) -> Path:
+    """Path of what `download` fetches from a repository on the hub, or finds on this machine.
 
     Args:
         hf_id: the repository.

@@ -14,7 +14,7 @@ from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.verify import backend_of
-from coreai_zoo.catalogue import find_entry, find_recipe, load_entries, load_recipes
+from coreai_zoo.catalogue import find_entry, find_recipe, load_entries
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, CheckFailed
@@ -166,7 +166,7 @@ def _entry_recipe(text: str, plugins: Plugins) -> EntryRecipe:
     name, _, recipe = text.partition(":")
     if not name.endswith(".toml") and ("/" in text or Path(text).exists()):
         raise BadInput(f"{text} is neither a bundle's folder nor an entry.", "`zoo list` shows the entries.")
-    if name in load_recipes(plugins) and not recipe and name not in load_entries(plugins):
+    if name in plugins.recipes() and not recipe and name not in load_entries(plugins):
         raise BadInput(f"{name} is a recipe: two are compared on an entry.", f"Write it as ENTRY:{name}.")
     entry, _ = find_entry(name, plugins)
     return EntryRecipe(entry, find_recipe(recipe or entry.recipe, plugins).name)

@@ -14,7 +14,7 @@ import attrs
 import click
 from attrs import frozen
 
-from coreai_zoo.catalogue import load_contracts, load_entries, load_recipes
+from coreai_zoo.catalogue import load_entries
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_rows, print_table
 from coreai_zoo.errors import EnvironmentLacks, listing
 from coreai_zoo.plugins import Plugins
@@ -79,7 +79,7 @@ def _imports() -> list[Finding]:
 
 def _plugin_finding(ctx: click.Context) -> Finding:
     plugins = plugins_of(ctx)
-    for load in (load_entries, load_recipes, load_contracts, Plugins.tokenizer_classes, Plugins.backends):
+    for load in (load_entries, Plugins.recipes, Plugins.contracts, Plugins.tokenizer_classes, Plugins.backends):
         load(plugins)
     problems = " ".join(str(problem) for problem in plugins.problems)
     names = None if problems else ", ".join(plugins.names()) or "none"

@@ -11,7 +11,6 @@ from attrs import asdict, evolve, frozen
 
 from coreai_zoo.build.preflight import size
 from coreai_zoo.build.request import BuildRequest
-from coreai_zoo.catalogue import load_recipes
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.errors import BadInput
@@ -89,7 +88,7 @@ def plan(
         )
     plugins = plugins_of(ctx)
     several = len(entries) + len(checkpoints) > 1
-    chosen: Sequence[str | None] = recipes or ((*load_recipes(plugins),) if compare and not several else (None,))
+    chosen: Sequence[str | None] = recipes or ((*plugins.recipes(),) if compare and not several else (None,))
     if not compare and (several or len(chosen) > 1):
         raise BadInput("This asks for several plans.", "Pass --compare to see them side by side.")
     subjects = [BuildRequest(entry=name) for name in entries] + [BuildRequest(checkpoint=path) for path in checkpoints]

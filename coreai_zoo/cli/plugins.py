@@ -29,7 +29,7 @@ def list_plugins(ctx: click.Context, as_json: bool) -> None:
     for entry, plugin in load_entries(plugins).values():
         entries.setdefault(plugin, []).append(entry.name)
     backends: dict[str, list[str]] = {}
-    for plugin, backend in plugins.backends_by_plugin():
+    for plugin, backend in plugins.backends_with_plugins().values():
         backends.setdefault(plugin, []).append(backend.name)
     described = [
         attrs.asdict(info) | {"entries": entries.get(info.name, []), "backends": backends.get(info.name, [])}

@@ -104,7 +104,7 @@ class TorchCandidate:
         """What each call is given: [1, 1, D] per token, or [1, S, D] at once where the contract allows."""
         distinct, places = torch.tensor(list(tokens)).unique(return_inverse=True)
         planned = self._only("embedding")
-        rows = torch.empty(len(distinct), planned.columns, dtype=getattr(torch, planned.dtype))
+        rows = torch.empty(len(distinct), planned.format.columns, dtype=getattr(torch, planned.dtype))
         for row, token in enumerate(distinct.tolist()):
             self.weights.read_rows(planned.name, token, token + 1, rows[row : row + 1])
         with self._holding({planned.name: rows}):
@@ -114,14 +114,14 @@ class TorchCandidate:
     def _logits(self, x: Tensor) -> Tensor:
         """[1, P, D] to [P, V], a few rows of the head at a time."""
         planned = self._only("head")
-        step = max(1, HEAD_CHUNK_ELEMENTS // planned.columns)
+        step = max(1, HEAD_CHUNK_ELEMENTS // planned.format.columns)
         parts = []
         layers = tuple(f"{path}." for path in self.module.layer_paths)
         ends = {planned.name, self._only("embedding").name}
         rest = [t for t in self.plan.tensors if t.name not in ends and not t.name.startswith(layers)]
         with self._holding({tensor.name: self._values(tensor) for tensor in rest}):
-            for start in range(0, planned.rows, step):
-                rows = self._values(planned, start, min(start + step, planned.rows))
+            for start in range(0, planned.format.rows, step):
+                rows = self._values(planned, start, min(start + step, planned.format.rows))
                 with self._holding({planned.name: rows}):
                     parts.append(
                         torch.cat([self.module.head(x[:, place : place + 1]) for place in range(x.shape[1])], 1)
@@ -145,21 +145,21 @@ class TorchCandidate:
                 key = (tensor.name.removeprefix(path), tensor.shape)
                 if key not in self._buffers:
                     self._buffers[key] = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
-                self._fill(tensor, self._buffers[key].view(tensor.rows, tensor.columns))
+                self._fill(tensor, self._buffers[key].view(tensor.format.rows, tensor.format.columns))
                 values[tensor.name] = self._buffers[key]
         with self._holding(values):
             yield
 
     def _values(self, tensor: PlannedTensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows of a parameter as a matrix, or the whole of it in its own shape."""
-        rows = tensor.rows if stop is None else stop
-        out = torch.empty(rows - start, tensor.columns, dtype=getattr(torch, tensor.dtype))
+        rows = tensor.format.rows if stop is None else stop
+        out = torch.empty(rows - start, tensor.format.columns, dtype=getattr(torch, tensor.dtype))
         self._fill(tensor, out, start)
         return out.view(tensor.shape) if stop is None else out
 
     def _fill(self, tensor: PlannedTensor, out: Tensor, first: int = 0) -> None:
         """Read rows of a parameter from row `first` on, on all cores."""
-        step = chunk_rows(tensor.columns)
+        step = chunk_rows(tensor.format.columns)
 
         def read(start: int) -> None:
             part = out[start : start + step]

@@ -306,7 +306,7 @@ def _check_candidate(name: str, plugins: Plugins) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=2)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(known)}."
-        raise BadInput(f"There is no candidate {name!r}.", f"{hint} {plugins.left_out()}".rstrip())
+        raise plugins.not_found(f"There is no candidate {name!r}.", hint)
 
 
 def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None) -> Any:

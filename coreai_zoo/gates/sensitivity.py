@@ -142,14 +142,14 @@ def _misfits(plan: WeightPlan, specs: Mapping[str, QuantizationSpec]) -> Iterato
     for tensor in plan.tensors:
         if tensor.role in specs:
             try:
-                require_divisible(tensor.columns, specs[tensor.role])
+                require_divisible(tensor.format.columns, specs[tensor.role])
             except ValueError as error:
                 yield f"{tensor.name} ({tensor.role}: {error})"
 
 
 def _part(role: str, layer: int | None, spec: QuantizationSpec, tensors: Sequence[PlannedTensor]) -> Part:
     plain, quantized = (
-        sum(evolve(tensor, quantization=stored).stored_bytes for tensor in tensors) for stored in (None, spec)
+        sum(evolve(tensor, quantization=stored).format.bytes for tensor in tensors) for stored in (None, spec)
     )
     return Part(role, layer, spec, tuple(tensor.name for tensor in tensors), plain, quantized)
 

@@ -99,12 +99,12 @@ class AssetWeights:
         array = tensor.format.arrays[kind]
         memory = self.state[tensor.format.state_names(tensor.name)[kind]].view(getattr(torch, array.memory_dtype))
         if not array.packed:
-            return memory.view(tensor.rows, -1)[start:stop]
+            return memory.view(tensor.format.rows, -1)[start:stop]
         signed = not array.dtype.startswith("u")
         if kind == "data":
-            return unpack_int4(memory.view(tensor.rows, -1)[start:stop], signed=signed)
+            return unpack_int4(memory.view(tensor.format.rows, -1)[start:stop], signed=signed)
         # Packed as one row, whose last half-byte may be unused.
-        return unpacked(memory, array).view(tensor.rows, -1)[start:stop]
+        return unpacked(memory, array).view(tensor.format.rows, -1)[start:stop]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

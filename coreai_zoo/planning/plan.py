@@ -75,7 +75,7 @@ class Plan:
         return tuple(self._sum(weights.roles[name], tensors) for name, tensors in weights.by_role().items())
 
     def _sum(self, role: Role, tensors: Sequence[PlannedTensor]) -> RoleSum:
-        stored = sum(tensor.stored_bytes for tensor in tensors)
+        stored = sum(tensor.format.bytes for tensor in tensors)
         return RoleSum(
             role=role.name,
             routed=role.routed,

@@ -15,7 +15,7 @@ from coreai_zoo.build.model import Model, compare_facts, read_model
 from coreai_zoo.build.request import DEFAULT_CONTEXT, DEFAULT_CONTRACT, DEFAULT_RECIPE, BuildRequest
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.checkpoint.files import CONFIG, has_weights, read_config
-from coreai_zoo.checkpoint.hub import from_hub
+from coreai_zoo.checkpoint.hub import fetch_from_hub
 from coreai_zoo.entry import HF_ID, Entry, Sample
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
@@ -53,7 +53,7 @@ def locate(source: str) -> Origin:
         raise BadInput(f"{source} is neither a folder nor a repository 'owner/name' on the Hugging Face hub.")
     import huggingface_hub
 
-    file = from_hub(
+    file = fetch_from_hub(
         source,
         None,
         lambda local_only: huggingface_hub.hf_hub_download(source, CONFIG, local_files_only=local_only),

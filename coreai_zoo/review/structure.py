@@ -332,7 +332,7 @@ def _roles(plan: WeightPlan) -> dict[str, RoleWeights]:
             str(tensors[0].quantization or "not quantized"),
             len(tensors),
             sum(tensor.parameters for tensor in tensors),
-            sum(tensor.stored_bytes for tensor in tensors),
+            sum(tensor.format.bytes for tensor in tensors),
             plan.roles[name],
         )
         for name, tensors in sorted(plan.by_role().items())

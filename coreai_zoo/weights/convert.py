@@ -57,7 +57,7 @@ class Chunk:
 
 def chunks_of(planned: PlannedTensor) -> Iterator[Chunk]:
     """The rows of a planned tensor in order."""
-    step = chunk_rows(planned.columns)
+    step = chunk_rows(planned.format.columns)
     for source in planned.sources:
         rows = source.stop - source.start
         for start in range(0, rows, step):
@@ -67,7 +67,7 @@ def chunks_of(planned: PlannedTensor) -> Iterator[Chunk]:
 
 @frozen
 class Result:
-    """What became of a chunk: the hash of its source, and plain values or integers (at 4 bits in pairs)."""
+    """The outcome of a chunk: the hash of its source, and plain values or integers (at 4 bits in pairs)."""
 
     chunk: Chunk
     source: bytes
@@ -75,7 +75,7 @@ class Result:
     quantized: QuantizedRows | None = None
 
 
-def process(checkpoint: Checkpoint, chunk: Chunk) -> Result:
+def convert_chunk(checkpoint: Checkpoint, chunk: Chunk) -> Result:
     """Read, hash, convert and quantize a chunk."""
     planned = chunk.planned
     rows = checkpoint.read_rows(chunk.key, chunk.start, chunk.stop)
@@ -105,7 +105,7 @@ def _quantize(rows: torch.Tensor, chunk: Chunk, spec: QuantizationSpec) -> Quant
 
 
 def values_of(checkpoint: Checkpoint, planned: PlannedTensor, key: str, start: int, stop: int) -> torch.Tensor:
-    """What rows of a source become, as a bundle has them: [stop - start, columns], float32 where they are quantized.
+    """Rows of a source as a bundle has them: [stop - start, columns], float32 where they are quantized.
 
     Args:
         checkpoint: the checkpoint.
@@ -124,7 +124,7 @@ def values_of(checkpoint: Checkpoint, planned: PlannedTensor, key: str, start: i
     return dequantize_rows(_quantize(rows, chunk, planned.quantization), planned.quantization)
 
 
-def in_order(jobs: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
+def run_in_order(jobs: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
     """The results of jobs that the workers run, in order, with only a few of them waiting at a time."""
     # Enough that the workers go on through a pause of the disk, and only some MB.
     pool, ahead = workers(), 4 * max(2, os.cpu_count() or 1)
@@ -154,7 +154,7 @@ def _transform(rows: torch.Tensor, transform: Transform) -> torch.Tensor:
 
 
 @cache
-def effect_of(transform: Transform, columns: int) -> str:
+def effect_digest(transform: Transform, columns: int) -> str:
     """SHA-256 of what a transform makes of fixed rows of a width: it changes with what the transform computes."""
     import torch
 
@@ -184,7 +184,7 @@ def _convert(rows: torch.Tensor, chunk: Chunk) -> torch.Tensor:
 
 
 def _not_finite(rows: torch.Tensor, values: torch.Tensor, cast: torch.Tensor, chunk: Chunk) -> BadInput:
-    """Says which value is not finite, and whether the checkpoint, the transform or the narrower dtype made it so."""
+    """The error about a value that is not finite: which one, and whether checkpoint, transform or dtype made it so."""
     import torch
 
     planned = chunk.planned

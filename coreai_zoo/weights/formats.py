@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from attrs import field, frozen
+from attrs import frozen
 
 from coreai_zoo.dtypes import bits_of
 from coreai_zoo.names import quantized_names
@@ -63,7 +63,7 @@ class StoredArray:
 
 @frozen
 class Format:
-    """How a weight of some shape is stored.
+    """The stored form of a weight: its arrays, their shapes and dtypes, and the bytes that they take.
 
     Attributes:
         shape: of the weight.
@@ -77,7 +77,7 @@ class Format:
 
     shape: tuple[int, ...]
     dtype: str
-    quantization: QuantizationSpec | None = field(default=None)
+    quantization: QuantizationSpec | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.quantization is not None:
@@ -101,7 +101,7 @@ class Format:
 
     @cached_property
     def arrays(self) -> Mapping[ArrayKind, StoredArray]:
-        """What is stored, by kind, in the order in which it is written."""
+        """The stored arrays by kind, in the order in which they are written."""
         spec = self.quantization
         if spec is None:
             return {"data": StoredArray("data", self.shape, self.dtype)}

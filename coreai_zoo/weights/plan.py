@@ -67,24 +67,9 @@ class PlannedTensor:
         return Format(self.shape, self.dtype, self.quantization)
 
     @property
-    def rows(self) -> int:
-        """Rows of the parameter seen as a matrix along its last axis."""
-        return self.format.rows
-
-    @property
-    def columns(self) -> int:
-        """Size of the last axis, 1 for a scalar."""
-        return self.format.columns
-
-    @property
     def parameters(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes in the weight store: integers, scales and zero points, or plain values."""
-        return self.format.bytes
 
 
 @frozen
@@ -125,7 +110,7 @@ class WeightPlan:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors in the weight store."""
-        return sum(tensor.stored_bytes for tensor in self.tensors)
+        return sum(tensor.format.bytes for tensor in self.tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,8 +128,8 @@ def _holes(name: str) -> tuple[str, list[str]]:
     return _NUMBER.sub(_HOLE, name), _NUMBER.findall(name)
 
 
-@define
-class Pattern:
+@frozen
+class _Pattern:
     """A dotted name in which a part `{name}` stands for one number; other numbers stand for themselves.
 
     Attributes:
@@ -159,7 +144,7 @@ class Pattern:
     slots: tuple[tuple[str | None, str], ...]
 
     @classmethod
-    def parse(cls, text: str) -> Pattern:
+    def parse(cls, text: str) -> _Pattern:
         """Parse a pattern.
 
         Raises:
@@ -192,12 +177,12 @@ class _Rule:
     """A `WeightRule` with its patterns parsed."""
 
     rule: WeightRule
-    source: Pattern
-    target: Pattern
+    source: _Pattern
+    target: _Pattern
 
     @classmethod
     def parse(cls, rule: WeightRule) -> _Rule:
-        parsed = cls(rule, Pattern.parse(rule.source), Pattern.parse(rule.target))
+        parsed = cls(rule, _Pattern.parse(rule.source), _Pattern.parse(rule.target))
         ours = {name for name, _ in parsed.source.slots if name}
         needed = {name for name, _ in parsed.target.slots if name} | ({rule.part.index} if rule.part else set())
         if not needed <= ours:
@@ -205,29 +190,20 @@ class _Rule:
         return parsed
 
 
-class _DropTable:
-    """Finds the reason to leave a key out."""
+def _dropped_keys(drop: Drop) -> re.Pattern[str]:
+    """The expression that matches the keys which `drop` leaves out."""
+    source = drop.source
+    head, rest = (source[:-2], r"[\s\S]*") if source.endswith("**") else (source, "")
+    names: set[str] = set()
 
-    def __init__(self, drops: tuple[Drop, ...]) -> None:
-        self._drops = [(re.compile(self._regex(drop.source)), drop.reason) for drop in drops]
+    def group(name: str) -> str:
+        if name in names:
+            return f"(?P={name})"
+        names.add(name)
+        return rf"(?P<{name}>0|[1-9][0-9]*)"
 
-    @staticmethod
-    def _regex(source: str) -> str:
-        head, rest = (source[:-2], r"[\s\S]*") if source.endswith("**") else (source, "")
-        names: set[str] = set()
-
-        def group(name: str) -> str:
-            if name in names:
-                return f"(?P={name})"
-            names.add(name)
-            return rf"(?P<{name}>0|[1-9][0-9]*)"
-
-        parts = re.split(r"\{(\w+)\}", head)
-        return "".join(group(part) if index % 2 else re.escape(part) for index, part in enumerate(parts)) + rest
-
-    def reason(self, key: str) -> str | None:
-        """Why `key` is left out, or None when no drop names it."""
-        return next((reason for pattern, reason in self._drops if pattern.fullmatch(key)), None)
+    parts = re.split(r"\{(\w+)\}", head)
+    return re.compile("".join(group(part) if index % 2 else re.escape(part) for index, part in enumerate(parts)) + rest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,20 +273,20 @@ class _Problems:
     blocks: list[str] = field(factory=list)
 
     def raise_if_any(self) -> None:
-        titles = {
-            "missing": "missing",
-            "unknown": "unknown to the weight map",
-            "misshapen": "misshapen",
-            "doubled": "filled twice",
-            "dtypes": "not floating point",
-            "blocks": "not divisible by the recipe's block",
+        kinds = {
+            "missing": self.missing,
+            "unknown to the weight map": self.unknown,
+            "misshapen": self.misshapen,
+            "filled twice": self.doubled,
+            "not floating point": self.dtypes,
+            "not divisible by the recipe's block": self.blocks,
         }
-        found: dict[str, list[str]] = {titles[kind]: getattr(self, kind) for kind in titles if getattr(self, kind)}
+        found = {title: items for title, items in kinds.items() if items}
         if not found:
             return
         count = sum(map(len, found.values()))
         text = "; ".join(f"{title}: {listing(_grouped(items), 20)}" for title, items in found.items())
-        subject = "recipe" if [*found] == [titles["blocks"]] else "checkpoint"  # there may be none
+        subject = "recipe" if self.blocks and len(found) == 1 else "checkpoint"  # there may be none
         raise BadInput(
             f"The {subject} does not fit the model ({count} problem{'s' if count > 1 else ''}). {text}.", self._hint()
         )
@@ -323,6 +299,9 @@ class _Problems:
         return "Use the original checkpoint."
 
 
+_ALIKE = 3  # fewer are named one by one
+
+
 def _grouped(items: list[str]) -> list[str]:
     """Problems that are told apart by numbers in names only, such as a layer's, as one with their count."""
     groups: dict[str, list[str]] = {}
@@ -333,9 +312,6 @@ def _grouped(items: list[str]) -> list[str]:
         for pattern, alike in groups.items()
         for text in ([f"{len(alike)} x {pattern}"] if len(alike) >= _ALIKE else alike)
     ]
-
-
-_ALIKE = 3  # fewer are named one by one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,7 +335,7 @@ class _Planner:
         for rule in self._rules:
             self._by_source.setdefault(rule.source.template, []).append(rule)
             self._by_target.setdefault(rule.target.template, []).append(rule)
-        self._drops = _DropTable(weight_map.drops)
+        self._drops = [(_dropped_keys(drop), drop.reason) for drop in weight_map.drops]
         self._prefixes = weight_map.prefixes
         self.roles = {role.name: role for role in weight_map.roles}
 
@@ -371,11 +347,11 @@ class _Planner:
             spellings = list(self._spellings(key))
             if any(self._place(key, spelling) for spelling in spellings):
                 continue
-            reason = next(filter(None, map(self._drops.reason, spellings)), None)
-            if reason is None:
-                self.problems.unknown.append(key)
+            reasons = [reason for text in spellings for keys, reason in self._drops if keys.fullmatch(text)]
+            if reasons:
+                self.dropped.append((key, reasons[0]))
             else:
-                self.dropped.append((key, reason))
+                self.problems.unknown.append(key)
 
     def _spellings(self, key: str) -> Iterator[str]:
         # The key as it is comes first: a prefix such as ("model.", "model.language_model.") must not touch a key that
@@ -531,7 +507,7 @@ def plan_weights(
 
 
 def active_share(role: Role, facts: Mapping[str, Any]) -> float | None:
-    """Which share of a role's weights one token is multiplied by: of the experts those that its router chooses.
+    """The share of a role's weights that one token is multiplied by: of the experts, those that its router chooses.
 
     None when there are experts and `facts` does not say how many are chosen.
     """
@@ -544,7 +520,7 @@ def active_share(role: Role, facts: Mapping[str, Any]) -> float | None:
 def plan_without_checkpoint(
     weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], recipe: Recipe
 ) -> WeightPlan:
-    """How each parameter of a decoder will be stored, when no checkpoint is at hand: a plan without sources.
+    """A plan without sources: how each parameter of a decoder will be stored, when no checkpoint is at hand.
 
     Args:
         weight_map: the overlay's table.

@@ -33,11 +33,6 @@ CHUNK_ELEMENTS = 1 << 19
 """Elements that one worker handles at a time: 2 MiB in float32, which stays in its cache."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows to integers and back
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @frozen
 class QuantizedRows:
     """Quantized rows.

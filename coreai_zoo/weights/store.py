@@ -28,20 +28,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, get_args
 
 from attrs import Factory, asdict, define, field, frozen
 
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, effect_of, in_order, process
+from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, convert_chunk, effect_digest, run_in_order
 from coreai_zoo.weights.formats import ArrayKind, Format, pack_int4
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
-from coreai_zoo.weights.quantizer import (
-    QUANTIZER_VERSION,
-    QuantizedRows,
-)
+from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +55,7 @@ LARGE_BYTES = 4 * 2**20
 EVICT_BYTES = 128 * 2**20
 """So much is read of a checkpoint before the system is told that it need not keep it."""
 
-_KINDS = ("data", "scales", "zero_points")
+_KINDS: tuple[str, ...] = get_args(ArrayKind)
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -117,7 +114,7 @@ class StoredTensor:
 
 @frozen
 class FillReport:
-    """What `WeightStore.fill` did.
+    """The outcome of `WeightStore.fill`.
 
     Attributes:
         computed: tensors that were read, converted and written.
@@ -213,17 +210,14 @@ class _Journal:
 
     def _write(self, entries: Sequence[dict[str, Any]]) -> None:
         lines = b"".join(map(self._line, entries))
-        with self._path.open("ab") as file:
-            if file.tell() and not self._ends_in_newline():
-                lines = b"\n" + lines  # closes a torn line, which stays damaged and is ignored
+        with self._path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    lines = b"\n" + lines  # closes a torn line, which stays damaged and is ignored
             file.write(lines)
             _sync(file)
         self._lines += len(entries)
-
-    def _ends_in_newline(self) -> bool:
-        with self._path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
 
 
 def _sync(file: BinaryIO) -> None:
@@ -287,7 +281,6 @@ class _TensorWriter:
 
     directory: Path
     name: str
-    kinds: tuple[str, ...]
     outputs: dict[str, _Output] = field(factory=dict)
     # A zero point that waits for its pair: rows with an odd number of blocks end within a byte.
     carry: torch.Tensor | None = None
@@ -301,9 +294,9 @@ class _TensorWriter:
         """
         if not _SAFE_NAME.fullmatch(planned.name):
             raise BadInput(f"The parameter name {planned.name!r} cannot be a file name.", "Rename it in the overlay.")
-        writer = cls(directory, planned.name, tuple(planned.format.arrays))
+        writer = cls(directory, planned.name)
         try:
-            for kind in writer.kinds:
+            for kind in planned.format.arrays:
                 path = directory / f"{planned.name}.{kind}"
                 writer.outputs[kind] = _Output(path, path.with_name(path.name + PARTIAL).open("wb"))
         except BaseException:
@@ -341,6 +334,11 @@ class _TensorWriter:
             kind: {"bytes": output.size, "sha256": output.sha256.hexdigest()} for kind, output in self.outputs.items()
         }
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(output.size for output in self.outputs.values())
+
     def sync(self) -> None:
         """Wait until the files are on disk."""
         for output in self.outputs.values():
@@ -351,7 +349,7 @@ class _TensorWriter:
         for output in self.outputs.values():
             output.file.close()
             os.replace(output.file.name, output.path)
-        for kind in set(_KINDS) - set(self.kinds):
+        for kind in set(_KINDS) - set(self.outputs):
             (self.directory / f"{self.name}.{kind}").unlink(missing_ok=True)
 
     def discard(self) -> None:
@@ -371,9 +369,8 @@ class _Computed:
 
     @property
     def room(self) -> int:
-        """How much of the room for waiting tensors it takes."""
-        written = sum(int(file["bytes"]) for file in self.entry["files"].values())
-        return IN_FLIGHT if written >= LARGE_BYTES else 1
+        """The part of the room for waiting tensors that it takes: all of it when it is large."""
+        return IN_FLIGHT if self.writer.bytes >= LARGE_BYTES else 1
 
 
 class _Committer:
@@ -461,25 +458,24 @@ def _fingerprint(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
             "dtype": planned.dtype,
             "quantization": asdict(planned.quantization) if planned.quantization else None,
             # Its name says nothing about its code, which may have changed since an interruption.
-            "transform": [transform.name, effect_of(transform, planned.columns)] if transform else None,
+            "transform": [transform.name, effect_digest(transform, planned.format.columns)] if transform else None,
             "sources": sources,
         }
     )
 
 
 def _stamps(planned: PlannedTensor, checkpoint: Checkpoint) -> list[list[Any]]:
-    stamps = {tuple(checkpoint.stamp(source.key)) for source in planned.sources}
-    return [list(stamp) for stamp in sorted(stamps)]
+    return [list(stamp) for stamp in sorted({checkpoint.stamp(source.key) for source in planned.sources})]
 
 
 def _hash_sources(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
-    """The digest of the source values, as `WeightStore._stream` makes it while computing."""
+    """The digest of the source values, as `_Work` makes it while computing."""
 
     def hash_chunk(chunk: Chunk) -> bytes:
         return hashlib.sha256(bytes_of(checkpoint.read_rows(chunk.key, chunk.start, chunk.stop))).digest()
 
     digest = hashlib.sha256()
-    for part in in_order(partial(hash_chunk, chunk) for chunk in chunks_of(planned)):
+    for part in run_in_order(partial(hash_chunk, chunk) for chunk in chunks_of(planned)):
         digest.update(part)
     return digest.hexdigest()
 
@@ -493,15 +489,12 @@ class WeightStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._loaded: _Journal | None = None
 
-    @property
+    @cached_property
     def journal(self) -> _Journal:
-        """What is in the store; for this module alone."""
-        if self._loaded is None:
-            with _explained(self.directory):
-                self._loaded = _Journal(self.directory / JOURNAL)
-        return self._loaded
+        """The journal of the store, for this module alone."""
+        with _explained(self.directory):
+            return _Journal(self.directory / JOURNAL)
 
     def fill(
         self,
@@ -587,11 +580,6 @@ class WeightStore:
                     return True
         return False
 
-    def discard(self, name: str) -> None:
-        """Forget `name`, so that the next `fill` computes it again."""
-        with _explained(self.directory):
-            self.journal.forget(name)
-
     def intact(self, name: str) -> bool:
         """Whether the files of `name` are there in the sizes that were written."""
         files = self[name].files.values()
@@ -641,7 +629,7 @@ class _Work:
     def run(self, plan: WeightPlan) -> None:
         """Compute what is not current, chunk by chunk and without a pause between tensors."""
         chunks = (chunk for planned in plan.tensors if not self._is_current(planned) for chunk in chunks_of(planned))
-        results = in_order(partial(process, self.checkpoint, chunk) for chunk in chunks)
+        results = run_in_order(partial(convert_chunk, self.checkpoint, chunk) for chunk in chunks)
         with _Committer(self.store.directory, self.store.journal) as committer, closing(results):
             for result in results:
                 self._write_tensor(result, results, committer)
@@ -666,7 +654,7 @@ class _Work:
             writer.discard()
             raise
         self.computed += 1
-        self.bytes_written += sum(int(file["bytes"]) for file in entry["files"].values())
+        self.bytes_written += writer.bytes
 
     @staticmethod
     def _write_chunk(result: Result, writer: _TensorWriter) -> int:
@@ -697,7 +685,7 @@ class _Work:
         entry = self.store.journal.entries.get(planned.name)
         if entry is None or entry["fingerprint"] != _fingerprint(planned, self.checkpoint):
             return False
-        if not self._is_undamaged(planned.name):
+        if not self.store.intact(planned.name) or (self.full and self.store.damaged(planned.name)):
             self.repaired.append(planned.name)
             return False
         stamps = _stamps(planned, self.checkpoint)
@@ -708,6 +696,3 @@ class _Work:
             self.store.journal.append({**entry, "stamps": stamps, "role": planned.role})
         self.progress(planned, planned.parameters)
         return True
-
-    def _is_undamaged(self, name: str) -> bool:
-        return self.store.intact(name) and not (self.full and self.store.damaged(name))
