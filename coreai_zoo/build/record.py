@@ -31,7 +31,7 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
     """Add everything but the asset to the bundle in `partial`.
 
     Args:
-        design: what is built.
+        design: the bundle's design.
         store: its weights.
         partial: folder of the bundle.
         tokenizer_classes: see `Plugins.tokenizer_classes`.
@@ -64,7 +64,7 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
 
 
 def versions(backend: Backend) -> dict[str, str]:
-    """Installed versions of everything whose code determines a bundle's bytes, this zoo among them."""
+    """Installed versions of everything whose code determines a bundle's bytes, this zoo included, by distribution."""
     torch = distributions.version("torch").split("+")[0]  # "+cpu" and the like say where it runs
     return {**backend.versions, "torch": torch, "coreai-zoo": distributions.version("coreai-zoo")}
 
