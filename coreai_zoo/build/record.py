@@ -17,7 +17,7 @@ from coreai_zoo.build.design import Design
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
 from coreai_zoo.bundle.layout import BUILD_SCHEMA, file_digests, file_sizes
-from coreai_zoo.bundle.metadata import Description, metadata
+from coreai_zoo.bundle.metadata import metadata
 from coreai_zoo.checkpoint.tokenizer import copy_tokenizer
 from coreai_zoo.dates import build_date
 from coreai_zoo.digest import code_sha256
@@ -41,19 +41,17 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
     write_json(
         partial / "metadata.json",
         metadata(
-            Description(
-                name=design.name,
-                asset=design.asset,
-                decode=design.decode,
-                vocab_size=design.facts["vocab_size"],
-                max_context_length=design.max_context,
-                hf_id=design.hf_id,
-                hf_revision=design.revision,
-                compression=design.recipe.published_name,
-                states={state.name: state.kind for state in design.signatures[design.decode].states},
-                user_data={"sample": "true"} if design.sample else {},
-                date=build_date(design.source_date_epoch),
-            )
+            name=design.name,
+            asset=design.asset,
+            decode=design.decode,
+            vocab_size=design.facts["vocab_size"],
+            max_context_length=design.max_context,
+            hf_id=design.hf_id,
+            hf_revision=design.revision,
+            compression=design.recipe.published_name,
+            states={state.name: state.kind for state in design.signatures[design.decode].states},
+            user_data={"sample": "true"} if design.sample else {},
+            date=build_date(design.source_date_epoch),
         ),
     )
     for name, text in design.backend.extra_files.items():
