@@ -127,7 +127,7 @@ class Design:
 
     @property
     def stored_roles(self) -> Mapping[str, QuantizationSpec | None]:
-        """How each role of the model's weights is quantized, by the role's name; None for plain values."""
+        """The quantization of each role of the model's weights, by the role's name; None for plain values."""
         return {name: self.recipe.spec(self.weights.roles[name]) for name in self.weights.by_role()}
 
     @property
@@ -270,7 +270,7 @@ def _contract(request: BuildRequest, entry: Entry | None, backend: Backend, plug
 
 @frozen
 class _Source:
-    """Where the model comes from.
+    """The origin of the model.
 
     Attributes:
         hf_config: content of its `config.json`.
@@ -451,7 +451,7 @@ def _with_head(
 
 
 def _weights(decoders: Decoders, entry: Entry | None, checkpoint: Checkpoint | None, recipe: Recipe) -> WeightPlan:
-    """Where every parameter comes from and how it is stored. Without a checkpoint, parameters have no sources."""
+    """The plan of every parameter. Without a checkpoint, parameters have no sources."""
     model, plugins = decoders.model, decoders.plugins
     plugin, table = plugins.weight_map(model.overlay, entry, model.config)
     parameters = decoders.parameters

@@ -33,7 +33,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @frozen
 class Holder:
-    """Who holds a lock, as written in its file.
+    """The holder of a lock, as its file names it.
 
     Attributes:
         pid: id of the process.

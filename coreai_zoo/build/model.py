@@ -1,4 +1,4 @@
-"""What an overlay makes of a `config.json`."""
+"""Models: a `config.json` as the overlay that claims it reads it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[s
 
 @frozen
 class Model:
-    """What the overlay makes of a `config.json`.
+    """A `config.json` with the overlay that claims it, and what that reads in it.
 
     Attributes:
         plugin: name of the plugin that brought the overlay.
@@ -76,7 +76,7 @@ def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | Non
 
 
 def contradictions(entry: Entry, facts: Mapping[str, Any]) -> list[str]:
-    """Where an entry's facts contradict each other, one phrase each.
+    """The contradictions between an entry's facts, one phrase each.
 
     Args:
         entry: the entry.
@@ -89,7 +89,7 @@ def contradictions(entry: Entry, facts: Mapping[str, Any]) -> list[str]:
 
 
 def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where a checkpoint is not what the entry states, one phrase each."""
+    """The differences between a checkpoint and what an entry states, one phrase each."""
     return tuple(f"{name} is {facts[name]}, the entry says {stated}" for name, stated in _contradicted(entry, facts))
 
 

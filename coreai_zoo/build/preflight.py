@@ -1,4 +1,4 @@
-"""What a build will read, write and need, and whether this machine has it; known before a weight is read.
+"""The preflight of a build: what it reads, writes and needs, and whether this machine has that.
 
 `zoo plan` takes its sizes from here too.
 """
@@ -97,7 +97,7 @@ class Preflight:
 
 
 def preflight(design: Design, workspace: Workspace) -> Preflight:
-    """What it takes to build a design in `workspace`, and what this machine has for it."""
+    """The preflight of building a design in `workspace` on this machine."""
     written = asset_bytes(design) + tokenizer_bytes(design)
     scratch = max(0, design.weights.stored_bytes - _bytes_below(workspace.work))
     needs: dict[int, Disk] = {}

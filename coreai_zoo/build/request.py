@@ -1,4 +1,4 @@
-"""What a user asks to be built."""
+"""Build requests, and their defaults."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from attrs import frozen
 DEFAULT_OUTPUT = Path("exports")
 DEFAULT_BACKEND = "coreai"
 DEFAULT_RECIPE, DEFAULT_CONTRACT, DEFAULT_CONTEXT = "int8hu", "static-s1", 32768
-"""For a checkpoint that comes without an entry."""
+"""The defaults for a checkpoint that comes without an entry."""
 
 
 @frozen
 class BuildRequest:
-    """What to build, and how; see `zoo build --help`.
+    """A request for a bundle; see `zoo build --help` for the options.
 
     Attributes:
         entry: name of an entry, or path of an entry file; None for a checkpoint that is looked at without one.

@@ -32,7 +32,7 @@ def check_output_folder(output: Path) -> None:
     """Refuse an output folder that cannot be written to, before anything is read.
 
     Raises:
-        BadInput: when it is no folder, or nothing can be made in it.
+        BadInput: when it is not a folder, or nothing can be made in it.
     """
     existing = existing_parent(output)
     if not existing.is_dir():

@@ -20,7 +20,7 @@ _GREEDY = 1e-6
 
 @frozen
 class Sampling:
-    """How the next token is chosen.
+    """The choice of the next token.
 
     Attributes:
         temperature: 0 for the most probable token.

@@ -12,7 +12,7 @@ from coreai_zoo.digest import file_sha256
 BUILD_SCHEMA = 2
 
 GATE_FOLDER = "gate"
-"""What gates write after the build: outside of the digests, so that a gated bundle still verifies."""
+"""The folder that gates write after the build. It is outside of the digests, so that a gated bundle still verifies."""
 
 
 def file_sizes(bundle: Path) -> dict[str, int]:

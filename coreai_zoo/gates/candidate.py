@@ -30,7 +30,7 @@ class AssetCandidate:
 
     @property
     def name(self) -> str:
-        """Which asset on which runtime."""
+        """The asset and its runtime, for the report."""
         return f"{self.bundle.asset.name} on the {self.backend.runtime} runtime"
 
     def run(self, tokens: Sequence[int]) -> Activations:

@@ -231,7 +231,7 @@ class _Loader:
     def check(self) -> None:
         """Let transformers load the whole checkpoint without its values, and report as `from_pretrained` does.
 
-        That also initialises what is no weight, such as the frequencies of rotary embeddings.
+        That also initialises what is not a weight, such as the frequencies of rotary embeddings.
         """
         config = self._config(device_map={"": "meta"}, **self._options)
         values = {

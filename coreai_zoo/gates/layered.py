@@ -57,7 +57,7 @@ class TorchCandidate:
 
     @property
     def name(self) -> str:
-        """What computes, on which weights."""
+        """The candidate and its weights, for the report."""
         return f"the overlay in PyTorch on {self.weights.name}"
 
     def run(self, tokens: Sequence[int]) -> Activations:

@@ -87,7 +87,7 @@ class TokenizedPrompt:
 
 @frozen
 class Strength:
-    """How sure the oracle is along a prompt.
+    """The oracle's margins along a prompt: how sure it is of itself.
 
     Attributes:
         positions: number of positions.
@@ -112,7 +112,7 @@ class Strength:
 
 
 def strength(oracle_logits: np.ndarray[Any, Any]) -> Strength:
-    """How sure the oracle is, from its logits [P, V]."""
+    """The strength of a prompt, from the oracle's logits [P, V]."""
     top = np.partition(oracle_logits, -2, axis=-1)[:, -2:].astype(np.float64)
     margins = top[:, 1] - top[:, 0]
     return Strength(len(margins), int((margins < CONFIDENT_MARGIN).sum()), float(np.median(margins)))

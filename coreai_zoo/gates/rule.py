@@ -21,12 +21,13 @@ CONFIDENT_MARGIN = 0.1
 """Oracle top-2 margin, in logits, from which a flip is an error; the rule of the published 27B results."""
 
 Swaps = Sequence[tuple[bool, float | None]]
-"""For each position: whether the candidate's router chose other experts in any layer, and the oracle's gap there."""
+"""A pair for each position: whether the candidate's router chose other experts in any layer, and the oracle's gap in
+the first such layer."""
 
 
 @frozen
 class Position:
-    """How candidate and oracle compare after one token.
+    """Candidate and oracle compared after one token.
 
     Attributes:
         index: the position, from 0.

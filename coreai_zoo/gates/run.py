@@ -1,4 +1,4 @@
-"""What `zoo gate` does: a bundle's prompts through the oracle, the candidate and its control, and a report of it.
+"""The work of `zoo gate`: a bundle's prompts through the oracle, the candidate and its control, and a report of it.
 
 Commands import this module to show their help as well, so what needs torch is imported where it is used.
 """
@@ -53,7 +53,7 @@ _PLAIN = "fp16"  # the recipe that quantizes nothing
 
 @frozen
 class GateOptions:
-    """What was asked for; see the options of `zoo gate`.
+    """The options of a gate; see `zoo gate --help`.
 
     Attributes:
         candidate: `auto`, `torch`, or the runtime of an installed backend.
@@ -267,7 +267,7 @@ def oracle_of(
 
 
 def _model_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Model:
-    """What the overlay makes of the checkpoint's config, cut to the layers that were built."""
+    """The model of the checkpoint, cut to the layers that were built."""
     model = read_model(read_config(checkpoint), plugins)
     layers = bundle.build["layers"]
     return model if layers == model.facts["layers"] else read_model(model.hf_config, plugins, layers)

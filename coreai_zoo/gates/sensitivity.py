@@ -60,7 +60,7 @@ class Part:
 
 @frozen
 class Sensitivity:
-    """What quantizing one part does.
+    """The effect of quantizing one part.
 
     Attributes:
         part: what was quantized.
@@ -92,7 +92,7 @@ RANKINGS: Mapping[str, Callable[[Sensitivity], float]] = {
     "kl": lambda found: found.kl_per_mib,
     "margin": lambda found: found.margin_lost_per_mib,
 }
-"""What a table can be ranked by, each per byte saved."""
+"""The measures that a table can be ranked by, each per byte saved."""
 
 
 def ranked(found: Iterable[Sensitivity], by: str) -> list[Sensitivity]:
@@ -222,7 +222,7 @@ def measure(
 
 
 def margins_lost(reference: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """What the reference's best token loses of its lead: logits [P, V] to float32 [P], zero where the lead grows."""
+    """The lead that the reference's best token loses: logits [P, V] to float32 [P], zero where the lead grows."""
     best = reference.argmax(axis=-1)[:, None]
 
     def lead(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -23,7 +23,7 @@ from coreai_zoo.progress import Reporter
 
 
 class Ticker:
-    """What a model calls after each of its steps, whoever is counting."""
+    """A function that a model calls after each of its steps, whoever is counting."""
 
     def __init__(self) -> None:
         self.count: Callable[[], None] = lambda: None
@@ -50,7 +50,7 @@ class Runner:
     arithmetic: Arithmetic = "runtime"
 
     def run(self, prompts: Sequence[TokenizedPrompt], stage: str, report: Reporter) -> dict[str, Activations]:
-        """What the model computes on each prompt, by the prompt's name."""
+        """The model's activations on each prompt, by the prompt's name."""
         if not prompts:
             return {}
         found = {}
@@ -82,7 +82,7 @@ class StopCheck:
 
 @frozen
 class PromptResult:
-    """What one prompt showed. A refused prompt has no candidate, no bounds and no verdict.
+    """The result of one prompt. A refused prompt has no candidate, no bounds and no verdict.
 
     Attributes:
         prompt: its tokens.
@@ -120,7 +120,7 @@ class PromptResult:
 
 @frozen
 class GateReport:
-    """What all prompts showed.
+    """The results of all prompts.
 
     Attributes:
         results: one for each prompt, in the order in which they ran.
@@ -160,7 +160,7 @@ def _reasons(result: PromptResult) -> list[str]:
 
 
 def attribution(position: Position, control: Verdict | None, *, quantized: bool) -> str | None:
-    """Where a flip comes from; None for no flip, or without a control.
+    """The origin of a flip; None for no flip, or without a control.
 
     `precision` where the fp16 control flips too. Otherwise what sets the bundle apart from the control:
     `quantization`, or `runtime` where nothing is quantized.
@@ -340,7 +340,7 @@ def _judge(
 
 
 def stop_check(verdict: Verdict, stop: int) -> StopCheck:
-    """Where the oracle is sure that the turn ends, and where the candidate goes on all the same."""
+    """The positions where the oracle is sure that the turn ends, and those of them where the candidate goes on."""
     sure = [position for position in verdict.positions if position.margin >= CONFIDENT_MARGIN]
     expected = [position for position in sure if position.oracle == stop]
     return StopCheck(

@@ -38,7 +38,7 @@ TRANSCRIPT, REPORT = "transcript.json", "report.html"
 
 @frozen
 class Run:
-    """How a gate was run.
+    """One run of a gate on a bundle.
 
     Attributes:
         bundle: what was judged.

@@ -1,4 +1,4 @@
-"""Where a candidate's weights come from: a bundle's asset, or the checkpoint by a plan.
+"""The weights of a candidate: out of a bundle's asset, or out of the checkpoint by a plan.
 
 A source gives rows of a parameter seen as a matrix along its last axis, in the values that the asset computes with. A
 reader of whole layers asks for a chunk of rows per call, from several threads.
@@ -29,7 +29,7 @@ class WeightSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What the weights are, for the report."""
+        """A name for the weights, for the report."""
 
     def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """Write rows `start` to `stop` of the parameter `name` to `out`, [stop - start, columns] in its own dtype.

@@ -24,7 +24,7 @@ _PADDING = b"\xcb"
 
 @frozen
 class Blob:
-    """Where the bytes of a constant stand in the file.
+    """The place of a constant's bytes in the file.
 
     Attributes:
         name: name of the constant.

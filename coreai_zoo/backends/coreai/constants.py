@@ -89,7 +89,7 @@ def _placed(found: Sequence[_Found], state: State) -> dict[str, Any]:
     placed: dict[str, Any] = {}
     for kind in dict.fromkeys(state.values()):
         names = [name for name in state if state[name] == kind]
-        # What bears a name that is no state's holds a literal of the graph.
+        # A constant with a name that is not a state's holds a literal of the graph.
         held = [f for f in reversed(found) if f.name in state and (f.shape, f.dtype) == kind]
         present = {f.name for f in held}
         if len(held) < len(names):

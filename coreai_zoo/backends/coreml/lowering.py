@@ -55,7 +55,7 @@ _TO_HALF = "common::add_fp16_cast"
 
 
 def version_warnings() -> tuple[str, ...]:
-    """What coremltools would warn of in the versions that it finds."""
+    """The warning that coremltools would give of the versions that it finds, if any."""
     installed, tested = Version(torch.__version__), Version(_deps._TORCH_MAX_VERSION)
     if installed <= tested:
         return ()
@@ -101,7 +101,7 @@ def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
 
     Raises:
         PluginError: when the decoder has a mistake that keeps it from being traced, leaves a state unwritten, writes to
-            something that is no state, or has another output.
+            something other than a state, or has another output.
     """
     examples = example_inputs(evolve(spec, states=()))  # states are buffers here, and may be large
     inputs = {tensor.name: example for tensor, example in zip(spec.inputs, examples, strict=True)}
