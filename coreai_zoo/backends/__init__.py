@@ -1,1 +1,1 @@
-"""The targets that bundles are written for. Each folder alone imports its toolchain."""
+"""The targets that bundles are written for. Only the folder of a backend imports its toolchain."""

@@ -19,13 +19,13 @@ def zoo_recipes() -> Iterable[Recipe]:
 
 @hookimpl
 def zoo_contracts() -> Iterable[Contract]:
-    """One for each engine that the backends write for."""
+    """A contract for each engine that the backends write for."""
     return CONTRACTS.values()
 
 
 @hookimpl
 def zoo_tokenizer_classes() -> Iterable[TokenizerClass]:
-    """Those that are registered in swift-transformers, so that a Mac can load them."""
+    """The classes that are registered in swift-transformers, so that a Mac can load them."""
     return [TokenizerClass(name) for name in ("Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")]
 
 

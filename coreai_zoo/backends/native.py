@@ -1,7 +1,7 @@
-"""What native libraries print, and words for one that ends the process when it cannot write.
+"""Native libraries that print, or end the process when they cannot write.
 
-The compiler behind the toolchain reports a failed write by printing a line and calling `exit(1)`: no exception, and
-nothing of Python's runs any more. What the C library still runs are exit handlers, so one is registered meanwhile.
+The compiler behind the toolchain reports a failed write by printing a line and calling `exit(1)`. No exception is
+raised, and nothing of Python's runs any more. The C library still runs exit handlers, so one is registered meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
 
 @contextlib.contextmanager
 def exit_explained(destination: Path) -> Iterator[None]:
-    """Within the block, a native call that ends the process says why, and removes `destination`, which is half written.
+    """Within the block, a native call that ends the process says why, and removes the half-written `destination`.
 
     The process still ends, with the exit code of the error (see `errors`): 3 when there is no space left.
     """
@@ -45,7 +45,7 @@ def exit_explained(destination: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def output_captured() -> Iterator[None]:
-    """Within the block, what native code prints on stderr is kept from the terminal, unless the block fails."""
+    """Within the block, native code prints nothing on the terminal's stderr, unless the block fails."""
     with tempfile.TemporaryFile() as captured, _stderr_in(captured) as stderr:
         try:
             yield
@@ -56,7 +56,7 @@ def output_captured() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_in(captured: BinaryIO) -> Iterator[int]:
-    """Within the block what is written to stderr goes to a file; gives the descriptor of what stderr was."""
+    """Within the block, what is written to stderr goes to a file; yields a descriptor of the former stderr."""
     sys.stderr.flush()
     saved = os.dup(2)
     os.dup2(captured.fileno(), 2)
@@ -74,7 +74,7 @@ def _pass_on(captured: BinaryIO, stderr: int) -> None:
 
 @contextlib.contextmanager
 def _at_exit(explain: Callable[[object], None]) -> Iterator[None]:
-    """Within the block, `explain` runs when the C library's `exit` is called, where that library knows handlers."""
+    """Within the block, the C library's `exit` calls `explain`, where that library knows handlers."""
     library = ctypes.CDLL(None) if os.name == "posix" else None
     if library is None or not hasattr(library, "__cxa_atexit"):
         yield
@@ -93,7 +93,7 @@ def _at_exit(explain: Callable[[object], None]) -> Iterator[None]:
 
 
 def _error(destination: Path, said: str) -> ZooError:
-    """What a native library that ended the process meant by its last words."""
+    """The error that a native library's last words stand for."""
     if any(words in said for words in _NO_SPACE):
         return EnvironmentLacks(
             f"There is no space left to write {destination}; what was written of it is removed.",

@@ -1,4 +1,4 @@
-"""The versions that a backend is written against: its toolchain is a beta, or private parts of it are used."""
+"""The versions that a backend is written against, because its toolchain is a beta or it uses private parts of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from coreai_zoo.errors import EnvironmentLacks
 
 
 def checked_versions(required: Mapping[str, str]) -> dict[str, str]:
-    """Installed versions by distribution, each as required.
+    """The installed versions by distribution, which are those that are required.
 
     Raises:
-        EnvironmentLacks: naming what is missing or another version, with the command that installs it.
+        EnvironmentLacks: naming the first that is missing or another version, with the command that installs it.
     """
     found: dict[str, str] = {}
     for distribution, version in required.items():

@@ -1,13 +1,15 @@
-"""The design of a bundle: everything that is built from an entry, a config, a contract and a recipe.
+"""The design of a bundle: everything that follows from an entry, a config, a contract and a recipe.
 
-It is decided on metadata: names, shapes and dtypes. No weight is read. What a build does, what a plan adds up, what a
-diff compares and what a gate runs all come from here, so that they cannot differ.
+`Design` is what there is to know, and `design` decides it step by step; the steps follow in their order. All of it is
+decided on metadata: names, shapes and dtypes. No weight is read. Builds, plans, diffs and gates take their model from
+here, so they cannot disagree.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +49,8 @@ class FunctionDesign:
     """One function of a bundle.
 
     Attributes:
-        signature: what it takes, keeps and gives.
-        rewrites: what puts its layers into another form, each with its plugin.
+        signature: its inputs, states and outputs.
+        rewrites: the rewrites that put its layers into another form, each with the plugin that brought it.
     """
 
     signature: TraceSpec
@@ -56,91 +58,24 @@ class FunctionDesign:
 
 
 @frozen
-class Decoders:
-    """The decoder of each function, without weights. It is laid out when it is first asked for, which takes torch."""
-
-    model: Model
-    contract: Contract
-    functions: Mapping[str, FunctionDesign]
-    plugins: Plugins
-
-    @cached_property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The decoders on the meta device by function, layers rewritten.
-
-        Raises:
-            PluginError: when the overlay or a rewrite fails, or the functions do not share their parameters.
-        """
-        from coreai_zoo.lowering.module import build_module, parameters_of
-
-        modules = {name: build_module(self._decoder, function.rewrites) for name, function in self.functions.items()}
-        first, *others = modules
-        parameters = parameters_of(modules[first])
-        for name in others:
-            own = parameters_of(modules[name])
-            strange = [parameter for parameter, info in own.items() if parameters.get(parameter) != info]
-            if strange:
-                raise PluginError(
-                    f"overlay {self.model.overlay.name!r}: the function {name} has parameters that {first} does not "
-                    f"have in this shape and dtype: {listing(strange)}.",
-                    "Functions of a bundle share their weights.",
-                )
-        return modules
-
-    @cached_property
-    def parameters(self) -> Mapping[str, ParameterInfo]:
-        """Every parameter by name: as the overlay's table has it, or else of the decoder itself, which takes torch."""
-        overlay = self.model.overlay
-        (first, *_) = self.functions.values()
-        if isinstance(overlay, HasParameterTable) and all(rewrite.keeps_parameters for _, rewrite in first.rewrites):
-            with self._attributed():
-                return overlay.parameters(self.model.config, self.contract)
-        from coreai_zoo.lowering.module import parameters_of
-
-        return parameters_of(next(iter(self.modules.values())))
-
-    def _decoder(self) -> nn.Module:
-        from coreai_zoo.lowering.module import parameters_of
-
-        overlay = self.model.overlay
-        with self._attributed():
-            made = overlay.decoder(self.model.config, self.contract)
-            if isinstance(overlay, HasParameterTable):
-                told = overlay.parameters(self.model.config, self.contract)
-                _check_table(overlay.name, told, parameters_of(made))
-            return made
-
-    def _attributed(self) -> Any:
-        return self.plugins.attribute_errors(self.model.plugin, f"overlay {self.model.overlay.name!r}")
-
-
-def _check_table(overlay: str, told: Mapping[str, ParameterInfo], real: Mapping[str, ParameterInfo]) -> None:
-    """Hold an overlay's table of parameters against its decoder: what `zoo plan` adds up must be true."""
-    names = [name for name in {**real, **told} if told.get(name) != real.get(name)]
-    if names:
-        raise PluginError(
-            f"the parameters that overlay {overlay!r} tells are not those of its decoder: {listing(names)}.",
-            "Correct its `parameters`, or take the method away.",
-        )
-
-
-@frozen
 class Design:
     """Everything that is decided before a weight is read.
 
     Attributes:
-        name: of the bundle.
+        name: name of the bundle.
         request: what was asked for.
-        entry: the entry, None for a checkpoint that was looked at without one.
+        entry: the entry; None for a checkpoint that is looked at without one.
         model: what the overlay makes of the config, cut to the layers that were asked for.
-        directory: the checkpoint's folder, None where only facts were looked at.
-        opened: the checkpoint, None where there are no weights.
-        revision: commit of the checkpoint on the hub, where that is known.
+        directory: the checkpoint's folder; None where the entry's facts are all there is.
+        opened: the checkpoint; None where there are no weights.
+        revision: the checkpoint's commit on the hub; None where that is not known.
         differences: facts of the entry that this checkpoint does not have (another size of the same architecture).
-        recipe: with the overlay's head policy in place.
-        head: that policy, where the recipe quantizes the head.
-        functions: of the bundle by name; the first one decodes.
-        decoders: their modules.
+        contract: the engine contract that the functions meet.
+        backend: the backend that writes the asset.
+        recipe: how each role is stored, with the overlay's head policy in place.
+        head: that policy; None where the recipe does not quantize the head.
+        functions: the bundle's functions by name; the first one decodes.
+        decoders: the functions' modules.
         weights: where every parameter comes from and how it is stored.
         max_context: positions that the bundle allows.
         source_date_epoch: the date that the bundle carries, in seconds since 1970.
@@ -166,23 +101,23 @@ class Design:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint. A build has one; a dry request has one where there are weights."""
+        """The checkpoint, which a build always has, and a dry request where there are weights."""
         assert self.opened is not None
         return self.opened
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the overlay tells of the layers that are built."""
+        """The overlay's facts of the layers that are built."""
         return self.model.facts
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """The decoder of each function, on the meta device until its weights are allocated."""
+        """The decoder of each function by name, on the meta device until its weights are allocated."""
         return self.decoders.modules
 
     @property
     def signatures(self) -> Mapping[str, TraceSpec]:
-        """The signature of each function."""
+        """The signature of each function by name."""
         return {name: function.signature for name, function in self.functions.items()}
 
     @property
@@ -192,23 +127,23 @@ class Design:
 
     @property
     def stored_roles(self) -> Mapping[str, QuantizationSpec | None]:
-        """How each role of the model's weights is quantized, by the role's name."""
+        """The quantization of each role of the model's weights, by the role's name; None for plain values."""
         return {name: self.recipe.spec(self.weights.roles[name]) for name in self.weights.by_role()}
 
     @property
     def sample(self) -> bool:
-        """Whether this is the entry's miniature."""
+        """Whether this is the entry's sample, a miniature."""
         return self.request.sample
 
     @property
     def relies_on_unverified(self) -> bool:
-        """Whether the bundle passes for the entry's model, and the entry was never compared with that."""
+        """Whether the bundle passes for the entry's model although the entry was never compared with that."""
         unverified = self.entry is not None and self.entry.status == "unverified"
         return unverified and not self.sample and not self.differences
 
     @property
     def hf_id(self) -> str | None:
-        """The entry's repository on the hub, if this checkpoint can be what is there."""
+        """The entry's repository on the hub; None where this checkpoint cannot be the one that is there."""
         return None if self.entry is None or self.sample or self.differences else self.entry.hf_id
 
     @property
@@ -217,7 +152,7 @@ class Design:
         return f"{self.name}{self.backend.asset_suffix}"
 
     def with_recipe(self, name: str) -> Design:
-        """The same decoders with their weights stored by another recipe.
+        """The same design with its weights stored by another recipe.
 
         Raises:
             BadInput: when there is no such recipe, or it does not fit the weights.
@@ -229,28 +164,30 @@ class Design:
 
 
 def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) -> Design:
-    """Decide everything that follows from a request.
+    """The design of what a request asks for.
 
     Args:
         request: what was asked for.
-        plugins: what answers.
-        entry: the entry itself, where it is not to be looked up by its name.
+        plugins: the plugins that bring entries, overlays, contracts, recipes and backends.
+        entry: the entry itself; None to look it up by the name in the request.
 
     Raises:
-        ZooError: for every input that cannot be built from.
+        ZooError: for every input that nothing can be built from.
     """
     if entry is None and request.entry is not None:
         entry, _ = find_entry(request.entry, plugins)
     backend = find_backend(request.backend, plugins)
     contract = _contract(request, entry, backend, plugins)
     recipe = find_recipe(request.recipe or (entry.recipe if entry else DEFAULT_RECIPE), plugins)
-    date = 0 if request.dry else _require_buildable(request, entry, backend)
+    if not request.dry:
+        _require_buildable(request, entry, backend)
+    date = 0 if request.dry else source_date_epoch()
 
     source = _source(request, entry, plugins)
     model = read_model(source.hf_config, plugins, request.layers)
     differences = _differences(request, entry, model, source)
     max_context = _max_context(request, entry, contract, model.facts)
-    checkpoint = source.checkpoint(need_weights=not request.dry)
+    checkpoint = source.open(need_weights=not request.dry)
     if not request.dry:
         assert source.directory is not None
         check_tokenizer(source.directory, model.facts["vocab_size"], plugins.tokenizer_classes())
@@ -259,7 +196,7 @@ def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) 
     functions = _functions(model, entry, contract, max_context, plugins)
     decoders = Decoders(model, contract, functions, plugins)
     if not request.dry:
-        _ = decoders.modules  # what is wrong with the decoder itself is said before anything about its weights
+        _ = decoders.modules  # a mistake in the decoder itself is told before anything about its weights
     weights = _weights(decoders, entry, checkpoint, recipe)
     made = Design(
         name=_bundle_name(request, entry, source, recipe, contract, differences),
@@ -290,19 +227,17 @@ def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _require_buildable(request: BuildRequest, entry: Entry | None, backend: Backend) -> int:
-    """Refuse now what would fail after hours; the date that the bundle will carry."""
+def _require_buildable(request: BuildRequest, entry: Entry | None, backend: Backend) -> None:
+    """Refuse now what would fail after hours."""
     if entry is None:
         raise BadInput("A build needs an entry.", "`zoo list` shows them; `zoo new` writes one for a checkpoint.")
     _check_status(request, entry)
     _ = backend.versions  # refuses another version of the toolchain
-    date = source_date_epoch()
     check_output_folder(request.output)
-    return date
 
 
 def _check_status(request: BuildRequest, entry: Entry) -> None:
-    """Refuse an unverified entry, before anything is fetched, where its facts and revision are relied on."""
+    """Refuse an unverified entry where the build relies on its facts and revision, before anything is fetched."""
     # A sample or a model of other sizes claims nothing of the published checkpoint.
     if entry.status == "verified" or request.allow_unverified or request.sample or request.custom:
         return
@@ -315,7 +250,7 @@ def _check_status(request: BuildRequest, entry: Entry) -> None:
 
 
 def _contract(request: BuildRequest, entry: Entry | None, backend: Backend, plugins: Plugins) -> Contract:
-    """The contract that was asked for, or the entry's, or where the backend does not write for that one its own."""
+    """The contract that was asked for, or the entry's; where the backend does not write for that, its own first one."""
     contract = find_contract(request.contract or (entry.contract if entry else DEFAULT_CONTRACT), plugins)
     if (request.dry and request.contract) or backend.name in contract.backends:
         return contract
@@ -329,32 +264,33 @@ def _contract(request: BuildRequest, entry: Entry | None, backend: Backend, plug
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The entry against the checkpoint
+# The model, and the entry against it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @frozen
 class _Source:
-    """Where the model comes from.
+    """The origin of the model.
 
     Attributes:
         hf_config: content of its `config.json`.
-        directory: the checkpoint's folder, None where the entry's facts are all there is.
-        revision: its commit on the hub, where that is known.
+        directory: the checkpoint's folder; None where the entry's facts are all there is.
+        revision: its commit on the hub; None where that is not known.
     """
 
     hf_config: Mapping[str, Any]
     directory: Path | None = None
     revision: str | None = None
 
-    def checkpoint(self, *, need_weights: bool) -> Checkpoint | None:
-        """The checkpoint opened, None where there are no weights and none are needed."""
+    def open(self, *, need_weights: bool) -> Checkpoint | None:
+        """The checkpoint; None where there are no weights and none are needed."""
         if self.directory is None or not (need_weights or has_weights(self.directory)):
             return None
         return Checkpoint.open(self.directory)
 
 
 def _source(request: BuildRequest, entry: Entry | None, plugins: Plugins) -> _Source:
+    """The checkpoint that was asked for, or the entry's; of a dry request without either, the entry's facts."""
     if request.dry and request.checkpoint is None and not request.sample:
         if entry is None:
             raise BadInput("There is nothing to look at.", "Name an entry, or pass --checkpoint DIR.")
@@ -368,7 +304,7 @@ def _source(request: BuildRequest, entry: Entry | None, plugins: Plugins) -> _So
 
 
 def _differences(request: BuildRequest, entry: Entry | None, model: Model, source: _Source) -> tuple[str, ...]:
-    """In which facts the checkpoint is another model than the entry's, where the user said that it is one."""
+    """The facts in which the checkpoint is another model than the entry's, which takes --custom or --sample."""
     if entry is None:
         return ()
     if model.model_type not in entry.model_type:
@@ -397,6 +333,7 @@ def _differences(request: BuildRequest, entry: Entry | None, model: Model, sourc
 
 
 def _max_context(request: BuildRequest, entry: Entry | None, contract: Contract, facts: Mapping[str, Any]) -> int:
+    """The positions that were asked for, or the least of what entry, model and contract suggest."""
     limit = int(facts["max_context_length"])
     if request.max_context is not None and not MINIMUM_CONTEXT <= request.max_context <= limit:
         raise BadInput(
@@ -414,17 +351,8 @@ def _max_context(request: BuildRequest, entry: Entry | None, contract: Contract,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Functions and weights
+# Functions and their decoders
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _with_head(
-    recipe: Recipe, model: Model, entry: Entry | None, plugins: Plugins
-) -> tuple[Recipe, HeadQuantization | None]:
-    """The recipe with the overlay's head policy in place, and the policy where it counts."""
-    policy = plugins.head_quantization(model.overlay, entry, model.config)
-    chosen = recipe.with_head(policy)
-    return chosen, policy if chosen.specs["head"] is not None else None
 
 
 def _functions(
@@ -440,8 +368,90 @@ def _functions(
     }
 
 
+@frozen
+class Decoders:
+    """The decoder of each function, without weights. Decoders are laid out when first asked for, which takes torch."""
+
+    model: Model
+    contract: Contract
+    functions: Mapping[str, FunctionDesign]
+    plugins: Plugins
+
+    @cached_property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The decoder of each function by name: on the meta device, layers rewritten.
+
+        Raises:
+            PluginError: when the overlay or a rewrite fails, or the functions do not share their parameters.
+        """
+        from coreai_zoo.lowering.module import build_module, parameters_of
+
+        modules = {name: build_module(self._decoder, function.rewrites) for name, function in self.functions.items()}
+        first, *others = modules
+        parameters = parameters_of(modules[first])
+        for name in others:
+            own = parameters_of(modules[name])
+            differing = [parameter for parameter, info in own.items() if parameters.get(parameter) != info]
+            if differing:
+                raise PluginError(
+                    f"overlay {self.model.overlay.name!r}: the function {name} has parameters that {first} does not "
+                    f"have in this shape and dtype: {listing(differing)}.",
+                    "Functions of a bundle share their weights.",
+                )
+        return modules
+
+    @cached_property
+    def parameters(self) -> Mapping[str, ParameterInfo]:
+        """Every parameter by name, from the overlay's table, or else from the decoder itself, which takes torch."""
+        overlay = self.model.overlay
+        (first, *_) = self.functions.values()
+        if isinstance(overlay, HasParameterTable) and all(rewrite.keeps_parameters for _, rewrite in first.rewrites):
+            with self._attributed():
+                return overlay.parameters(self.model.config, self.contract)
+        from coreai_zoo.lowering.module import parameters_of
+
+        return parameters_of(next(iter(self.modules.values())))
+
+    def _decoder(self) -> nn.Module:
+        from coreai_zoo.lowering.module import parameters_of
+
+        overlay = self.model.overlay
+        with self._attributed():
+            made = overlay.decoder(self.model.config, self.contract)
+            if isinstance(overlay, HasParameterTable):
+                _check_table(overlay.name, overlay.parameters(self.model.config, self.contract), parameters_of(made))
+            return made
+
+    def _attributed(self) -> AbstractContextManager[None]:
+        return self.plugins.attribute_errors(self.model.plugin, f"overlay {self.model.overlay.name!r}")
+
+
+def _check_table(overlay: str, table: Mapping[str, ParameterInfo], real: Mapping[str, ParameterInfo]) -> None:
+    """Refuse an overlay whose table of parameters is not that of its decoder: `zoo plan` adds up the table."""
+    names = [name for name in {**real, **table} if table.get(name) != real.get(name)]
+    if names:
+        raise PluginError(
+            f"the parameters that overlay {overlay!r} tells are not those of its decoder: {listing(names)}.",
+            "Correct its `parameters`, or take the method away.",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipe, weights, name
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _with_head(
+    recipe: Recipe, model: Model, entry: Entry | None, plugins: Plugins
+) -> tuple[Recipe, HeadQuantization | None]:
+    """The recipe with the overlay's head policy in place; and that policy, None where the head is not quantized."""
+    policy = plugins.head_quantization(model.overlay, entry, model.config)
+    chosen = recipe.with_head(policy)
+    return chosen, policy if chosen.specs["head"] is not None else None
+
+
 def _weights(decoders: Decoders, entry: Entry | None, checkpoint: Checkpoint | None, recipe: Recipe) -> WeightPlan:
-    """Where every parameter comes from and how it is stored; without sources where there is no checkpoint."""
+    """The plan of every parameter. Without a checkpoint, parameters have no sources."""
     model, plugins = decoders.model, decoders.plugins
     plugin, table = plugins.weight_map(model.overlay, entry, model.config)
     parameters = decoders.parameters
@@ -455,7 +465,7 @@ def _weights(decoders: Decoders, entry: Entry | None, checkpoint: Checkpoint | N
 
 
 def _check_routed(model: Model, table: WeightMap, weights: WeightPlan) -> None:
-    """Refuse experts of which nobody says how many a token reads."""
+    """Refuse experts where no fact says how many of them a token reads."""
     routed = {role.name for role in table.roles if role.routed} & {tensor.role for tensor in weights.tensors}
     missing = sorted({"experts", "experts_per_token"} - set(model.facts))
     if routed and missing:

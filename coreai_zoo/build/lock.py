@@ -1,9 +1,9 @@
-"""One at a time: a lock on a path, which a process cannot leave locked by dying.
+"""A lock on a path, which a process cannot leave locked by dying.
 
-The kernel holds the lock, which filelock asks it for, and drops it when the holder ends, however it ends; a pid that
-another process got since then means nothing to it. What is written in the lock file only tells the others whom they
-wait for. It decides in one case: when it was left by another machine, whose locks this one may not see, since some
-network file systems keep locks to themselves.
+The kernel holds the lock and drops it when the holder ends, however it ends; whether another process has the same pid
+by now does not matter. What is written in the lock file only tells the others whom they wait for. It decides in one
+case: when another machine left it, whose locks this one may not see, since some network file systems keep locks to
+themselves.
 
 The file is ours and only the lock on it is filelock's: a `FileLock` would leave the file behind and, in most versions,
 empty it.
@@ -33,14 +33,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @frozen
 class Holder:
-    """Who holds a lock, as written in its file.
+    """The holder of a lock, as its file names it.
 
     Attributes:
-        pid: of the process.
+        pid: id of the process.
         host: name of its machine (or container).
-        boot: what tells one running kernel from another, empty where there is no such thing.
+        boot: id of the running kernel; empty where there is none.
         started: local date and time when the lock was taken.
-        what: what it does.
+        what: what the process does.
     """
 
     pid: int = field(validator=instance_of(int))
@@ -55,13 +55,13 @@ class Holder:
 
     @classmethod
     def this(cls, what: str) -> Holder:
-        """This process, now."""
+        """This process as the holder, from now on."""
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         return cls(os.getpid(), socket.gethostname(), _boot(), started, what)
 
     @property
     def may_be_elsewhere(self) -> bool:
-        """Whether it was written by another machine, so that the kernel's answer here may not count there."""
+        """Whether another machine may have written it, whose locks the kernel here may not see."""
         return self.host != socket.gethostname() and not (self.boot and self.boot == _boot())
 
 
@@ -83,7 +83,7 @@ def _say(text: str) -> None:
 
 @contextmanager
 def exclusive(path: Path, what: str, *, wait: bool = False, say: Callable[[str], None] = _say) -> Iterator[None]:
-    """Keep every other user of `exclusive` out of `path` while the block runs, in this process and in others.
+    """Within the block, no other block of `exclusive` runs for `path`, in this process or in another.
 
     The folder of `path` must exist, `path` need not. The lock file is gone afterwards; one that a dead process left
     behind is taken over.
@@ -91,8 +91,8 @@ def exclusive(path: Path, what: str, *, wait: bool = False, say: Callable[[str],
     Args:
         path: what is locked.
         what: what is done with it, for the message that others get, for example `building qwen3.6-27b`.
-        wait: wait for the holder to end instead of refusing.
-        say: called with a line that says whom it waits for, once per holder.
+        wait: whether to wait for the holder to end instead of refusing.
+        say: called with a line that says whom this process waits for, once for each holder.
 
     Raises:
         BadInput: when it is held and `wait` is false, when another machine left the lock file, or when the file cannot
@@ -162,7 +162,7 @@ def _read(opened: FileIO) -> Holder | None:
 
 @contextmanager
 def _signed(opened: FileIO, file: Path, path: Path, what: str, left: Holder | None) -> Iterator[None]:
-    """Write in the locked file who holds it, in place of who `left` it; it is gone afterwards."""
+    """Within the block, the locked file says who holds it instead of who `left` it; afterwards it is gone."""
     if left and left.may_be_elsewhere:
         raise BadInput(
             f"{path} was in use by {left}, and from here it cannot be seen whether it still is.",

@@ -1,4 +1,4 @@
-"""What this machine has, and what a container leaves of it."""
+"""The memory that this machine has, and what a container leaves of it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
-# File of the limit, file of what is in use, and the part of it that is page cache, which gives way: in version 2 of
-# control groups, and in version 1.
+# The file of the limit, the file of what is in use, and the part of that which is page cache, which gives way. Control
+# groups have them in version 2 and in version 1.
 _VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
 def available_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
-    """Bytes that this process may still take without swapping or being killed, where Linux tells.
+    """Bytes that this process may still take without swapping or being killed; None where Linux does not say.
 
     Args:
         proc: where the process file system is mounted.
@@ -32,7 +32,7 @@ def _free(proc: Path) -> Iterator[int]:
 
 
 def _room_in_groups(proc: Path, cgroups: Path) -> Iterator[int]:
-    """What the limit of each control group around this process leaves."""
+    """The bytes that each control group around this process leaves."""
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):

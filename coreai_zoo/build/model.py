@@ -1,4 +1,4 @@
-"""What an overlay makes of a `config.json`."""
+"""Models: a `config.json` as the overlay that claims it reads it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from coreai_zoo.overlay import Overlay
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.signature import KVCache
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a config.json says
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[str, Any]:
     """The `config.json` of the model whose facts an entry states.
 
     Args:
-        entry: which.
-        plugins: what claims it.
-        hint: what to do when it states too little.
+        entry: the entry.
+        plugins: the plugins, one of which brings its overlay.
+        hint: what to do when it states too little, for the error.
 
     Raises:
         BadInput: when no overlay claims it, or it states too little.
@@ -40,12 +36,12 @@ def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[s
 
 @frozen
 class Model:
-    """What the overlay makes of a `config.json`.
+    """A `config.json` with the overlay that claims it, and what that reads in it.
 
     Attributes:
         plugin: name of the plugin that brought the overlay.
-        facts: of the layers that were asked for.
-        whole_facts: of all layers.
+        facts: the facts of the layers that were asked for.
+        whole_facts: the facts of all layers.
     """
 
     hf_config: Mapping[str, Any]
@@ -63,7 +59,7 @@ class Model:
 
 
 def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | None = None) -> Model:
-    """Read a config with the overlay that claims it, cut to the first `layers` layers if there is a number.
+    """The model that a config describes, cut to its first `layers` layers where a number is given.
 
     Raises:
         BadInput: when no plugin claims the architecture, the overlay cannot use the config, or a slice is not a model.
@@ -80,23 +76,23 @@ def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | Non
 
 
 def contradictions(entry: Entry, facts: Mapping[str, Any]) -> list[str]:
-    """Facts that an entry states and the config that they describe does not have, one phrase each.
+    """The contradictions between an entry's facts, one phrase each.
 
     Args:
-        entry: which.
-        facts: what the overlay makes of that config, see `config_of_entry`.
+        entry: the entry.
+        facts: what the overlay makes of the config that the entry describes, see `config_of_entry`.
     """
     return [
         f"{entry.name}: {name} is {stated}, and the other facts make it {facts[name]}"
-        for name, stated in entry.facts.stated.items()
-        if name in facts and facts[name] != stated
+        for name, stated in _contradicted(entry, facts)
     ]
 
 
 def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the entry states and the checkpoint is not, one phrase each."""
-    return tuple(
-        f"{name} is {facts[name]}, the entry says {stated}"
-        for name, stated in entry.facts.stated.items()
-        if name in facts and facts[name] != stated
-    )
+    """The differences between a checkpoint and what an entry states, one phrase each."""
+    return tuple(f"{name} is {facts[name]}, the entry says {stated}" for name, stated in _contradicted(entry, facts))
+
+
+def _contradicted(entry: Entry, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The facts that an entry states otherwise, as it states them."""
+    return [(name, stated) for name, stated in entry.facts.stated.items() if name in facts and facts[name] != stated]

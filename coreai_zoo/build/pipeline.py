@@ -1,6 +1,6 @@
-"""A build, from a name to a bundle: resolve, trace, weights, lower, bundle, verify.
+"""A build, from a request to a bundle: resolve, trace, weights, lower, bundle, verify.
 
-Tracing comes before the weights: an overlay that does not lower is found out before tens of gigabytes are read.
+Tracing comes before the weights: an overlay that does not lower shows before tens of gigabytes are read.
 """
 
 from __future__ import annotations
@@ -26,21 +26,19 @@ from coreai_zoo.progress import Reporter
 from coreai_zoo.weights.plan import PlannedTensor
 from coreai_zoo.weights.store import FillReport, WeightStore
 
-__all__ = ["BuildResult", "build"]
-
 
 @frozen
 class BuildResult:
     """A finished bundle.
 
     Attributes:
-        path: the bundle's directory.
+        path: the bundle's folder.
         bytes: size of all its files.
-        computed: weights that were quantized or converted in this run.
-        reused: weights that an earlier run had left in the work directory.
+        computed: number of weights that this run quantized or converted.
+        reused: number of weights that an earlier run had left in the work folder.
         seconds: time of each stage.
         checks: what verification found.
-        preflight: what was expected to be read and written, and what there was for it.
+        preflight: what the build was expected to read and write, and the room there was for it.
     """
 
     path: Path
@@ -85,7 +83,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
                 report.note(f"damaged and redone: {listing(list(filled.repaired))}")
             if filled.removed:
                 report.note(f"removed {len(filled.removed)} tensors that this build does not use")
-        # The disk may have filled meanwhile, and the toolchain's writer ends the whole process when it meets its end.
+        # The disk may have filled meanwhile, and the toolchain's writer ends the whole process when there is no space.
         preflight(designed, workspace).require()
         with report.stage("lower", designed.asset):
             _lower(traced, designed, store, partial)
@@ -105,8 +103,9 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Let Python look for cycles less often: a traced decoder is half a million objects, and walking over them took a
-    fifth of the time of tracing.
+    """Within the block, Python looks for cycles less often.
+
+    A traced decoder is half a million objects, and walking over them took a fifth of the time of tracing.
     """
     thresholds = gc.get_threshold()
     gc.freeze()

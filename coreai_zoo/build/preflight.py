@@ -1,4 +1,4 @@
-"""What a build will read, write and need, held against what this machine has, before a weight is read.
+"""The preflight of a build: what it reads, writes and needs, and whether this machine has that.
 
 `zoo plan` takes its sizes from here too.
 """
@@ -21,8 +21,8 @@ from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dtypes import bits_of
 from coreai_zoo.errors import EnvironmentLacks
 
-# torch and the toolchain, imported and idle, take this much; no build gets by with less.
 LEAST_MEMORY = 384 * 2**20
+"""Bytes that torch and the toolchain take, imported and idle: no build gets by with less."""
 
 _BYTES_PER_VALUE = 2  # of a checkpoint that is not at hand: released ones are bf16
 
@@ -35,8 +35,8 @@ class Disk:
     """A file system that a build writes to.
 
     Attributes:
-        path: where on it.
-        needs: bytes that will be written at least.
+        path: a folder on it.
+        needs: bytes that the build will write at least.
         free: bytes that are free.
     """
 
@@ -47,15 +47,15 @@ class Disk:
 
 @frozen
 class Preflight:
-    """Bytes that a build handles at least.
+    """The bytes that a build handles at least, and the room that there is for them.
 
     Attributes:
-        read: of the checkpoint.
-        scratch: of the weight store, which goes when the build is done; less what is there already.
-        written: of the bundle.
+        read: bytes that are read of the checkpoint.
+        scratch: bytes still to be written of the weight store, which goes when the build is done.
+        written: bytes of the bundle.
         disks: the file systems that hold the two.
-        memory: bytes of memory that are available, None where that is not known.
-        least_memory: bytes that the build takes.
+        memory: bytes of memory that are available; None where that is not known.
+        least_memory: bytes of memory that the build takes.
     """
 
     read: int
@@ -76,7 +76,7 @@ class Preflight:
         """Refuse a build that cannot fit.
 
         Raises:
-            EnvironmentLacks: with the numbers; it is the machine that has to change, not the input.
+            EnvironmentLacks: with the numbers. The machine has to change, not the input.
         """
         for disk in self.disks:
             if disk.needs > disk.free:
@@ -92,12 +92,12 @@ class Preflight:
             )
 
     def as_json(self) -> Mapping[str, Any]:
-        """For programs."""
+        """The preflight as JSON."""
         return {**attrs.asdict(self), "disks": [{**attrs.asdict(disk), "path": str(disk.path)} for disk in self.disks]}
 
 
 def preflight(design: Design, workspace: Workspace) -> Preflight:
-    """What building a design in `workspace` takes, and what this machine has for it."""
+    """The preflight of building a design in `workspace` on this machine."""
     written = asset_bytes(design) + tokenizer_bytes(design)
     scratch = max(0, design.weights.stored_bytes - _bytes_below(workspace.work))
     needs: dict[int, Disk] = {}
@@ -118,12 +118,12 @@ def asset_bytes(design: Design) -> int:
 
 
 def tokenizer_bytes(design: Design) -> int:
-    """Bytes of the tokenizer's files that a bundle copies from the checkpoint; 0 where there is none."""
+    """Bytes of the tokenizer's files, which a bundle copies from the checkpoint; 0 without a checkpoint."""
     return 0 if design.directory is None else sum(file.stat().st_size for file in tokenizer_files(design.directory))
 
 
 def bytes_read(design: Design) -> int:
-    """Bytes of the checkpoint that a build reads; an estimate where there is none at hand."""
+    """Bytes of the checkpoint that a build reads; an estimate where no checkpoint is at hand."""
     if design.opened is None:
         return _BYTES_PER_VALUE * design.weights.parameters
     tensors = design.checkpoint.tensors
@@ -139,12 +139,12 @@ def _bytes_below(folder: Path) -> int:
 
 
 def _shown(path: Path) -> Path:
-    """`path` as seen from here, where it is below."""
+    """`path` relative to the current folder, where it is below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def size(count: int) -> str:
-    """Bytes in the largest binary unit that leaves a number of one or more."""
+    """A number of bytes as text, in the largest binary unit of which there is one or more."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
     power = min(len(units) - 1, int(math.log2(count) // 10)) if count else 0
     return f"{count:,} bytes" if not power else f"{count / 1024**power:,.1f} {units[power]}"

@@ -1,4 +1,4 @@
-"""Does a bundle come out the same again: `zoo verify --rebuild`."""
+"""Whether a bundle comes out the same again: `zoo verify --rebuild`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def rebuild(bundle: Bundle, checkpoint: Path | None, plugins: Plugins, report: R
         bundle: the bundle.
         checkpoint: the one it was built from; None for a sample's, or to fetch it.
         plugins: as for a build.
-        report: of the build's progress.
+        report: is told of the build's stages.
 
     Raises:
-        EnvironmentLacks: when something else than the recorded versions is installed: the bytes would differ.
+        EnvironmentLacks: when other versions than the recorded ones are installed: the bytes would differ.
         BadInput: when the record does not say how the bundle was built.
     """
     require_versions(bundle, plugins)
@@ -49,7 +49,7 @@ def rebuild(bundle: Bundle, checkpoint: Path | None, plugins: Plugins, report: R
 
 
 def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> tuple[BuildRequest, int]:
-    """What was asked for when `bundle` was built, to be built in `output`, and the date that it carries."""
+    """The request that `bundle` was built from, with `output` as its folder, and the date that the bundle carries."""
     build: Mapping[str, Any] = bundle.build
     try:
         request = BuildRequest(
@@ -71,7 +71,7 @@ def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> t
 
 
 def _entry(recorded: Mapping[str, Any]) -> str:
-    """Name of the recorded entry; or, where no plugin brought it, the path of a copy of its file, kept until we end."""
+    """Name of the recorded entry; where no plugin brought it, path of a copy of its file, which goes when we end."""
     name, text = str(recorded["name"]), recorded.get("file")
     if text is None:
         return name
@@ -86,7 +86,7 @@ def require_versions(bundle: Bundle, plugins: Plugins) -> None:
     """Refuse to rebuild with other versions than the recorded ones.
 
     Raises:
-        EnvironmentLacks: naming each with both versions.
+        EnvironmentLacks: naming each of them, with both versions.
     """
     backend = backend_of(bundle, plugins.backends())
     recorded = {**bundle.build.get("versions", {}), "coreai-zoo": bundle.build.get("zoo")}
@@ -115,18 +115,22 @@ def differences(bundle: Path, again: Path) -> list[str]:
 
 
 def _same(one: Path, other: Path, *, card: bool) -> bool:
-    if card and one.is_file() and other.is_file():  # a gate may have added what it measured
+    if not (one.is_file() and other.is_file()):
+        return False
+    if card:  # a gate may have added what it measured
         return without_measurements(one.read_bytes()) == without_measurements(other.read_bytes())
-    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+    return filecmp.cmp(one, other, shallow=False)
 
 
 @contextlib.contextmanager
 def _date(seconds: int) -> Iterator[None]:
+    """Within the block, a bundle carries this date."""
     before = os.environ.get("SOURCE_DATE_EPOCH")
     os.environ["SOURCE_DATE_EPOCH"] = str(seconds)
     try:
         yield
     finally:
-        del os.environ["SOURCE_DATE_EPOCH"]
-        if before is not None:
+        if before is None:
+            del os.environ["SOURCE_DATE_EPOCH"]
+        else:
             os.environ["SOURCE_DATE_EPOCH"] = before

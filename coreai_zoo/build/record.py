@@ -18,7 +18,7 @@ from coreai_zoo.build.design import Design
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
 from coreai_zoo.bundle.layout import BUILD_SCHEMA, file_digests, file_sizes
-from coreai_zoo.bundle.metadata import Description, metadata
+from coreai_zoo.bundle.metadata import metadata
 from coreai_zoo.checkpoint.tokenizer import copy_tokenizer
 from coreai_zoo.dates import build_date
 from coreai_zoo.json_files import write_json
@@ -31,7 +31,7 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
     """Add everything but the asset to the bundle in `partial`.
 
     Args:
-        design: what is built.
+        design: the bundle's design.
         store: its weights.
         partial: folder of the bundle.
         tokenizer_classes: see `Plugins.tokenizer_classes`.
@@ -41,19 +41,17 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
     write_json(
         partial / "metadata.json",
         metadata(
-            Description(
-                name=design.name,
-                asset=design.asset,
-                decode=design.decode,
-                vocab_size=design.facts["vocab_size"],
-                max_context_length=design.max_context,
-                hf_id=design.hf_id,
-                hf_revision=design.revision,
-                compression=design.recipe.published_name,
-                states={state.name: state.kind for state in design.signatures[design.decode].states},
-                user_data={"sample": "true"} if design.sample else {},
-                date=build_date(design.source_date_epoch),
-            )
+            name=design.name,
+            asset=design.asset,
+            decode=design.decode,
+            vocab_size=design.facts["vocab_size"],
+            max_context_length=design.max_context,
+            hf_id=design.hf_id,
+            hf_revision=design.revision,
+            compression=design.recipe.published_name,
+            states={state.name: state.kind for state in design.signatures[design.decode].states},
+            user_data={"sample": "true"} if design.sample else {},
+            date=build_date(design.source_date_epoch),
         ),
     )
     for name, text in design.backend.extra_files.items():
@@ -64,7 +62,7 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
 
 
 def versions(backend: Backend) -> dict[str, str]:
-    """Installed versions of everything whose code determines a bundle's bytes, this zoo among them."""
+    """Installed versions of everything whose code determines a bundle's bytes, this zoo included, by distribution."""
     torch = distributions.version("torch").split("+")[0]  # "+cpu" and the like say where it runs
     return {**backend.versions, "torch": torch, "coreai-zoo": distributions.version("coreai-zoo")}
 

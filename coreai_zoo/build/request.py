@@ -1,4 +1,4 @@
-"""What the user asked for."""
+"""Build requests, and their defaults."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from attrs import frozen
 DEFAULT_OUTPUT = Path("exports")
 DEFAULT_BACKEND = "coreai"
 DEFAULT_RECIPE, DEFAULT_CONTRACT, DEFAULT_CONTEXT = "int8hu", "static-s1", 32768
-"""Of a checkpoint that comes without an entry."""
+"""The defaults for a checkpoint that comes without an entry."""
 
 
 @frozen
 class BuildRequest:
-    """What is to be built, and how; see `zoo build --help`.
+    """A request for a bundle; see `zoo build --help` for the options.
 
     Attributes:
         entry: name of an entry, or path of an entry file; None for a checkpoint that is looked at without one.
-        dry: only look. Nothing is fetched: without `checkpoint` or `sample` the model is the one that the entry's facts
-            describe, and a checkpoint may be a folder with nothing but its `config.json`.
+        dry: whether to look only. Nothing is fetched then: without `checkpoint` or `sample` the model is the one that
+            the entry's facts describe, and a checkpoint may be a folder with nothing but its `config.json`.
     """
 
     entry: str | None = None

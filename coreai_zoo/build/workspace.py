@@ -1,10 +1,10 @@
-"""Where a build works, and what becomes of it: nothing half-written is ever at the output path, nothing is left behind.
+"""The folders of a build: nothing half-written is ever at the output path, and nothing is left behind.
 
     OUTPUT/NAME             the bundle, complete and verified
     OUTPUT/.NAME.partial    the bundle being built
     OUTPUT/.NAME.old        the bundle that it replaces, for the moment between two renames
     WORK/NAME               the weight store, which outlives an interruption so that the next build resumes
-    WORK/.NAME.spent        a weight store that has served, being removed
+    WORK/.NAME.spent        a weight store that is no longer needed, being removed
 
 The names are fixed, so a build finds whatever a killed one left; see `Workspace.opened`.
 """
@@ -32,7 +32,7 @@ def check_output_folder(output: Path) -> None:
     """Refuse an output folder that cannot be written to, before anything is read.
 
     Raises:
-        BadInput: when it is no folder, or nothing can be made in it.
+        BadInput: when it is not a folder, or nothing can be made in it.
     """
     existing = existing_parent(output)
     if not existing.is_dir():
@@ -57,7 +57,7 @@ def existing_parent(path: Path) -> Path:
 
 @frozen
 class Workspace:
-    """The directories of one build.
+    """The folders of one build.
 
     Attributes:
         destination: where the bundle will be.
@@ -91,13 +91,13 @@ class Workspace:
 
     @contextlib.contextmanager
     def opened(self, *, force: bool) -> Iterator[None]:
-        """Make the directories; afterwards remove what must not stay.
+        """Within the block, the folders exist and are locked; afterwards, what must not stay is removed.
 
-        A build that fails leaves no trace, but for the weight store where another run can go on from it: after an
+        A build that fails leaves no trace but the weight store, where another run can go on from it: after an
         interruption, when the environment lacked something (disk space, for one), and when the user asked to keep it.
 
         Raises:
-            BadInput: when there is a bundle already, unless `force`, or a directory cannot be made.
+            BadInput: when there is a bundle already, unless `force`, or a folder cannot be made.
             EnvironmentLacks: when the disk is full.
         """
         with contextlib.ExitStack() as stack:
@@ -118,7 +118,7 @@ class Workspace:
                 raise
 
     def publish(self) -> None:
-        """Put the finished bundle in place of an existing one, and remove the weight store unless it is kept.
+        """Put the finished bundle at its destination, in place of an older one; remove the weight store unless kept.
 
         Whenever this is killed, `_recover` can tell whether the bundle was in place: then there is no partial one.
         """
@@ -159,7 +159,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other builds away from the output and from the weight store, in this order; their folders are made."""
+        """Lock the output, then the weight store, against other builds; the folders above them are made."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._remove_default_parent)  # last, when no lock file is in it any more
             stack.enter_context(_parents_of(self.destination))
@@ -171,7 +171,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def _directories(self) -> Iterator[None]:
-        """Make the partial bundle's directory and the weight store's; afterwards remove the former, and empty ones."""
+        """Make the folders of partial bundle and weight store; afterwards remove the first, and the second if empty."""
         self.partial.mkdir()
         try:
             with self._work_explained():
@@ -218,7 +218,7 @@ def _parents_of(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _space_explained() -> Iterator[None]:
-    """Turn a full disk, met by whatever stage, into an error that says how to go on."""
+    """Within the block, a full disk becomes an error that says how to go on."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The LanguageBundle on disk: what an engine loads, and the record of how it was made.
+"""A bundle on disk (Apple's LanguageBundle): what an engine loads, and the record of how it was made.
 
 <name>/
 metadata.json       what Apple's loader parses (metadata_version 0.2)
@@ -24,7 +24,7 @@ from coreai_zoo.json_files import read_object
 from coreai_zoo.signature import Axis, InputSpec, StateSpec, TensorSpec, TraceSpec
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The function's signature, as build.json records it
+# Signatures, as build.json records them
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -54,7 +54,7 @@ def read_signature(record: Mapping[str, Any]) -> TraceSpec:
 
 
 def _of_today(build: dict[str, Any]) -> dict[str, Any]:
-    """A record of schema 1, when a bundle had one function and its inputs were told by their order, as one of today."""
+    """A record in today's schema. In schema 1 a bundle had one function, and its inputs were known by their order."""
     try:
         if build.get("schema") != 1:
             return build
@@ -63,11 +63,11 @@ def _of_today(build: dict[str, Any]) -> dict[str, Any]:
         fixed = isinstance(positions["shape"][1], int)
         inputs = [{**tokens, "holds": "tokens"}, {**positions, "holds": "new_positions" if fixed else "positions"}]
     except (KeyError, TypeError, ValueError, IndexError):
-        return build  # damaged, as will be said
+        return build  # damaged; `open` says so
     return {**build, "schema": BUILD_SCHEMA, "functions": {"main": {**function, "inputs": inputs}}}
 
 
-# What the commands that take a bundle rely on.
+# The fields of build.json that the commands which take a bundle rely on.
 _RECORDED = {
     "name": str,
     "backend": str,
@@ -119,7 +119,7 @@ class Bundle:
 
     @property
     def asset(self) -> Path:
-        """The asset that holds the function."""
+        """The asset that holds the functions."""
         try:
             asset = str(self.metadata["assets"]["main"])
         except (KeyError, TypeError):
@@ -130,7 +130,7 @@ class Bundle:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer's directory."""
+        """The folder of the tokenizer."""
         return self.directory / "tokenizer"
 
     @cached_property

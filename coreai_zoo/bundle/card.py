@@ -1,4 +1,4 @@
-"""The model card of a bundle: what the build knows, and nothing that was not measured."""
+"""The model card of a bundle: what the build knows, what a gate measured, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coreai_zoo.backend import Backend
 
 CARD = "README.md"
 
-# What a gate adds after the build. It is outside of the record's digests, so that a gated bundle still verifies.
+# A gate adds its block after the build. It is outside of the record's digests, so that a gated bundle still verifies.
 _BEGIN, _END = "<!-- measured by zoo gate -->", "<!-- end of what was measured -->"
 _MEASURED = re.compile(re.escape(_BEGIN).encode() + rb"\n.*?\n" + re.escape(_END).encode() + rb"\n\n", re.DOTALL)
 _BEFORE = "## Running it\n"
@@ -22,7 +22,7 @@ def without_measurements(card: bytes) -> bytes:
 
 
 def with_measurements(card: bytes, markdown: str) -> bytes:
-    """The card with `markdown` in the place of what was measured before, if anything was.
+    """The card with `markdown` as its measurements, in the place of earlier ones.
 
     Raises:
         ValueError: when the text holds the marks that it would stand between.
@@ -32,7 +32,7 @@ def with_measurements(card: bytes, markdown: str) -> bytes:
     built = without_measurements(card).decode("utf-8")
     block = f"{_BEGIN}\n{markdown.strip()}\n{_END}\n\n"
     head, found, tail = built.partition(_BEFORE)
-    # A card of another zoo may lack the section: then at its end.
+    # Another zoo's card may lack the section; its measurements stand at its end.
     return (head + block + found + tail if found else built + block).encode()
 
 
@@ -40,9 +40,9 @@ def render(record: Mapping[str, Any], sizes: Mapping[str, int], backend: Backend
     """The card as Markdown.
 
     Args:
-        record: of the build, as `record.build_record` makes it.
-        sizes: bytes by relative path of the files so far.
-        backend: that wrote the asset.
+        record: the build's record, as `record.build_record` makes it.
+        sizes: bytes of the files so far, by relative path.
+        backend: the backend that wrote the asset.
     """
     sections = (
         _head(record, backend.title),

@@ -1,8 +1,8 @@
-"""Text from a bundle: its tokenizer, its asset, greedy choice or sampling."""
+"""Text from a bundle: its tokenizer, its asset, and the greedy choice or sampling of each token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from attrs import frozen
 
 from coreai_zoo.backend import Backend
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.checkpoint.tokenizer import load_tokenizer
+from coreai_zoo.checkpoint.tokenizer import load_tokenizer, quiet_transformers
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.json_files import read_object
 
@@ -20,11 +20,11 @@ _GREEDY = 1e-6
 
 @frozen
 class Sampling:
-    """How the next token is chosen.
+    """The choice of the next token.
 
     Attributes:
         temperature: 0 for the most probable token.
-        seed: of the sampler.
+        seed: seed of the sampler.
     """
 
     temperature: float = 0.0
@@ -38,7 +38,7 @@ class Sampling:
 def generate(
     bundle: Bundle, backend: Backend, prompt: str, new_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[str]:
-    """Yield text as it is generated, until `new_tokens` tokens, the end of turn, or the end of the context.
+    """Text piece by piece as it is generated, up to `new_tokens` tokens, the end of turn, or the end of the context.
 
     Raises:
         BadInput: when the prompt is empty or does not fit the context.
@@ -78,7 +78,7 @@ def chat_prompt(bundle: Bundle, message: str) -> str:
 
 
 def chat_text(bundle: Bundle, turns: Sequence[tuple[str, str]], *, answer_follows: bool = False) -> str:
-    """(role, content) turns in the bundle's chat template, and where asked for, the beginning of the next answer.
+    """(role, content) turns in the bundle's chat template, with the beginning of the next answer where asked for.
 
     Raises:
         BadInput: when the bundle has no chat template.
@@ -97,8 +97,6 @@ def has_chat_template(bundle: Bundle) -> bool:
 
 def _transformers_tokenizer(bundle: Bundle) -> Any:
     """The bundle's tokenizer as transformers reads it, which knows chat templates."""
-    from coreai_zoo.checkpoint.tokenizer import quiet_transformers
-
     read_object(bundle.tokenizer / "tokenizer_config.json")  # says what is wrong with it better than transformers
     with quiet_transformers():
         from transformers import PreTrainedTokenizerFast
@@ -115,7 +113,8 @@ def end_of_turn(bundle: Bundle, tokenizer: Any) -> int | None:
     return found
 
 
-def _chooser(sampling: Sampling) -> Any:
+def _chooser(sampling: Sampling) -> Callable[[np.ndarray[Any, Any]], int]:
+    """A function from logits [V] to the next token."""
     generator = np.random.default_rng(sampling.seed)
 
     def choose(logits: np.ndarray[Any, Any]) -> int:

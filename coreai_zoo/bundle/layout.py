@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,36 @@ from coreai_zoo.digest import file_sha256
 
 BUILD_SCHEMA = 2
 
-# Written after the build, by gates: outside the digest, so that a gated bundle still verifies.
 GATE_FOLDER = "gate"
+"""The folder that gates write after the build. It is outside of the digests, so that a gated bundle still verifies."""
 
 
 def file_sizes(bundle: Path) -> dict[str, int]:
-    """Size of every file that `file_digests` looks at, by relative path, without reading one."""
-    return {path.relative_to(bundle).as_posix(): path.stat().st_size for path in sorted(_files(bundle))}
+    """Size of every file that `file_digests` looks at, by relative path; none is read."""
+    return {name: path.stat().st_size for name, path in _files(bundle).items()}
 
 
 def file_digests(bundle: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of the bundle but `build.json` itself and what gates add, by relative path.
 
-    What gates add is their folder, and their block in the card, which is hashed without it.
+    Gates add a folder, and a block in the card, which is hashed without it.
     """
     digests: dict[str, dict[str, Any]] = {}
-    for path in sorted(_files(bundle)):
+    for name, path in _files(bundle).items():
         if not path.is_file():  # a link to nowhere
-            digests[path.relative_to(bundle).as_posix()] = {"bytes": 0, "sha256": None}
-            continue
-        if path == bundle / CARD:
+            digests[name] = {"bytes": 0, "sha256": None}
+        elif name == CARD:
             built = without_measurements(path.read_bytes())
-            digests[CARD] = {"bytes": len(built), "sha256": hashlib.sha256(built).hexdigest()}
-            continue
-        digests[path.relative_to(bundle).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            digests[name] = {"bytes": len(built), "sha256": hashlib.sha256(built).hexdigest()}
+        else:
+            digests[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return digests
 
 
-def _files(bundle: Path) -> Iterator[Path]:
-    for path in bundle.rglob("*"):
-        parts = path.relative_to(bundle).parts
-        if (path.is_file() or path.is_symlink()) and parts != ("build.json",) and parts[0] != GATE_FOLDER:
-            yield path
+def _files(bundle: Path) -> dict[str, Path]:
+    files = {}
+    for path in sorted(bundle.rglob("*")):
+        name = path.relative_to(bundle)
+        if (path.is_file() or path.is_symlink()) and name != Path("build.json") and name.parts[0] != GATE_FOLDER:
+            files[name.as_posix()] = path
+    return files

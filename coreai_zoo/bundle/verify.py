@@ -1,4 +1,4 @@
-"""Does a bundle hold what it says: structure, hashes, signature, and one real step where the model is small."""
+"""Whether a bundle holds what it says: files, records, signature, and a real step where the model is small."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SMOKE_STEP_BYTES = 64 * 2**20
 
 
 def verify(bundle: Bundle, backends: Mapping[str, Backend], tokenizer_classes: Mapping[str, str]) -> list[Check]:
-    """Check a bundle: files, records, tokenizer, then the asset; which is not opened when a file is not as recorded.
+    """The checks of a bundle: files, metadata, tokenizer, then the asset, which is only opened if the files are right.
 
     Args:
         bundle: the bundle.
-        backends: the installed ones, by name.
+        backends: the installed backends, by name.
         tokenizer_classes: see `Plugins.tokenizer_classes`.
 
     Raises:
@@ -39,7 +39,7 @@ def verify(bundle: Bundle, backends: Mapping[str, Backend], tokenizer_classes: M
 
 
 def backend_of(bundle: Bundle, backends: Mapping[str, Backend]) -> Backend:
-    """The one of `backends` that wrote `bundle`.
+    """The backend that wrote `bundle`.
 
     Raises:
         BadInput: when it is not installed.
@@ -51,7 +51,7 @@ def backend_of(bundle: Bundle, backends: Mapping[str, Backend]) -> Backend:
 
 
 def require(checks: Sequence[Check]) -> None:
-    """Raise if any check failed.
+    """Refuse failed checks.
 
     Raises:
         CheckFailed: with every failed check.
@@ -62,7 +62,7 @@ def require(checks: Sequence[Check]) -> None:
 
 
 def require_asset(bundle: Bundle) -> None:
-    """Refuse an asset that is not as it was built, before it is loaded: on damaged bytecode the runtime aborts.
+    """Refuse an asset that is not as it was built before it is loaded: the runtime aborts on damaged bytecode.
 
     Raises:
         CheckFailed: naming what is missing or was changed.
@@ -84,7 +84,7 @@ def _is_as_recorded(path: Path, record: Any) -> bool:
 
 
 def check_files(bundle: Bundle) -> Check:
-    """Every file of the bundle against its record; reads all of them."""
+    """The check of every file against its record, which reads all of them."""
     recorded: Mapping[str, Any] = bundle.build.get("files", {})
     found = file_digests(bundle.directory)
     problems = [f"{path} is missing" for path in sorted(set(recorded) - set(found))]
@@ -97,7 +97,7 @@ def check_files(bundle: Bundle) -> Check:
 
 
 def _metadata(bundle: Bundle) -> Check:
-    """The fields that Apple's loader requires, and that they agree with the signature."""
+    """The check of the fields that Apple's loader requires: they are there and agree with the signature."""
     data = bundle.metadata
     language = data.get("language")
     language = language if isinstance(language, Mapping) else {}
@@ -143,7 +143,7 @@ def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
     integrity = backend.check_integrity(bundle.asset)
     checks = [] if integrity is None else [integrity]
     try:
-        problems = compare_signatures(backend.signatures(bundle.asset), bundle.functions)
+        problems = _compare_signatures(backend.signatures(bundle.asset), bundle.functions)
     except ZooError as error:
         return [*checks, Check("signature", False, str(error))]
     summary = "; ".join(
@@ -164,19 +164,19 @@ def _shown(spec: TraceSpec) -> str:
     return "; ".join(filter(None, (inputs, f"states {states}", outputs)))
 
 
-def compare_signatures(found: Mapping[str, Signature], functions: Mapping[str, TraceSpec]) -> list[str]:
-    """How the functions of a saved asset differ from their specs, one phrase each."""
+def _compare_signatures(found: Mapping[str, Signature], functions: Mapping[str, TraceSpec]) -> list[str]:
+    """The differences between the functions of a saved asset and their specs, one phrase each."""
     problems = [f"the function {name} is missing" for name in functions if name not in found]
     problems += [f"the function {name} was not built" for name in found if name not in functions]
     for name, spec in functions.items():
         if name in found:
             where = "" if len(functions) == 1 else f"{name}: "
-            problems += [f"{where}{problem}" for problem in compare_signature(found[name], spec)]
+            problems += [f"{where}{problem}" for problem in _compare_signature(found[name], spec)]
     return problems
 
 
-def compare_signature(found: Signature, spec: TraceSpec) -> list[str]:
-    """How a saved function differs from its spec, one phrase each."""
+def _compare_signature(found: Signature, spec: TraceSpec) -> list[str]:
+    """The differences between a saved function and its spec, one phrase each."""
 
     def shape(tensor: TensorSpec) -> tuple[int, ...]:
         return tuple(-1 if isinstance(size, str) else size for size in tensor.shape)

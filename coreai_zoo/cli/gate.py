@@ -11,7 +11,7 @@ import click
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_table
 from coreai_zoo.errors import BadInput, CheckFailed, listing
-from coreai_zoo.gates.run import GateOptions, _report_folder, run_gate, write_report
+from coreai_zoo.gates.run import GateOptions, report_folder, run_gate, write_report
 from coreai_zoo.progress import Reporter
 
 _EXISTING = click.Path(path_type=Path)
@@ -92,7 +92,7 @@ def gate(
         _rank(ctx, bundle, options, as_json=as_json)
         return
     opened = [Bundle.open(path) for path in (bundle, against) if path is not None]
-    folder = _report_folder(opened[0], output)
+    folder = report_folder(opened[0], output)
     transcripts.check_writable(folder)
     records = run_gate(opened, options, plugins_of(ctx), Reporter(silent=as_json), keep_in=folder)
     page = write_report(opened[0], records, output)

@@ -1,9 +1,9 @@
-"""A verdict's measures against the bounds of its recipe: damage that flips nothing is damage all the same."""
+"""A verdict's measures against the bounds of its recipe. Damage that flips nothing is damage all the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from attrs import evolve, frozen
@@ -17,10 +17,10 @@ class BoundCheck:
     """One measure against its bound.
 
     Attributes:
-        name: of the measure.
+        name: the measure.
         value: what was found; infinite where logits were not finite.
         limit: the bound.
-        at_least: whether the value must not be below the bound, instead of not above.
+        at_least: whether the bound is a lower one.
     """
 
     name: str
@@ -40,26 +40,28 @@ class BoundCheck:
 
 def check_bounds(verdict: Verdict, bounds: Bounds) -> tuple[BoundCheck, ...]:
     """A candidate's measures on one prompt against its recipe's bounds."""
-    return tuple(_checks(verdict, bounds))
-
-
-def _checks(verdict: Verdict, bounds: Bounds) -> Iterator[BoundCheck]:
     positions = verdict.positions
     # A swapped expert is another computation: such positions are held to a looser bound, and all to the median.
     gap = bounds.router_gap or 0.0
     firm = [position for position in positions if not position.near_tie(gap)]
     near = [position for position in positions if position.near_tie(gap)]
-    yield BoundCheck("median relative error", median_error(positions), bounds.median_error)
-    yield BoundCheck("median KL", float(np.median([p.kl_divergence for p in positions])), bounds.median_kl)
+    checks = [
+        BoundCheck("median relative error", median_error(positions), bounds.median_error),
+        BoundCheck("median KL", float(np.median([p.kl_divergence for p in positions])), bounds.median_kl),
+    ]
     if firm:
-        yield BoundCheck("largest relative error", max(p.relative_error for p in firm), bounds.error)
-        yield BoundCheck("lowest cosine", min(p.cosine for p in firm), bounds.cosine, at_least=True)
-        yield BoundCheck("largest KL", max(p.kl_divergence for p in firm), bounds.kl)
+        checks += [
+            BoundCheck("largest relative error", max(p.relative_error for p in firm), bounds.error),
+            BoundCheck("lowest cosine", min(p.cosine for p in firm), bounds.cosine, at_least=True),
+            BoundCheck("largest KL", max(p.kl_divergence for p in firm), bounds.kl),
+        ]
     if near:
         largest = max(p.relative_error for p in near)
-        yield BoundCheck("largest relative error at router near-ties", largest, bounds.near_tie_error)
+        checks.append(BoundCheck("largest relative error at router near-ties", largest, bounds.near_tie_error))
     if verdict.hidden_error is not None:
-        yield BoundCheck("largest hidden-state error of a layer", max(verdict.hidden_error), bounds.hidden_error)
+        largest = max(verdict.hidden_error)
+        checks.append(BoundCheck("largest hidden-state error of a layer", largest, bounds.hidden_error))
+    return tuple(checks)
 
 
 def check_control(verdict: Verdict, control: Verdict, bounds: Bounds, plain: Bounds) -> tuple[BoundCheck, ...]:
@@ -68,16 +70,16 @@ def check_control(verdict: Verdict, control: Verdict, bounds: Bounds, plain: Bou
     The second is what finds a mistake in the decoder under the noise of coarse integers: the control shares it.
 
     Args:
-        verdict: on the candidate.
-        control: the verdict on its control.
+        verdict: the candidate's.
+        control: its control's.
         bounds: what the candidate is held to.
-        plain: what the control is held to: the bounds of an unquantized bundle in PyTorch.
+        plain: the bounds of an unquantized bundle in PyTorch, which the control is held to.
     """
     found, theirs = median_error(verdict.positions), median_error(control.positions)
     ratio = found / theirs if theirs else math.inf if found else 1.0
     return (
         BoundCheck("median relative error over the control's", ratio, bounds.over_control),
-        *(evolve(check, name=f"control: {check.name}") for check in _checks(control, plain)),
+        *(evolve(check, name=f"control: {check.name}") for check in check_bounds(control, plain)),
     )
 
 

@@ -1,11 +1,10 @@
-"""Candidates: what is judged."""
+"""The candidate that is the bundle itself: its asset on the runtime of this machine."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from attrs import frozen
@@ -17,11 +16,11 @@ from coreai_zoo.gate import Activations
 
 @frozen
 class AssetCandidate:
-    """The bundle's own asset on its runtime, token by token, states carried.
+    """A bundle's own asset on its runtime, token by token, states carried.
 
     Attributes:
-        keep_in: folder for the tokens and logits of each run, which the bundle's owner compares a device with; None to
-            keep nothing.
+        on_step: called after each token.
+        keep_in: folder for the tokens and logits of each run, to compare a device with; None to keep nothing.
     """
 
     bundle: Bundle
@@ -31,7 +30,7 @@ class AssetCandidate:
 
     @property
     def name(self) -> str:
-        """Which runtime."""
+        """The asset and its runtime, for the report."""
         return f"{self.bundle.asset.name} on the {self.backend.runtime} runtime"
 
     def run(self, tokens: Sequence[int]) -> Activations:
@@ -43,11 +42,8 @@ class AssetCandidate:
                 self.on_step()
         logits = np.stack(rows)
         if self.keep_in is not None:
-            self._keep(np.array(tokens, np.int32), logits, self.keep_in)
+            self.keep_in.mkdir(parents=True, exist_ok=True)
+            fed = np.array(tokens, np.int32)
+            name = hashlib.sha256(fed.tobytes()).hexdigest()[:8]
+            np.savez(self.keep_in / f"logits-{name}.npz", tokens=fed, logits=logits)
         return Activations(logits)
-
-    @staticmethod
-    def _keep(tokens: np.ndarray[Any, Any], logits: np.ndarray[Any, Any], folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(tokens.tobytes()).hexdigest()[:8]
-        np.savez(folder / f"logits-{name}.npz", tokens=tokens, logits=logits)

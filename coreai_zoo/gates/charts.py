@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from attrs import field, frozen
+from attrs import frozen
 
-WIDTH, HEIGHT = 860, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 40
 
 _SUBSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -16,13 +15,13 @@ _SUBSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @frozen
 class Scale:
-    """Maps values to places along an axis.
+    """An axis: calling it with a value gives the value's place.
 
     Attributes:
-        low: value at `start`.
-        high: value at `end`.
-        start: place, in SVG units.
-        end: place.
+        low: the value at `start`.
+        high: the value at `end`.
+        start: a place, in SVG units.
+        end: a place.
         log: whether equal factors are equally far apart.
     """
 
@@ -52,7 +51,7 @@ class Scale:
 
 
 def decades(values: Iterable[float | None], floor: float) -> tuple[float, float]:
-    """A log axis's ends: whole decades around the positive values, none below `floor`."""
+    """The two ends of a log axis: whole decades around the positive values, none below `floor`."""
     positive = [max(value, floor) for value in values if value is not None and value > 0]
     low, high = (min(positive), max(positive)) if positive else (floor, 1.0)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -61,7 +60,7 @@ def decades(values: Iterable[float | None], floor: float) -> tuple[float, float]
 
 @frozen
 class Line:
-    """A polyline: points (x, y), y None where there is a gap."""
+    """A polyline through points (x, y); y is None where the line has a gap."""
 
     points: Sequence[tuple[float, float | None]]
     css: str
@@ -80,7 +79,7 @@ class Mark:
 
 @frozen
 class Rule:
-    """A horizontal line across the chart with its label."""
+    """A horizontal line across the chart, with a label."""
 
     y: float
     css: str
@@ -89,17 +88,15 @@ class Rule:
 
 @frozen
 class Chart:
-    """One chart.
+    """One chart; `width` and `height` are in SVG units.
 
     Attributes:
         label: what it shows, for a reader who cannot see it.
-        x: ends of the horizontal axis and whether it is logarithmic.
-        y: ends of the vertical axis, logarithmic.
-        x_title: of the horizontal axis.
-        y_title: of the vertical axis.
-        areas: polygons behind everything: points and class.
-        width: in SVG units.
-        height: in SVG units.
+        x: the two ends of the horizontal axis, and whether it is logarithmic.
+        y: the two ends of the vertical axis, which is logarithmic.
+        x_title: title of the horizontal axis.
+        y_title: title of the vertical axis.
+        areas: polygons behind everything: points and CSS class.
     """
 
     label: str
@@ -110,9 +107,9 @@ class Chart:
     lines: Sequence[Line] = ()
     marks: Sequence[Mark] = ()
     rules: Sequence[Rule] = ()
-    areas: Sequence[tuple[Sequence[tuple[float, float]], str]] = field(default=())
-    width: int = WIDTH
-    height: int = HEIGHT
+    areas: Sequence[tuple[Sequence[tuple[float, float]], str]] = ()
+    width: int = 860
+    height: int = 280
 
     def svg(self) -> str:
         """The chart as an inline SVG element."""
@@ -133,12 +130,12 @@ class Chart:
         for value in y.ticks():
             at = y(value)
             parts.append(f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{at:.1f}" y2="{at:.1f}"/>')
-            text = escape(power(value))
+            text = _power(value)
             parts.append(f'<text class="tick" x="{x.start - 7}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
         for value in x.ticks():
             at = x(value)
             parts.append(f'<line class="stub" x1="{at:.1f}" x2="{at:.1f}" y1="{y.start}" y2="{y.start + 4}"/>')
-            text = power(value) if x.log else f"{value:.0f}"
+            text = _power(value) if x.log else f"{value:.0f}"
             parts.append(f'<text class="tick" x="{at:.1f}" y="{y.start + 17}" text-anchor="middle">{text}</text>')
         parts.append(f'<line class="axis" x1="{x.start}" x2="{x.end}" y1="{y.start}" y2="{y.start}"/>')
         middle = (x.start + x.end) / 2
@@ -153,7 +150,7 @@ class Chart:
         return parts
 
 
-def power(value: float) -> str:
+def _power(value: float) -> str:
     """A power of ten as text: 0.01, 1, 10⁻⁵."""
     exponent = round(math.log10(value)) if value > 0 else 0
     return f"{value:g}" if -3 <= exponent <= 3 else f"10{str(exponent).translate(_SUBSCRIPT)}"

@@ -1,9 +1,9 @@
-"""A model of transformers whose weights come and go: one decoder layer is in memory at a time.
+"""A model of transformers with one decoder layer in memory at a time.
 
-The modules are transformers' own, laid out on the meta device, and so is everything that decides which checkpoint key
-fills which parameter and how (prefixes, experts stored one by one, tied heads): a layer is filled by the very function
-that `from_pretrained` fills a whole model with. That function is not public. This module is the only one that calls it,
-and tests/test_oracle.py compares every result with that of `from_pretrained`.
+The modules are transformers' own, laid out on the meta device. So is everything that decides which checkpoint key fills
+which parameter and how (prefixes, experts stored one by one, tied heads): the function that fills a layer is the one
+with which `from_pretrained` fills a whole model. That function is not public. This module is the only one that calls
+it, and tests/test_oracle.py compares every result with that of `from_pretrained`.
 
 Shapes: P positions, D hidden, V vocabulary.
 """
@@ -31,10 +31,9 @@ class StreamedCausalLM:
     """transformers' causal language model for a config, filled from a checkpoint layer by layer.
 
     Args:
-        checkpoint: where the weights are.
-        hf_config: its config, or that of a slice of it.
-        dtype: that weights are converted to and everything is computed in, apart from what transformers always keeps in
-            float32.
+        checkpoint: its weights.
+        hf_config: its config, or the config of a slice of it.
+        dtype: the precision of weights and computation, apart from what transformers always keeps in float32.
         reference: how the model is made; None for transformers' own class for the config.
 
     Raises:
@@ -116,7 +115,7 @@ class StreamedCausalLM:
     # -- embedding and head
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
-        """[1, P, D] by the model's own embedding, holding only the rows that the prompt needs."""
+        """The prompt embedded by the model's own module, [1, P, D], with only the rows that it needs in memory."""
         distinct, places = torch.tensor(list(tokens)).unique(return_inverse=True)
         rows = torch.cat([self.checkpoint.read_rows(self._embedding_key, i, i + 1) for i in distinct.tolist()])
         whole, padding = self._embedding.weight, self._embedding.padding_idx
@@ -140,7 +139,7 @@ class StreamedCausalLM:
         return f"{path}.weight"
 
     def _key_of(self, name: str) -> str:
-        """The checkpoint key of the embedding's or the head's matrix: its own, or that of what it is tied to."""
+        """The checkpoint key of the embedding's or the head's matrix, or of the matrix that it is tied to."""
         keys = self._loader.keys_of(name)
         if len(keys) != 1:
             raise BadInput(f"transformers fills {name} from {len(keys)} tensors of the checkpoint.")
@@ -148,7 +147,7 @@ class StreamedCausalLM:
 
 
 class _HeadInChunks(nn.Module):
-    """In the place of a linear head: the same product with a few of its rows at a time."""
+    """A linear head that multiplies with a few of its rows at a time."""
 
     def __init__(self, head: nn.Module, rows: Callable[[], Iterable[Tensor]]) -> None:
         super().__init__()
@@ -185,7 +184,7 @@ def _by_config(hf_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 
 def _decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """The modules that transformers itself never splits when it spreads a model, in order: its decoder layers."""
+    """The decoder layers in order: the modules that transformers never splits when it spreads a model."""
     kinds = set(model._no_split_modules or ())  # noqa: SLF001  # transformers' name for them
     layers = {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
     if not layers:
@@ -197,7 +196,7 @@ class _Loader:
     """transformers' own loading of a checkpoint into a model, for any part of it.
 
     Attributes:
-        sources: parameter (the first, where a key fills several) to the checkpoint keys that fill it.
+        sources: the checkpoint keys that fill each parameter (the first one, where a key fills several).
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -232,7 +231,7 @@ class _Loader:
     def check(self) -> None:
         """Let transformers load the whole checkpoint without its values, and report as `from_pretrained` does.
 
-        That also initialises what is no weight, such as the frequencies of rotary embeddings.
+        That also initialises what is not a weight, such as the frequencies of rotary embeddings.
         """
         config = self._config(device_map={"": "meta"}, **self._options)
         values = {
@@ -256,7 +255,7 @@ class _Loader:
             )
 
     def keys_of(self, name: str) -> list[str]:
-        """The keys that fill a parameter, or else the one that it is tied to."""
+        """The keys that fill a parameter, or else the parameter that it is tied to."""
         tied = self._model.all_tied_weights_keys
         partners = [tied[name]] if name in tied else []
         partners += [other for other, source in tied.items() if source == name]

@@ -2,7 +2,7 @@
 
 It is the module that the asset was lowered from, with the same rewrites, in the same precision: fp16 between
 operations, sums in fp32. A layer is filled, run over all tokens of the prompt one by one as an engine would, and
-emptied, before the next one is looked at.
+emptied before the next one is filled.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class TorchCandidate:
     Attributes:
         module: the decoder after its rewrites, on the meta device, a `LayeredDecoder`. Only one candidate may run on it
             at a time.
-        plan: of its weights, for their names, shapes and roles.
-        signature: of its function, for its states.
-        weights: their values.
+        plan: names, shapes and roles of its weights.
+        signature: the states of its function.
+        weights: the values of its weights.
         on_layer: called after each layer.
     """
 
@@ -57,7 +57,7 @@ class TorchCandidate:
 
     @property
     def name(self) -> str:
-        """What computes, on what."""
+        """The candidate and its weights, for the report."""
         return f"the overlay in PyTorch on {self.weights.name}"
 
     def run(self, tokens: Sequence[int]) -> Activations:
@@ -101,7 +101,7 @@ class TorchCandidate:
     # -- the ends
 
     def _embed(self, tokens: Sequence[int]) -> list[Tensor]:
-        """What each call is given: [1, 1, D] per token, or [1, S, D] at once where the contract allows."""
+        """The input of each call: [1, 1, D] per token, or [1, S, D] at once where the contract allows."""
         distinct, places = torch.tensor(list(tokens)).unique(return_inverse=True)
         planned = self._only("embedding")
         rows = torch.empty(len(distinct), planned.format.columns, dtype=getattr(torch, planned.dtype))
@@ -134,11 +134,11 @@ class TorchCandidate:
             raise BadInput(f"The decoder has {len(found)} parameters of the kind {kind!r}, not one.")
         return found[0]
 
-    # -- weights that come and go
+    # -- weights
 
     @contextlib.contextmanager
     def _filled(self, path: str) -> Iterator[None]:
-        """Give the parameters below `path` their values, in memory that the last layer of that kind was in."""
+        """Within the block, the parameters below `path` have values; layers of one kind share the memory."""
         values = {}
         for tensor in self.plan.tensors:
             if tensor.name.startswith(f"{path}."):
@@ -169,7 +169,7 @@ class TorchCandidate:
 
     @contextlib.contextmanager
     def _holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Put tensors in the place of parameters, and what was there back."""
+        """Within the block, tensors stand in the place of parameters."""
         before: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
             for name, tensor in values.items():
@@ -184,7 +184,7 @@ class TorchCandidate:
 
     @contextlib.contextmanager
     def _watched(self, found: dict[str, list[Tensor]]) -> Iterator[None]:
-        """Collect what every router gives, [tokens, experts] per call, by the name of its parameter."""
+        """Within the block, collect every router's output, [tokens, experts] per call, by the router's parameter."""
         with contextlib.ExitStack() as hooks:
             for tensor in self.plan.tensors:
                 if self.plan.roles[tensor.role].router:

@@ -1,6 +1,6 @@
-"""The oracle: Hugging Face's own implementation on the checkpoint itself, in the memory of one layer.
+"""The oracle: Hugging Face's own implementation on the checkpoint itself, one layer in memory at a time.
 
-What it computes for a prompt is kept in a cache on disk, under a name made of everything that determines it.
+A cache on disk can keep what it computes for a prompt, under a name made of everything that determines the result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SCHEMA = 1
 
 
 def default_cache() -> Path:
-    """Where results are kept: the user's cache directory as the platform has it."""
+    """The folder where results are kept: below the user's cache folder as the platform has it."""
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     else:
@@ -48,10 +48,10 @@ class Oracle:
     """transformers on a checkpoint; see `coreai_zoo.gate.Model`.
 
     Attributes:
-        checkpoint: what is judged by.
-        hf_config: its config, or that of a slice of it.
-        dtype: what it computes in; weights are converted to it.
-        cache: directory of kept results, or None to compute always and keep nothing.
+        checkpoint: the weights that it computes with.
+        hf_config: the checkpoint's config, or the config of a slice of it.
+        dtype: the precision in which it computes; weights are converted to it.
+        cache: folder of kept results; None to compute always and keep nothing.
         on_layer: called after each layer that is computed; never when the result was kept.
         reference: how the model is made; None for transformers' own class for the config.
     """
@@ -65,12 +65,12 @@ class Oracle:
 
     @property
     def name(self) -> str:
-        """Which implementation, and in what precision."""
+        """The implementation and its precision, for the report."""
         transformers = f"Hugging Face transformers {metadata.version('transformers')}"
         return f"{transformers if self.reference is None else self.reference.name} in {self.dtype}"
 
     def run(self, tokens: Sequence[int]) -> Activations:
-        """Teacher-forced logits, hidden states and router logits, float32.
+        """Teacher-forced logits, hidden states and router logits, all float32.
 
         Raises:
             BadInput: when transformers cannot make the model, or finds a parameter that the checkpoint does not fill.
@@ -96,7 +96,7 @@ class Oracle:
         return self.cache is not None and _read(self.cache / f"{_digest(identity)}.npz", identity) is not None
 
     def identity(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """Everything that determines the result, JSON-able.
+        """Everything that determines the result, as JSON.
 
         The files' stamps are in it because values are not read: two fine-tunes of one model differ in nothing else.
         """
@@ -123,7 +123,7 @@ def _digest(identity: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path, identity: Mapping[str, Any]) -> Activations | None:
-    """A kept result, or None when there is none or it is damaged: each array has a checksum, which reading checks."""
+    """A kept result; None when there is none or it is damaged. Each array has a checksum, which reading checks."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -143,7 +143,7 @@ def _read(path: Path, identity: Mapping[str, Any]) -> Activations | None:
 
 
 def _write(path: Path, identity: Mapping[str, Any], result: Activations) -> None:
-    """Keep a result. What cannot be kept is only computed again, so that is no error."""
+    """Keep a result. One that cannot be kept is computed again next time, so that is no error."""
     lists = {"hidden": result.hidden or (), "router": result.router_logits or ()}
     arrays = {f"{kind}_{index}": array for kind, arrays in lists.items() for index, array in enumerate(arrays)}
     counts = np.array([len(arrays) for arrays in lists.values()])

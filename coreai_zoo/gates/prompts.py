@@ -1,7 +1,7 @@
-"""What a gate forces through both models: the built-in prompts, and what makes a prompt fit to judge by.
+"""The prompts of a gate: the built-in set, their tokens, and whether the oracle is sure enough to judge by one.
 
-A prompt can only show a flip where the oracle is sure of itself. One whose oracle margins are ties at more than one
-position in eight says little, however many positions it has, and is refused before the candidate runs.
+A prompt can only show a flip where the oracle is sure of itself. One with ties at more than one position in eight says
+little, however long it is, and is refused before the candidate runs.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN
 
 DEFAULT_POSITIONS = 64
-"""Positions of a prompt, where it has as many."""
+"""Positions of a prompt that has as many."""
 
 LONG_POSITIONS = 512
 """Positions of a long prompt: errors of a recurrent state compound with context."""
 
 WEAK_FRACTION = 1 / 8
-"""A prompt with oracle margins below `CONFIDENT_MARGIN` at more than this part of its positions is weak."""
+"""A prompt is weak when oracle margins are below `CONFIDENT_MARGIN` at more than this part of its positions."""
 
 UNNAMED = "prompt"
 """The name of a prompt that came without one."""
 
 ANCHOR = "code"
-"""The built-in prompt that must be strong, or a run of the default set says nothing."""
+"""The built-in prompt that must be strong: otherwise a run of the default set says nothing."""
 
 
 @frozen
 class Prompt:
-    """A text, not yet tokens.
+    """A prompt as text or as the turns of a chat.
 
     Attributes:
-        name: for the report.
-        text: what is tokenized; for a chat, None.
-        turns: for a chat, (role, content) pairs that the bundle's chat template renders.
-        positions: how many at most; None for all.
+        name: its name in the report.
+        text: what is tokenized; None for a chat.
+        turns: of a chat, (role, content) pairs that the bundle's chat template renders.
+        positions: how many tokens at most; None for all.
         minimum: fewer tokens than this are an error.
-        required: refuse the whole gate when the prompt is weak; otherwise only the prompt is refused.
+        required: whether a weak prompt ends the gate; otherwise it is only left out.
     """
 
     name: str
@@ -63,8 +63,8 @@ class TokenizedPrompt:
     """A prompt as the bundle's own tokenizer reads it.
 
     Attributes:
-        prompt: what it was.
-        tokens: token ids, P of them.
+        prompt: the prompt.
+        tokens: its P token ids.
         pieces: each token as text.
         stop: id of the end-of-turn token, for a chat; None otherwise.
     """
@@ -76,23 +76,23 @@ class TokenizedPrompt:
 
     @property
     def name(self) -> str:
-        """Of the prompt."""
+        """Name of the prompt."""
         return self.prompt.name
 
     @property
     def long(self) -> bool:
-        """Whether it is too long for a runtime that goes token by token on a slow machine."""
+        """Whether it is too long for a runtime that takes one token at a time on a slow machine."""
         return len(self.tokens) >= LONG_POSITIONS
 
 
 @frozen
 class Strength:
-    """How sure the oracle is along a prompt.
+    """The oracle's margins along a prompt: how sure it is of itself.
 
     Attributes:
-        positions: of the prompt.
-        ties: those with an oracle margin below `CONFIDENT_MARGIN`.
-        median_margin: in logits.
+        positions: number of positions.
+        ties: number of those with an oracle margin below `CONFIDENT_MARGIN`.
+        median_margin: the median oracle margin, in logits.
     """
 
     positions: int
@@ -101,7 +101,7 @@ class Strength:
 
     @property
     def weak(self) -> bool:
-        """Whether there are too many ties to judge by."""
+        """Whether there are too many ties to judge by the prompt."""
         return self.ties > WEAK_FRACTION * self.positions
 
     def __str__(self) -> str:
@@ -112,7 +112,7 @@ class Strength:
 
 
 def strength(oracle_logits: np.ndarray[Any, Any]) -> Strength:
-    """Count the ties in oracle logits [P, V]."""
+    """The strength of a prompt, from the oracle's logits [P, V]."""
     top = np.partition(oracle_logits, -2, axis=-1)[:, -2:].astype(np.float64)
     margins = top[:, 1] - top[:, 0]
     return Strength(len(margins), int((margins < CONFIDENT_MARGIN).sum()), float(np.median(margins)))
@@ -285,11 +285,11 @@ BUILT_IN: Mapping[str, Prompt] = MappingProxyType(
 
 
 def default_prompts(bundle: Bundle, positions: int | None = None) -> list[Prompt]:
-    """The built-in set, less what the bundle cannot take; only the anchor must be strong.
+    """The built-in prompts that a bundle can take; only the anchor must be strong.
 
     Args:
         bundle: what is judged; without a chat template there is no chat, and a long prompt needs the context.
-        positions: that all are to be cut to.
+        positions: the length to which all are cut; None for their own.
     """
     limit = min(bundle.max_context, positions or bundle.max_context)
     return [
@@ -300,7 +300,7 @@ def default_prompts(bundle: Bundle, positions: int | None = None) -> list[Prompt
 
 
 def cut(prompt: Prompt, positions: int) -> Prompt:
-    """The prompt at a number of positions, which it must have."""
+    """The prompt cut to a number of positions, which it must have."""
     return evolve(prompt, positions=positions, minimum=positions)
 
 
@@ -308,7 +308,7 @@ def named_prompts(names: Sequence[str]) -> list[Prompt]:
     """Built-in prompts by name, each of which must be strong.
 
     Raises:
-        BadInput: for a name that there is not, with the nearest.
+        BadInput: for an unknown name, with the nearest one.
     """
     unknown = [name for name in names if name not in BUILT_IN]
     if unknown:
@@ -319,7 +319,7 @@ def named_prompts(names: Sequence[str]) -> list[Prompt]:
 
 
 def file_prompt(path: Path) -> Prompt:
-    """The text of a file, whole.
+    """A prompt that is the whole text of a file.
 
     Raises:
         BadInput: when it cannot be read as UTF-8.

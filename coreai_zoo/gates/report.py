@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from coreai_zoo.gates.charts import Chart, Line, Mark, Rule, decades
@@ -12,7 +15,7 @@ from coreai_zoo.gates.charts import Chart, Line, Mark, Rule, decades
 _SHAPES = {"match": ("dot", "match"), "tie": ("diamond", "tie"), "FLIP": ("cross", "flip")}
 
 # Below these nothing is drawn: rounding of the measures themselves.
-_LEAST = {"margin": 1e-3, "distance": 1e-9, "kl": 1e-9, "hidden": 1e-5}
+_LEAST = {"margin": 1e-3, "distance": 1e-9, "hidden": 1e-5}
 
 
 def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> str:
@@ -20,7 +23,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
 
     Args:
         record: a transcript.
-        against: that of another bundle on the same oracle, to stand beside it.
+        against: the transcript of another bundle on the same oracle, to show beside it.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -31,7 +34,11 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": _bytes, "significant": significant, "quoted": _quoted}
+    environment.filters |= {
+        "bytes": "{:,}".format,
+        "significant": significant,
+        "quoted": partial(json.dumps, ensure_ascii=False),  # shows a token's white space; the page escapes it
+    }
     judged = [prompt for prompt in record["prompts"] if prompt["judged"]]
     return environment.get_template("report.html.j2").render(
         record=record,
@@ -40,7 +47,6 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         other=None if against is None else totals(against),
         judged=judged,
         refused=[prompt for prompt in record["prompts"] if not prompt["judged"]],
-        others={} if against is None else {prompt["name"]: prompt for prompt in against["prompts"]},
         overview=_overview(judged),
         figures={prompt["name"]: _figures(prompt) for prompt in judged},
         hidden=_hidden(judged),
@@ -53,7 +59,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
 
 
 def totals(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Counts and extremes over all judged prompts of a transcript; None where a value was not finite or not there."""
+    """Counts and extremes over all judged prompts of a transcript; None where a value is not finite or not there."""
     judged = [prompt for prompt in record["prompts"] if prompt["judged"]]
     positions = [position for prompt in judged for position in prompt["positions"]]
     errors = [position["relative_error"] for position in positions]
@@ -75,7 +81,7 @@ def totals(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """What a card says of a gate: the verdict and the measured numbers, per prompt."""
+    """The card's section on a gate: the verdict, and the measured numbers of each prompt."""
     verdict, inputs = record["verdict"], record["inputs"]
     rows = [
         "| prompt | positions | argmax | ties | confident flips | lowest cosine | median relative error | largest KL |",
@@ -110,7 +116,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def prompt_totals(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    """The measures of one judged prompt."""
+    """Lowest cosine, median relative error and largest KL of one judged prompt."""
     positions = prompt["positions"]
     return {
         "cosine": min(position["cosine"] for position in positions),
@@ -120,14 +126,14 @@ def prompt_totals(prompt: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def command(record: Mapping[str, Any]) -> str:
-    """How to repeat the gate; the checkpoint's folder is the reader's."""
+    """The command that repeats the gate; the reader fills in the checkpoint's folder."""
     return "zoo gate " + shlex.join(record["inputs"]["command"])
 
 
 def damage(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Which layer adds most to the error of the residual stream; None where layers were not seen.
+    """The layer that adds most to the error of the residual stream, and its share; None where layers were not seen.
 
-    Errors of layers are taken as independent, so that squares add.
+    Errors of layers are taken as independent, so that their squares add up.
     """
     shown = [prompt["hidden_error"] for prompt in judged if prompt.get("hidden_error")]
     if not shown or any(value is None for errors in shown for value in errors):
@@ -142,35 +148,28 @@ def damage(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A measure for a reader: three digits, "not finite" for null."""
+    """A measure as text: three significant digits, "not finite" for null."""
     if value is None:
         return "not finite"
     return f"{value:.{digits}g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.{digits - 1}e}"
 
 
-def _quoted(piece: str) -> str:
-    """A token as text, its white space visible; the page escapes it."""
-    return json.dumps(piece, ensure_ascii=False)
-
-
-def _bytes(count: int) -> str:
-    return f"{count:,}"
-
-
 def _median(values: Sequence[float | None]) -> float | None:
-    ordered = sorted(float("inf") if value is None else value for value in values)
-    if not ordered:
+    """The median, a null counting as infinite; None for an infinite one, or of nothing."""
+    if not values:
         return None
-    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    return middle if middle != float("inf") else None
+    middle = statistics.median(math.inf if value is None else value for value in values)
+    return middle if math.isfinite(middle) else None
 
 
-def _largest(values: Any) -> float | None:
-    found = list(values)
-    return None if not found or any(value is None for value in found) else max(found)
+def _largest(values: Iterable[float | None]) -> float | None:
+    """The largest value, a null counting as infinite; None for an infinite one, or of nothing."""
+    largest = max((math.inf if value is None else value for value in values), default=math.inf)
+    return largest if math.isfinite(largest) else None
 
 
 def _roles(weights: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """The counts of each role's weights and its share of the bytes, the largest first."""
     total = sum(counts["bytes"] for counts in weights.values()) or 1
     rows = [{"role": role, **counts, "share": counts["bytes"] / total} for role, counts in weights.items()]
     return sorted(rows, key=lambda row: -row["bytes"])
@@ -192,7 +191,7 @@ def _describe(prompt: Mapping[str, Any], position: Mapping[str, Any]) -> str:
 
 
 def _overview(judged: Sequence[Mapping[str, Any]]) -> str:
-    """Every position: the oracle's margin against the largest error of a logit."""
+    """The chart of every position: the oracle's margin against the largest error of a logit."""
     rows = [(prompt, position) for prompt in judged for position in prompt["positions"]]
     if not rows:
         return ""
@@ -224,6 +223,7 @@ def _overview(judged: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _figures(prompt: Mapping[str, Any]) -> dict[str, str]:
+    """The three charts of one prompt: margin and error, cosine, and KL, by position."""
     positions, bounds = prompt["positions"], prompt["bounds"]
     end = float(max(len(positions) - 1, 1))
 
@@ -253,31 +253,34 @@ def _figures(prompt: Mapping[str, Any]) -> dict[str, str]:
         marks=marks,
         areas=[([(0, low), (end, low), (end, 0.1), (0, 0.1)], "tieband")],
     )
+
+    def half_width(label: str, y_title: str, ours: list[float | None], theirs: list[float | None], bound: float) -> str:
+        return Chart(
+            label=f"{prompt['name']}: {label} by position",
+            x=(0.0, end, False),
+            y=decades([*ours, *theirs, bound], _LEAST["distance"]),
+            x_title="position",
+            y_title=y_title,
+            lines=[
+                line(theirs, "line control", _LEAST["distance"]),
+                line(ours, "line candidate", _LEAST["distance"]),
+            ],
+            rules=[Rule(bound, "limit", "bound")],
+            width=428,
+            height=220,
+        ).svg()
+
     cosines, their_cosines = distance(series("cosine")), distance(series("cosine", "control"))
     kls, their_kls = series("kl_divergence"), series("kl_divergence", "control")
-    half: dict[str, Any] = {"width": 428, "height": 220, "x": (0.0, end, False), "x_title": "position"}
-    cosine_bound, kl_bound = 1 - bounds["cosine"], bounds["kl"]
-    cosine = Chart(
-        label=f"{prompt['name']}: cosine by position",
-        y=decades([*cosines, *their_cosines, cosine_bound], _LEAST["distance"]),
-        y_title="1 - cosine",
-        lines=[line(their_cosines, "line control", 1e-9), line(cosines, "line candidate", 1e-9)],
-        rules=[Rule(cosine_bound, "limit", "bound")],
-        **half,
-    )
-    kl = Chart(
-        label=f"{prompt['name']}: KL divergence by position",
-        y=decades([*kls, *their_kls, kl_bound], _LEAST["kl"]),
-        y_title="KL (nats)",
-        lines=[line(their_kls, "line control", 1e-9), line(kls, "line candidate", 1e-9)],
-        rules=[Rule(kl_bound, "limit", "bound")],
-        **half,
-    )
-    return {"margin": margin.svg(), "cosine": cosine.svg(), "kl": kl.svg()}
+    return {
+        "margin": margin.svg(),
+        "cosine": half_width("cosine", "1 - cosine", cosines, their_cosines, 1 - bounds["cosine"]),
+        "kl": half_width("KL divergence", "KL (nats)", kls, their_kls, bounds["kl"]),
+    }
 
 
 def _hidden(judged: Sequence[Mapping[str, Any]]) -> str:
-    """Relative error of the residual stream after each layer, one line for each prompt."""
+    """The chart of the residual stream's relative error after each layer, one line for each prompt."""
     shown = [prompt for prompt in judged if prompt.get("hidden_error")]
     controls = [
         prompt["control"]["hidden_error"]

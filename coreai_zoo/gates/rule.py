@@ -1,8 +1,8 @@
 """The margin rule: a disagreement counts only where the oracle was sure.
 
 Where the oracle's two largest logits are closer than `CONFIDENT_MARGIN`, either answer is right within the noise of any
-half-precision implementation, and a flip is a tie. From there on a flip is an error of the candidate, and one fails the
-gate.
+half-precision implementation, and a flip is a tie. At that margin and above, a flip is an error of the candidate, and
+one such flip fails the gate.
 
 Shape letters: P positions, V tokens in the vocabulary, D hidden, L layers, E experts.
 """
@@ -21,15 +21,16 @@ CONFIDENT_MARGIN = 0.1
 """Oracle top-2 margin, in logits, from which a flip is an error; the rule of the published 27B results."""
 
 Swaps = Sequence[tuple[bool, float | None]]
-"""For each position: whether the candidate's router chose other experts in any layer, and the oracle's gap there."""
+"""A pair for each position: whether the candidate's router chose other experts in any layer, and the oracle's gap in
+the first such layer."""
 
 
 @frozen
 class Position:
-    """Oracle and candidate after one token.
+    """Candidate and oracle compared after one token.
 
     Attributes:
-        index: position, from 0.
+        index: the position, from 0.
         token: the token that was fed.
         oracle: the oracle's argmax.
         candidate: the candidate's argmax.
@@ -37,7 +38,7 @@ class Position:
         cosine: between the two logit vectors.
         max_abs_logit_error: largest absolute difference of a logit.
         kl_divergence: KL(oracle || candidate) of the two distributions, in nats.
-        router_margin: of the oracle, see `router_margins`; None without a router.
+        router_margin: the oracle's, see `router_margins`; None without a router.
         relative_error: root mean square of the logits' error over the standard deviation of the oracle's logits.
         swap_margin: the oracle's router gap in the first layer that chose other experts; None where all layers chose
             the same ones, or it is not known.
@@ -61,8 +62,8 @@ class Position:
     def near_tie(self, gap: float) -> bool:
         """Whether the router was so undecided here that errors may have swapped an expert.
 
-        Where the candidate shows its router: an expert was swapped, and first in a layer whose gap is below `gap`.
-        Where it does not: any layer's gap is.
+        Where the candidate shows its router, an expert was swapped, and the first layer that swapped one has a gap
+        below `gap`. Where it does not, any layer has such a gap.
         """
         if self.experts_changed is None:
             return self.router_margin is not None and self.router_margin < gap
@@ -78,7 +79,7 @@ class Position:
 
 @frozen
 class Verdict:
-    """All positions of one prompt, and what follows from them.
+    """The positions of one prompt, and what follows from them.
 
     Attributes:
         positions: in order.
@@ -91,7 +92,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """No confident flip."""
+        """Whether there is no confident flip."""
         return not self.confident_flips
 
     @property
@@ -102,17 +103,17 @@ class Verdict:
 
     @property
     def ties(self) -> int:
-        """Flips that do not count."""
+        """Number of flips that do not count."""
         return sum(position.verdict == "tie" for position in self.positions)
 
     @property
     def matched(self) -> int:
-        """Positions where the argmax agrees."""
+        """Number of positions where the argmax agrees."""
         return sum(position.verdict == "match" for position in self.positions)
 
     @property
     def confident_positions(self) -> int:
-        """Positions where the oracle was sure; the rest could not fail."""
+        """Number of positions where the oracle was sure; the others cannot fail."""
         return sum(position.margin >= CONFIDENT_MARGIN for position in self.positions)
 
 
@@ -123,10 +124,10 @@ def judge(
     router_margins: np.ndarray[Any, Any] | None = None,
     swaps: Swaps | None = None,
 ) -> Verdict:
-    """Compare logits [P, V] after each of `tokens`.
+    """The verdict on a candidate's logits [P, V] after each of `tokens`; logits that are not finite never match.
 
     Raises:
-        ValueError: when shapes differ. Logits that are not finite are not an error here: they never match.
+        ValueError: when shapes differ.
     """
     if oracle.shape != candidate.shape or len(tokens) != len(oracle):
         raise ValueError(f"{len(tokens)} tokens, oracle logits {oracle.shape}, candidate logits {candidate.shape}")
@@ -142,7 +143,7 @@ def judge(
 def compare(
     tokens: Sequence[int], oracle: Activations, candidate: Activations, experts_per_token: int | None = None
 ) -> Verdict:
-    """Compare all that two models show of their way to the logits after each of `tokens`.
+    """The verdict on everything that a candidate shows: logits, and where there are any, hidden states and routers.
 
     Args:
         tokens: P token ids.
@@ -207,9 +208,9 @@ def _hidden_error(
 
 
 def router_gaps(router_logits: np.ndarray[Any, Any], chosen: int) -> np.ndarray[Any, Any]:
-    """Gap between the last chosen and the first rejected expert of one layer: [P, E] router logits to float32 [P].
+    """Gaps between the last chosen and the first rejected expert of one layer: [P, E] router logits to float32 [P].
 
-    Infinite where every expert is chosen, for then nothing can be swapped.
+    A gap is infinite where every expert is chosen, for then nothing can be swapped.
     """
     if chosen == router_logits.shape[-1]:
         return np.full(len(router_logits), np.inf, dtype=np.float32)
@@ -219,14 +220,11 @@ def router_gaps(router_logits: np.ndarray[Any, Any], chosen: int) -> np.ndarray[
 
 
 def router_margins(router_logits: Sequence[np.ndarray[Any, Any]], chosen: int) -> np.ndarray[Any, Any]:
-    """Smallest gap over all layers between the router logits of the last chosen and the first rejected expert.
+    """The smallest of all layers' gaps at each position, float32 [P]; see `router_gaps`.
 
     Args:
         router_logits: one array [P, E] per layer.
         chosen: experts per token.
-
-    Returns:
-        float32 [P]; see `router_gaps`.
     """
     smallest: np.ndarray[Any, Any] = np.min([router_gaps(logits, chosen) for logits in router_logits], axis=0)
     return smallest

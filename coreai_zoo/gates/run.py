@@ -1,4 +1,7 @@
-"""What `zoo gate` decides: prompts, oracle, candidate and control, put together for a bundle."""
+"""The work of `zoo gate`: a bundle's prompts through the oracle, the candidate and its control, and a report of it.
+
+Commands import this module to show their help as well, so what needs torch is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -16,66 +19,31 @@ from coreai_zoo.build.model import Model, read_model
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import GATE_FOLDER
-from coreai_zoo.bundle.verify import backend_of
+from coreai_zoo.bundle.verify import backend_of, check_files, require, require_asset
 from coreai_zoo.catalogue import find_entry, load_entries
-from coreai_zoo.checkpoint.files import read_config
+from coreai_zoo.checkpoint.files import Checkpoint, read_config
+from coreai_zoo.checkpoint.tokenizer import load_tokenizer
 from coreai_zoo.errors import BadInput, listing
-from coreai_zoo.overlay import LayeredDecoder
+from coreai_zoo.gate import Activations, GateResult
+from coreai_zoo.gates import prompts, report, transcript
+from coreai_zoo.gates.candidate import AssetCandidate
+from coreai_zoo.gates.oracle import Oracle
+from coreai_zoo.gates.teacher_forced import (
+    GateReport,
+    Models,
+    Reference,
+    Runner,
+    Ticker,
+    check_checkpoint,
+    gate,
+    run_oracle,
+)
+from coreai_zoo.overlay import LayeredDecoder, Overlay
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
 if TYPE_CHECKING:
-    from coreai_zoo.gates.oracle import Oracle
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a bundle's record leads to
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
-    """The checkpoint that `bundle` was built from: as given, or the sample's."""
-    if given is not None:
-        return given
-    if not bundle.build.get("sample"):
-        raise BadInput(f"{bundle.directory.name} is not a sample.", "Pass its checkpoint with --checkpoint DIR.")
-    entry, _ = find_entry(str(bundle.build["entry"].get("name")), plugins)
-    return entry.sample_directory()
-
-
-def _model_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Model:
-    """What the overlay makes of the checkpoint's config, cut to the layers that were built."""
-    model = read_model(read_config(checkpoint), plugins)
-    layers = bundle.build["layers"]
-    return model if layers == model.facts["layers"] else read_model(model.hf_config, plugins, layers)
-
-
-def oracle_of(
-    bundle: Bundle,
-    plugins: Plugins,
-    checkpoint: Path,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    cache: Path | None = None,
-    on_layer: Callable[[], None] = lambda: None,
-) -> Oracle:
-    """The oracle on the checkpoint of `bundle`, or on the slice of it that was built; see `Oracle` for the rest."""
-    from coreai_zoo.checkpoint.files import Checkpoint
-    from coreai_zoo.gates.oracle import Oracle
-
-    model = _model_of(bundle, plugins, checkpoint)
-    reference = plugins.oracle(model.overlay, model.hf_config)
-    return Oracle(Checkpoint.open(checkpoint), model.hf_config, dtype, cache, on_layer, reference)
-
-
-def run_plugin_gates(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> list[Any]:
-    """Results of the gates that plugins add."""
-    overlay = _model_of(bundle, plugins, checkpoint).overlay
-    entry, _ = load_entries(plugins).get(str(bundle.build["entry"].get("name")), (None, None))
-    results = []
-    for plugin, extra in plugins.gates(overlay, entry):
-        with plugins.attribute_errors(plugin, f"gate {extra.name!r}"):
-            results.append(extra.run(bundle, checkpoint))
-    return results
-
+    from coreai_zoo.gates.weights import WeightSource
 
 # Up to this size the CPU interpreter takes some tokens a second; beyond it a token takes minutes.
 _INTERPRETED_BYTES = 64 * 2**20
@@ -85,7 +53,7 @@ _PLAIN = "fp16"  # the recipe that quantizes nothing
 
 @frozen
 class GateOptions:
-    """What was asked for; see the options of `zoo gate`.
+    """The options of a gate; see `zoo gate --help`.
 
     Attributes:
         candidate: `auto`, `torch`, or the runtime of an installed backend.
@@ -112,7 +80,7 @@ class GateOptions:
 
     @property
     def arguments(self) -> list[str]:
-        """The same options again, with names in the place of folders."""
+        """The options as words of a command line, with names in the place of folders."""
         values = {"--prompt": self.prompt, "--prompts": self.prompts, "--positions": self.positions}
         values |= {"--candidate": self.candidate, "--oracle-dtype": self.oracle_dtype}
         defaults = {"--candidate": "auto", "--oracle-dtype": "float32"}
@@ -123,40 +91,58 @@ class GateOptions:
         return words + ["--no-control"] * (not self.control)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A gate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def run_gate(
-    bundles: Sequence[Bundle], options: GateOptions, plugins: Plugins, report: Reporter, keep_in: Path | None = None
+    bundles: Sequence[Bundle], options: GateOptions, plugins: Plugins, progress: Reporter, keep_in: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Judge bundles of one checkpoint on the same oracle; a transcript for each. No transcript is written.
+    """Judge bundles of one checkpoint on the same oracle; a transcript for each. Nothing is written.
 
     Args:
-        bundles: the first is the one whose prompts and oracle they are.
+        bundles: the first one's prompts and oracle are used for all.
         options: what was asked for.
         plugins: for overlays, backends and gates.
-        report: for progress.
-        keep_in: where the logits of a bundle that brings a script to compare them with go; None to keep none.
+        progress: is told of each stage.
+        keep_in: folder for the logits of a bundle that brings a script to compare them with; None to keep none.
 
     Raises:
         BadInput: for anything that was given and does not fit.
         CheckFailed: when a bundle is not as it was built, or cannot be run.
         EnvironmentLacks: when the machine cannot run the oracle or the bundle.
     """
-    from coreai_zoo.gates import teacher_forced
-
+    first = bundles[0]
     _check_candidate(options.candidate, plugins)
-    checkpoint = checkpoint_of(bundles[0], plugins, options.checkpoint)
+    checkpoint = checkpoint_of(first, plugins, options.checkpoint)
     subjects = []
     for bundle in bundles:
-        teacher_forced.check_checkpoint(bundle, checkpoint)  # before its config is cut to the bundle's layers
+        check_checkpoint(bundle, checkpoint)  # before its config is cut to the bundle's layers
         _require_unchanged(bundle)
-        _require_same_tokenizer(bundles[0], bundle)
-        subjects.append(_subject(bundle, options, plugins, checkpoint, keep_in if bundle is bundles[0] else None))
-    prompts = _prompts(bundles[0], options)
-    oracle = _oracle(bundles[0], options, plugins, checkpoint)
+        _require_same_tokenizer(first, bundle)
+        subjects.append(_subject(bundle, options, plugins, checkpoint, keep_in if bundle is first else None))
+    asked = _prompts(first, options)
+    ticker = Ticker()
+    oracle = oracle_of(first, plugins, checkpoint, options.oracle_dtype, options.oracle_cache, ticker)
     if options.cached_only:
-        _require_cached(oracle.model, prompts)
-    references = teacher_forced.run_oracle(oracle, prompts, report)
-    controls: dict[str, Any] = {}
-    return [_judge(subject, references, options, oracle.model.name, controls, report) for subject in subjects]
+        _require_cached(oracle, asked)
+    references = run_oracle(Runner(oracle, ticker, lambda _prompt: int(first.build["layers"])), asked, progress)
+    controls: dict[str, Activations] = {}
+    records = []
+    for subject in subjects:
+        progress.seconds = {stage: took for stage, took in progress.seconds.items() if stage == "oracle"}
+        judged = _judge(subject, references, controls, progress, allow_weak=options.allow_weak_prompt)
+        run = transcript.Run(
+            subject.bundle,
+            oracle.name,
+            None if subject.models.control is None else subject.models.control.model.name,
+            [subject.bundle.directory.name, *options.arguments],
+            progress.seconds,
+            _run_plugin_gates(subject, plugins, checkpoint),
+        )
+        records.append(transcript.transcript(run, judged))
+    return records
 
 
 def write_report(bundle: Bundle, records: Sequence[Mapping[str, Any]], output: Path | None = None) -> Path:
@@ -170,90 +156,44 @@ def write_report(bundle: Bundle, records: Sequence[Mapping[str, Any]], output: P
     Returns:
         Path of the report.
     """
-    from coreai_zoo.gates import report, transcript
-
-    folder = _report_folder(bundle, output)
+    folder = report_folder(bundle, output)
     transcript.write(folder, records[0], report.render(*records))
     if output is None:
         transcript.write_card(bundle, report.markdown(records[0]))
     return folder / transcript.REPORT
 
 
-def _report_folder(bundle: Bundle, output: Path | None) -> Path:
+def report_folder(bundle: Bundle, output: Path | None) -> Path:
+    """The folder that a report is written to: `output`, or the bundle's own."""
     return bundle.directory / GATE_FOLDER if output is None else output
 
 
-@frozen
-class _Subject:
-    """A bundle, what runs it, what it is held to, and what its record says of it."""
-
-    bundle: Bundle
-    models: Any
-    measured: MeasuredBounds
-    roles: Mapping[str, Any]
-    experts_per_token: int | None
-    plugin_gates: Callable[[], list[Any]]
-
-
-def _subject(
-    bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None
-) -> _Subject:
-    try:
-        roles, facts = dict(bundle.build["recipe"]["roles"]), bundle.build["facts"]
-        experts = facts.get("experts_per_token")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        message = f"build.json of {bundle.directory} does not say how it was built: {error!r}."
-        raise BadInput(message, "Build the bundle again.") from error
-    models = _models(bundle, options, plugins, checkpoint, keep_in)
-    measured = plugins.gate_bounds(_model_of(bundle, plugins, checkpoint).overlay)
-    return _Subject(bundle, models, measured, roles, experts, lambda: run_plugin_gates(bundle, plugins, checkpoint))
-
-
-def _judge(
-    subject: _Subject,
-    references: Any,
-    options: GateOptions,
-    oracle: str,
-    controls: dict[str, Any],
-    report: Reporter,
-) -> dict[str, Any]:
-    from coreai_zoo.gates import teacher_forced, transcript
-
-    bundle, models, roles, layers = subject.bundle, subject.models, subject.roles, subject.bundle.build["layers"]
-    kind: Kind = "dense" if subject.experts_per_token is None else "routed"
-    report.seconds = {stage: took for stage, took in report.seconds.items() if stage == "oracle"}
-    judged = teacher_forced.gate(
-        references,
-        models,
-        lambda arithmetic: subject.measured.of_recipe(roles, layers, arithmetic, kind),
-        report,
-        control_bounds=subject.measured.of_recipe({}, layers, "torch", kind),
-        experts_per_token=subject.experts_per_token,
-        quantized=any(roles.values()),
-        allow_weak=options.allow_weak_prompt,
-        controls=controls,
-    )
-    run = transcript.Run(
-        bundle,
-        oracle,
-        None if models.control is None else models.control.model.name,
-        [bundle.directory.name, *options.arguments],
-        report.seconds,
-        subject.plugin_gates(),
-    )
-    return transcript.transcript(run, judged)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What is fed, and to what
+# What is judged, and on what
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_candidate(name: str, plugins: Plugins) -> None:
+    """Refuse a candidate that no installed backend runs."""
+    known = ["auto", "torch", *dict.fromkeys(backend.runtime for backend in plugins.backends().values())]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=2)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(known)}."
+        raise plugins.not_found(f"There is no candidate {name!r}.", hint)
+
+
+def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
+    """The folder of the checkpoint that `bundle` was built from: as given, or the sample's."""
+    if given is not None:
+        return given
+    if not bundle.build.get("sample"):
+        raise BadInput(f"{bundle.directory.name} is not a sample.", "Pass its checkpoint with --checkpoint DIR.")
+    entry, _ = find_entry(str(bundle.build["entry"].get("name")), plugins)
+    return entry.sample_directory()
 
 
 def _require_unchanged(bundle: Bundle) -> None:
     """Refuse a bundle that was edited: its report would be about something that nobody built."""
-    from coreai_zoo.bundle.verify import check_files, require, require_asset
-    from coreai_zoo.checkpoint.tokenizer import load_tokenizer
-
     load_tokenizer(bundle.tokenizer)  # says best what is wrong with it
     require_asset(bundle)
     require([check_files(bundle)])
@@ -267,9 +207,33 @@ def _require_same_tokenizer(one: Bundle, other: Bundle) -> None:
         )
 
 
-def _prompts(bundle: Bundle, options: GateOptions) -> list[Any]:
-    from coreai_zoo.gates import prompts
+@frozen
+class _Subject:
+    """A bundle to judge: what runs it, what it is held to, and what its record says of its weights and experts."""
 
+    bundle: Bundle
+    overlay: Overlay
+    models: Models
+    measured: MeasuredBounds
+    roles: Mapping[str, Any]
+    experts_per_token: int | None
+
+
+def _subject(
+    bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None
+) -> _Subject:
+    try:
+        roles, facts = dict(bundle.build["recipe"]["roles"]), bundle.build["facts"]
+        experts = facts.get("experts_per_token")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        message = f"build.json of {bundle.directory} does not say how it was built: {error!r}."
+        raise BadInput(message, "Build the bundle again.") from error
+    models = _models(bundle, options, plugins, checkpoint, keep_in)
+    overlay = _model_of(bundle, plugins, checkpoint).overlay
+    return _Subject(bundle, overlay, models, plugins.gate_bounds(overlay), roles, experts)
+
+
+def _prompts(bundle: Bundle, options: GateOptions) -> list[prompts.TokenizedPrompt]:
     if options.prompt is not None:
         asked = [prompts.Prompt(prompts.UNNAMED, options.prompt)]
     elif options.prompt_file:
@@ -277,22 +241,40 @@ def _prompts(bundle: Bundle, options: GateOptions) -> list[Any]:
     elif options.prompts is not None:
         asked = prompts.named_prompts([name.strip() for name in options.prompts.split(",")])
     else:
-        return [prompts.tokenize(bundle, one) for one in prompts.default_prompts(bundle, options.positions)]
+        return [prompts.tokenize(bundle, prompt) for prompt in prompts.default_prompts(bundle, options.positions)]
     if options.positions is not None:
         asked = [prompts.cut(prompt, options.positions) for prompt in asked]
     return [prompts.tokenize(bundle, prompt) for prompt in asked]
 
 
-def _oracle(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path) -> Any:
-    from coreai_zoo.gates.teacher_forced import Runner, Ticker
-
-    ticker = Ticker()
-    oracle = oracle_of(bundle, plugins, checkpoint, options.oracle_dtype, options.oracle_cache, ticker)
-    return Runner(oracle, ticker, lambda _prompt: int(bundle.build["layers"]))
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def _require_cached(oracle: Any, prompts: Sequence[Any]) -> None:
-    missing = [prompt.name for prompt in prompts if not oracle.is_cached(prompt.tokens)]
+def oracle_of(
+    bundle: Bundle,
+    plugins: Plugins,
+    checkpoint: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    cache: Path | None = None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Oracle:
+    """The oracle on the checkpoint of `bundle`, or on the slice of it that was built; see `Oracle` for the rest."""
+    model = _model_of(bundle, plugins, checkpoint)
+    reference = plugins.oracle(model.overlay, model.hf_config)
+    return Oracle(Checkpoint.open(checkpoint), model.hf_config, dtype, cache, on_layer, reference)
+
+
+def _model_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Model:
+    """The model of the checkpoint, cut to the layers that were built."""
+    model = read_model(read_config(checkpoint), plugins)
+    layers = bundle.build["layers"]
+    return model if layers == model.facts["layers"] else read_model(model.hf_config, plugins, layers)
+
+
+def _require_cached(oracle: Oracle, asked: Sequence[prompts.TokenizedPrompt]) -> None:
+    missing = [prompt.name for prompt in asked if not oracle.is_cached(prompt.tokens)]
     if missing:
         raise BadInput(
             f"{oracle.cache} holds no oracle result for {listing(missing)}.",
@@ -300,31 +282,24 @@ def _require_cached(oracle: Any, prompts: Sequence[Any]) -> None:
         )
 
 
-def _check_candidate(name: str, plugins: Plugins) -> None:
-    """Refuse a candidate that no installed backend runs."""
-    known = ["auto", "torch", *dict.fromkeys(backend.runtime for backend in plugins.backends().values())]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=2)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(known)}."
-        raise plugins.not_found(f"There is no candidate {name!r}.", hint)
+# ---------------------------------------------------------------------------------------------------------------------
+# Candidate and control
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None) -> Any:
-    """What judges and what controls: auto is the asset where this machine runs it in time, else the overlay."""
-    from coreai_zoo.gates.candidate import AssetCandidate
-    from coreai_zoo.gates.teacher_forced import Models, Runner, Ticker
+def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None) -> Models:
+    """Candidate and control. The candidate `auto` is the asset where this machine runs it in time, else the overlay."""
     from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights
 
     backend = backend_of(bundle, plugins.backends())
-    ticker = Ticker()
     if options.candidate not in {"auto", "torch", backend.runtime}:
         raise BadInput(
             f"{bundle.directory.name} is a {backend.name} bundle, which the candidate {options.candidate} cannot run.",
             f"Use --candidate {backend.runtime} or torch.",
         )
-    arithmetic: Literal["torch", "runtime"] = "torch" if backend.accumulation == "single" else "runtime"
+    ticker = Ticker()
     candidate = AssetCandidate(bundle, backend, ticker, keep_in if backend.extra_files else None)
-    asset = Runner(candidate, ticker, arithmetic=arithmetic)
+    asset = Runner(candidate, ticker, arithmetic="torch" if backend.accumulation == "single" else "runtime")
     shipped = _design_of(bundle, plugins, checkpoint)
     module = shipped.modules[bundle.decode]
     overlay: Runner | None = None
@@ -339,7 +314,7 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
     size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
     in_time = sys.platform == "darwin" or size <= _INTERPRETED_BYTES  # a Mac has the OS runtime
     runs_asset = options.candidate == backend.runtime or (options.candidate == "auto" and in_time)
-    # A long prompt is the overlay's in any case but the one in which the asset was asked for.
+    # The overlay takes the long prompts, unless the asset was asked for by name.
     long_candidate = asset if options.candidate == backend.runtime else overlay
     return Models(asset if overlay is None or runs_asset else overlay, long_candidate, control)
 
@@ -350,11 +325,49 @@ def _design_of(bundle: Bundle, plugins: Plugins, checkpoint: Path, recipe: str |
     return design(evolve(request, recipe=recipe or request.recipe), plugins)
 
 
-def _overlay_runner(designed: Design, weights: Any) -> Any:
-    """The candidate that runs the decoding function's overlay in PyTorch."""
+def _overlay_runner(designed: Design, weights: WeightSource) -> Runner:
+    """The decoding function's overlay in PyTorch, on given weights."""
     from coreai_zoo.gates.layered import TorchCandidate
-    from coreai_zoo.gates.teacher_forced import Runner, Ticker
 
     ticker, layers, name = Ticker(), int(designed.facts["layers"]), designed.decode
     model = TorchCandidate(designed.modules[name], designed.weights, designed.signatures[name], weights, ticker)
     return Runner(model, ticker, lambda _prompt: layers, "torch")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _judge(
+    subject: _Subject,
+    references: Sequence[Reference],
+    controls: dict[str, Activations],
+    progress: Reporter,
+    *,
+    allow_weak: bool,
+) -> GateReport:
+    measured, roles, layers = subject.measured, subject.roles, subject.bundle.build["layers"]
+    kind: Kind = "dense" if subject.experts_per_token is None else "routed"
+    return gate(
+        references,
+        subject.models,
+        lambda arithmetic: measured.of_recipe(roles, layers, arithmetic, kind),
+        progress,
+        control_bounds=measured.of_recipe({}, layers, "torch", kind),
+        experts_per_token=subject.experts_per_token,
+        quantized=any(roles.values()),
+        allow_weak=allow_weak,
+        controls=controls,
+    )
+
+
+def _run_plugin_gates(subject: _Subject, plugins: Plugins, checkpoint: Path) -> list[GateResult]:
+    """The results of the gates that plugins add."""
+    bundle = subject.bundle
+    entry, _ = load_entries(plugins).get(str(bundle.build["entry"].get("name")), (None, None))
+    results = []
+    for plugin, extra in plugins.gates(subject.overlay, entry):
+        with plugins.attribute_errors(plugin, f"gate {extra.name!r}"):
+            results.append(extra.run(bundle, checkpoint))
+    return results

@@ -4,8 +4,8 @@ One role, or one role of one layer, is quantized at a time and the rest is left 
 logits, set against the bytes that it saves, is the table from which a mixed recipe is chosen: the parts at the top of
 the ranking deserve more bits, those at the bottom can do with fewer.
 
-The reference is the same decoder with nothing quantized, so that a row is the effect of its part and of nothing else.
-Every run is streamed from the checkpoint, one layer in memory at a time; a part is quantized while it is read.
+The reference is the same decoder with nothing quantized, so a row shows the effect of its part and of nothing else.
+Every run streams the checkpoint, one layer in memory at a time; a part is quantized while it is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attrs import evolve, frozen
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.gates.layered import TorchCandidate
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, judge
+from coreai_zoo.gates.rule import judge
 from coreai_zoo.gates.weights import CheckpointWeights
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import TraceSpec
@@ -31,13 +31,13 @@ MIB = 2**20
 
 @frozen
 class Part:
-    """What is quantized at a time.
+    """The parameters that are quantized together.
 
     Attributes:
-        role: name of one of the weight map's roles.
-        layer: its index; None for the role in all layers, or where it is in none.
-        spec: how it is quantized.
-        tensors: names of its parameters.
+        role: name of their role.
+        layer: index of their layer; None for the role in all layers, or outside of them.
+        spec: how they are quantized.
+        tensors: their names.
         plain_bytes: what they take unquantized.
         quantized_bytes: what they take quantized: integers, scales and zero points.
     """
@@ -51,7 +51,7 @@ class Part:
 
     @property
     def saved_bytes(self) -> int:
-        """What quantizing saves."""
+        """Bytes that quantizing saves."""
         return self.plain_bytes - self.quantized_bytes
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Part:
 
 @frozen
 class Sensitivity:
-    """What quantizing one part does.
+    """The effect of quantizing one part.
 
     Attributes:
         part: what was quantized.
@@ -68,7 +68,7 @@ class Sensitivity:
         largest_kl: the largest.
         margin_lost: mean over positions of what the reference's best token loses of its lead over the next best, in
             logits; a lead that grows counts as no loss.
-        flips: positions where another token is best, though the reference's margin is at least `CONFIDENT_MARGIN`.
+        flips: number of confident flips.
     """
 
     part: Part
@@ -84,7 +84,7 @@ class Sensitivity:
 
     @property
     def margin_lost_per_mib(self) -> float:
-        """Margin lost for each MiB saved."""
+        """Mean margin lost for each MiB saved."""
         return self.margin_lost / (self.part.saved_bytes / MIB)
 
 
@@ -92,11 +92,11 @@ RANKINGS: Mapping[str, Callable[[Sensitivity], float]] = {
     "kl": lambda found: found.kl_per_mib,
     "margin": lambda found: found.margin_lost_per_mib,
 }
-"""What a table can be ranked by, each per byte saved."""
+"""The measures that a table can be ranked by, each per byte saved."""
 
 
 def ranked(found: Iterable[Sensitivity], by: str) -> list[Sensitivity]:
-    """The costliest part for what it saves first."""
+    """The results in order, the part that costs most for what it saves first."""
     return sorted(found, key=RANKINGS[by], reverse=True)
 
 
@@ -110,15 +110,15 @@ def parts_of(
     specs: Mapping[str, QuantizationSpec],
     layer_paths: Sequence[str] | None = None,
 ) -> tuple[Part, ...]:
-    """Split the weights that are to be quantized into parts.
+    """The weights that are to be quantized, in parts: by role, or by role and layer.
 
     Args:
-        plan: of all weights.
+        plan: the plan of all weights.
         specs: how each role is quantized; a role that is not named is left alone.
         layer_paths: module path of each layer, to take each layer by itself; None to take all layers together.
 
     Raises:
-        BadInput: when there are no such weights, or some whose width the block does not divide.
+        BadInput: when no weight has one of the roles, or a block does not divide the width of a weight.
     """
     grouped: dict[tuple[str, int | None], list[PlannedTensor]] = {}
     for tensor in plan.tensors:
@@ -155,7 +155,7 @@ def _part(role: str, layer: int | None, spec: QuantizationSpec, tensors: Sequenc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it does
+# What quantizing it does
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -165,9 +165,9 @@ class Subject:
 
     Attributes:
         module: its decoder, rewritten, on the meta device: an `overlay.LayeredDecoder`.
-        signature: of its function.
+        signature: the signature of its function.
         checkpoint: its weights.
-        plan: what becomes of them; how the plan quantizes them does not matter.
+        plan: where each weight comes from; how the plan quantizes it does not matter.
     """
 
     module: Any
@@ -176,7 +176,7 @@ class Subject:
     plan: WeightPlan
 
     def candidate(self, part: Part | None, on_layer: Callable[[], None]) -> TorchCandidate:
-        """The model with one part quantized, or none.
+        """The model with one part quantized, or with none.
 
         Raises:
             BadInput: when the decoder cannot be run layer by layer.
@@ -202,7 +202,7 @@ def measure(
         on_layer: called after each layer of each run: (len(parts) + 1) times the number of layers.
 
     Yields:
-        One result for each part, in their order, as soon as it is there.
+        One result for each part, in their order, as soon as there is one.
 
     Raises:
         BadInput: when the decoder cannot be run layer by layer, or a weight is not finite.
@@ -210,21 +210,19 @@ def measure(
     reference = subject.candidate(None, on_layer).run(tokens).logits.astype(np.float32)
     for part in parts:
         logits = subject.candidate(part, on_layer).run(tokens).logits.astype(np.float32)
-        positions = judge(tokens, reference, logits).positions
-        divergences = [position.kl_divergence for position in positions]
+        verdict = judge(tokens, reference, logits)
+        divergences = [position.kl_divergence for position in verdict.positions]
         yield Sensitivity(
             part,
             float(np.mean(divergences)),
             max(divergences),
             float(np.mean(margins_lost(reference, logits))),
-            sum(
-                position.oracle != position.candidate and position.margin >= CONFIDENT_MARGIN for position in positions
-            ),
+            len(verdict.confident_flips),
         )
 
 
 def margins_lost(reference: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """What the reference's best token loses of its lead, both [P, V]; float32 [P], zero where the lead grows."""
+    """The lead that the reference's best token loses: logits [P, V] to float32 [P], zero where the lead grows."""
     best = reference.argmax(axis=-1)[:, None]
 
     def lead(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

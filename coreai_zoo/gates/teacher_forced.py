@@ -1,15 +1,13 @@
-"""The host's gate: prompts, the oracle, the candidate and its control on them, and the verdict.
+"""The host's gate: the oracle, the candidate and its control on the same prompts, and the verdict.
 
-The order is: all prompts through the oracle; the weak ones refused, before anything else runs; the rest through the
-candidate and the control; each judged by the margin rule and by the recipe's bounds.
+All prompts go through the oracle, and the weak ones are refused before anything else runs. The rest go through the
+control and the candidate. Each prompt is judged by the margin rule and by the recipe's bounds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 from attrs import field, frozen
 
@@ -21,41 +19,29 @@ from coreai_zoo.gate import Activations, Model
 from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
 from coreai_zoo.gates.prompts import Strength, TokenizedPrompt, strength
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare
-
-
-class Progress(Protocol):
-    """What a gate reports its stages to; `progress.Reporter` is one."""
-
-    def stage(self, name: str, detail: str = "") -> AbstractContextManager[None]:
-        """A stage runs."""
-
-    def note(self, text: str) -> None:
-        """A remark inside a stage."""
-
-    def steps(self, what: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """Count equal steps of the stage."""
+from coreai_zoo.progress import Reporter
 
 
 class Ticker:
-    """What a model calls after each of its steps, whoever is counting."""
+    """A function that a model calls after each of its steps, whoever is counting."""
 
     def __init__(self) -> None:
         self.count: Callable[[], None] = lambda: None
 
     def __call__(self) -> None:
-        """One more step is done."""
+        """Count one more step."""
         self.count()
 
 
 @frozen(eq=False)
 class Runner:
-    """A model and how its progress is counted.
+    """A model, how its progress is counted, and which bounds it is held to.
 
     Attributes:
-        model: what runs.
+        model: the model.
         ticker: what the model calls after each step.
         steps: how many steps a prompt takes.
-        arithmetic: which bounds it is held to.
+        arithmetic: the arithmetic whose bounds hold for it.
     """
 
     model: Model
@@ -63,8 +49,8 @@ class Runner:
     steps: Callable[[TokenizedPrompt], int] = lambda prompt: len(prompt.tokens)
     arithmetic: Arithmetic = "runtime"
 
-    def run(self, prompts: Sequence[TokenizedPrompt], stage: str, report: Progress) -> dict[str, Activations]:
-        """What the model computes, by prompt."""
+    def run(self, prompts: Sequence[TokenizedPrompt], stage: str, report: Reporter) -> dict[str, Activations]:
+        """The model's activations on each prompt, by the prompt's name."""
         if not prompts:
             return {}
         found = {}
@@ -78,11 +64,11 @@ class Runner:
 
 @frozen
 class StopCheck:
-    """The end of turn, on a chat.
+    """Whether a candidate ends its turns on a chat.
 
     Attributes:
         expected: positions where the oracle is sure that the turn ends.
-        missed: those where the candidate would go on.
+        missed: those of them where the candidate goes on.
     """
 
     expected: tuple[int, ...]
@@ -96,17 +82,17 @@ class StopCheck:
 
 @frozen
 class PromptResult:
-    """What one prompt showed.
+    """The result of one prompt. A refused prompt has no candidate, no bounds and no verdict.
 
     Attributes:
         prompt: its tokens.
-        strength: of the oracle on it.
-        candidate: name of what was judged; None where the prompt was refused.
-        bounds: that it was held to; None where the prompt was refused.
-        verdict: of the candidate against the oracle; None where the prompt was refused.
-        control: of the fp16 control against the oracle; None without one.
+        strength: how sure the oracle is along it.
+        candidate: name of what was judged.
+        bounds: what the candidate was held to.
+        verdict: the candidate against the oracle.
+        control: the fp16 control against the oracle; None without a control.
         checks: every bound, kept or broken.
-        stop: the end of turn; None where the prompt is no chat.
+        stop: the ends of turns; None where the prompt is no chat.
     """
 
     prompt: TokenizedPrompt
@@ -120,7 +106,7 @@ class PromptResult:
 
     @property
     def refused(self) -> bool:
-        """Whether it was too weak to judge by."""
+        """Whether nothing was judged by it: the oracle was not sure enough, or nothing runs a prompt of its length."""
         return self.verdict is None
 
     @property
@@ -134,10 +120,10 @@ class PromptResult:
 
 @frozen
 class GateReport:
-    """What all prompts showed.
+    """The results of all prompts.
 
     Attributes:
-        results: in the order in which they ran.
+        results: one for each prompt, in the order in which they ran.
         weak_allowed: names of prompts that were judged although they are weak.
         quantized: whether the bundle stores any weight as integers.
     """
@@ -147,23 +133,19 @@ class GateReport:
     quantized: bool
 
     @property
-    def judged(self) -> tuple[PromptResult, ...]:
-        """Without the refused."""
-        return tuple(result for result in self.results if not result.refused)
-
-    @property
     def passed(self) -> bool:
-        """Every prompt passed."""
+        """Whether every prompt passed."""
         return all(result.passed for result in self.results)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why it failed, one phrase each; empty when it passed."""
-        return tuple(f"{result.prompt.name}: {reason}" for result in self.judged for reason in _reasons(result))
+        return tuple(f"{result.prompt.name}: {reason}" for result in self.results for reason in _reasons(result))
 
 
 def _reasons(result: PromptResult) -> list[str]:
-    assert result.verdict is not None
+    if result.verdict is None:
+        return []
     flips = result.verdict.confident_flips
     reasons = []
     if flips:
@@ -178,9 +160,10 @@ def _reasons(result: PromptResult) -> list[str]:
 
 
 def attribution(position: Position, control: Verdict | None, *, quantized: bool) -> str | None:
-    """What a flip comes from: `precision` where the fp16 control flips too, else what the control has not.
+    """The origin of a flip; None for no flip, or without a control.
 
-    That is `quantization`, or `runtime` for a bundle that is not quantized. None for no flip, or without a control.
+    `precision` where the fp16 control flips too. Otherwise what sets the bundle apart from the control:
+    `quantization`, or `runtime` where nothing is quantized.
     """
     if position.verdict == "match" or control is None:
         return None
@@ -190,7 +173,7 @@ def attribution(position: Position, control: Verdict | None, *, quantized: bool)
 
 
 def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
-    """Refuse a checkpoint other than the one that the bundle was built from.
+    """Refuse any checkpoint but the one that the bundle was built from.
 
     Raises:
         BadInput: naming what differs, or when there is no checkpoint.
@@ -225,17 +208,17 @@ class Reference:
     strength: Strength
 
 
-def run_oracle(oracle: Runner, prompts: Sequence[TokenizedPrompt], report: Progress) -> tuple[Reference, ...]:
-    """The oracle on every prompt."""
+def run_oracle(oracle: Runner, prompts: Sequence[TokenizedPrompt], report: Reporter) -> tuple[Reference, ...]:
+    """The oracle's answer to every prompt, in their order."""
     found = oracle.run(prompts, "oracle", report)
     return tuple(Reference(prompt, found[prompt.name], strength(found[prompt.name].logits)) for prompt in prompts)
 
 
-def require_strong(references: Sequence[Reference], report: Progress, *, allow_weak: bool = False) -> tuple[str, ...]:
+def require_strong(references: Sequence[Reference], report: Reporter, *, allow_weak: bool = False) -> tuple[str, ...]:
     """Refuse to judge by prompts on which the oracle is not sure of itself.
 
     Returns:
-        Names of the weak prompts: allowed ones, or ones that are not required, and then are not judged.
+        Names of the weak prompts. They are judged where `allow_weak` says so, and left out otherwise.
 
     Raises:
         BadInput: for a weak prompt that is required, with the numbers.
@@ -257,10 +240,10 @@ def require_strong(references: Sequence[Reference], report: Progress, *, allow_w
 
 @frozen
 class Models:
-    """What runs beside the oracle.
+    """The models that run beside the oracle.
 
     Attributes:
-        candidate: what is judged.
+        candidate: what is judged on all other prompts.
         long_candidate: what is judged on long prompts; None to leave them out.
         control: the same decoder with unquantized weights; None for no control.
     """
@@ -270,7 +253,7 @@ class Models:
     control: Runner | None
 
     def judging(self, prompt: TokenizedPrompt) -> Runner | None:
-        """What runs on `prompt`."""
+        """The candidate for `prompt`; None where the prompt is left out."""
         return self.long_candidate if prompt.long else self.candidate
 
 
@@ -278,7 +261,7 @@ def gate(
     references: Sequence[Reference],
     models: Models,
     bounds: Callable[[Arithmetic], Bounds],
-    report: Progress,
+    report: Reporter,
     *,
     control_bounds: Bounds,
     experts_per_token: int | None,
@@ -289,15 +272,16 @@ def gate(
     """Judge a candidate on prompts that the oracle has answered.
 
     Args:
-        references: of `run_oracle`.
-        models: what runs.
-        bounds: of the bundle's recipe, by what runs it.
-        report: of progress.
-        control_bounds: what the control is held to: the bounds of an unquantized bundle in PyTorch.
+        references: what `run_oracle` returned.
+        models: candidates and control.
+        bounds: the bounds of the bundle's recipe in a given arithmetic.
+        report: is told of each stage.
+        control_bounds: the bounds of an unquantized bundle in PyTorch, which the control is held to.
         experts_per_token: how many experts a router chooses; None without a router.
         quantized: whether the bundle stores any weight as integers.
         allow_weak: judge weak prompts too.
-        controls: what the control computed for an earlier bundle of the same checkpoint, by prompt; filled in.
+        controls: what the control computed for an earlier bundle of the same checkpoint, by the prompt's name. New
+            results are added to it.
 
     Raises:
         BadInput: when a required prompt is weak.
@@ -356,10 +340,9 @@ def _judge(
 
 
 def stop_check(verdict: Verdict, stop: int) -> StopCheck:
-    """Where the oracle is sure that the turn ends, and where the candidate would go on all the same."""
-    expected = [
-        position for position in verdict.positions if position.oracle == stop and position.margin >= CONFIDENT_MARGIN
-    ]
+    """The positions where the oracle is sure that the turn ends, and those of them where the candidate goes on."""
+    sure = [position for position in verdict.positions if position.margin >= CONFIDENT_MARGIN]
+    expected = [position for position in sure if position.oracle == stop]
     return StopCheck(
         tuple(position.index for position in expected),
         tuple(position.index for position in expected if position.candidate != stop),

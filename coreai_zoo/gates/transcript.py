@@ -1,4 +1,4 @@
-"""The record of a gate: everything that was fed, computed and decided, as JSON; docs/gate.md describes the schema.
+"""The transcript of a gate: everything that was fed, computed and decided, as JSON. docs/gate.md describes the schema.
 
 The report and the card are made from it alone, so whoever has the transcript can make them again.
 """
@@ -19,12 +19,14 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from coreai_zoo.bounds import Bounds
+from coreai_zoo.build.workspace import existing_parent
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, with_measurements
 from coreai_zoo.bundle.layout import GATE_FOLDER
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import GateResult
-from coreai_zoo.gates.prompts import WEAK_FRACTION, Strength
+from coreai_zoo.gates.prompts import WEAK_FRACTION
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict
 from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, attribution
 
@@ -36,14 +38,14 @@ TRANSCRIPT, REPORT = "transcript.json", "report.html"
 
 @frozen
 class Run:
-    """How a gate was run.
+    """One run of a gate on a bundle.
 
     Attributes:
         bundle: what was judged.
         oracle: name of the reference.
         control: name of the control; None without one.
-        command: arguments that repeat it, without the machine's paths.
-        seconds: by stage.
+        command: arguments of `zoo gate` that repeat it, without the machine's paths.
+        seconds: time that each stage took.
         gates: what plugins' gates found.
     """
 
@@ -56,7 +58,7 @@ class Run:
 
 
 def transcript(run: Run, report: GateReport) -> dict[str, Any]:
-    """The record of one bundle's gate; every value is JSON, and a number that is not finite is null."""
+    """The transcript of one bundle's gate; every value is JSON, and a number that is not finite is null."""
     failed_gates = [f"gate {gate.gate}: {gate.summary}" for gate in run.gates if not gate.passed]
     record: dict[str, Any] = {
         "schema": SCHEMA,
@@ -78,7 +80,7 @@ def transcript(run: Run, report: GateReport) -> dict[str, Any]:
         },
         "prompts": [_prompt(result, quantized=report.quantized) for result in report.results],
         "gates": [attrs.asdict(gate) for gate in run.gates],
-        "environment": environment(run),
+        "environment": _environment(run),
     }
     finite: dict[str, Any] = _finite(record)
     return finite
@@ -106,8 +108,8 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def environment(run: Run) -> dict[str, Any]:
-    """What it ran on. No host name, no path."""
+def _environment(run: Run) -> dict[str, Any]:
+    """Versions, machine and times. No host name, no path."""
     versions = {"coreai-zoo": distributions.version("coreai-zoo")}
     for name in ("torch", "transformers", "numpy", *run.bundle.build.get("versions", {})):
         with contextlib.suppress(distributions.PackageNotFoundError):
@@ -128,7 +130,7 @@ def _prompt(result: PromptResult, *, quantized: bool) -> dict[str, Any]:
         "name": prompt.name,
         "judged": not result.refused,
         "passed": None if result.refused else result.passed,
-        "strength": _strength(result.strength),
+        "strength": attrs.asdict(result.strength) | {"weak": result.strength.weak},
         "tokens": list(prompt.tokens),
         "pieces": list(prompt.pieces),
         "candidate": result.candidate,
@@ -142,7 +144,7 @@ def _prompt(result: PromptResult, *, quantized: bool) -> dict[str, Any]:
         "bounds": None if result.bounds is None else attrs.asdict(result.bounds),
         "checks": [attrs.asdict(check) | {"passed": check.passed} for check in result.checks],
         "stop": None if result.stop is None else {"token": prompt.stop, **attrs.asdict(result.stop)},
-        "positions": _positions(result, result.verdict, result.control, quantized=quantized),
+        "positions": _positions(result.verdict, result.control, result.bounds, quantized=quantized),
         "hidden_error": result.verdict.hidden_error,
         "control": None
         if result.control is None
@@ -154,15 +156,11 @@ def _prompt(result: PromptResult, *, quantized: bool) -> dict[str, Any]:
     }
 
 
-def _strength(strength: Strength) -> dict[str, Any]:
-    return attrs.asdict(strength) | {"weak": strength.weak}
-
-
 def _positions(
-    result: PromptResult, verdict: Verdict, control: Verdict | None, *, quantized: bool
+    verdict: Verdict, control: Verdict | None, bounds: Bounds | None, *, quantized: bool
 ) -> list[dict[str, Any]]:
     rows = []
-    gap = (result.bounds and result.bounds.router_gap) or 0.0
+    gap = (bounds and bounds.router_gap) or 0.0
     for position in verdict.positions:
         row = attrs.asdict(position) | {"verdict": position.verdict, "near_tie": position.near_tie(gap)}
         if control is not None:
@@ -177,7 +175,7 @@ def _positions(
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null in their place."""
+    """The value with null for infinity and NaN, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -198,7 +196,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         BadInput: naming the folder.
     """
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    existing = existing_parent(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise BadInput(
             f"The report cannot be written to {folder}: {existing} is not a folder that can be written to.",

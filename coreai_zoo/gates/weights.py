@@ -1,7 +1,7 @@
-"""Where a candidate's weights come from: out of a bundle's asset, or out of the checkpoint by a plan.
+"""The weights of a candidate: out of a bundle's asset, or out of the checkpoint by a plan.
 
-A source gives rows of a parameter seen as a matrix along its last axis, in the values that the asset computes with.
-What takes whole layers asks for a chunk of rows per call, from several threads.
+A source gives rows of a parameter seen as a matrix along its last axis, in the values that the asset computes with. A
+reader of whole layers asks for a chunk of rows per call, from several threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WeightSource(Protocol):
 
     @property
     def name(self) -> str:
-        """For the report: what the weights are."""
+        """A name for the weights, for the report."""
 
     def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """Write rows `start` to `stop` of the parameter `name` to `out`, [stop - start, columns] in its own dtype.
@@ -39,18 +39,13 @@ class WeightSource(Protocol):
         """
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Out of an asset
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @frozen
 class AssetWeights:
-    """The weights that an asset holds, turned back from integers to values as the asset does: in one rounding.
+    """The weights that an asset holds, turned back from integers to values as the asset does it: in one rounding.
 
     Attributes:
-        name: for the report.
-        plan: which parameters there are and how each is stored.
+        name: what they are, for the report.
+        plan: how each parameter is stored, by its name.
         state: the bytes of the asset's constants, uint8, see `Backend.state`.
     """
 
@@ -64,10 +59,10 @@ class AssetWeights:
 
         Args:
             asset: the asset.
-            backend: that it was written by.
-            function: whose weights are read.
+            backend: the backend that wrote it.
+            function: the function whose weights are read.
             module: the decoder that it was written from, rewritten, on any device.
-            plan: of its weights.
+            plan: the plan of its weights.
 
         Raises:
             CheckFailed: when it cannot be read, or holds other weights than the plan says.
@@ -95,7 +90,7 @@ class AssetWeights:
         out.copy_(blocks.mul_(scales.float().unsqueeze(-1)).view(codes.shape))
 
     def _rows(self, tensor: PlannedTensor, kind: ArrayKind, start: int, stop: int) -> Tensor:
-        """Rows of one of a weight's arrays, seen as a matrix."""
+        """Rows of one of a weight's arrays, as a matrix."""
         array = tensor.format.arrays[kind]
         memory = self.state[tensor.format.state_names(tensor.name)[kind]].view(getattr(torch, array.memory_dtype))
         if not array.packed:
@@ -107,22 +102,17 @@ class AssetWeights:
         return unpacked(memory, array).view(tensor.format.rows, -1)[start:stop]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Out of a checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @frozen
 class CheckpointWeights:
     """The weights that a plan makes of a checkpoint; where it quantizes, turned to integers and back.
 
-    With a plan that quantizes nothing it is what half precision alone does to a model, and with one that quantizes a
-    part it is what that part does.
+    A plan that quantizes nothing shows what half precision alone does to a model. A plan that quantizes a part shows
+    what that part does.
 
     Attributes:
-        name: for the report.
+        name: what they are, for the report.
         checkpoint: the checkpoint.
-        plan: what becomes of it.
+        plan: where each parameter comes from and how it is stored.
     """
 
     name: str

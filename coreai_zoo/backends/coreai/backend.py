@@ -1,9 +1,8 @@
-"""Core AI: lowering to an `.aimodel`, reading one back, running one.
+"""The Core AI backend: a decoder as an `.aimodel`, which it writes, reads back and runs.
 
 The toolchain's public converter copies every weight into anonymous memory, names constants by a hash that is seeded per
-process, and stamps the time of day. This module goes around that, and is the only place that touches the toolchain's
-private functions; `_REQUIRED` pins the versions that they were read in, and tests/test_coreai_backend.py compares the
-result with the public path.
+process, and stamps the time of day. This module goes around that with the toolchain's private functions. `_REQUIRED`
+pins the versions whose code was read, and tests/test_coreai_backend.py compares the result with the public path.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class CoreAIBackend:
     """Writes `.aimodel` assets and runs them on the Core AI runtime (on Linux, its CPU interpreter).
 
     Attributes:
-        every_layer: trace every layer, even where layers repeat. Slow; what a copied graph is compared with.
+        every_layer: whether to trace every layer even where layers repeat. Slow; tests compare a copied graph with it.
     """
 
     name: str = "coreai"
@@ -78,7 +77,7 @@ class CoreAIBackend:
         return checked_versions(_REQUIRED)
 
     def require(self, functions: Mapping[str, TraceSpec], quantizations: Collection[QuantizationSpec]) -> None:
-        """See `Backend.require`: nothing is known that the format cannot hold."""
+        """See `Backend.require`: there is nothing known that the format cannot hold."""
 
     def memory(self, layers: int) -> int:
         """See `Backend.memory`: 331 MB at 4 layers, 405 at 16, 499 at 64."""
@@ -101,25 +100,45 @@ class CoreAIBackend:
             return Check("main.hash", False, str(error))
 
     def signatures(self, asset: Path) -> Mapping[str, Signature]:
-        """See `Backend.signatures`."""
+        """See `Backend.signatures`: from the toolchain's summary."""
         checked_versions(_REQUIRED)
-        return _read_signatures(asset)
+        with _without_weights(asset) as bare:
+            summary = bare.summary(include_statistics=False)
+            if summary is None or not summary.function_names:
+                raise RuntimeError("it has no function")
+            described = (summary.function_inputs, summary.function_states, summary.function_outputs)
+            return {
+                name: Signature(*({tensor: _tensor(text) for tensor, text in of(name)} for of in described))
+                for name in summary.function_names
+            }
 
     def constants(self, asset: Path) -> Mapping[str, memoryview]:
         """See `Backend.constants`."""
-        return _read_constants(asset)
+        with _damage_explained(asset):
+            bytecode = _bytecode(asset)
+        return {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
 
     def state(
         self, asset: Path, function: str, state: Mapping[str, tuple[tuple[int, ...], str]]
     ) -> Mapping[str, memoryview]:
-        """See `Backend.state`."""
+        """See `Backend.state`: views of the mapped file, but for what the compiler moved among the operations."""
         checked_versions(_REQUIRED)
-        return _read_state(asset, function, state)
+        with _toolchain():
+            import coreai_torch  # noqa: F401  # before the compiler's dialects, as for lowering
+
+            from coreai_zoo.backends.coreai.constants import read_state
+
+        stored = self.constants(asset)
+        with _without_weights(asset) as bare:
+            return read_state(bare.program, function, stored, state)
 
     def program(self, asset: Path) -> Program:
         """See `Backend.program`."""
+        from coreai_zoo.backends.coreai.program import read_program
+
         checked_versions(_REQUIRED)
-        return _read_program(asset)
+        with _without_weights(asset) as bare:
+            return read_program(bare.program)
 
     @contextlib.contextmanager
     def stepper(self, asset: Path, functions: Mapping[str, TraceSpec], capacity: int) -> Iterator[CoreAIStepper]:
@@ -131,7 +150,7 @@ class CoreAIBackend:
 
 @contextlib.contextmanager
 def _toolchain() -> Iterator[None]:
-    """Keep the toolchain's warnings and banner from the user's terminal, and stdout for what the user asked for."""
+    """Within the block, the toolchain's warnings and banner do not reach the user's terminal."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         # It compares "2.13.0+cpu" with "2.13.0" and finds the former newer.
         warnings.filterwarnings("ignore", message="coreai-torch has only been validated")
@@ -142,8 +161,8 @@ def _toolchain() -> Iterator[None]:
 def _take_signals_back() -> None:
     """Have the compiler install its signal handlers now, then put Python's back.
 
-    It installs them when it writes its first file, once in a process. On Ctrl-C they would remove the file that is
-    being written, and the writer would abort.
+    The compiler installs them when it writes its first file, once in a process. On Ctrl-C they would remove the file
+    that is being written, and the writer would abort.
     """
     if threading.current_thread() is threading.main_thread():  # elsewhere nothing can be put back
         _write_first_file()
@@ -169,7 +188,7 @@ def _write_first_file() -> None:
 
 @frozen
 class CoreAITraced:
-    """Decoders that can be traced, one a function; see `Traced`."""
+    """The traced decoder of each function; see `Traced`."""
 
     functions: Mapping[str, TracedFunction]
 
@@ -179,8 +198,10 @@ class CoreAITraced:
             _save(self.lower(constants), destination)
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
-        """See `Traced.lowered`. Of a parameter that was allocated plain, `constants` may hold the integers and scales
-        as well: they are lowered to the weight that was traced. So one trace serves every recipe.
+        """See `Traced.lowered`. One trace serves every recipe.
+
+        For a parameter that was allocated plain, `constants` may hold integers and scales: they are lowered to the
+        weight that was traced.
         """
         from coreai_zoo.backends.coreai.program import read_program
 
@@ -189,7 +210,7 @@ class CoreAITraced:
             return read_program(program, state, constants.keys())
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
-        """The `AIProgram` of all functions and layers."""
+        """The `AIProgram` of all functions, with all their layers."""
         return self._lower(constants)[0]
 
     def _lower(self, constants: Mapping[str, Constant]) -> tuple[Any, dict[str, Constant]]:
@@ -217,8 +238,8 @@ class TracedFunction:
         module: the decoder.
         spec: its signature.
         present: externalization specs of its composites.
-        whole: the program traced from all layers and those of its composites, or None where layers repeat.
-        repetition: how they repeat.
+        whole: the program traced from all layers, and its composites; None where layers repeat.
+        repetition: how layers repeat; None where `whole` is there.
     """
 
     module: nn.Module
@@ -239,16 +260,16 @@ class TracedFunction:
             short, traced, composites = _traced_short(self.module, self.spec, self.present, self.repetition)
             program = extend(traced, self.module, self.repetition, short, self.spec)
         except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
-            whole = _traced_with_composites(self.module, self.spec, self.present)
-            _tell_that_all_are_traced(reason)
-            return whole
+            return _traced_whole(self.module, self.spec, self.present, reason)
         check_traced(program, self.spec)
         return program, composites
 
 
 def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> TracedFunction:
-    """Trace `module` with its composites kept whole. Where layers repeat, trace one of each kind to see that it can be
-    done, and forget them: until the weights are there a deep decoder takes no more memory than a shallow one.
+    """The decoder `module` traced with its composites kept whole.
+
+    Where layers repeat, one of each kind is traced to see that it can be done, and forgotten: until the weights are
+    there, a deep decoder takes no more memory than a shallow one.
     """
     import coreai_torch  # noqa: F401  # before the compiler's dialects, which import each other in a circle otherwise
 
@@ -261,9 +282,7 @@ def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> 
             _traced_short(module, spec, present, repetition.one_of_each)
             return TracedFunction(module, spec, present, None, repetition)
         except Exception as reason:  # noqa: BLE001  # as above
-            whole = _traced_with_composites(module, spec, present)
-            _tell_that_all_are_traced(reason)
-            return TracedFunction(module, spec, present, whole)
+            return TracedFunction(module, spec, present, _traced_whole(module, spec, present, reason))
     return TracedFunction(module, spec, present, _traced_with_composites(module, spec, present))
 
 
@@ -278,8 +297,13 @@ def _traced_short(
         return short, *_traced_with_composites(module, short, present)
 
 
-def _tell_that_all_are_traced(reason: Exception) -> None:
+def _traced_whole(
+    module: nn.Module, spec: TraceSpec, present: list[Any], reason: Exception
+) -> tuple[ExportedProgram, list[Any]]:
+    """The program of all layers, where a `reason` keeps the first ones from being continued, and its composites."""
+    whole = _traced_with_composites(module, spec, present)
     _log.warning("Every layer is traced, because the first ones cannot be continued: %s", reason)
+    return whole
 
 
 def _traced_with_composites(
@@ -305,7 +329,7 @@ def _traced_with_composites(
 
 
 def _use_toolchain_composites(module: nn.Module) -> list[Any]:
-    """Replace the plain composites by the toolchain's; the externalization specs of those that occur.
+    """Replace the plain composites by the toolchain's; returns the externalization specs of those that occur.
 
     Names and attributes are those under which Apple's own exporter externalizes them, which is what the device's fused
     kernels look for (coreai-models, `_EXTERNALIZE_SPECS`).
@@ -331,7 +355,7 @@ def _use_toolchain_composites(module: nn.Module) -> list[Any]:
 
 
 def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) -> dict[str, State]:
-    """Placeholder of the graph to its constant by state name, for everything that the graph reads but its arguments.
+    """The constants by state name behind each placeholder of the graph that is not an argument.
 
     A weight that was traced plain and is given quantized is several constants.
 
@@ -367,8 +391,9 @@ def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) ->
 
 
 def _save(program: Any, destination: Path) -> None:
-    """Write the asset. What `AIProgram.save_asset` does, without reading the bytecode back whole to hash it and without
-    the time of day.
+    """Write the asset as `AIProgram.save_asset` does, but without its time of day.
+
+    The bytecode is not read back whole to be hashed either.
     """
     from coreai.authoring.asset import _COREAI_PRODUCER
     from coreai.runtime import _AIModelAsset
@@ -399,8 +424,8 @@ def _save(program: Any, destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def _damage_told(asset: Path) -> Iterator[None]:
-    """Within the block, what shows that `asset` is damaged becomes an error in words."""
+def _damage_explained(asset: Path) -> Iterator[None]:
+    """Within the block, an exception that shows that `asset` is damaged becomes an error in words."""
     try:
         yield
     except (RuntimeError, ValueError, OSError, KeyError) as error:
@@ -412,11 +437,11 @@ def _without_weights(asset: Path) -> Iterator[Any]:
     """The toolchain's own view of `asset` without its stored constants, which it would copy into memory.
 
     Raises:
-        CheckFailed: when the asset is damaged, or what is looked at in the block shows that it is.
+        CheckFailed: when the asset is damaged, or the block finds that it is.
     """
     from coreai.authoring import AIModelAsset
 
-    with interruption.deferred(), _damage_told(asset), tempfile.TemporaryDirectory() as folder:
+    with interruption.deferred(), _damage_explained(asset), tempfile.TemporaryDirectory() as folder:
         bare = Path(folder) / asset.name
         bare.mkdir()
         bytecode = _bytecode(asset).without_blobs()
@@ -425,64 +450,6 @@ def _without_weights(asset: Path) -> Iterator[Any]:
         shutil.copyfile(asset / "metadata.json", bare / "metadata.json")
         with _toolchain(), output_captured():
             yield AIModelAsset.load(str(bare))
-
-
-def _read_signatures(asset: Path) -> dict[str, Signature]:
-    """The signature of each function, from the toolchain's summary.
-
-    Raises:
-        CheckFailed: when the asset is damaged, or describes a tensor in words that are not known.
-    """
-    with _without_weights(asset) as bare:
-        summary = bare.summary(include_statistics=False)
-        if summary is None or not summary.function_names:
-            raise RuntimeError("it has no function")
-        described = (summary.function_inputs, summary.function_states, summary.function_outputs)
-        return {
-            name: Signature(*({tensor: _tensor(text) for tensor, text in of(name)} for of in described))
-            for name in summary.function_names
-        }
-
-
-def _read_constants(asset: Path) -> dict[str, memoryview]:
-    """Name to bytes of every constant that is stored on its own; all views of the mapped file.
-
-    Raises:
-        CheckFailed: when the asset is damaged.
-    """
-    with _damage_told(asset):
-        bytecode = _bytecode(asset)
-    return {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
-
-
-def _read_state(asset: Path, function: str, state: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, memoryview]:
-    """Name to bytes of every state of a function.
-
-    Views of the mapped file, but for what the compiler moved among the operations.
-
-    Raises:
-        CheckFailed: when the asset is damaged, or its constants are not those of `state`.
-    """
-    with _toolchain():
-        import coreai_torch  # noqa: F401  # before the compiler's dialects, as for lowering
-
-        from coreai_zoo.backends.coreai.constants import read_state
-
-    stored = _read_constants(asset)
-    with _without_weights(asset) as bare:
-        return read_state(bare.program, function, stored, state)
-
-
-def _read_program(asset: Path) -> Program:
-    """What `asset` computes.
-
-    Raises:
-        CheckFailed: when it is damaged.
-    """
-    from coreai_zoo.backends.coreai.program import read_program
-
-    with _without_weights(asset) as bare:
-        return read_program(bare.program)
 
 
 _TIMES = " \N{MULTIPLICATION SIGN} "
@@ -535,16 +502,16 @@ class _Loaded:
             self._loop.close()
 
     def run(self, name: str, *arguments: Any) -> Any:
-        """What the function called `name` gives for `arguments`; Ctrl-C waits for it."""
+        """The outputs of the function called `name` for `arguments`; Ctrl-C waits for them."""
         function = self._function(name)
         with interruption.deferred():
             return self._loop.run_until_complete(function(*arguments))
 
     def _function(self, name: str) -> Any:
-        """The function called `name`, loaded once.
+        """The function called `name`, loaded when it is first asked for.
 
         Raises:
-            CheckFailed: when there is none.
+            CheckFailed: when the asset has none.
         """
         if name not in self._functions:
             try:
@@ -556,7 +523,7 @@ class _Loaded:
 
 
 def _require_intact(asset: Path) -> str:
-    """Compare the bytecode with its hash before the toolchain sees it: what it cannot parse ends the whole process.
+    """Compare the bytecode with its hash before the toolchain sees it, which ends the process where it cannot parse.
 
     Returns:
         The hash, hexadecimal.

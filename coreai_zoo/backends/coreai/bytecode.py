@@ -1,4 +1,4 @@
-"""MLIR bytecode, as far as it takes to find the constants of a program without reading them.
+"""MLIR bytecode, read as far as it takes to find the constants of a program.
 
 The compiler's own reader copies every constant into memory, 28 GB for a 27B. Here the file is mapped, and its tables
 say where each constant stands. Format: https://mlir.llvm.org/docs/BytecodeFormat/, version 6.
@@ -24,15 +24,15 @@ _PADDING = b"\xcb"
 
 @frozen
 class Blob:
-    """Where the bytes of a constant stand in the file.
+    """The place of a constant's bytes in the file.
 
     Attributes:
-        name: of the constant.
-        name_index: of its name among the strings of the program.
-        group: which dialect's it is, by number.
-        offset: in the file.
-        bytes: how many; they are followed by the next constant.
-        alignment: of `offset`, in bytes.
+        name: name of the constant.
+        name_index: index of that name among the strings of the program.
+        group: number of the dialect that it belongs to.
+        offset: where its bytes begin in the file.
+        bytes: how many there are; the next constant follows them.
+        alignment: alignment of `offset`, in bytes.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Bytecode:
     Attributes:
         data: the file.
         prologue: length of what precedes the sections.
-        sections: in the order of the file.
+        sections: the sections, in the order of the file.
         blobs: the constants that are stored on their own, in the order of the file.
     """
 
@@ -89,7 +89,7 @@ class Bytecode:
         return memoryview(self.data)[blob.offset : blob.offset + blob.bytes]
 
     def without_blobs(self) -> bytes:
-        """The same program with every stored constant empty: graph, types and names, some 100 KB for any model."""
+        """The program with every stored constant empty: graph, types and names, some 100 KB for any model."""
         entries, table = self._empty_blobs()
         result = bytearray(self.data[: self.prologue])
         for section in self.sections:
@@ -122,7 +122,7 @@ class Bytecode:
 
 
 class _Cursor:
-    """Reads numbers from a place in a file on."""
+    """Reads numbers one after the other, from a place in a file."""
 
     def __init__(self, data: mmap.mmap, place: int) -> None:
         self.data, self.place = data, place

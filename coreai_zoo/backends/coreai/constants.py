@@ -1,8 +1,8 @@
-"""Which state each constant of a saved asset was written from.
+"""The state that each constant of a saved asset was written from.
 
-Three habits of the toolchain stand between a constant in the program and the state that it was written from:
+Three habits of the toolchain stand between a constant in the program and its state:
 
-* Equal bytes are stored once: of several states with the same bytes all constants bear the name of one.
+* Equal bytes are stored once: the constants of several states with the same bytes all bear the name of one of them.
 * Constants are hoisted to the head of the function in the reverse of the states' order.
 * The transpose of a matrix of one row only changes its shape, and is folded: what is left has no name, stands among the
   operations, and is used by the operation that used the transpose.
@@ -29,11 +29,11 @@ class _Found:
     """A constant of the program.
 
     Attributes:
-        name: of the resource that holds its bytes; None when they stand among the operations.
-        shape: in elements.
+        name: name of the resource that holds its bytes; None when they stand among the operations.
+        shape: its shape in elements.
         dtype: logical dtype, for example `int4`.
-        values: of a constant without a name.
-        uses: places of the operations that take it, but for zero points of quantized weights.
+        values: the values of a constant without a name.
+        uses: places of the operations that take it, without those that unpack quantized weights.
     """
 
     name: str | None
@@ -47,9 +47,9 @@ def read_state(program: Any, function: str, stored: Mapping[str, memoryview], st
     """The bytes of each of `state`; see `Backend.state`.
 
     Args:
-        program: an `AIProgram`; the bytes of its stored constants are not looked at.
-        function: whose constants are looked at.
-        stored: these bytes, by name.
+        program: an `AIProgram`; the bytes of its stored constants do not matter.
+        function: the function whose constants are looked at.
+        stored: the bytes of the stored constants, by name.
         state: shape and dtype of each state, by name.
 
     Raises:
@@ -60,7 +60,7 @@ def read_state(program: Any, function: str, stored: Mapping[str, memoryview], st
 
 
 def _constants_of(program: Any, function: str) -> Iterator[_Found]:
-    """Every constant of a function in its order."""
+    """Every constant of a function, in the function's order."""
     module = program._module._mlir_module
     named = [op for op in module.body.operations if "sym_name" in op.attributes]
     graphs = [op for op in named if op.attributes["sym_name"].value == function]
@@ -85,11 +85,11 @@ def _constants_of(program: Any, function: str) -> Iterator[_Found]:
 
 
 def _placed(found: Sequence[_Found], state: State) -> dict[str, Any]:
-    """For each state the resource that holds its bytes, or the bytes."""
+    """The resource that holds the bytes of each state, or the bytes themselves."""
     placed: dict[str, Any] = {}
     for kind in dict.fromkeys(state.values()):
         names = [name for name in state if state[name] == kind]
-        # What bears a name that is no state's holds a literal of the graph.
+        # A constant with a name that is not a state's holds a literal of the graph.
         held = [f for f in reversed(found) if f.name in state and (f.shape, f.dtype) == kind]
         present = {f.name for f in held}
         if len(held) < len(names):
@@ -106,7 +106,7 @@ def _placed(found: Sequence[_Found], state: State) -> dict[str, Any]:
 
 
 def _unfolded(found: Sequence[_Found], names: Sequence[str], kind: tuple[tuple[int, ...], str]) -> dict[str, Any]:
-    """The bytes of matrices of one row that are among the operations, in the order in which those use them."""
+    """The bytes of one-row matrices that stand among the operations, in the order in which those use them."""
     shape, dtype = kind
     values = [f for f in found if f.name is None and f.dtype == dtype and f.shape == shape[::-1]]
     uses = sorted((use, index) for index, f in enumerate(values) for use in f.uses)

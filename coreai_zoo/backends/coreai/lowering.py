@@ -1,5 +1,7 @@
-"""The converter of `coreai_torch` with two things changed: constants are handed over by name without a copy, and each
-distinct composite is exported once instead of once per layer.
+"""The converter of `coreai_torch` with two changes.
+
+Constants are handed over by name without a copy, and each distinct composite is exported once instead of once per
+layer.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ State: TypeAlias = Mapping[str, Constant]
 
 
 class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no types
-    """Lowers traced programs, one a function, whose state is given by name; state of one name is stored once."""
+    """Lowers traced programs, one for each function. Their state is given by name; state of one name is stored once."""
 
     def __init__(self) -> None:
         # Release mode records no stack traces, hence no path of the machine that built the bundle.
@@ -83,10 +85,10 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         """Add a function.
 
         Args:
-            name: of the function.
+            name: name of the function.
             program: what it computes.
-            composites: that it calls.
-            state: placeholder of its graph to what that stands for.
+            composites: the composites that it calls.
+            state: what each placeholder of its graph stands for.
             spec: its signature.
         """
         # Not add_exported_program: it would unpack and repack every 4-bit weight in memory.
@@ -160,7 +162,7 @@ def _splat_zero(shape: Sequence[int], element: Type) -> Value:
 
 
 def _lower_dequantize(values: dict[str, Value], node: fx.Node, loc: Any) -> Value:
-    """`coreai_zoo::dequantize` to `coreai.blockwise_shift_scale`; a missing zero point costs a splat, not a tensor."""
+    """`coreai_zoo::dequantize` as `coreai.blockwise_shift_scale`; a missing zero point costs a splat, not a tensor."""
     arguments: tuple[Any, ...] = node.args
     codes, scales, zero_points = values[arguments[0].name], values[arguments[1].name], arguments[2]
     return _dequantized(codes, scales, values[zero_points.name] if isinstance(zero_points, fx.Node) else None, loc)
@@ -173,10 +175,11 @@ def _dequantized(codes: Value, scales: Value, zero_points: Value | None = None, 
 
 
 def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list[_ExternalizedExportedProgram]:
-    """Export every distinct composite of a patched `module` once.
+    """Every distinct composite of a patched `module`, exported once.
 
-    Two call sites are the same composite when operation, attributes and the shapes and dtypes of their inputs agree;
-    the compiler merges their graphs in the end, so exporting one each only costs time. Names are derived from position.
+    Two call sites are the same composite when operation, attributes and the shapes and dtypes of their inputs agree.
+    The compiler merges such graphs in the end, so to export one for each call only costs time. Names are derived from
+    position.
     """
     distinct: dict[object, _ExternalizedExportedProgram] = {}
     serial = itertools.count()
@@ -198,7 +201,7 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
 def _with_call_sites(
     composites: Sequence[_ExternalizedExportedProgram], program: ExportedProgram, serial: Iterator[int]
 ) -> list[_ExternalizedExportedProgram]:
-    """The composites with all their call sites in `program`, which calls no others, in place of those seen.
+    """The composites with all their call sites in `program`, which calls no others.
 
     They are numbered anew: functions of one asset may not share the name of a composite.
     """

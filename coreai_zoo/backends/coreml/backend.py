@@ -1,7 +1,7 @@
 """The Core ML backend: a decoder as an ML Program in an `.mlpackage`, for macOS 15 and iOS 18 and later.
 
-coremltools and torch are imported inside, so that discovering the backend costs nothing. Where there is no Mac, a
-package is run by the interpreter in `reference`: the program's own rounding, without a device.
+coremltools and torch are imported inside, so that it costs nothing to discover the backend. Where there is no Mac, the
+reference interpreter in `reference` runs a package: with the program's own rounding, without a device.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ _RUNNING = (
 
 _MAX_RANK = 5
 _MAX_ELEMENTS = 2**31 - 1
-"""Of one state: ML Programs index with 32 bits."""
+"""The most elements of one state: ML Programs index with 32 bits."""
+
+_SHOWN_ELEMENTS = 16  # of a literal
 
 
 @frozen
@@ -102,7 +104,7 @@ class CoreMLBackend:
             )
 
     def memory(self, layers: int) -> int:
-        """See `Backend.memory`: 363 MB at 4 layers, 609 at 64, of coremltools' program; weights take none."""
+        """See `Backend.memory`: coremltools' program takes 363 MB at 4 layers, 609 at 64; weights take none."""
         return (340 + 4 * layers) * 2**20
 
     def trace(self, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]) -> CoreMLTraced:
@@ -211,7 +213,7 @@ class CoreMLTraced:
 
 @contextlib.contextmanager
 def _opened(asset: Path) -> Iterator[Package]:
-    """A package whose damage, when it is met within the block, becomes an error in words."""
+    """A package; an exception of the block that shows that it is damaged becomes an error in words."""
     from coreai_zoo.backends.coreml.package import Damaged, Package
 
     try:
@@ -232,7 +234,7 @@ def _signature(package: Package) -> Signature:
 
 
 def _constants(package: Package) -> dict[str, np.ndarray[Any, Any]]:
-    """State of the decoder to value, for every constant that is one; arrays are views of the mapped file."""
+    """The values of the decoder's states by name; arrays are views of the mapped file."""
     from coreai_zoo.names import scales_name
 
     names = package.names
@@ -317,14 +319,11 @@ def _type_of(value_type: Any) -> str:
 
 
 def _shown(package: Package, value: Any) -> str:
-    """A literal, or of a long one what tells it from others."""
+    """A literal as text, or the hash of a long one."""
     found = package.value(value)
     if isinstance(found, str) or found.size <= _SHOWN_ELEMENTS:
         return str(found if isinstance(found, str) else found.tolist())
     return f"sha256 {hashlib.sha256(found.tobytes()).hexdigest()[:16]}"
-
-
-_SHOWN_ELEMENTS = 16
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
-"""From a decoder to an ML Program: coremltools' converter on a traced program whose weights are placeholders, and its
-exporter, which fetches the weights from the store when it writes them.
+"""From a decoder to an ML Program, with coremltools' converter and exporter.
+
+The converter sees a traced program whose weights are placeholders. The exporter fetches the weights from the store when
+it writes them.
 
 Precision is the program's own: what the decoder computes in float32 stays float32, the rest is float16. coremltools'
 pass that would make everything float16 is left out, because RMSNorm and the delta rule overflow in it unnoticed.
@@ -53,7 +55,7 @@ _TO_HALF = "common::add_fp16_cast"
 
 
 def version_warnings() -> tuple[str, ...]:
-    """What coremltools says of the versions that it finds."""
+    """The warning that coremltools would give of the versions that it finds, if any."""
     installed, tested = Version(torch.__version__), Version(_deps._TORCH_MAX_VERSION)
     if installed <= tested:
         return ()
@@ -95,11 +97,11 @@ class _Stateful(nn.Module):
 
 
 def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
-    """Trace a decoder.
+    """The program of a decoder, its states being buffers.
 
     Raises:
-        PluginError: when it has a mistake that keeps it from being traced, leaves a state unwritten, writes to
-            something that is not one, or has another output.
+        PluginError: when the decoder has a mistake that keeps it from being traced, leaves a state unwritten, writes to
+            something other than a state, or has another output.
     """
     examples = example_inputs(evolve(spec, states=()))  # states are buffers here, and may be large
     inputs = {tensor.name: example for tensor, example in zip(spec.inputs, examples, strict=True)}
@@ -114,7 +116,7 @@ def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
 
 
 def _written_buffers(program: ExportedProgram) -> Iterator[str]:
-    """Names of the buffers that get another value than they had."""
+    """Names of the buffers that get a new value."""
     mutated = program.graph_signature.buffers_to_mutate
     for node in program.graph.output_node().args[0]:
         if node.name in mutated:
@@ -125,7 +127,7 @@ def _written_buffers(program: ExportedProgram) -> Iterator[str]:
                 yield mutated[node.name]
 
 
-# Operations that only pass on the value of one of their arguments, and which.
+# Operations that only pass on the value of one argument, and the index of that argument.
 _KEEPS_VALUES = {
     torch.ops.aten._to_copy.default: 0,
     torch.ops.aten.clone.default: 0,
@@ -140,7 +142,7 @@ _KEEPS_VALUES = {
 
 @register_torch_op(torch_alias=["coreai_zoo::dequantize"])  # type: ignore[untyped-decorator]
 def coreai_zoo_dequantize(context: Any, node: Any) -> None:
-    """`coreai_zoo::dequantize` to a weight that the device unpacks itself."""
+    """`coreai_zoo::dequantize` as a weight that the device unpacks itself."""
     codes, scales, zero_points = (None if name is None else context[name] for name in node.inputs[:3])
     offset = {} if zero_points is None else {"offset": zero_points}
     context.add(mb.constexpr_blockwise_shift_scale(data=codes, scale=scales, name=node.name, **offset))
@@ -152,7 +154,7 @@ class Converted:
 
     Attributes:
         program: coremltools' program.
-        names: constant of the program to the parameter or buffer that it is.
+        names: name of the parameter or buffer behind each constant of the program.
     """
 
     program: Any
@@ -160,7 +162,7 @@ class Converted:
 
     @property
     def stored_names(self) -> dict[str, str]:
-        """What the package tells of them, see `_coreml_package.NAMES`."""
+        """The names that the package records, see `package.NAMES`."""
         found = {}
         for operation in self.program.functions["main"].operations:
             if operation.op_type.startswith("constexpr_"):
@@ -171,10 +173,11 @@ class Converted:
 
 
 def convert(decoder: nn.Module, spec: TraceSpec) -> Converted:
-    """Trace and convert a decoder.
+    """A decoder, traced and converted.
 
     Args:
-        decoder: its parameters allocated as they will be stored, see `export.allocate`; what they hold is not read.
+        decoder: the decoder, its parameters allocated as they will be stored, see `lowering.module.allocate`. What the
+            parameters hold is not read.
         spec: its signature, without dynamic axes.
 
     Raises:
@@ -207,9 +210,9 @@ def convert(decoder: nn.Module, spec: TraceSpec) -> Converted:
 
 
 def _hide_weights(traced: ExportedProgram) -> dict[str, str]:
-    """Replace every parameter by a placeholder that takes no memory; names of the constants to those of the parameters.
+    """Replace every parameter by a placeholder that takes no memory; returns the parameter behind each constant.
 
-    A placeholder is not a number where it can be: what an optimisation computes from one shows.
+    A floating-point placeholder is NaN, so that whatever an optimisation computes from it shows.
     """
     signature = traced.graph_signature
     for name in signature.parameters:
@@ -224,10 +227,10 @@ def _hide_weights(traced: ExportedProgram) -> dict[str, str]:
 
 
 def _check(converted: Converted, traced: ExportedProgram, spec: TraceSpec) -> None:
-    """The program writes each state once, and holds each weight once, as it is and quantized as it is stored.
+    """Refuse a program that does not write each state once, or does not hold each weight once and as it is stored.
 
     Raises:
-        PluginError: naming what is not so.
+        PluginError: naming each such state and weight.
     """
     operations = list(converted.program.functions["main"].operations)
     written = [operation.state.name for operation in operations if operation.op_type == "coreml_update_state"]
@@ -259,7 +262,7 @@ def _has_nan(value: Any) -> bool:
 
 
 def _misquantized(converted: Converted, operations: Sequence[Any], parameters: Mapping[str, str]) -> list[str]:
-    """Quantized weights that are none, and the other way round."""
+    """Weights that should be quantized and are not, and the other way round; one phrase each."""
     expected = {
         (path, scales_name(path)) for path in map(converted.names.__getitem__, parameters) if path.endswith(".original")
     }
@@ -286,7 +289,7 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]  # coremltools ships no
         self._weights = {name: constants[path] for name, path in converted.names.items() if path in constants}
 
     def get_milproto_value(self, var: Any) -> Any:
-        """The value of a constant: a weight's from the store, any other one's from the program."""
+        """The value of a constant: from the store for a weight, from the program for any other."""
         weight = self._weights.get(var.name)
         if weight is None:
             return super().get_milproto_value(var)
@@ -301,7 +304,7 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]  # coremltools ships no
         )
 
     def _write(self, constant: Any, data: np.ndarray[Any, Any]) -> int:
-        """Append the values of `constant` to the weights; where their description is."""
+        """Append the values of `constant` to the weights; returns the offset of their description."""
         writer = self.get_blob_writer(self.get_weight_path(constant))
         match str(data.dtype):
             case "float16":
@@ -317,7 +320,7 @@ def save(converted: Converted, constants: Mapping[str, Constant], destination: P
     """Write the package.
 
     Args:
-        converted: the program; it is as good as before afterwards.
+        converted: the program, which can be written again.
         constants: the stored bytes by the names that they have in the state of the decoder.
         destination: path of the package, which does not exist yet.
     """

@@ -32,9 +32,9 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Keep what coremltools says while it is imported and while it converts from the user's terminal.
+    """Within the block, nothing that coremltools says reaches the user's terminal.
 
-    It advises on versions, on other packages that it tries to import, and shows progress bars of its own.
+    While it is imported and while it converts, it advises on versions and on other packages, and shows progress bars.
     """
     logging.disable(logging.WARNING)
     try:
@@ -56,8 +56,8 @@ FOLDER = "com.apple.CoreML"
 MODEL, WEIGHTS = f"{FOLDER}/model.mlmodel", f"{FOLDER}/weights"
 WEIGHT_FILE = f"{WEIGHTS}/weight.bin"
 NAMES = "coreai_zoo.constants"
-"""Key of the model's user-defined metadata: a JSON object, from a constant or an unpacked weight to the state of the
-decoder that it holds, of a quantized weight its integers."""
+"""Key of the model's user-defined metadata. Its value is a JSON object: the state of the decoder that each constant or
+unpacked weight holds; of a quantized weight, the state of its integers."""
 
 # MILBlob's StorageFormat.hpp: sentinel, data type, size in bytes, offset of the data.
 _BLOB, _SENTINEL = struct.Struct("<IIQQ"), 0xDEADBEEF
@@ -76,7 +76,7 @@ _DTYPES: Mapping[int, str] = {
 
 
 class Damaged(Exception):
-    """The package is not what a build wrote; says how."""
+    """The package is not what a build wrote; the message says in what."""
 
 
 @frozen
@@ -87,15 +87,15 @@ class TensorType:
     dtype: str
 
     def __str__(self) -> str:
-        """As a backend-independent program has it."""
+        """The type as a backend-independent program spells it."""
         return f"tensor<{'x'.join([*map(str, self.shape), self.dtype])}>"
 
 
 def tensor_type(value_type: Any) -> TensorType:
-    """The type of a value: of a tensor, or of what a state holds.
+    """The type of a tensor, or of the tensor that a state holds.
 
     Raises:
-        Damaged: when it is neither, or has a size that is not fixed.
+        Damaged: when the value is neither, or has a size that is not fixed.
     """
     if value_type.WhichOneof("type") == "stateType":
         value_type = value_type.stateType.wrappedType
@@ -114,7 +114,7 @@ class Package:
     """A package that was read.
 
     Attributes:
-        path: the package.
+        path: its folder.
         model: its specification.
     """
 
@@ -123,7 +123,7 @@ class Package:
 
     @classmethod
     def open(cls, path: Path) -> Package:
-        """Read the specification; the weights are mapped when one is asked for.
+        """Read the specification; the weights are mapped when the first one is asked for.
 
         Raises:
             Damaged: when a part is missing or cannot be parsed.
@@ -150,7 +150,7 @@ class Package:
         """The function `main`.
 
         Raises:
-            Damaged: when there is none, or not one form of it.
+            Damaged: when there is none, or there are several forms of it.
         """
         functions = self.model.mlProgram.functions
         if "main" not in functions or len(functions["main"].block_specializations) != 1:
@@ -159,13 +159,13 @@ class Package:
 
     @property
     def block(self) -> Any:
-        """The operations of `main`, with the outputs of that; raises as `function` does."""
+        """The operations and outputs of `main`; raises as `function` does."""
         (block,) = self.function.block_specializations.values()
         return block
 
     @property
     def names(self) -> dict[str, str]:
-        """Constant of the program, or unpacked weight, to the state of the decoder that it holds.
+        """The state of the decoder that each constant of the program or unpacked weight holds.
 
         Raises:
             Damaged: when the package does not say.
@@ -177,7 +177,7 @@ class Package:
         return dict(names)
 
     def value(self, value: Any) -> np.ndarray[Any, Any] | str:
-        """A constant: text, or an array [shape], which is a view of the mapped file where it is stored there.
+        """The value of a constant: text, or an array, which is a view of the mapped file where it is stored there.
 
         Raises:
             Damaged: when it is neither, or the file does not hold it.
@@ -197,10 +197,10 @@ class Package:
         return array.reshape(kind.shape)
 
     def array(self, value: Any) -> np.ndarray[Any, Any]:
-        """A constant that is an array.
+        """The value of a constant that is an array.
 
         Raises:
-            Damaged: when it is not.
+            Damaged: when it is text, or the file does not hold it.
         """
         found = self.value(value)
         if isinstance(found, str):

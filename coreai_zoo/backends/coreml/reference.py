@@ -2,7 +2,7 @@
 
 Every operation is computed in float32 (integers as integers) and rounded to the dtype that the program declares for
 its result; the declared shape is checked. So it has the rounding of the program and nothing of a device: no fused
-kernels, no half-precision sums. Meaning of operations and defaults: coremltools' MIL operation reference, iOS 18.
+kernels, no half-precision sums. Operations and defaults are those of coremltools' MIL operation reference, iOS 18.
 
 An operation that is not in the table is an error, never skipped.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coreai_zoo.backends.coreml.package import Damaged, Package, TensorType, tensor_type
+from coreai_zoo.backends.coreml.package import Damaged, Package, tensor_type
 
 Arguments = Mapping[str, Any]
 """Inputs of an operation by name: tensors, lists of tensors, or text."""
@@ -30,7 +30,7 @@ class Interpreter:
         """Read the program.
 
         Raises:
-            Damaged: when it uses an operation that is not known here.
+            Damaged: when it uses an operation that is not in the table.
         """
         self._package = package
         operations = package.block.operations
@@ -42,7 +42,7 @@ class Interpreter:
         self._changing = [operation for operation in operations if not self._fold(operation)]
 
     def _fold(self, operation: Any) -> bool:
-        """Compute a constant or a quantized weight for good; whether `operation` was one."""
+        """Compute a constant or a quantized weight once for all steps; returns whether `operation` is one."""
         if operation.type == "const":
             self._constants[operation.outputs[0].name] = self._value(operation.attributes["val"])
         elif operation.type == "constexpr_blockwise_shift_scale":
@@ -53,14 +53,11 @@ class Interpreter:
         return True
 
     def run(self, inputs: Mapping[str, Tensor], states: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One call; `states` are replaced by what the program writes.
+        """The outputs of one call, by name.
 
         Args:
-            inputs: by name, in the dtypes of the function.
-            states: by name; entries are replaced, not mutated.
-
-        Returns:
-            The outputs by name.
+            inputs: the inputs by name, in the dtypes of the function.
+            states: the states by name. What the program writes replaces an entry; tensors are not mutated.
         """
         values: dict[str, Any] = {**self._constants, **inputs}
         for operation in self._changing:
@@ -77,7 +74,7 @@ class Interpreter:
         return {name: values[name] for name in self._package.block.outputs}
 
     def _results(self, operation: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each result, of the declared shape and dtype."""
+        """Name and value of each result, in the declared shape and dtype."""
         arguments = {name: self._argument(argument, values) for name, argument in operation.inputs.items()}
         computed = _OPERATIONS[operation.type](arguments)
         results = computed if isinstance(computed, (tuple, list)) else (computed,)
@@ -85,7 +82,7 @@ class Interpreter:
             kind = tensor_type(output.type)
             if tuple(result.shape) != kind.shape:
                 raise Damaged(f"{operation.type} {output.name} gives {tuple(result.shape)}, declared is {kind.shape}")
-            yield output.name, result.to(_torch_dtype(kind))
+            yield output.name, result.to(getattr(torch, kind.dtype))
 
     def _argument(self, argument: Any, values: Mapping[str, Any]) -> Any:
         bound = [
@@ -99,11 +96,6 @@ class Interpreter:
         return found if isinstance(found, str) else torch.from_numpy(np.array(found))
 
 
-def _torch_dtype(kind: TensorType) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, kind.dtype)
-    return dtype
-
-
 def _bound(operation: Any, name: str) -> str:
     return str(operation.inputs[name].arguments[0].name)
 
@@ -114,7 +106,7 @@ def _bound(operation: Any, name: str) -> str:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Floating point as float32, in which everything is computed."""
+    """Floating point as float32, in which everything is computed; integers as they are."""
     return x.float() if x.is_floating_point() else x
 
 
@@ -178,20 +170,12 @@ def _matmul(arguments: Arguments) -> Tensor:
 
 
 def _slices(x: Tensor, arguments: Arguments) -> tuple[slice | int, ...]:
-    """What `begin`, `end`, `stride` and the masks say, as an index of `x`."""
-
-    def of(name: str, default: int) -> list[int]:
-        return _integers(arguments[name]) if name in arguments else [default] * x.ndim
-
+    """The index of `x` that `begin`, `end`, `stride` and the masks describe."""
+    defaults = {"begin": 0, "end": 0, "stride": 1, "begin_mask": 0, "end_mask": 0, "squeeze_mask": 0}
+    columns = [
+        _integers(arguments[name]) if name in arguments else [default] * x.ndim for name, default in defaults.items()
+    ]
     parts: list[slice | int] = []
-    columns = (
-        of("begin", 0),
-        of("end", 0),
-        of("stride", 1),
-        of("begin_mask", 0),
-        of("end_mask", 0),
-        of("squeeze_mask", 0),
-    )
     for begin, end, stride, from_start, to_end, squeezed in zip(*columns, strict=True):
         if squeezed:
             parts.append(begin)
@@ -229,7 +213,7 @@ def _concat(arguments: Arguments) -> Tensor:
 
 
 def _gather(arguments: Arguments) -> Tensor:
-    """`indices` along `axis`, its dimensions in the place of that axis."""
+    """The elements at `indices` along `axis`; the dimensions of `indices` take the place of that axis."""
     x, indices, axis = arguments["x"], arguments["indices"].long(), int(arguments.get("axis", 0))
     if int(arguments.get("batch_dims", 0)):
         raise Damaged("a gather has batch dimensions, which the reference interpreter does not know")
@@ -239,14 +223,14 @@ def _gather(arguments: Arguments) -> Tensor:
 
 
 def _topk(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """The k largest, or smallest; of equal ones the first, as Core ML documents."""
+    """The k largest or smallest elements and their indices; of equal ones the first, as Core ML documents."""
     x, axis, k = _wide(arguments["x"]), int(arguments.get("axis", -1)), int(arguments["k"])
     order = x.sort(dim=axis, descending=not _flag(arguments, "ascending"), stable=True)
     return order.values.narrow(axis, 0, k), order.indices.narrow(axis, 0, k)
 
 
 def _blockwise_shift_scale(arguments: Arguments) -> Tensor:
-    """(data - offset) * scale, each scale serving a block along every axis; [shape of data]."""
+    """(data - offset) * scale in the shape of data; each scale serves a block along every axis."""
     data, scale = _wide(arguments["data"]).float(), _wide(arguments["scale"])
     offset = arguments.get("offset")
     blocks = [part for size, count in zip(data.shape, scale.shape, strict=True) for part in (count, size // count)]
@@ -297,4 +281,4 @@ _OPERATIONS: Mapping[str, Callable[[Arguments], Tensor | tuple[Tensor, ...]]] = 
     "topk": _topk,
     "transpose": lambda a: a["x"].permute(_integers(a["perm"])),
 }
-"""By MIL name; results are of any dtype, and rounded to the declared one afterwards."""
+"""Functions by MIL name. A result may have any dtype; it is rounded to the declared one afterwards."""
