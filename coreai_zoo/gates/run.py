@@ -19,7 +19,7 @@ from coreai_zoo.bundle.layout import GATE_FOLDER
 from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.files import read_config
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.overlay import LayeredDecoder
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -81,6 +81,8 @@ def run_plugin_gates(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> list
 _INTERPRETED_BYTES = 64 * 2**20
 
 _PLAIN = "fp16"  # the recipe that quantizes nothing
+
+_SHOWN_REASONS = 5  # of a bundle that fails badly
 
 
 @frozen
@@ -172,14 +174,20 @@ def write_report(bundle: Bundle, records: Sequence[Mapping[str, Any]], output: P
     """
     from coreai_zoo.gates import report, transcript
 
-    folder = _report_folder(bundle, output)
+    folder = report_folder(bundle, output)
     transcript.write(folder, records[0], report.render(*records))
     if output is None:
         transcript.write_card(bundle, report.markdown(records[0]))
     return folder / transcript.REPORT
 
 
-def _report_folder(bundle: Bundle, output: Path | None) -> Path:
+def failure(name: str, reasons: list[str]) -> CheckFailed:
+    """The error with which the gate of the bundle `name` fails; it tells the first reasons, the report all."""
+    return CheckFailed(f"{name} fails the gate: {listing(reasons, _SHOWN_REASONS, '; ')}.")
+
+
+def report_folder(bundle: Bundle, output: Path | None) -> Path:
+    """Where the report on a bundle goes: to `output`, or into the bundle's own folder."""
     return bundle.directory / GATE_FOLDER if output is None else output
 
 
