@@ -28,7 +28,7 @@ from coreai_zoo.errors import PluginError, ZooError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-# An author has no code of theirs to mend. They are told apart by folder: `coreai_zoo_overlays` is none of `coreai_zoo`.
+# Packages that an author does not mend, told apart by folder: `coreai_zoo_overlays` is not in `coreai_zoo`.
 _PACKAGES = ("coreai_zoo", "torch", "coreai", "coreai_torch", "coreai_opt", "coremltools", "sympy", "numpy")
 _LONGEST = 300  # characters of what torch said
 

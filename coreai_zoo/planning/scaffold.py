@@ -42,7 +42,7 @@ class Origin:
 
 
 def locate(source: str) -> Origin:
-    """A checkpoint's folder, or a repository on the hub, of which only `config.json` is fetched.
+    """The place of a checkpoint: a folder, or a repository on the hub, of which only `config.json` is fetched.
 
     Raises:
         BadInput: when `source` is neither.
