@@ -63,11 +63,6 @@ class Graph:
             total.update({name: count * len(kind.layers) for name, count in kind.operations.items()})
         return total
 
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return sum(len(kind.layers) for kind in self.kinds)
-
     def repeated(self, names: Sequence[str]) -> Graph:
         """The graph of a deeper decoder whose layer at each position is of the kind `names[position]`.
 

@@ -53,12 +53,15 @@ class StoredWeight:
     Attributes:
         shape: its shape in elements.
         dtype: its logical dtype, for example `int8`.
-        bytes: what it takes in the asset.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes in the asset."""
+        return math.ceil(math.prod(self.shape) * bits_of(self.dtype) / 8)
 
 
 @frozen
@@ -128,10 +131,6 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
         BadInput: when its record lacks what is compared.
     """
     program = backend.program(bundle.asset)
-    stored = {
-        _weight_name(name): StoredWeight(shape, dtype, _size(shape, dtype))
-        for name, (shape, dtype) in program.stored.items()
-    }
     build = bundle.build
     try:
         recipe, known = build["recipe"]["roles"], build.get("roles", {})
@@ -155,7 +154,7 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
             graphs=count(program),
             program=program,
             traced=None,
-            stored=stored,
+            stored={_weight_name(name): StoredWeight(*kind) for name, kind in program.stored.items()},
             roles=roles,
             metadata=_flat(bundle.metadata),
         )
@@ -166,10 +165,6 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
 def contents(bundle: Bundle, backend: Backend) -> dict[str, memoryview]:
     """The bytes of a bundle's stored tensors, mapped, by the names that `Structure.stored` has."""
     return {_weight_name(name): view for name, view in backend.constants(bundle.asset).items()}
-
-
-def _size(shape: tuple[int, ...], dtype: str) -> int:
-    return math.ceil(math.prod(shape) * bits_of(dtype) / 8)
 
 
 def _weight_name(state: str) -> str:
@@ -322,7 +317,7 @@ class _Empty:
 def _stored(tensor: PlannedTensor) -> list[tuple[str, StoredWeight]]:
     suffixes = {"data": "", "scales": " scales", "zero_points": " zero points"}
     return [
-        (f"{tensor.name}{suffixes[kind]}", StoredWeight(array.shape, array.dtype, array.bytes))
+        (f"{tensor.name}{suffixes[kind]}", StoredWeight(array.shape, array.dtype))
         for kind, array in tensor.format.arrays.items()
     ]
 
