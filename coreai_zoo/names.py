@@ -13,3 +13,12 @@ def quantized_names(name: str) -> tuple[str, str, str]:
 def scales_name(codes: str) -> str:
     """Name of the scales that belong to the integers called `codes`; see `quantized_names`."""
     return f"{codes.removesuffix('original')}0.scales"
+
+
+def parameter_of(state: str) -> tuple[str, str]:
+    """The parameter that a state belongs to, and its part: `scales`, `zero points`, or nothing for the values."""
+    name = state.replace(".parametrizations.", ".")
+    for ending, part in ((".original", ""), (".0.scales", "scales"), (".0.zero_points", "zero points")):
+        if name.endswith(ending):
+            return name.removesuffix(ending), part
+    return name, ""

@@ -16,10 +16,11 @@ from attrs import evolve, frozen
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, without_measurements
 from coreai_zoo.bundle.layout import file_digests
-from coreai_zoo.cli.gate import failure, show
+from coreai_zoo.cli.gate import show
 from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
 from coreai_zoo.gates.report import damage, markdown, render, totals
+from coreai_zoo.gates.run import failure
 from coreai_zoo.gates.teacher_forced import GateReport, Models, Runner, gate, run_oracle
 from coreai_zoo.gates.transcript import Run, replace, to_json, transcript, write, write_card
 from coreai_zoo.progress import Reporter

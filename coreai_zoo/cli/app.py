@@ -1,4 +1,4 @@
-"""The `zoo` command: the frame that every command runs in, and the commands that only look.
+"""The `zoo` command: the frame that every command runs in.
 
 Answers come without torch: a command's module is imported when it runs, and its line of help stands in `COMMANDS`.
 """

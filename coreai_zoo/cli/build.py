@@ -1,19 +1,19 @@
-"""`zoo build`: from a name to a bundle."""
+"""`zoo build`: a bundle from a checkpoint."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import click
 
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.pipeline import BuildResult
 from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_OUTPUT, BuildRequest
-from coreai_zoo.commands import json_option, plugins_of
+from coreai_zoo.commands import json_option, plugins_of, print_json
 from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.errors import BadInput
 from coreai_zoo.progress import EventReporter, Reporter
@@ -81,23 +81,19 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
         click.echo(f"\nFinished weights are kept. To resume, run:\n    {command}", err=True)
         raise
     if as_json:
-        click.echo(request_json(request, result))
+        print_json(_described(request, result))
     else:
         click.echo(f"{result.path} ({result.bytes:,} bytes, {sum(result.seconds.values()):.1f} s)")
 
 
-def request_json(request: BuildRequest, result: BuildResult) -> str:
-    """A result for programs."""
-    return json.dumps(
-        {
-            "entry": request.entry,
-            "name": result.name,
-            "path": str(result.path),
-            "bytes": result.bytes,
-            "weights": {"computed": result.computed, "reused": result.reused},
-            "preflight": result.preflight.as_json(),
-            "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
-            "checks": [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in result.checks],
-        },
-        indent=2,
-    )
+def _described(request: BuildRequest, result: BuildResult) -> dict[str, Any]:
+    return {
+        "entry": request.entry,
+        "name": result.name,
+        "path": str(result.path),
+        "bytes": result.bytes,
+        "weights": {"computed": result.computed, "reused": result.reused},
+        "preflight": result.preflight.as_json(),
+        "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
+        "checks": [attrs.asdict(check) for check in result.checks],
+    }

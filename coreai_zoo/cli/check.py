@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 
 import attrs
 import click
 
-from coreai_zoo.cli.app import cli
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.errors import BadInput, CheckFailed, listing
-from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.check import CHECKS, Checks
 from coreai_zoo.review.goldens import DEFAULT_FOLDER
-
-_POSITIONS = "32"
 
 
 @click.command("check")
@@ -48,13 +42,11 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
     """
     if update_goldens and only and "goldens" not in only:
         raise BadInput("--update-goldens writes nothing when the check `goldens` is not among --only.")
-    plugins = plugins_of(ctx)
     checks = Checks(
-        plugins=plugins,
+        plugins=plugins_of(ctx),
         folder=Path.cwd(),
         golden_folder=golden_folder,
         update_goldens=update_goldens,
-        gate=lambda bundle: _gate(bundle, plugins),
         report=Reporter(silent=as_json),
     )
     outcomes = list(checks.run(only))
@@ -69,11 +61,3 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
         print_table(table)
     if failed:
         raise CheckFailed(f"Failed: {listing(failed)}.")
-
-
-def _gate(bundle: Path, plugins: Plugins) -> str:
-    """Run `zoo gate` as a user would, plugins' gates included."""
-    options = ["--prompts", "code", "--positions", _POSITIONS, "--candidate", "coreai", "--no-control", "--json"]
-    with contextlib.redirect_stdout(io.StringIO()):  # a gate that fails raises
-        cli.main(["gate", str(bundle), *options], standalone_mode=False, obj=plugins)
-    return "gate passed"

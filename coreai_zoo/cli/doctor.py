@@ -19,10 +19,6 @@ from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, 
 from coreai_zoo.errors import EnvironmentLacks, listing
 from coreai_zoo.plugins import Plugins
 
-# ---------------------------------------------------------------------------------------------------------------------
-# zoo doctor
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @frozen
 class Finding:

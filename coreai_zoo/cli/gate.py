@@ -10,14 +10,13 @@ import click
 
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_table
-from coreai_zoo.errors import BadInput, CheckFailed, listing
-from coreai_zoo.gates.run import GateOptions, report_folder, run_gate, write_report
+from coreai_zoo.errors import BadInput
+from coreai_zoo.gates.run import GateOptions, failure, report_folder, run_gate, write_report
 from coreai_zoo.progress import Reporter
 
 _EXISTING = click.Path(path_type=Path)
 
-# Of a bundle that fails badly; the report has them all.
-_SHOWN_FLIPS, _SHOWN_REASONS = 5, 5
+_SHOWN_FLIPS = 5  # of a bundle that fails badly; the report has them all
 
 
 @click.command("gate")
@@ -130,13 +129,8 @@ def _rank(ctx: click.Context, bundle: Path, options: GateOptions, *, as_json: bo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def failure(name: str, reasons: list[str]) -> CheckFailed:
-    """What a gate that failed ends with."""
-    return CheckFailed(f"{name} fails the gate: {listing(reasons, _SHOWN_REASONS, '; ')}.")
-
-
 def show(records: Sequence[Mapping[str, Any]]) -> None:
-    """A table of prompts for each bundle, what went wrong, and the verdict."""
+    """Print a table of prompts for each bundle, what went wrong, and the verdict."""
     from coreai_zoo.gates.report import prompt_totals, significant
 
     for record in records:

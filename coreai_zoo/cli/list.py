@@ -7,10 +7,6 @@ import click
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 
-# ---------------------------------------------------------------------------------------------------------------------
-# zoo list, zoo show
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def _billions(parameters: int | None) -> str:
     return "unknown" if parameters is None else f"{parameters / 1e9:.1f} B"

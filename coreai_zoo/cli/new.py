@@ -10,13 +10,19 @@ import click
 
 from coreai_zoo import hookspecs
 from coreai_zoo.checkpoint.files import read_config
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
-from coreai_zoo.entry import load_entry
+from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_rows, print_table
 from coreai_zoo.errors import BadInput, listing
-from coreai_zoo.planning.scaffold import DOCS, NEEDED_HOOKS, USUAL_HOOKS, Draft, Origin, draft, is_claimed, locate
+from coreai_zoo.planning.scaffold import (
+    ENTRIES,
+    NEEDED_HOOKS,
+    USUAL_HOOKS,
+    Draft,
+    draft,
+    is_claimed,
+    locate,
+    write_draft,
+)
 from coreai_zoo.plugins import Plugins
-
-_ENTRIES = Path("zoo_entries")
 
 
 @click.command("new")
@@ -27,7 +33,7 @@ _ENTRIES = Path("zoo_entries")
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help=f"Folder for NAME.toml. Default: {_ENTRIES} where there is one, else this folder.",
+    help=f"Folder for NAME.toml. Default: {ENTRIES} where there is one, else this folder.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @json_option
@@ -52,7 +58,7 @@ def new(ctx: click.Context, name: str, source: str, output: Path | None, force: 
     if not is_claimed(hf_config, plugins):
         _explain_unclaimed(str(hf_config.get("model_type")), as_json=as_json)
     made = draft(name, origin, plugins)
-    path = _write(name, made.text, output or (_ENTRIES if _ENTRIES.is_dir() else Path()), force=force)
+    path = write_draft(made, output, force=force)
     if as_json:
         print_json(
             {
@@ -69,36 +75,12 @@ def new(ctx: click.Context, name: str, source: str, output: Path | None, force: 
             }
         )
     else:
-        _print(made, origin, path, plugins)
+        _print(made, origin.directory, path, plugins)
 
 
-def _write(name: str, text: str, folder: Path, *, force: bool) -> Path:
-    """Put the entry into `folder` once it has been read back as a build will read it."""
-    path = folder / f"{name}.toml"
-    if path.exists() and not force:
-        raise BadInput(f"{path} exists.", "Pass --force to replace it, or another folder with -o DIR.")
-    if Path(name).name != name:
-        raise BadInput(f"{name!r} is not a name but a path.", "Choose the folder with -o DIR.")
-    partial = folder / f".{name}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        try:
-            load_entry(partial)
-        except BadInput as error:
-            error.message = error.message.replace(str(partial), str(path))
-            raise
-        partial.replace(path)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written: {error.strerror}.", "Choose another folder with -o DIR.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
-def _print(made: Draft, origin: Origin, path: Path, plugins: Plugins) -> None:
+def _print(made: Draft, checkpoint: Path, path: Path, plugins: Plugins) -> None:
     model = made.model
-    rows = [
+    rows: list[tuple[str, object]] = [
         ("overlay", f"{model.overlay.name} of plugin {model.plugin} claims {model.model_type}"),
         ("recognised", ", ".join(f"{fact} {value}" for fact, value in model.facts.items())),
         ("not looked at", ", ".join(made.unread) or "nothing"),
@@ -107,17 +89,13 @@ def _print(made: Draft, origin: Origin, path: Path, plugins: Plugins) -> None:
     ]
     if made.twin:
         rows.append(("same facts as", f"{made.twin.name}: a fine-tune of it can be built as that entry, too"))
-    table = new_table("", "")
-    table.show_header = False
-    for row in rows:
-        table.add_row(*row)
-    print_table(table)
+    print_rows(rows)
     brought = any(path.resolve() == other.resolve() for _, other in plugins.entries())
-    build = f"zoo build {path.stem if brought else path} --checkpoint {origin.directory} --allow-unverified"
-    click.echo(f"\nWrote {path}. Read it, then:\n    zoo plan {path.stem if brought else path}")
+    entry = path.stem if brought else path
+    click.echo(f"\nWrote {path}. Read it, then:\n    zoo plan {entry}")
     if made.weights is None:
-        click.echo(f"A build needs weights and tokenizer, which are not in {origin.directory}; put them there, then:")
-    click.echo(f"    {build}")
+        click.echo(f"A build needs weights and tokenizer, which are not in {checkpoint}; put them there, then:")
+    click.echo(f"    zoo build {entry} --checkpoint {checkpoint} --allow-unverified")
     if not brought:
         click.echo("A plugin that lists the file in zoo_entries makes the name alone enough.")
 
@@ -139,5 +117,5 @@ def _explain_unclaimed(model_type: str, *, as_json: bool) -> NoReturn:
     raise BadInput(
         f"The architecture {model_type!r} is claimed by no plugin, so no entry was written.",
         f"Write the hooks {listing([*NEEDED_HOOKS])}, and {listing([*USUAL_HOOKS])} as needed: "
-        f"{', '.join(DOCS[:-1])} and {DOCS[-1]} show how.",
+        "docs/tutorial.md, docs/hooks.md and docs/overlay.md (Writing one) show how.",
     )

@@ -22,7 +22,7 @@ from coreai_zoo.recipes import RECIPES
 
 @frozen
 class _Machines:
-    """What decode rates are predicted for."""
+    """The machines that decode rates are predicted for, and the share of their bandwidth that decode reaches."""
 
     chips: tuple[Chip, ...]
     efficiency: float
@@ -163,7 +163,7 @@ def _print_roles(plan: Plan) -> None:
 
 
 def _figures(plan: Plan) -> list[tuple[str, str]]:
-    """What the plan comes to, name and text."""
+    """The figures of a plan, as pairs of a name and a text."""
     tokenizer = "with" if plan.tokenizer else "without"
     figures = [
         ("asset", f"{plan.asset:,} bytes ({size(plan.asset)}){_published_size(plan)}"),

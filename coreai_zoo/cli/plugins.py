@@ -9,10 +9,6 @@ from coreai_zoo.catalogue import load_entries
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.plugins import GROUP
 
-# ---------------------------------------------------------------------------------------------------------------------
-# zoo plugins
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @click.command("plugins")
 @json_option

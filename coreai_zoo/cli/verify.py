@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import click
 
 from coreai_zoo.bundle.bundle import Bundle
@@ -41,10 +42,10 @@ def verify(ctx: click.Context, bundle: Path, rebuild: bool, checkpoint: Path | N
     if rebuild:
         checks.append(rebuild_bundle(opened, checkpoint, plugins, Reporter(silent=as_json)))
     if as_json:
-        print_json([{"name": check.name, "passed": check.passed, "detail": check.detail} for check in checks])
+        print_json([attrs.asdict(check) for check in checks])
     else:
-        rows = new_table("check", "", "found")
+        table = new_table("check", "", "found")
         for check in checks:
-            rows.add_row(check.name, "ok" if check.passed else "FAILED", check.detail)
-        print_table(rows)
+            table.add_row(check.name, "ok" if check.passed else "FAILED", check.detail)
+        print_table(table)
     require(checks)

@@ -23,7 +23,7 @@ from coreai_zoo.bundle.verify import backend_of, check_files, require, require_a
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.files import Checkpoint, read_config
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates import prompts, report, transcript
 from coreai_zoo.gates.candidate import AssetCandidate
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 _INTERPRETED_BYTES = 64 * 2**20
 
 _PLAIN = "fp16"  # the recipe that quantizes nothing
+
+_SHOWN_REASONS = 5  # of a bundle that fails badly
 
 
 @frozen
@@ -163,8 +165,13 @@ def write_report(bundle: Bundle, records: Sequence[Mapping[str, Any]], output: P
     return folder / transcript.REPORT
 
 
+def failure(name: str, reasons: list[str]) -> CheckFailed:
+    """The error with which the gate of the bundle `name` fails; it tells the first reasons, the report all."""
+    return CheckFailed(f"{name} fails the gate: {listing(reasons, _SHOWN_REASONS, '; ')}.")
+
+
 def report_folder(bundle: Bundle, output: Path | None) -> Path:
-    """The folder that a report is written to: `output`, or the bundle's own."""
+    """Where the report on a bundle goes: to `output`, or into the bundle's own folder."""
     return bundle.directory / GATE_FOLDER if output is None else output
 
 

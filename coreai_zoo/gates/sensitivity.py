@@ -11,16 +11,27 @@ Every run streams the checkpoint, one layer in memory at a time; a part is quant
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from attrs import evolve, frozen
 
+from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.rebuild import recorded_request
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.tokenizer import load_tokenizer
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.gates.layered import TorchCandidate
+from coreai_zoo.gates.prompts import ANCHOR, DEFAULT_POSITIONS, named_prompts
 from coreai_zoo.gates.rule import judge
+from coreai_zoo.gates.run import checkpoint_of
+from coreai_zoo.gates.teacher_forced import check_checkpoint
 from coreai_zoo.gates.weights import CheckpointWeights
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.formats import require_divisible
@@ -233,3 +244,118 @@ def margins_lost(reference: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) 
 
     lost: np.ndarray[Any, Any] = np.maximum(lead(reference) - lead(logits), 0)
     return lost
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of a bundle or an entry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class SensitivityOptions:
+    """What was asked for; see the options of `zoo sensitivity`."""
+
+    checkpoint: Path | None
+    sample: bool
+    custom: bool
+    recipe: str | None
+    layers: int | None
+    quantize_as: Literal["int4", "int8", "uint4", "uint8"] | None
+    role: Sequence[str]
+    per_layer: bool
+    prompt: str | None
+    positions: int | None
+    by: str
+
+
+@frozen
+class Ranking:
+    """The parts of a model in the order of what quantizing them costs.
+
+    Attributes:
+        design: the model.
+        positions: number of tokens that it was run on.
+        rows: the parts, the worst bargain first.
+    """
+
+    design: Design
+    positions: int
+    rows: Sequence[Sensitivity]
+
+
+def rank_parts(subject: str, options: SensitivityOptions, plugins: Plugins, report: Reporter) -> Ranking:
+    """Measure and rank the parts of a bundle, by its folder, or of an entry, by its name.
+
+    Raises:
+        BadInput: when there is no such bundle or entry, an option does not fit it, or it cannot be run in parts.
+    """
+    designed = design(_request(subject, options, plugins), plugins)
+    tokens = _tokens(designed, options)
+    measured = Subject(
+        designed.modules[designed.decode], designed.signatures[designed.decode], designed.checkpoint, designed.weights
+    )
+    specs = _specs(designed, options)
+    layered = measured.candidate(None, lambda: None).module  # refuses a decoder that cannot be run layer by layer
+    parts = parts_of(designed.weights, specs, layered.layer_paths if options.per_layer else None)
+    steps = (len(parts) + 1) * len(layered.layer_paths)
+    what = f"{len(parts)} parts of {designed.checkpoint.directory.name}, {len(tokens)} positions each"
+    with report.stage("measure", what), report.steps("", steps) as step:
+        found = list(measure(measured, parts, tokens, step))
+    return Ranking(designed, len(tokens), ranked(found, options.by))
+
+
+def _request(subject: str, options: SensitivityOptions, plugins: Plugins) -> BuildRequest:
+    """The build that made a bundle, or that would make one of an entry."""
+    path = Path(subject)
+    if path.is_dir():
+        if options.sample or options.custom or options.recipe or options.layers:
+            raise BadInput(
+                "--sample, --custom, --recipe and --layers are for an entry; a bundle says what it was built from."
+            )
+        bundle = Bundle.open(path)
+        check_checkpoint(bundle, checkpoint_of(bundle, plugins, options.checkpoint))
+        return recorded_request(bundle, options.checkpoint, path.parent)[0]
+    return BuildRequest(
+        entry=subject,
+        checkpoint=options.checkpoint,
+        sample=options.sample,
+        recipe=options.recipe,
+        layers=options.layers,
+        custom=options.custom,
+        allow_unverified=True,  # nothing is built that could claim to be the published model
+    )
+
+
+def _tokens(designed: Design, options: SensitivityOptions) -> list[int]:
+    text = named_prompts([ANCHOR])[0].text if options.prompt is None else options.prompt
+    tokens: list[int] = load_tokenizer(designed.checkpoint.directory).encode(text).ids
+    positions = options.positions or min(DEFAULT_POSITIONS, len(tokens))
+    if not tokens or len(tokens) < positions:
+        raise BadInput(
+            f"The prompt is {len(tokens)} tokens, and {positions} positions were asked for.",
+            "Give a longer prompt, or fewer --positions.",
+        )
+    return tokens[:positions]
+
+
+def _specs(designed: Design, options: SensitivityOptions) -> dict[str, QuantizationSpec]:
+    """How each role that is asked for is quantized.
+
+    Raises:
+        BadInput: for a role that the recipe leaves alone, when nothing else says how, or when there is none at all.
+    """
+    recipe = {role: spec for role, spec in designed.stored_roles.items() if spec is not None}
+    roles = options.role or tuple(recipe)
+    if not roles:
+        raise BadInput(
+            f"Recipe {designed.recipe.name} quantizes nothing.", "Choose another --recipe, or name a --role and --as."
+        )
+    if options.quantize_as is not None:
+        # The scheme that uses the integers best, in the blocks that engines are fast with.
+        signed = not options.quantize_as.startswith("u")
+        scheme: Literal["symmetric_with_clipping", "asymmetric"] = "symmetric_with_clipping" if signed else "asymmetric"
+        return dict.fromkeys(roles, QuantizationSpec(options.quantize_as, scheme, 32))
+    left = [role for role in roles if role not in recipe]
+    if left:
+        raise BadInput(f"Recipe {designed.recipe.name} leaves {' and '.join(left)} alone.", "Say how with --as.")
+    return {role: recipe[role] for role in roles}

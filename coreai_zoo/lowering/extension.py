@@ -31,7 +31,7 @@ from coreai_zoo.lowering.repetition import NotRepeated, Repetition
 from coreai_zoo.signature import TraceSpec
 
 Where: TypeAlias = tuple[object, ...]
-"""Place of an argument in a node's arguments."""
+"""The place of an argument among a node's arguments."""
 Role: TypeAlias = tuple[object, int, Where]
 """Kind of layer (or "end"), index of a node in it, place of an argument."""
 
@@ -47,11 +47,11 @@ def extend(
         program: traced from the shortened module, and decomposed.
         module: the decoder with all its layers.
         repetition: how it was shortened.
-        short: the signature that was traced.
+        short: the signature of the shortened module.
         spec: the signature of all layers.
 
     Raises:
-        NotRepeated: when the traced layers are not alike in a way that could be continued.
+        NotRepeated: when the traced layers are not alike in a way that can be continued.
     """
     traced = _Traced.of(program, repetition)
     return _Extension(traced, _learnt(traced), module, short, spec).program()
@@ -78,7 +78,7 @@ def _mapped(value: Any, function: Callable[[Where, Any], Any], where: Where = ()
 
 
 def _leaves(node: fx.Node, skip: Callable[[list[fx.Node]], bool] = lambda _: False) -> list[tuple[Where, Any]]:
-    """Every argument of a node that is not a container, with its place, but for lists of nodes to `skip`."""
+    """Every argument of a node that is no container, with its place, without the lists of nodes that `skip` accepts."""
     found: list[tuple[Where, Any]] = []
 
     def visit(where: Where, leaf: Any) -> Any:
@@ -140,11 +140,11 @@ class _Traced:
         )
 
     def kind(self, layer: int) -> int:
-        """Kind of a layer."""
+        """The kind of a layer."""
         return self.repetition.kinds[layer]
 
     def gathered(self, nodes: list[fx.Node]) -> dict[int, int] | None:
-        """If a list holds one value of each layer, or of each layer of some kinds: those kinds and the value's index.
+        """Of a list of one value per layer, or per layer of some kinds: these kinds and the value's index, else None.
 
         Raises:
             NotRepeated: when it is another value in one layer than in others of its kind.

@@ -1,4 +1,4 @@
-"""How many operations each function of a program has, by kind of layer.
+"""Operation counts of each function of a program, by kind of layer.
 
 A saved program does not say which layer an operation came from, but the constants that it stores carry the names of
 the decoder's parameters, and values flow from layer to layer. So an operation belongs to the last layer that anything
@@ -26,9 +26,9 @@ class LayerKind:
 
     Attributes:
         name: the submodules that not every layer has, or `layer` where all have the same.
-        layers: their positions.
-        operations: of one of them, how often each occurs.
-        wiring: what these say and how they are connected.
+        layers: positions of the layers.
+        operations: how often each operation occurs in one of them.
+        wiring: what the operations say and how they are connected.
     """
 
     name: str
@@ -42,12 +42,11 @@ class Graph:
     """Operation counts of a function; constants are not operations.
 
     Attributes:
-        kinds: the layers, in order of their first.
+        kinds: the layers by kind, in the order of the first of each.
         outside: operations that belong to no layer.
-        composites: name of each composite that it calls to how many operations one is made of, sorted; one number per
-            distinct shape.
-        wiring: of what belongs to no layer.
-        composite_wiring: of each composite.
+        composites: of each composite by name, how many operations one is made of: a number per distinct shape, sorted.
+        wiring: the wiring of what belongs to no layer.
+        composite_wiring: the wiring of each composite, by name.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -63,11 +62,6 @@ class Graph:
         for kind in self.kinds:
             total.update({name: count * len(kind.layers) for name, count in kind.operations.items()})
         return total
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return sum(len(kind.layers) for kind in self.kinds)
 
     def repeated(self, names: Sequence[str]) -> Graph:
         """The graph of a deeper decoder whose layer at each position is of the kind `names[position]`.
@@ -85,7 +79,7 @@ class Graph:
 
 
 def count(program: Program) -> dict[str, Graph]:
-    """Operation counts of a program's functions, by the name of each."""
+    """The operation counts of a program's functions, by name."""
     return {name: _counted(function, program) for name, function in program.functions.items()}
 
 
@@ -126,6 +120,7 @@ class _Anchors:
     Attributes:
         layer: the layer of each constant that is stored once and named after a parameter of a layer.
         shared: constants that are read in several places: equal ones are stored once, so the name says nothing.
+        children: the submodules of each layer.
     """
 
     layer: Mapping[str, int]
@@ -152,7 +147,7 @@ class _Anchors:
         )
 
     def kind_names(self) -> dict[int, str]:
-        """Of each layer."""
+        """The name of each layer's kind."""
         common = frozenset.intersection(*self.children.values()) if self.children else frozenset()
         return {layer: "+".join(sorted(found - common)) or "layer" for layer, found in sorted(self.children.items())}
 
@@ -160,7 +155,7 @@ class _Anchors:
 def _kinds(
     counts: Mapping[int, Counter[str]], wiring: Mapping[int, Wiring], anchors: _Anchors
 ) -> tuple[LayerKind, ...]:
-    """Layers that hold the same operations, wired alike."""
+    """The layers by kind: those of one hold the same operations, wired alike."""
     names = anchors.kind_names()
     groups: dict[tuple[str, str, str], list[int]] = {}
     for layer in sorted(counts):
@@ -249,10 +244,12 @@ def _slot_reads(flow: _Flow, layer: Sequence[int]) -> set[int]:
 
 @frozen
 class _Flow:
-    """Who reads whose results; by index of the operation, constants left out.
+    """Who reads whose results, by index of the operation; constants are left out.
 
     Attributes:
-        stored: names of the stored constants that an operation reads.
+        producers: the operations whose results an operation reads.
+        users: the operations that read its results.
+        stored: names of the stored constants that it reads.
         on_state: see `Operation.on_state`.
         whole_state: whether its result is a state with all its slots.
     """

@@ -1,7 +1,7 @@
-"""A mistake in an overlay, told in one paragraph: the layer, the line of its source, and what torch said of it.
+"""Mistakes in an overlay, each told in one paragraph: the layer, the line of source, and what torch said.
 
-torch tells it in hundreds of lines, of its own frames for the most part. What an author needs of them is the line of
-the overlay that was running, and the layer that it was running for.
+torch prints hundreds of lines, most of them its own frames. What an author needs is the line of the overlay that was
+running, and the layer that it ran for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from coreai_zoo.errors import PluginError, ZooError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-# Whose code is not what has to be mended. Packages by their names: `coreai_zoo_overlays` is another than `coreai_zoo`.
+# Packages that an author does not mend, told apart by folder: `coreai_zoo_overlays` is not in `coreai_zoo`.
 _PACKAGES = ("coreai_zoo", "torch", "coreai", "coreai_torch", "coreai_opt", "coremltools", "sympy", "numpy")
 _LONGEST = 300  # characters of what torch said
 
@@ -38,9 +38,9 @@ class _Place:
     """A line of an overlay, and the layer that it ran for.
 
     Attributes:
-        file: its path.
+        file: path of the source file.
         line: number of the line.
-        layer: path of the module in the decoder, empty for the decoder itself; None where that is not known.
+        layer: path of the layer in the decoder; empty for the decoder itself, None where it is not known.
     """
 
     file: str
@@ -58,17 +58,17 @@ class _Place:
 
 @contextlib.contextmanager
 def explained(doing: str, module: nn.Module, program: ExportedProgram | None = None) -> Iterator[None]:
-    """Within the block, an exception in which the overlay has a part becomes one paragraph that says which.
+    """Within the block, an exception that comes from a line of the overlay becomes one paragraph that names the line.
 
     Args:
-        doing: what the block does with the decoder, for example `traced`.
+        doing: what happens to the decoder in the block, for example `traced`.
         module: the decoder.
-        program: what was traced from it, where the block converts that: an error that names one of its operations is
-            told of the line that the operation was traced from.
+        program: the traced program, where the block converts one: an error that names one of its operations is told
+            with the line that the operation was traced from.
 
     Raises:
-        PluginError: with the layer, the line and the error. What no line of an overlay has a part in is a fault of the
-            host or of the toolchain, and is raised as it is.
+        PluginError: with the layer, the line and the error. An exception that comes from no line of an overlay is a
+            fault of the host or of the toolchain, and is raised as it is.
     """
     said = io.StringIO()
     try:
@@ -89,7 +89,7 @@ def explained(doing: str, module: nn.Module, program: ExportedProgram | None = N
 
 @contextlib.contextmanager
 def located() -> Iterator[None]:
-    """Within the block, a PluginError that another exception caused says at which line of the plugin."""
+    """Within the block, a PluginError that another exception caused names the line of the plugin."""
     try:
         yield
     except PluginError as error:
@@ -100,16 +100,15 @@ def located() -> Iterator[None]:
 
 
 def require_arguments(module: nn.Module, names: Sequence[str]) -> None:
-    """Refuse a decoder whose `forward` does not take as many arguments as its contract has inputs and states.
+    """Refuse a decoder whose `forward` does not take the inputs and states of its contract.
 
     Raises:
-        PluginError: with the line at which it is defined.
+        PluginError: with the line that defines it.
     """
-    forward = type(module).forward
     try:
         inspect.signature(module.forward).bind(*names)
     except TypeError as error:
-        code = inspect.unwrap(forward).__code__
+        code = inspect.unwrap(type(module).forward).__code__
         place = _Place(code.co_filename, code.co_firstlineno, "")
         raise PluginError(
             f"The decoder cannot be called with the inputs and states of its contract, {', '.join(names)}: its forward "
@@ -118,7 +117,7 @@ def require_arguments(module: nn.Module, names: Sequence[str]) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """The first sentence or two of what an exception says, on one line, after its type."""
+    """The type of an exception and the first paragraph of its message, on one line."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     first = " ".join(lines[: lines.index("")] if "" in lines else lines)
     text = f"{type(error).__name__}: {' '.join(first.split())}".removesuffix(": ").removesuffix(".")
@@ -127,7 +126,7 @@ def brief(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _stderr_in(said: TextIO) -> Iterator[None]:
-    """Within the block, what is printed on stderr and what torch logs goes to `said`."""
+    """Within the block, everything that is printed on stderr or logged by torch goes to `said`."""
     torchs = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
     handlers = {handler for name in torchs for handler in logging.getLogger(name).handlers}
     with contextlib.redirect_stderr(said), contextlib.ExitStack() as stack:
@@ -144,21 +143,21 @@ def _stderr_in(said: TextIO) -> Iterator[None]:
 
 
 def _raised_at(error: BaseException, module: nn.Module | None = None) -> _Place | None:
-    """The innermost line of an overlay that `error` went through, or what it was raised from went through."""
+    """The innermost line of an overlay in the traceback of `error`, or of what it was raised from."""
     seen: BaseException | None = error
     while seen is not None:
         frames = list(traceback.walk_tb(seen.__traceback__))
-        for at in range(len(frames) - 1, -1, -1):
-            frame, line = frames[at]
-            if _is_an_overlays(frame.f_code.co_filename):
-                layer = _layer([frame for frame, _ in frames[: at + 1]], module)
-                return _Place(frame.f_code.co_filename, line, layer)
+        while frames:
+            frame, line = frames[-1]
+            if _is_overlay(frame.f_code.co_filename):
+                return _Place(frame.f_code.co_filename, line, _layer([frame for frame, _ in frames], module))
+            frames.pop()
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
 
 
 def _layer(frames: Sequence[FrameType], module: nn.Module | None) -> str | None:
-    """Path in `module` of the innermost of its layers that one of `frames` is a method of."""
+    """The path in `module` of the innermost layer that one of `frames` is a method of."""
     # What runs while torch traces may be a proxy of a layer, which shares its attributes.
     paths = {} if module is None else {id(vars(child)): path for path, child in module.named_modules()}
     for frame in reversed(frames):
@@ -169,27 +168,27 @@ def _layer(frames: Sequence[FrameType], module: nn.Module | None) -> str | None:
 
 
 def _traced_from(said: str, program: ExportedProgram, module: nn.Module) -> _Place | None:
-    """Where the operation that `said` names was traced from."""
+    """The line of the overlay that the operation named in `said` was traced from."""
     words, names = set(re.findall(r"[\w.]*\w", said)), set(re.findall(r"\bnode (\w+)", said))
     named = [node for node in program.graph.nodes if str(node.target) in words or node.name in names]
     for node in named:
         stack = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
         for file, line in reversed(stack):
-            if _is_an_overlays(file):
+            if _is_overlay(file):
                 modules = list((node.meta.get("nn_module_stack") or {}).values())
                 return _Place(file, int(line), _path_in(module, str(modules[-1][0])) if modules else None)
     return None
 
 
 def _path_in(module: nn.Module, traced: str) -> str:
-    """Path in `module` of a layer whose path in what was traced, which may hold `module`, is `traced`."""
+    """The path in `module` of the layer at `traced` in the traced module, which may be `module` or hold it."""
     paths = dict(module.named_modules())
     while traced not in paths:
         traced = traced.partition(".")[2]
     return traced
 
 
-def _is_an_overlays(file: str) -> bool:
+def _is_overlay(file: str) -> bool:
     if file.startswith("<"):  # made by a program
         return False
     path = Path(file)

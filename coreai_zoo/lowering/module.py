@@ -33,8 +33,8 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
     """Lay the decoder out on the meta device and apply the rewrites.
 
     Args:
-        make: builds the decoder.
-        rewrites: (plugin, rewrite) pairs.
+        make: makes the decoder.
+        rewrites: pairs of a plugin's name and its rewrite.
 
     Raises:
         PluginError: when two rewrites meet on one layer, or one matches no layer or raises.
@@ -73,7 +73,7 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
 
 
 def parameters_of(module: nn.Module) -> dict[str, ParameterInfo]:
-    """Name, shape and dtype of every parameter, in the order of the module."""
+    """Shape and dtype of every parameter by name, in the order of the module."""
     return {
         name: ParameterInfo(shape=tuple(parameter.shape), dtype=str(parameter.dtype).removeprefix("torch."))
         for name, parameter in module.named_parameters()
@@ -112,7 +112,7 @@ def _(codes: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: str) -> 
 
 
 class Dequantize(nn.Module):
-    """Parametrization that presents integer codes as the weight that a layer expects."""
+    """A parametrization that presents integer codes as the weight that a layer expects."""
 
     def __init__(self, scales: Tensor, zero_points: Tensor | None, dtype: str) -> None:
         super().__init__()
@@ -121,13 +121,13 @@ class Dequantize(nn.Module):
         self.zero_points = None if zero_points is None else nn.Parameter(zero_points, requires_grad=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Integer codes to the weight."""
+        """The weight, from its integer codes."""
         weight: Tensor = dequantize(codes, self.scales, self.zero_points, self.dtype)
         return weight
 
 
 class Stored(Protocol):
-    """A parameter with its bytes: a `store.StoredTensor`, for example."""
+    """A parameter with its bytes, for example a `store.StoredTensor`."""
 
     @property
     def format(self) -> Format:
@@ -138,7 +138,7 @@ class Stored(Protocol):
 
 
 def allocate(module: nn.Module, formats: Mapping[str, Format]) -> None:
-    """Give every parameter of `module` memory as it will be stored: enough to trace, and costs nothing until touched.
+    """Give every parameter of `module` memory in its stored format: enough to trace, and free until it is touched.
 
     Args:
         module: the decoder, on the meta device.
@@ -194,9 +194,9 @@ def constants(store: WeightStore | Mapping[str, Stored], names: Iterable[str]) -
 
 
 def state_of(module: nn.Module, plan: WeightPlan) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and logical dtype of each state of `module` once `plan` is bound to it, in the order of `bind`'s constants.
+    """Shape and logical dtype of each state of `module` once `plan` is bound to it, buffers included.
 
-    Names are those of the constants; buffers are among them.
+    The names are those of `constants`, and the order is that of the plan, then of the buffers.
     """
     state: dict[str, tuple[tuple[int, ...], str]] = {}
     for tensor in plan.tensors:

@@ -26,7 +26,7 @@ _WORTHWHILE = 0.75  # tracing more than this part of the layers saves nothing th
 
 
 class NotRepeated(Exception):
-    """The traced layers are not alike in a way that could be continued; says which, and where."""
+    """The traced layers are not alike in a way that can be continued; the message says which and where."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,9 +39,9 @@ class Repetition:
     """A list of layers that repeat.
 
     Attributes:
-        path: of the `nn.ModuleList`.
-        kinds: of each layer, a number.
-        counts: of each layer, what counts up among the layers of its kind: its position, and attributes by path.
+        path: path of the `nn.ModuleList`.
+        kinds: the kind of each layer, as a number.
+        counts: what counts up from layer to layer of a kind: of each layer its position, and attributes by path.
         depth: layers to trace. They hold what has to be compared: every kind that goes on, every pair of kinds that
             follow each other, and the places where two counts part.
     """
@@ -53,7 +53,7 @@ class Repetition:
 
     @property
     def one_of_each(self) -> Repetition:
-        """The same with only so many layers traced that every kind is among them: not enough to copy the others."""
+        """The same with so few layers traced that every kind is just among them: not enough to copy the others."""
         return evolve(self, depth=max(self.kinds.index(kind) for kind in set(self.kinds)) + 1)
 
     @property

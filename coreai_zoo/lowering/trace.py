@@ -1,4 +1,4 @@
-"""Tracing a decoder with torch.export, and checking the result against its signature."""
+"""Traces a decoder with torch.export and checks the result against its signature."""
 
 from __future__ import annotations
 
@@ -17,13 +17,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tracing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def example_inputs(spec: TraceSpec) -> tuple[Tensor, ...]:
-    """Tensors to trace with: inputs, then states, all zero but for position ids."""
+    """Tensors to trace with: inputs, then states, all zero."""
     sizes = {name: axis.example for name, axis in spec.axes.items()}
     tensors = []
     for tensor in (*spec.inputs, *spec.states):
@@ -46,7 +41,7 @@ def dynamic_shapes(spec: TraceSpec) -> tuple[dict[int, Any], ...]:
 
 
 def trace(module: nn.Module, spec: TraceSpec, decompositions: Mapping[Any, Any]) -> ExportedProgram:
-    """Trace `module` once and check the result against `spec`.
+    """The program that `module` is traced to, checked against `spec`.
 
     Raises:
         PluginError: when the overlay has a mistake that keeps it from being traced; when the traced function has
@@ -76,13 +71,13 @@ def require_contract(program: ExportedProgram, spec: TraceSpec, written: set[str
     """Compare what a traced program gives and writes with the spec, however it was traced.
 
     Args:
-        program: its last results are the outputs.
-        spec: what it has to be.
+        program: the traced program, whose last results are the outputs.
+        spec: the signature that it has to have.
         written: names of the states that it writes.
-        strays: what it writes that is no state, in words.
+        strays: everything else that it writes, in words.
 
     Raises:
-        PluginError: with everything that is not so.
+        PluginError: with everything in which they differ.
     """
     states = {state.name for state in spec.states}
     problems = [f"state {name} is never written" for name in sorted(states - written)]

@@ -1,7 +1,7 @@
-"""What the operations of each layer say and how they are connected, as lines to read and a digest to compare.
+"""The operations of each layer and how they are connected, as lines to read and a digest to compare.
 
-A line is one operation: its attributes, what it reads, and the types that it makes. An operand is shown as the
-operation that made it and as those that moved it since, so that most changes of wiring show in the line that changed:
+A line is one operation: its attributes, its operands, and the types of its results. An operand is shown as the
+operation that made it and those that moved it since, so that most changes of wiring show in the line that changed:
 
     mul(reshape(sigmoid), reshape(batch_matmul<mlp.gate.weight>)) -> 1x1x48xfloat32
 
@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from attrs import define, evolve, field, frozen
 
+from coreai_zoo.names import parameter_of
 from coreai_zoo.program import Function, Operation, Program
 
 OUTSIDE = -1
@@ -38,12 +39,12 @@ _HASHED = " sha256 "
 
 @frozen
 class Wiring:
-    """Operations and how they are connected.
+    """Some operations and how they are connected.
 
     Attributes:
-        digest: the first 16 digits of a SHA-256; empty where there is nothing.
+        digest: the first 16 digits of a SHA-256; empty where there are no operations.
         lines: each operation as text, and how often it occurs.
-        handed: digests of the values that others take, of a layer; they are no part of `digest`.
+        handed: digests of the values that other layers take from this one; they are no part of `digest`.
     """
 
     digest: str = ""
@@ -52,7 +53,7 @@ class Wiring:
 
 
 def unnamed(line: str) -> str:
-    """A line without the names of weights."""
+    """The line without the names of weights."""
     return _NAMED.sub("<>", line)
 
 
@@ -60,18 +61,18 @@ def wire(function: Function, layers: Sequence[int], program: Program) -> dict[in
     """The wiring of each layer, and of what is `OUTSIDE`.
 
     Args:
-        function: one of `program`.
-        layers: of each operation the layer that it belongs to.
-        program: whose composites it calls, and whose weights it reads.
+        function: a function of `program`.
+        layers: the layer that each operation belongs to.
+        program: holds the composites that the function calls and the weights that it reads.
     """
-    reader = _Reader.of(function, layers, program)
+    reader = _Reader(function, layers, program)
     for index in range(len(function.operations)):
         reader.read(index)
     return {layer: reader.wiring(layer) for layer in sorted({*reader.lines, OUTSIDE})}
 
 
 def merged(layers: Sequence[Wiring]) -> Wiring:
-    """The wiring of layers of one digest. All hand on the same, though nobody takes all of it from the last of them."""
+    """The wiring of layers that have one digest. All hand on the same, but nobody takes all of it from the last."""
     handed = sorted({key for layer in layers for key in layer.handed})
     return evolve(layers[0], digest=_sha256([layers[0].digest, *handed]), handed=frozenset())
 
@@ -80,8 +81,8 @@ def wire_composites(program: Program, names: Mapping[str, str]) -> dict[str, Wir
     """The wiring of each composite; one that occurs with several shapes is all of them together.
 
     Args:
-        program: that has them.
-        names: of the functions that are called to the composite that each is.
+        program: holds them.
+        names: of each function that is called, the name of its composite.
     """
     parts: dict[str, list[Wiring]] = {}
     program = evolve(program, literals={})  # they are the functions'
@@ -124,7 +125,7 @@ class _Reader:
         slots: of each state and layer, the number of that layer among those that use the state.
         taken: of each layer and where it takes them from, values by type.
         carries_weights: operations that depend on a weight.
-        hashes, labels: of each operation, with everything that is before it in its layer.
+        known: of each operation that was read, with everything that is before it in its layer.
         lines, digests: of the operations that were read, by layer.
         handed: of each layer, what it gives to others.
     """
@@ -132,35 +133,31 @@ class _Reader:
     function: Function
     layers: Sequence[int]
     program: Program
-    made: dict[int, tuple[int, int]]
-    states: dict[int, int]
-    aliases: dict[int, int]
-    weights: dict[int, str]
-    first: int
+    made: dict[int, tuple[int, int]] = field(init=False)
+    states: dict[int, int] = field(init=False)
+    aliases: dict[int, int] = field(init=False)
+    weights: dict[int, str] = field(init=False)
+    first: int = field(init=False)
     ranks: dict[int, dict[str, int]] = field(factory=dict)
     slots: dict[tuple[int, int], int] = field(factory=dict)
     taken: dict[tuple[int, int, str], dict[int, None]] = field(factory=dict)
     carries_weights: set[int] = field(factory=set)
-    hashes: dict[int, str] = field(factory=dict)
-    labels: dict[int, str] = field(factory=dict)
+    known: dict[int, _Seen] = field(factory=dict)
     lines: dict[int, Counter[str]] = field(factory=dict)
     digests: dict[int, list[str]] = field(factory=dict)
     handed: dict[int, set[str]] = field(factory=dict)
 
-    @classmethod
-    def of(cls, function: Function, layers: Sequence[int], program: Program) -> _Reader:
-        operations = function.operations
-        made = {value: (at, number) for at, op in enumerate(operations) for number, value in enumerate(op.results)}
-        states, aliases = _states(operations, len(function.arguments))
-        weights = dict(_weights(operations, program.literals))
-        first = min((layer for layer in layers if layer != OUTSIDE), default=OUTSIDE)
-        reader = cls(function, layers, program, made, states, aliases, weights, first)
-        reader._rank()
-        return reader
+    def __attrs_post_init__(self) -> None:
+        operations = self.function.operations
+        self.made = {value: (at, number) for at, op in enumerate(operations) for number, value in enumerate(op.results)}
+        self.states, self.aliases = _states(operations, len(self.function.arguments))
+        self.weights = dict(_weights(operations, self.program.literals))
+        self.first = min((layer for layer in self.layers if layer != OUTSIDE), default=OUTSIDE)
+        self._rank()
 
     def _rank(self) -> None:
         """Number the weights of each layer in the order of the decoder, and the layers that use a state."""
-        order = {_plain(name): place for place, name in enumerate(self.program.weights)}
+        order = {parameter_of(name)[0]: place for place, name in enumerate(self.program.weights)}
         found: dict[int, dict[str, int]] = {}
         users: dict[int, set[int]] = {}
         for at, operation in enumerate(self.function.operations):
@@ -191,11 +188,12 @@ class _Reader:
         seen = [self._slotted(at, place) or self._seen(value, layer) for place, value in enumerate(operation.operands)]
         said = ", ".join(attribute.partition(" : ")[0] for attribute in self._attributes(operation))
         types = ", ".join(map(_short, operation.types)) or "nothing"
-        self.hashes[at] = _sha256([operation.name, said, types, *(each.key for each in seen)])
-        self.labels[at] = self._label(operation, [each.label for each in seen])
-        line = f"{operation.name}{f'{{{said}}}' if said else ''}({', '.join(each.label for each in seen)}) -> {types}"
+        labels = [each.label for each in seen]
+        key = _sha256([operation.name, said, types, *(each.key for each in seen)])
+        self.known[at] = _Seen(_label(operation, labels), key)
+        line = f"{operation.name}{f'{{{said}}}' if said else ''}({', '.join(labels)}) -> {types}"
         self.lines.setdefault(layer, Counter())[line] += 1
-        self.digests.setdefault(layer, []).append(self.hashes[at])
+        self.digests.setdefault(layer, []).append(key)
         if any(self._carries_weights(value) for value in operation.operands):
             self.carries_weights.add(at)
 
@@ -216,11 +214,6 @@ class _Reader:
         called = self.program.composites.get(operation.callee or "")
         return operation.attributes if called is None else called.attributes
 
-    def _label(self, operation: Operation, seen: Sequence[str]) -> str:
-        if operation.name in _MOVES and seen:
-            return f"{operation.name}({seen[0]})"
-        return operation.name + "".join(dict.fromkeys(_NAMED.findall(" ".join(_own_weights(seen)))))
-
     def _seen(self, value: int, layer: int) -> _Seen:
         """A value as an operation of `layer` sees it."""
         value = self._resolved(value)
@@ -238,8 +231,11 @@ class _Reader:
             return _Seen(_readable(text), text)
         if self.layers[at] != layer:
             return self._seen_across(value, at, layer)
-        many = f"#{number}" if len(operation.types) > 1 else ""
-        return _Seen(self.labels.get(at, operation.name) + many, f"{self.hashes.get(at, '')}{many}")
+        known, many = self._known(at), f"#{number}" if len(operation.types) > 1 else ""
+        return _Seen(known.label + many, known.key + many)
+
+    def _known(self, at: int) -> _Seen:
+        return self.known.get(at) or _Seen(self.function.operations[at].name, "")
 
     def _constant(self, operation: Operation) -> str:
         if operation.stored is not None:
@@ -252,7 +248,7 @@ class _Reader:
         """A value that something else than `layer` made, without how: a change is told where it is."""
         maker, operation, number = self.layers[at], self.function.operations[at], self.made[value][1]
         if maker != OUTSIDE:
-            self.handed.setdefault(maker, set()).add(f"{self.hashes.get(at, '')} {number}")
+            self.handed.setdefault(maker, set()).add(f"{self._known(at).key} {number}")
         if value in self.states and layer != OUTSIDE:
             argument = self.states[value]
             return _Seen(f"state {self.function.arguments[argument]}", f"state {argument}")
@@ -263,7 +259,7 @@ class _Reader:
             label = "below" if distance == 1 else f"{distance} layers below"
         else:
             whose = f"layer {maker}: " if maker != OUTSIDE else ""
-            label = whose + self.labels.get(at, operation.name) + (f"#{number}" if len(operation.types) > 1 else "")
+            label = whose + self._known(at).label + (f"#{number}" if len(operation.types) > 1 else "")
         alike = sorted(self.taken.get((layer, maker, type_), ()))
         return _Seen(label, f"{label} {type_} {alike.index(value) if value in alike else 0}")
 
@@ -328,7 +324,7 @@ def _weights(operations: Sequence[Operation], literals: Collection[str]) -> Iter
     found: dict[int, str] = {}
     for operation in operations:
         stored = operation.weight or operation.stored
-        name = _plain(stored) if stored is not None and stored not in literals else None
+        name = parameter_of(stored)[0] if stored is not None and stored not in literals else None
         if operation.name.endswith(_UNPACKS) and operation.operands[0] in found:
             name = found[operation.operands[0]]
         if name is not None:
@@ -341,6 +337,13 @@ def _weights(operations: Sequence[Operation], literals: Collection[str]) -> Iter
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _label(operation: Operation, operands: Sequence[str]) -> str:
+    """An operation for the line of one that reads its result, from the labels of its own operands."""
+    if operation.name in _MOVES and operands:
+        return f"{operation.name}({operands[0]})"
+    return operation.name + "".join(dict.fromkeys(_NAMED.findall(" ".join(_own_weights(operands)))))
+
+
 def _own_weights(labels: Sequence[str]) -> Iterator[str]:
     """Those of some operands that are a weight, perhaps moved."""
     for label in labels:
@@ -349,16 +352,6 @@ def _own_weights(labels: Sequence[str]) -> Iterator[str]:
             inner = match[1]
         if _NAMED.fullmatch(inner):
             yield inner
-
-
-def _plain(name: str) -> str:
-    """The name of the weight that a stored tensor belongs to."""
-    return (
-        name.replace(".parametrizations.", ".")
-        .removesuffix(".original")
-        .removesuffix(".0.scales")
-        .removesuffix(".0.zero_points")
-    )
 
 
 def _within(name: str, layer: int) -> str:

@@ -20,8 +20,8 @@ class Chip:
 
     Attributes:
         name: as it is sold; of a chip that is sold with two bandwidths, the slower one is told by its GPU.
-        bandwidth: of the memory, published, in GB/s.
-        memory: sizes that it is sold with, in GiB, ascending.
+        bandwidth: published bandwidth of the memory, in GB/s.
+        memory: sizes of memory that it is sold with, in GiB, ascending.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a bundle would hold, need and run at: added up from a config, without a weight and without torch."""
+"""Plans: what a bundle would hold, need and run at, added up from a config without a weight and without torch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SCRATCH = ".plan"  # no build is called so: scratch is counted from nothing
 
 @frozen
 class RoleSum:
-    """The weights of one role.
+    """The weights of one role, added up.
 
     Attributes:
-        role: its name.
+        role: name of the role.
         routed: whether it holds experts of which a token reads a few.
         spec: how they are quantized, or None.
-        bytes: that they take in the bundle.
+        bytes: what they take in the bundle.
         read: bytes of them that one decoded token reads.
     """
 
@@ -54,7 +54,7 @@ class Plan:
     """A bundle that was not built.
 
     Attributes:
-        name: of the entry, or of the checkpoint's folder.
+        name: name of the entry, or of the checkpoint's folder.
         design: what would be built; its weights have sources when the checkpoint's headers were read.
         build: what a build reads, writes and needs on this machine.
     """
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def context(self) -> int:
-        """Positions that states are counted at."""
+        """The number of positions that states are counted at."""
         return self.design.max_context
 
     @cached_property
@@ -87,7 +87,7 @@ class Plan:
         )
 
     def _share_read(self, role: Role) -> float:
-        """Which share of a role's weights a token reads: one row of the embedding table, the chosen experts."""
+        """The share of a role's weights that a token reads: one row of the embedding table, the chosen experts."""
         if role.kind == "embedding":
             return 1 / int(self.design.facts["vocab_size"])
         share = active_share(role, self.design.facts)
@@ -155,18 +155,18 @@ class Plan:
 
     @property
     def published(self) -> tuple[Published, ...]:
-        """What others measured of this entry with this recipe."""
+        """Measurements that others published of this entry with this recipe."""
         entries = self.design.entry.published if self.design.entry else ()
         return tuple(measured for measured in entries if measured.recipe == self.design.recipe.name)
 
 
 def plan(request: BuildRequest, plugins: Plugins) -> Plan:
-    """The plan of what a dry request asks for: of an entry, or of a checkpoint's folder.
+    """The plan for a dry request: of an entry, or of a checkpoint's folder.
 
     Raises:
-        BadInput: when there is no such entry, recipe or contract, the entry states too little, or the config and the
-            headers of weights that are there cannot be built from.
-        PluginError: when what a plugin tells is not usable.
+        BadInput: when there is no such entry, recipe or contract, the entry states too little, or nothing can be built
+            from the config and the headers of the weights that are there.
+        PluginError: when the answer of a plugin is not usable.
     """
     designed = design(request, plugins)
     if designed.entry is not None:

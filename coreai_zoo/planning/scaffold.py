@@ -1,4 +1,4 @@
-"""An entry for a checkpoint, written from its `config.json`: `zoo new`."""
+"""Entries written from a checkpoint's `config.json`: `zoo new`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from coreai_zoo.build.request import DEFAULT_CONTEXT, DEFAULT_CONTRACT, DEFAULT_
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.checkpoint.files import CONFIG, has_weights, read_config
 from coreai_zoo.checkpoint.hub import fetch_from_hub
-from coreai_zoo.entry import HF_ID, Entry, Sample
+from coreai_zoo.entry import HF_ID, Entry, Sample, load_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
 
-DOCS = ("docs/tutorial.md", "docs/hooks.md", "docs/overlay.md (Writing one)")
+ENTRIES = Path("zoo_entries")
+"""The folder that entries go to where there is one."""
 
 _NOT_A_VALUE = "?"  # stands for a field's value to see whether anything reads it
 
@@ -30,7 +31,7 @@ class Origin:
     """Where a checkpoint is.
 
     Attributes:
-        directory: with its `config.json`.
+        directory: the folder of its `config.json`.
         hf_id: its repository on the hub, where that is known.
         revision: its commit there, where that is known.
     """
@@ -41,7 +42,7 @@ class Origin:
 
 
 def locate(source: str) -> Origin:
-    """A checkpoint's folder, or a repository on the hub, of which only `config.json` is fetched.
+    """The place of a checkpoint: a folder, or a repository on the hub, of which only `config.json` is fetched.
 
     Raises:
         BadInput: when `source` is neither.
@@ -78,7 +79,8 @@ class Draft:
     """An entry that is not written yet, and what was found on the way.
 
     Attributes:
-        text: of the file.
+        name: name of the entry.
+        text: content of the file.
         model: what the overlay makes of the config.
         unread: fields of the config that the overlay does not look at.
         weights: whether the headers of the weights fit: None without weights, else a phrase.
@@ -87,6 +89,7 @@ class Draft:
         unknown: what the entry leaves out because it is not known.
     """
 
+    name: str
     text: str
     model: Model
     unread: tuple[str, ...]
@@ -97,7 +100,7 @@ class Draft:
 
 
 def draft(name: str, origin: Origin, plugins: Plugins) -> Draft:
-    """The entry `name` for a checkpoint.
+    """The draft of the entry `name` for a checkpoint.
 
     Raises:
         BadInput: when there is such an entry, nobody claims the architecture, or its overlay cannot use the config.
@@ -114,6 +117,7 @@ def draft(name: str, origin: Origin, plugins: Plugins) -> Draft:
         if known is None
     )
     return Draft(
+        name=name,
         text=_toml(name, origin, model, twin.sample if twin else None),
         model=model,
         unread=tuple(unread_fields(model)),
@@ -174,6 +178,41 @@ def _toml(name: str, origin: Origin, model: Model, sample: Sample | None) -> str
 def _lines(table: Mapping[str, Any]) -> Iterator[str]:
     # JSON's text, numbers, booleans and lists are TOML's too.
     return (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items())
+
+
+def write_draft(draft: Draft, folder: Path | None, *, force: bool) -> Path:
+    """Write an entry into `folder`, once it has been read back as a build will read it; the path of the file.
+
+    Args:
+        draft: the entry.
+        folder: where to; None for `ENTRIES` where there is one, else the working directory.
+        force: whether to replace a file that is there.
+
+    Raises:
+        BadInput: when the file is there already, is no valid entry, or cannot be written.
+    """
+    if folder is None:
+        folder = ENTRIES if ENTRIES.is_dir() else Path()
+    path = folder / f"{draft.name}.toml"
+    if path.exists() and not force:
+        raise BadInput(f"{path} exists.", "Pass --force to replace it, or another folder with -o DIR.")
+    if Path(draft.name).name != draft.name:
+        raise BadInput(f"{draft.name!r} is not a name but a path.", "Choose the folder with -o DIR.")
+    partial = folder / f".{draft.name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(draft.text, encoding="utf-8")
+        try:
+            load_entry(partial)
+        except BadInput as error:
+            error.message = error.message.replace(str(partial), str(path))
+            raise
+        partial.replace(path)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror}.", "Choose another folder with -o DIR.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a maintainer's CI runs on a change: entries, overlays, samples, gates, golden graphs, documentation."""
+"""The checks that a maintainer's CI runs on a change: entries, overlays, samples, gates, golden graphs, docs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from attrs import frozen
@@ -14,26 +14,27 @@ from attrs import frozen
 from coreai_zoo.build.design import design
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
+from coreai_zoo.gates.run import GateOptions, failure, run_gate, write_report
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.goldens import compare, golden_entries, golden_path, read, take, write
 
-Gate = Callable[[Path], str]
-"""Judges a bundle and says in one line how it passed; raises CheckFailed when it did not."""
+_GATE = GateOptions(prompts="code", positions=32, candidate="coreai", control=False)
 
 
 @frozen
 class Outcome:
-    """One check.
+    """The outcome of one check.
 
     Attributes:
-        name: of the check.
+        name: name of the check.
         passed: None where there was nothing to check.
         detail: one line: what was found, or why it failed.
-        seconds: that it took.
+        seconds: how long it took.
     """
 
     name: str
@@ -48,10 +49,9 @@ class Checks:
 
     Attributes:
         plugins: what is installed.
-        folder: of the repository.
-        golden_folder: of the golden graphs.
-        update_goldens: write them instead of comparing.
-        gate: see `Gate`.
+        folder: the repository.
+        golden_folder: folder of the golden graphs.
+        update_goldens: whether these are written instead of compared.
         report: of progress.
     """
 
@@ -59,10 +59,9 @@ class Checks:
     folder: Path
     golden_folder: Path
     update_goldens: bool
-    gate: Gate
     report: Reporter
 
-    def run(self, only: tuple[str, ...] = ()) -> Iterator[Outcome]:
+    def run(self, only: Sequence[str] = ()) -> Iterator[Outcome]:
         """Run the checks in their order; one that fails does not keep the others from running."""
         for name, check in CHECKS.items():
             if only and name not in only:
@@ -129,22 +128,31 @@ def _overlays(self: Checks) -> _Found:
 
 def _samples(self: Checks) -> _Found:
     """Every sample builds, verifies, and passes its gate."""
-    problems, passed = [], []
+    problems: list[str] = []
+    passed = 0
     with tempfile.TemporaryDirectory(prefix="zoo-check-") as folder:
         for name, entry in _with_samples(self.plugins).items():
             request = BuildRequest(entry.name, sample=True, output=Path(folder))
             try:
-                bundle = build(request, self.plugins, Reporter(silent=True)).path
-                passed.append(f"{name}: {self.gate(bundle)}")
-                self.report.note(passed[-1])
+                _gate(Bundle.open(build(request, self.plugins, Reporter(silent=True)).path), self.plugins)
+                passed += 1
+                self.report.note(f"{name}: gate passed")
             except ZooError as error:
                 problems.append(f"{name}: {error}")
     _raise(problems)
-    return f"{len(passed)} samples build and pass their gates", True if passed else None
+    return f"{passed} samples build and pass their gates", True if passed else None
+
+
+def _gate(bundle: Bundle, plugins: Plugins) -> None:
+    """Judge a bundle as `zoo gate` does, plugins' gates and the report included."""
+    (record,) = run_gate([bundle], _GATE, plugins, Reporter(silent=True))
+    write_report(bundle, [record])
+    if not record["verdict"]["passed"]:
+        raise failure(bundle.directory.name, record["verdict"]["reasons"])
 
 
 def _with_samples(plugins: Plugins) -> Mapping[str, Entry]:
-    """An entry for each sample, by what the sample is called; siblings may share one."""
+    """An entry for each sample, by the name of the sample; siblings may share one."""
     entries = [(entry.sample, entry) for entry, _ in load_entries(plugins).values()]
     return {
         f"sample {PurePosixPath(sample.path).name} of {sample.package}": entry

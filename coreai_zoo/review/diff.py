@@ -1,6 +1,6 @@
-"""What a change does: two structures side by side, and what they compute.
+"""The difference between two structures and between what they compute: sections, each a list of changes.
 
-A difference is a list of sections, each a list of changes; rendering them is the last part of the file.
+Rendering them is the last part of the file.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _CHUNK = 2**24
 
 @frozen
 class Change:
-    """One thing that is not the same.
+    """One thing that is not the same in A and B.
 
     Attributes:
         what: its name.
-        before: on the left, None where there is no such thing.
-        after: on the right.
+        before: what it is in A, as text; None where A has no such thing.
+        after: the same of B.
     """
 
     what: str
@@ -48,11 +48,11 @@ class Change:
 
 @frozen
 class Section:
-    """One aspect.
+    """One aspect of two bundles: its changes, or why it was not compared.
 
     Attributes:
         name: for the reader.
-        changes: what is not the same; none where all is.
+        changes: what is not the same; empty where everything is.
         about: `graph`, `weights` or `numerics` where the section is evidence for one of these, else None.
         missing: why the aspect was not compared, where it was not.
         note: what the reader has to know.
@@ -67,15 +67,11 @@ class Section:
 
 @frozen
 class Difference:
-    """Everything that was compared of A and B."""
+    """Everything that was compared of A and B, section by section."""
 
     a: str
     b: str
     sections: tuple[Section, ...]
-
-    def labelled(self, a: str, b: str) -> Difference:
-        """The same under other names."""
-        return attrs.evolve(self, a=a, b=b)
 
     @property
     def changed(self) -> bool:
@@ -116,7 +112,7 @@ def _joined(names: Sequence[str], last: str) -> str:
 
 @frozen
 class Contents:
-    """The bytes of both sides' stored constants, by the names that `Structure.stored` has."""
+    """The bytes of the stored constants of A and B, by their names in `Structure.stored`."""
 
     a: Mapping[str, memoryview] = field(repr=False)
     b: Mapping[str, memoryview] = field(repr=False)
@@ -138,13 +134,13 @@ def require_comparable(a: Structure, b: Structure) -> None:
 
 
 def compare(a: Structure, b: Structure, contents: Contents | None, numerics: Section) -> Difference:
-    """Compare two structures.
+    """The difference between two structures, with the section about what both compute.
 
     Args:
-        a: the left one.
-        b: the right one.
-        contents: values of the stored constants, None where there are none.
-        numerics: what both compute, see `compare_numerics`.
+        a: the structure of A.
+        b: the structure of B.
+        contents: values of the stored constants; None where there are none.
+        numerics: the section about what both compute, see `compare_numerics`.
 
     Raises:
         BadInput: when nothing of one corresponds to anything of the other.
@@ -236,7 +232,7 @@ def _operations(a: Structure, b: Structure, function: str, suffix: str) -> Secti
 
 
 def _called(program: Program, function: str) -> Program:
-    """What an engine calls by this name: the function, if it is there, and the composites that it calls."""
+    """The function that an engine calls by this name, if it is there, and the composites that it calls."""
     functions = {name: own for name, own in program.functions.items() if name == function}
     called = {operation.callee for own in functions.values() for operation in own.operations}
     return Program(functions, {name: own for name, own in program.composites.items() if name in called})
@@ -363,10 +359,8 @@ def _constants(a: Structure, b: Structure, contents: Contents | None) -> Section
         else:
             changes += _pattern_changes(pattern, ours, theirs)
     if len(resized) > _SHOWN_RESIZED:
-        sizes = (
-            sum(weight.bytes for name in resized for weight in side[name].values()) for side in (patterns_a, patterns_b)
-        )
-        changes.append(Change(f"{len(resized)} of the same dtype, other sizes", *(f"{size:,} bytes" for size in sizes)))
+        sizes = (_bytes_of(side, resized) for side in (patterns_a, patterns_b))
+        changes.append(Change(f"{len(resized)} of the same dtype, other sizes", *sizes))
     else:
         for pattern in resized:
             changes += _pattern_changes(pattern, patterns_a[pattern], patterns_b[pattern])
@@ -461,11 +455,11 @@ def _recipe(a: Structure, b: Structure) -> Section:
 def compare_numerics(
     a: tuple[np.ndarray[Any, Any], Verdict], b: tuple[np.ndarray[Any, Any], Verdict], note: str
 ) -> Section:
-    """Logits of both sides for the same tokens, each judged by the same oracle: unchanged only when every bit is.
+    """The section about the logits of A and B for the same tokens: unchanged only when every bit is.
 
     Args:
-        a: logits [positions, V] and their verdict.
-        b: the same of the other side.
+        a: logits of A [positions, V] and the oracle's verdict on them.
+        b: the same of B.
         note: what was run on what.
     """
     changes: list[Change] = []
@@ -478,7 +472,7 @@ def compare_numerics(
 
 
 def numerics_missing(reason: str) -> Section:
-    """Stands for numerics that were not compared."""
+    """The section that says why no logits were compared."""
     return Section("numerics", (), about=NUMERICS, missing=reason)
 
 
@@ -504,7 +498,7 @@ def _side_by_side(a: Verdict, b: Verdict) -> list[Change]:
 
 
 def as_json(difference: Difference) -> dict[str, Any]:
-    """For programs."""
+    """A difference as JSON."""
     return {
         "a": difference.a,
         "b": difference.b,
@@ -515,7 +509,7 @@ def as_json(difference: Difference) -> dict[str, Any]:
 
 
 def as_markdown(difference: Difference) -> str:
-    """For a review: what changed, one table per section."""
+    """A difference as Markdown for a review, one table per section."""
     lines = [f"### `{difference.a}` against `{difference.b}`", "", f"**{difference.summary}**", ""]
     for section in difference.sections:
         if not section.changes and not section.missing:

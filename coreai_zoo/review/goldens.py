@@ -1,6 +1,7 @@
 """Golden graphs: operation counts in readable files, so that a change of an overlay shows up in review.
 
-One TOML file per entry, a table per kind of layer. A count that depends on the recipe is a table by recipe.
+There is one TOML file per entry, with a table per kind of layer. A count that depends on the recipe is a table by
+recipe.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from coreai_zoo.lowering.graph import Graph
 from coreai_zoo.lowering.wiring import Wiring, unnamed
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.recipes import RECIPES
-from coreai_zoo.review.structure import graphs as graphs_of
+from coreai_zoo.review import structure
 
 DEFAULT_FOLDER = Path("tests/goldens")
 
@@ -71,22 +72,22 @@ _HEAD = """\
 
 
 def take(entry: Entry, plugins: Plugins, on_recipe: Callable[[str], None] = lambda _: None) -> Golden:
-    """Count an entry's operations under every recipe.
+    """The golden graph of an entry, its operations counted under every recipe.
 
     Args:
-        entry: which.
-        plugins: what claims it.
-        on_recipe: told what has been counted.
+        entry: the entry.
+        plugins: what is installed.
+        on_recipe: called with what has been counted.
     """
     graphs: dict[str, Mapping[str, Graph]] = {}
-    for recipe, by_function in graphs_of(entry, plugins, RECIPES):
+    for recipe, by_function in structure.graphs(entry, plugins, RECIPES):
         graphs[recipe] = by_function
         on_recipe(f"{entry.name} as {recipe}")
     return golden(entry, graphs)
 
 
 def golden(entry: Entry, graphs: Mapping[str, Mapping[str, Graph]]) -> Golden:
-    """The golden graph that an entry's graphs, by recipe and function, are."""
+    """The golden graph of an entry from its graphs, by recipe and function."""
     tables: dict[str, dict[str, dict[str, int | str]]] = {}
     for recipe, by_function in graphs.items():
         for function, graph in by_function.items():
@@ -137,7 +138,7 @@ def _folded(by_recipe: Mapping[str, int | str], recipes: Sequence[str]) -> int |
 
 
 def of_recipe(golden: Golden, recipe: str) -> Golden:
-    """What a golden graph says of one recipe; what that one does not have is left out."""
+    """The part of a golden graph that is of one recipe, without what that one does not have."""
     chosen: Golden = {}
     for table, rows in golden.items():
         if isinstance(rows, Mapping):
@@ -149,7 +150,7 @@ def of_recipe(golden: Golden, recipe: str) -> Golden:
 
 
 def counts_of(golden: Golden) -> Golden:
-    """A golden graph without digests and lines."""
+    """The golden graph without digests and lines."""
     return {table: rows for table, rows in golden.items() if not _is_of_wiring(table)}
 
 
@@ -158,7 +159,7 @@ def _is_of_wiring(table: str) -> bool:
 
 
 def compare(golden: Golden, found: Golden) -> list[str]:
-    """What differs, one phrase each: operations that say something else or are wired otherwise, then counts."""
+    """The differences, one phrase each: operations that say something else or are wired otherwise, then counts."""
     ours, theirs = dict(_flat(counts_of(golden))), dict(_flat(counts_of(found)))
     counts = [
         f"{name} is {theirs.get(name, 'absent')}, the golden graph has {ours.get(name, 'none')}"
@@ -234,40 +235,33 @@ def _times(count: int | Mapping[str, int]) -> str:
 
 
 def read(path: Path) -> Golden:
-    """Read a golden graph.
+    """The golden graph in a file.
 
     Raises:
-        BadInput: when it cannot be read.
+        BadInput: when it cannot be read, or names no entry.
     """
     try:
         golden = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{path} cannot be read as a golden graph: {error}.", "Write it: zoo check --update-goldens."
-        ) from error
+        raise BadInput(f"{path} cannot be read as a golden graph: {error}.", _WRITE) from error
     if not isinstance(golden.get("entry"), str):
         raise BadInput(f"{path} names no entry.", _WRITE)
     return golden
 
 
 def write(golden: Golden, path: Path) -> None:
-    """Write a golden graph with what each number is for."""
+    """Write a golden graph, each number with what it is for."""
     lines = [_HEAD.format(name=golden["entry"])]
     lines += [f'{key} = "{golden[key]}"' for key in ("entry", "ffn")]
     for table, counts in golden.items():
         if isinstance(counts, Mapping):
             lines += ["", f'["{table}"]']
-            wiring = _is_of_wiring(table)
-            lines += [
-                f"{json.dumps(name)} = {_value(value)}" if wiring else _line(name, value)
-                for name, value in counts.items()
-            ]
+            if _is_of_wiring(table):
+                lines += [f"{json.dumps(name)} = {_value(value)}" for name, value in counts.items()]
+            else:
+                lines += [f"{name} = {_value(value)} # {_WHY.get(name, _OTHERWISE)}" for name, value in counts.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _line(name: str, value: int | Mapping[str, int]) -> str:
-    return f"{name} = {_value(value)} # {_WHY.get(name, _OTHERWISE)}"
 
 
 def _value(value: int | str | Mapping[str, int | str]) -> str:

@@ -1,4 +1,4 @@
-"""The same command with the code of another revision: a git worktree of it, for as long as it is needed."""
+"""Builds with the code of another revision, from a git worktree that is there for as long as it is needed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ main()
 
 @contextlib.contextmanager
 def worktree(revision: str | None) -> Iterator[Path]:
-    """A folder with the code at `revision`, removed afterwards also when interrupted; with None, the working tree.
+    """A folder with the code at `revision`, removed afterwards, also when interrupted; with None, the working tree.
 
     Raises:
         BadInput: when this is no git repository, or it has no such revision.
@@ -55,7 +55,7 @@ def worktree(revision: str | None) -> Iterator[Path]:
 
 
 def repository() -> Path:
-    """Top folder of the repository that the working directory is in.
+    """The top folder of the repository that the working directory is in.
 
     Raises:
         BadInput: when it is in none.
@@ -70,7 +70,7 @@ def repository() -> Path:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command, None when it fails."""
+    """The output of a git command; None when it fails."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)  # noqa: S607  # on PATH
     except FileNotFoundError as error:
@@ -81,15 +81,15 @@ def _git(*arguments: str) -> str | None:
 def build_sample(
     entry: str, recipe: str | None, tree: Path, output: Path, label: str, *, backend: str | None = None
 ) -> Path:
-    """Build the sample of `entry` into `output` with the code in `tree`; the bundle.
+    """Build the sample of `entry` with the code in `tree`; the folder of the bundle.
 
     Args:
         entry: name of the entry.
-        recipe: name of a recipe, or None for the entry's.
+        recipe: name of a recipe; None for the entry's.
         tree: top folder of the code.
-        output: where the bundle's folder is made.
+        output: folder in which the bundle's folder is made.
         label: names the code in an error.
-        backend: name of a backend, or None for the default.
+        backend: name of a backend; None for the default.
 
     Raises:
         BadInput: when the code there does not build it, with the reason.
@@ -109,7 +109,7 @@ def build_sample(
 
 
 def _search_path(tree: Path) -> list[str]:
-    """Where Python looks for modules here, with what lies in this repository replaced by the same in `tree`."""
+    """The folders that Python finds modules in, those of this repository replaced by the same of `tree`."""
     top = repository()
     given = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     found = [Path(entry).resolve() for entry in sys.path if entry]

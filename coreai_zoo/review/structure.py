@@ -1,4 +1,4 @@
-"""What a bundle is made of, as far as two of them can be compared: of one on disk, and of one that was never built."""
+"""The structure of a bundle, everything of it that can be compared: of one on disk, and of one that was never built."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from coreai_zoo.dtypes import bits_of
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, count, layer_names
+from coreai_zoo.names import parameter_of
 from coreai_zoo.overlay import Role
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.program import Program
@@ -30,7 +31,13 @@ _PLAIN = "fp16"  # the recipe that quantizes nothing
 
 @frozen
 class RoleWeights:
-    """All weights of one role: how they are stored, how much they are, and what the role is where that is recorded."""
+    """All weights of one role.
+
+    Attributes:
+        stored: how they are quantized, in words.
+        bytes: what they take in the asset.
+        role: the role itself; None where a bundle does not record it.
+    """
 
     stored: str
     tensors: int
@@ -44,32 +51,34 @@ class StoredWeight:
     """One tensor that an asset stores.
 
     Attributes:
-        shape: in elements.
-        dtype: logical, for example `int8`.
-        bytes: in the asset.
+        shape: its shape in elements.
+        dtype: its logical dtype, for example `int8`.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes in the asset."""
+        return math.ceil(math.prod(self.shape) * bits_of(self.dtype) / 8)
 
 
 @frozen
 class Structure:
-    """What is compared of a bundle.
+    """Everything of a bundle that is compared.
 
     Attributes:
-        label: for the reader.
+        label: names it for the reader.
         overlay: name of the overlay.
         facts: what the overlay knows of the config.
-        signatures: of each function that an engine calls, by its name.
-        graphs: operation counts of each function, of all layers.
+        signatures: the signature of each function that an engine calls, by name.
+        graphs: operation counts of these functions, of all layers.
         program: the operations themselves; of the traced layers only, where `traced` says how many these are.
-        traced: number of layers that `program` has, if not all.
-        stored: by name; codes, scales and zero points of a weight are one each.
-        roles: the recipe and what it comes to.
-        bytes_per_token: that a decode step reads, see `bytes_per_token`.
-        metadata: what the bundle says about itself, flat; empty where there is none.
+        traced: number of layers that `program` has; None for all.
+        stored: the stored tensors by name; codes, scales and zero points of a weight are one each.
+        roles: the weights by role.
+        metadata: what the bundle says about itself, as flat keys; empty where there is none.
     """
 
     label: str
@@ -115,17 +124,13 @@ class Structure:
 
 
 def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
-    """Read a bundle's structure.
+    """The structure of a bundle on disk.
 
     Raises:
         CheckFailed: when its asset cannot be read.
         BadInput: when its record lacks what is compared.
     """
     program = backend.program(bundle.asset)
-    stored = {
-        _weight_name(name): StoredWeight(shape, dtype, _size(shape, dtype))
-        for name, (shape, dtype) in program.stored.items()
-    }
     build = bundle.build
     try:
         recipe, known = build["recipe"]["roles"], build.get("roles", {})
@@ -149,7 +154,7 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
             graphs=count(program),
             program=program,
             traced=None,
-            stored=stored,
+            stored={_weight_name(name): StoredWeight(*kind) for name, kind in program.stored.items()},
             roles=roles,
             metadata=_flat(bundle.metadata),
         )
@@ -162,18 +167,9 @@ def contents(bundle: Bundle, backend: Backend) -> dict[str, memoryview]:
     return {_weight_name(name): view for name, view in backend.constants(bundle.asset).items()}
 
 
-def _size(shape: tuple[int, ...], dtype: str) -> int:
-    return math.ceil(math.prod(shape) * bits_of(dtype) / 8)
-
-
-def _weight_name(name: str) -> str:
-    """The name of a stored tensor without how torch presents a quantized weight."""
-    return (
-        name.replace(".parametrizations.", ".")
-        .replace(".0.scales", " scales")
-        .replace(".0.zero_points", " zero points")
-        .removesuffix(".original")
-    )
+def _weight_name(state: str) -> str:
+    """A stored tensor's name without how torch presents a quantized weight: the parameter, and which part of it."""
+    return " ".join(parameter_of(state)).rstrip()
 
 
 def _spec_text(record: Mapping[str, Any] | None) -> str:
@@ -201,13 +197,13 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
     """The structure of the bundle that an entry would give, from its facts.
 
     No weight is at hand and none is needed: as many layers are lowered as show each kind twice, with nothing in their
-    weights, and counted. Everything else is told by the sizes.
+    weights, and counted. Everything else follows from the sizes.
 
     Args:
-        entry: which.
-        plugins: what claims it.
-        recipe: another than the entry's.
-        sample: at the sizes of the entry's sample instead of its own.
+        entry: the entry.
+        plugins: what is installed.
+        recipe: name of a recipe; None for the entry's.
+        sample: whether to take the sizes of the entry's sample.
 
     Raises:
         BadInput: when the entry does not state what its config needs.
@@ -239,7 +235,7 @@ def _repeated(graphs: Mapping[str, Graph], names: Sequence[str]) -> dict[str, Gr
 
 
 def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[tuple[str, dict[str, Graph]]]:
-    """For each recipe the graphs that `of_entry` counts, by function, in a fraction of the time.
+    """Each recipe with the graphs that `of_entry` counts under it, by function, in a fraction of the time.
 
     Recipes differ in how weights are stored and not in what is computed with them, so the decoder is traced once, with
     plain weights, and lowered once per recipe with the weights as that stores them. Of experts there are only twice as
@@ -321,7 +317,7 @@ class _Empty:
 def _stored(tensor: PlannedTensor) -> list[tuple[str, StoredWeight]]:
     suffixes = {"data": "", "scales": " scales", "zero_points": " zero points"}
     return [
-        (f"{tensor.name}{suffixes[kind]}", StoredWeight(array.shape, array.dtype, array.bytes))
+        (f"{tensor.name}{suffixes[kind]}", StoredWeight(array.shape, array.dtype))
         for kind, array in tensor.format.arrays.items()
     ]
 

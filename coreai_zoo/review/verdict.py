@@ -1,15 +1,11 @@
-"""What kind of change a difference is, and what to run next."""
+"""The verdict on a difference: what kind of change it is, and what to run next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import attrs
 from attrs import frozen
 
 from coreai_zoo.errors import listing
-from coreai_zoo.review.diff import GRAPH, NUMERICS, SIGNATURE, WEIGHTS, Difference, Section
+from coreai_zoo.review.diff import GRAPH, NUMERICS, SIGNATURE, WEIGHTS, Difference
 
 KINDS = {
     "none": "nothing that was compared has changed",
@@ -60,36 +56,26 @@ class ChangeVerdict:
         then = f"Next: {', then '.join(f'`{command}`' for command in self.commands)}." if self.commands else ""
         return f"Verdict: {self.kind}. {self.reason[:1].upper()}{self.reason[1:]}. {then or 'Nothing to do.'}"
 
-    def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        return attrs.asdict(self)
 
-
-def judge(found: Difference, commands: Next) -> ChangeVerdict:
+def judge(difference: Difference, commands: Next) -> ChangeVerdict:
     """Say what kind of change a difference is."""
-    changed = _names(found, lambda section: bool(section.changes))
-    signature = [name for name in changed if name.startswith(SIGNATURE)]
-    graph = _names(found, lambda section: bool(section.changes) and section.about == GRAPH)
-    weights = _names(found, lambda section: bool(section.changes) and section.about == WEIGHTS)
-    numerics = _names(found, lambda section: bool(section.changes) and section.about == NUMERICS)
-    missing = next((section.missing for section in found.sections if section.about == NUMERICS), None)
-    goldens = commands.goldens if graph else ()
-    if signature:
+    changed = [section for section in difference.sections if section.changes]
+    about = {section.about for section in changed}
+    missing = next((section.missing for section in difference.sections if section.about == NUMERICS), None)
+    goldens = commands.goldens if GRAPH in about else ()
+    if any(section.name.startswith(SIGNATURE) for section in changed):
         return ChangeVerdict("signature", KINDS["signature"], (*commands.verify, *commands.gate, *goldens))
-    if numerics:
+    if NUMERICS in about:
         return ChangeVerdict("numerics", KINDS["numerics"], (*commands.gate, *goldens))
-    if graph and missing is not None:
+    if GRAPH in about and missing is not None:
         reason = f"the graph changed, and whether other numbers come out was not seen: {missing}"
         return ChangeVerdict("numerics", reason, (*commands.gate, *goldens))
-    if weights:
+    if WEIGHTS in about:
         seen = "no logit did where both were run" if missing is None else f"logits were not compared: {missing}"
         return ChangeVerdict("weights", f"{KINDS['weights']}, and {seen}", (*commands.gate, *goldens))
-    if graph:
+    if GRAPH in about:
         return ChangeVerdict("graph", KINDS["graph"], goldens or commands.verify)
     if changed:
-        return ChangeVerdict("metadata", f"{KINDS['metadata']}: {listing(changed)}", commands.verify)
+        names = listing([section.name for section in changed])
+        return ChangeVerdict("metadata", f"{KINDS['metadata']}: {names}", commands.verify)
     return ChangeVerdict("none", KINDS["none"], ())
-
-
-def _names(found: Difference, chosen: Callable[[Section], bool]) -> list[str]:
-    return [section.name for section in found.sections if chosen(section)]

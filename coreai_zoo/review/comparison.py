@@ -1,0 +1,222 @@
+"""What `zoo diff` compares: two bundles, two entries or recipes, or the sample of an entry at two revisions.
+
+`diff` puts two structures side by side. Here they are found, built where they have to be, and run; `verdict` says what
+the difference comes to.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve, frozen
+
+from coreai_zoo.build.pipeline import build
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.verify import backend_of
+from coreai_zoo.catalogue import find_entry, find_recipe, load_entries
+from coreai_zoo.entry import Entry
+from coreai_zoo.errors import BadInput
+from coreai_zoo.gates.run import checkpoint_of, oracle_of
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
+from coreai_zoo.review import diff, structure
+from coreai_zoo.review.diff import Difference, Section, numerics_missing
+from coreai_zoo.review.revision import build_sample, worktree
+from coreai_zoo.review.structure import Structure
+from coreai_zoo.review.verdict import ChangeVerdict, Next, judge
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from coreai_zoo.gates.rule import Verdict
+
+_AFTER_CODE = Next(
+    verify=("zoo check --only samples",),
+    gate=("zoo check --only samples",),
+    goldens=("zoo check --only goldens --update-goldens",),
+)
+
+
+@frozen
+class Comparison:
+    """Everything that differs between A and B, and what that comes to."""
+
+    difference: Difference
+    verdict: ChangeVerdict
+
+
+@frozen
+class EntryRecipe:
+    """An entry under one recipe, `ENTRY` or `ENTRY:RECIPE` in text; as `name` it was called."""
+
+    name: str
+    entry: Entry
+    recipe: str
+
+
+@frozen
+class Comparer:
+    """Compares what its methods are told the names of.
+
+    Attributes:
+        plugins: what is installed.
+        report: of progress.
+        checkpoint: to run two bundles on; None for that of their samples.
+        positions: tokens to run.
+        numerics: False to run nothing, and to compare graph and weights only.
+    """
+
+    plugins: Plugins
+    report: Reporter
+    checkpoint: Path | None
+    positions: int
+    numerics: bool
+
+    def compare(self, a: str, b: str) -> Comparison:
+        """Compare two bundles by their folders, or two entries by `ENTRY` or `ENTRY:RECIPE`; `:RECIPE` is of A's.
+
+        Raises:
+            BadInput: when one is neither, or nothing of one corresponds to anything of the other.
+        """
+        if b.startswith(":"):
+            b = a.partition(":")[0] + b
+        is_bundle = [Path(name).is_dir() and name not in load_entries(self.plugins) for name in (a, b)]
+        if all(is_bundle):
+            one, other = Bundle.open(Path(a)), Bundle.open(Path(b))
+            found = self._of_bundles(one, other)
+            return Comparison(found, judge(found, self._after_bundle(other)))
+        if any(is_bundle):
+            bundle, entry = (a, b) if is_bundle[0] else (b, a)
+            raise BadInput(
+                f"{bundle} is a bundle and {entry} is none: they cannot be compared.",
+                "Give two bundles, or two entries; `zoo build ENTRY --sample` makes a bundle of an entry.",
+            )
+        sides = self._entry_recipe(a), self._entry_recipe(b)
+        found = self._of_entries(*sides)
+        return Comparison(found, judge(found, _after_entry(sides[1])))
+
+    def compare_revisions(self, entry: str, revisions: Sequence[str]) -> Comparison:
+        """Compare the sample of `ENTRY` or `ENTRY:RECIPE` as two revisions of the code build it.
+
+        Args:
+            entry: the entry, which has a sample.
+            revisions: two, or one that the working tree is compared with.
+
+        Raises:
+            BadInput: when there is no such sample or revision, or the code there does not build it.
+        """
+        side = self._entry_recipe(entry)
+        name = side.entry.name
+        if side.entry.sample is None:
+            raise BadInput(f"{name} has no sample, and --rev builds it at both revisions.")
+        commits: list[str | None] = [*revisions, None][:2]
+        labels = [commit or "the working tree" for commit in commits]
+        bundles: list[Bundle] = []
+        with tempfile.TemporaryDirectory(prefix="zoo-diff-") as folder:
+            for letter, commit, label in zip("ab", commits, labels, strict=True):
+                with self.report.stage("build", f"the sample of {name} at {label}"), worktree(commit) as tree:
+                    bundles.append(Bundle.open(build_sample(name, side.recipe, tree, Path(folder) / letter, label)))
+            found = self._of_bundles(*bundles)
+        found = evolve(found, a=f"{name} sample at {labels[0]}", b=f"{name} sample at {labels[1]}")
+        return Comparison(found, judge(found, _AFTER_CODE))
+
+    # -- the two sides
+
+    def _entry_recipe(self, text: str) -> EntryRecipe:
+        name, _, recipe = text.partition(":")
+        if not name.endswith(".toml") and ("/" in text or Path(text).exists()):
+            raise BadInput(f"{text} is neither a bundle's folder nor an entry.", "`zoo list` shows the entries.")
+        if name in self.plugins.recipes() and not recipe and name not in load_entries(self.plugins):
+            raise BadInput(f"{name} is a recipe: two are compared on an entry.", f"Write it as ENTRY:{name}.")
+        entry, _ = find_entry(name, self.plugins)
+        return EntryRecipe(name, entry, find_recipe(recipe or entry.recipe, self.plugins).name)
+
+    def _of_bundles(self, a: Bundle, b: Bundle) -> Difference:
+        backends = [backend_of(bundle, self.plugins.backends()) for bundle in (a, b)]
+        with self.report.stage("read", f"{a.directory.name} and {b.directory.name}"):
+            sides = structure.of_bundle(a, backends[0]), structure.of_bundle(b, backends[1])
+            diff.require_comparable(*sides)
+            contents = diff.Contents(structure.contents(a, backends[0]), structure.contents(b, backends[1]))
+        return diff.compare(*sides, contents, self._numerics(a, b))
+
+    def _of_entries(self, a: EntryRecipe, b: EntryRecipe) -> Difference:
+        if self.checkpoint is not None:
+            raise BadInput("--checkpoint is for two bundles: entries are compared without weights.")
+        sides = self._structure(a), self._structure(b)
+        diff.require_comparable(*sides)
+        return diff.compare(*sides, None, self._numerics_of_samples(a, b))
+
+    def _structure(self, side: EntryRecipe) -> Structure:
+        with self.report.stage("lower", f"{side.entry.name} as {side.recipe}, without weights"):
+            return structure.of_entry(side.entry, self.plugins, recipe=side.recipe)
+
+    def _after_bundle(self, bundle: Bundle) -> Next:
+        checkpoint = "" if bundle.build.get("sample") else f" --checkpoint {self.checkpoint or 'DIR'}"
+        return Next((f"zoo verify {bundle.directory}",), (f"zoo gate {bundle.directory}{checkpoint}",))
+
+    # -- what they compute
+
+    def _numerics_of_samples(self, a: EntryRecipe, b: EntryRecipe) -> Section:
+        """What two recipes do to the sample of one entry."""
+        if not self.numerics:
+            return numerics_missing("they were left out")
+        if a.entry.name != b.entry.name:
+            return numerics_missing("two entries are two models, and no checkpoint is both")
+        if a.entry.sample is None:
+            return numerics_missing(f"{a.entry.name} has no sample to run; build two bundles and compare them")
+        bundles: list[Bundle] = []
+        with tempfile.TemporaryDirectory(prefix="zoo-diff-") as folder:
+            for letter, side in (("a", a), ("b", b)):
+                request = BuildRequest(side.entry.name, sample=True, recipe=side.recipe, output=Path(folder) / letter)
+                bundles.append(Bundle.open(build(request, self.plugins, self.report).path))
+            return self._numerics(*bundles)
+
+    def _numerics(self, a: Bundle, b: Bundle) -> Section:
+        """Run both bundles on the same tokens and judge both by the same oracle."""
+        from coreai_zoo.gates import prompts, teacher_forced
+        from coreai_zoo.gates.oracle import default_cache
+
+        if not self.numerics:
+            return numerics_missing("they were left out")
+        if _source(a) != _source(b):
+            return numerics_missing("they were built from different checkpoints")
+        if self.checkpoint is None and not (a.build.get("sample") and b.build.get("sample")):
+            return numerics_missing("they are no samples; pass --checkpoint DIR")
+        if a.build["layers"] != b.build["layers"]:
+            return numerics_missing("they have different numbers of layers")
+        checkpoint = checkpoint_of(a, self.plugins, self.checkpoint)
+        for bundle in (a, b):
+            teacher_forced.check_checkpoint(bundle, checkpoint)
+        count = min(self.positions, a.max_context, b.max_context)
+        tokens = prompts.tokenize(a, prompts.cut(prompts.named_prompts([prompts.ANCHOR])[0], count)).tokens
+        oracle = oracle_of(a, self.plugins, checkpoint, cache=default_cache()).run(tokens)
+        one, other = (self._run(bundle, tokens, oracle, letter) for bundle, letter in ((a, "A"), (b, "B")))
+        of_sample = "the sample" if self.checkpoint is None else checkpoint.name
+        return diff.compare_numerics(
+            one,
+            other,
+            note=f"{count} positions of {of_sample}, both on this machine's runtime, the oracle Hugging Face in fp32",
+        )
+
+    def _run(
+        self, bundle: Bundle, tokens: Sequence[int], oracle: Any, letter: str
+    ) -> tuple[np.ndarray[Any, Any], Verdict]:
+        from coreai_zoo.gates import rule
+        from coreai_zoo.gates.candidate import AssetCandidate
+
+        with self.report.steps(f"run      {letter}, {len(tokens)} positions", len(tokens)) as step:
+            logits = AssetCandidate(bundle, backend_of(bundle, self.plugins.backends()), step).run(tokens).logits
+        return logits, rule.judge(tokens, oracle.logits, logits)
+
+
+def _after_entry(side: EntryRecipe) -> Next:
+    what = f"{side.name} --recipe {side.recipe}"
+    return Next((f"zoo plan {what}",), (f"zoo build {what}", "zoo gate BUNDLE"))
+
+
+def _source(bundle: Bundle) -> Mapping[str, Any]:
+    return {key: bundle.build["source"].get(key) for key in ("config_sha256", "files")}
