@@ -566,7 +566,8 @@ def _instances(kind: type[_T]) -> Callable[[Any], _T]:
 
 
 def _named(kind: str) -> Callable[[Any], Any]:
-    # Importing the class to check against would load what `zoo list` must not load; a name is all the host needs here.
+    # A name is all that the host needs here. Holding the item against the protocol would ask for each of its
+    # properties, and so might load a toolchain.
     def check(item: Any) -> Any:
         if isinstance(item, type) or not isinstance(getattr(item, "name", None), str):
             raise TypeError(f"{kind}s, each with a name")

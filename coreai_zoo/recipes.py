@@ -17,6 +17,10 @@ from coreai_zoo.overlay import Role, RoleKind
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+IntegerDtype = Literal["int4", "int8", "uint4", "uint8"]
+Scheme = Literal["symmetric", "symmetric_with_clipping", "asymmetric"]
+
+
 def _block(_instance: object, _attribute: Any, size: object) -> None:
     if size is not None and (not isinstance(size, int) or size < 2):
         raise ValueError(f"a block has at least 2 inputs, not {size!r}")
@@ -33,10 +37,8 @@ class QuantizationSpec:
         block_size: inputs per scale; None for one scale per row ("per channel").
     """
 
-    dtype: Literal["int4", "int8", "uint4", "uint8"] = field(validator=in_(("int4", "int8", "uint4", "uint8")))
-    scheme: Literal["symmetric", "symmetric_with_clipping", "asymmetric"] = field(
-        validator=in_(("symmetric", "symmetric_with_clipping", "asymmetric"))
-    )
+    dtype: IntegerDtype = field(validator=in_(get_args(IntegerDtype)))
+    scheme: Scheme = field(validator=in_(get_args(Scheme)))
     block_size: int | None = field(default=32, validator=_block)
 
     @property

@@ -256,10 +256,6 @@ class _Target:
     info: ParameterInfo
     matches: list[_Match] = field(factory=list)
 
-    @property
-    def rows(self) -> int:
-        return math.prod(self.info.shape[:-1])
-
 
 @define
 class _Problems:
@@ -439,7 +435,7 @@ class _Planner:
                 end, before = source.stop, source.key
         if not sources:
             self.problems.missing.append(self._expectation(target))
-        elif gap or end < target.rows:
+        elif gap or end < math.prod(target.info.shape[:-1]):
             self.problems.missing.append(f"part of {target.name}: {listing(self._missing_parts(target, sources), 6)}")
 
     def _rules_for(self, target: _Target) -> list[tuple[_Rule, dict[str, str]]]:

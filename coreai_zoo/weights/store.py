@@ -25,12 +25,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, get_args
 
-from attrs import Factory, asdict, define, field, frozen
+from attrs import asdict, define, field, frozen
 
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, EnvironmentLacks
@@ -624,30 +625,29 @@ class _Work:
     computed: int = 0
     bytes_written: int = 0
     repaired: list[str] = field(factory=list)
-    eviction: _Eviction = field(default=Factory(lambda work: _Eviction(work.checkpoint), takes_self=True))
 
     def run(self, plan: WeightPlan) -> None:
         """Compute what is not current, chunk by chunk and without a pause between tensors."""
         chunks = (chunk for planned in plan.tensors if not self._is_current(planned) for chunk in chunks_of(planned))
         results = run_in_order(partial(convert_chunk, self.checkpoint, chunk) for chunk in chunks)
+        eviction = _Eviction(self.checkpoint)
         with _Committer(self.store.directory, self.store.journal) as committer, closing(results):
             for result in results:
                 self._write_tensor(result, results, committer)
-                self.eviction.add(result.chunk.planned)
-        self.eviction.evict()
+                eviction.add(result.chunk.planned)
+        eviction.evict()
 
     def _write_tensor(self, first: Result, results: Iterator[Result], committer: _Committer) -> None:
         """Write the tensor that begins with `first` and hand it to the committer."""
         planned = first.chunk.planned
         writer = _TensorWriter.open(self.store.directory, planned)
         try:
-            digest, result = hashlib.sha256(), first
-            while True:
+            digest = hashlib.sha256()
+            for result in chain([first], results):
                 digest.update(result.source)
                 self.progress(planned, self._write_chunk(result, writer))
                 if result.chunk.last:
                     break
-                result = next(results)
             entry = self._entry(planned, digest.hexdigest(), writer.finish())
             committer.submit(_Computed(writer, entry))
         except BaseException:
