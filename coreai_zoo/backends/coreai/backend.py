@@ -114,7 +114,7 @@ class CoreAIBackend:
 
     def constants(self, asset: Path) -> Mapping[str, memoryview]:
         """See `Backend.constants`."""
-        with _damage_told(asset):
+        with _damage_explained(asset):
             bytecode = _bytecode(asset)
         return {blob.name: bytecode.view(blob) for blob in bytecode.blobs}
 
@@ -209,7 +209,7 @@ class CoreAITraced:
             return read_program(self.lower(constants))
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
-        """The `AIProgram` of all functions and layers."""
+        """The `AIProgram` of all functions, with all their layers."""
         from coreai_zoo.backends.coreai.lowering import Converter
         from coreai_zoo.lowering import mistakes
 
@@ -416,7 +416,7 @@ def _save(program: Any, destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def _damage_told(asset: Path) -> Iterator[None]:
+def _damage_explained(asset: Path) -> Iterator[None]:
     """Within the block, an exception that shows that `asset` is damaged becomes an error in words."""
     try:
         yield
@@ -433,7 +433,7 @@ def _without_weights(asset: Path) -> Iterator[Any]:
     """
     from coreai.authoring import AIModelAsset
 
-    with _damage_told(asset), tempfile.TemporaryDirectory() as folder:
+    with _damage_explained(asset), tempfile.TemporaryDirectory() as folder:
         bare = Path(folder) / asset.name
         bare.mkdir()
         bytecode = _bytecode(asset).without_blobs()

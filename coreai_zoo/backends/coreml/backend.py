@@ -1,7 +1,7 @@
 """The Core ML backend: a decoder as an ML Program in an `.mlpackage`, for macOS 15 and iOS 18 and later.
 
-coremltools and torch are imported inside, so that discovering the backend costs nothing. Where there is no Mac, a
-package is run by the interpreter in `reference`: the program's own rounding, without a device.
+coremltools and torch are imported inside, so that it costs nothing to discover the backend. Where there is no Mac, the
+reference interpreter in `reference` runs a package: with the program's own rounding, without a device.
 """
 
 from __future__ import annotations
