@@ -145,7 +145,7 @@ def test_memory_that_does_not_suffice_is_refused_with_the_numbers(
 ) -> None:
     monkeypatch.setattr("coreai_zoo.build.preflight.available_memory", lambda: 300 * 2**20)
     resolved = design(BuildRequest("qwen3.6-27b", sample=True, backend=backend, output=tmp_path), default_plugins())
-    deep = evolve(resolved, facts={**resolved.facts, "layers": layers})
+    deep = evolve(resolved, model=evolve(resolved.model, facts={**resolved.facts, "layers": layers}))
     needs = preflight(deep, Workspace.of(tmp_path, resolved.name, None, keep=False))
     wanted = max(LEAST_MEMORY, resolved.backend.memory(layers))
     assert layers == 8 or wanted > LEAST_MEMORY  # a deep decoder takes more than any build does

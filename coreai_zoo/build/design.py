@@ -431,7 +431,7 @@ def _check_table(overlay: str, table: Mapping[str, ParameterInfo], real: Mapping
     names = [name for name in {**real, **table} if table.get(name) != real.get(name)]
     if names:
         raise PluginError(
-            f"the parameters that overlay {overlay!r} tells are not those of its decoder: {listing(names)}.",
+            f"the table of parameters of overlay {overlay!r} differs from its decoder in {listing(names)}.",
             "Correct its `parameters`, or take the method away.",
         )
 

@@ -327,9 +327,9 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
 
 
 def _design_of(bundle: Bundle, plugins: Plugins, checkpoint: Path, recipe: str | None = None) -> Design:
-    """The design that `bundle` was built from, or the same by another recipe."""
+    """The design that `bundle` was built from, or the same by another recipe. Nothing is built, so it is dry."""
     request, _ = recorded_request(bundle, checkpoint, bundle.directory.parent)
-    return design(evolve(request, recipe=recipe or request.recipe), plugins)
+    return design(evolve(request, recipe=recipe or request.recipe, dry=True), plugins)
 
 
 def _overlay_runner(designed: Design, weights: WeightSource) -> Runner:
