@@ -51,7 +51,7 @@ class Comparison:
 
 @frozen
 class EntryRecipe:
-    """An entry under one recipe, `ENTRY` or `ENTRY:RECIPE` in text; as `name` it was called."""
+    """An entry under one recipe: `ENTRY` or `ENTRY:RECIPE` on the command line, where it was called `name`."""
 
     name: str
     entry: Entry
@@ -60,14 +60,14 @@ class EntryRecipe:
 
 @frozen
 class Comparer:
-    """Compares what its methods are told the names of.
+    """Compares two bundles, two entries or recipes, or two revisions of the code.
 
     Attributes:
         plugins: what is installed.
         report: of progress.
-        checkpoint: to run two bundles on; None for that of their samples.
-        positions: tokens to run.
-        numerics: False to run nothing, and to compare graph and weights only.
+        checkpoint: what two bundles are run on; None for the checkpoint of their sample.
+        positions: how many tokens are run.
+        numerics: whether anything is run; without, graph and weights alone are compared.
     """
 
     plugins: Plugins
@@ -77,7 +77,9 @@ class Comparer:
     numerics: bool
 
     def compare(self, a: str, b: str) -> Comparison:
-        """Compare two bundles by their folders, or two entries by `ENTRY` or `ENTRY:RECIPE`; `:RECIPE` is of A's.
+        """Compare two bundles, by their folders, or two entries, each `ENTRY` or `ENTRY:RECIPE`.
+
+        `:RECIPE` alone is another recipe of A's entry.
 
         Raises:
             BadInput: when one is neither, or nothing of one corresponds to anything of the other.
@@ -103,7 +105,7 @@ class Comparer:
         """Compare the sample of `ENTRY` or `ENTRY:RECIPE` as two revisions of the code build it.
 
         Args:
-            entry: the entry, which has a sample.
+            entry: the entry, with or without a recipe.
             revisions: two, or one that the working tree is compared with.
 
         Raises:
