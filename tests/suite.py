@@ -55,6 +55,7 @@ THOROUGH = frozenset(
         "third_party_plugin",
         "toy_plugin",
         "tutorial",
+        "two_functions",
     }
 )
 
