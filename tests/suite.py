@@ -54,6 +54,7 @@ THOROUGH = frozenset(
         "store",
         "third_party_plugin",
         "toy_plugin",
+        "toy_vocabulary",
         "tutorial",
         "two_functions",
     }
