@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from attrs import evolve
 from torch import Tensor
 
 import toys
+from checkpoints import write_json
 from command import zoo
 from coreai_zoo import hookimpl
 from coreai_zoo.backend import drain
@@ -192,18 +194,28 @@ def test_verify_checks_both_functions(pair: Bundle, plugins: Plugins) -> None:
     assert all(check["passed"] for check in checks.values())
     assert checks["signature"]["detail"].startswith("step: input_ids")
     assert "; pair: input_ids" in checks["signature"]["detail"]
+    assert checks["step"]["detail"] == "two tokens, pair with 2, logits finite"
 
 
-def test_verify_misses_a_function_that_the_record_has(step_only: Bundle, pair: Bundle, plugins: Plugins) -> None:
-    from coreai_zoo.bundle.verify import compare_signatures
-
-    found = CoreAIBackend().signatures(step_only.asset)
-    assert compare_signatures(found, pair.functions) == [
-        "the function step is missing", "the function pair is missing", "the function main was not built",
-    ]  # fmt: skip
-    swapped = dict(zip(("step", "pair"), reversed(pair.functions.values()), strict=True))
-    problems = compare_signatures(CoreAIBackend().signatures(pair.asset), swapped)
-    assert any(problem.startswith("pair: input input_ids is ((1, 2), 'int32')") for problem in problems)
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (("step", "trio"), "the function trio is missing, the function pair was not built"),
+        (("pair", "step"), "pair: input input_ids is ((1, 2), 'int32'), not ((1, 1), 'int32')"),
+    ],
+    ids=["another name", "one for the other"],
+)
+def test_verify_misses_a_function_that_the_record_has(
+    pair: Bundle, plugins: Plugins, tmp_path: Path, names: tuple[str, str], complaint: str
+) -> None:
+    copy = shutil.copytree(pair.directory, tmp_path / pair.directory.name)
+    record = dict(pair.build)
+    write_json(copy / "build.json", record | {"functions": dict(zip(names, record["functions"].values(), strict=True))})
+    result = zoo("verify", copy, "--json", plugins=plugins)
+    assert result.exit_code == 1
+    (check,) = (check for check in json.loads(result.stdout) if check["name"] == "signature")
+    assert not check["passed"]
+    assert complaint in check["detail"]
 
 
 def test_run_generates_text_with_the_decoding_function(pair: Bundle, step_only: Bundle, plugins: Plugins) -> None:
