@@ -78,8 +78,9 @@ class Contract:
         )
         axes = {}
         if not self.fixed_context:
-            axes["positions"] = Axis(1, max_context, _TRACED_POSITIONS)
-            axes["capacity"] = Axis(1, _largest_capacity(max_context), _TRACED_CAPACITY)
+            least = query_length or 1
+            axes["positions"] = Axis(least, max_context, max(_TRACED_POSITIONS, least + 1))
+            axes["capacity"] = Axis(least, _largest_capacity(max_context), max(_TRACED_CAPACITY, least + 1))
         if query_length is None:
             axes["query"] = Axis(1, max_context, _TRACED_POSITIONS - 2)
         positions = (

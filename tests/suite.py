@@ -59,7 +59,9 @@ THOROUGH = frozenset(
         "store",
         "third_party_plugin",
         "toy_plugin",
+        "toy_vocabulary",
         "tutorial",
+        "two_functions",
         "walk",
         "wiring",
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,42 @@ def test_each_contract_is_broken_by_what_it_forbids(
     assert result.returncode == 1, result.stdout + result.stderr
     broken = [text for text in result.stdout.splitlines() if " BROKEN" in text]
     assert any(text.startswith(contract) for text in broken), result.stdout
+
+
+# Words of one family of models. A plugin knows them, the host does not: where they may stand nevertheless.
+FAMILY = re.compile(r"gdn|qwen|moe\.", re.IGNORECASE)
+ALLOWED = (
+    # Examples below a help text, which have to name an entry or a bundle that there is.
+    (r"cli/\w+\.py", r" {8}(zoo|python -m coreai_zoo\.cli\.demo) .*"),
+    (r"cli/app\.py", r' {4}epilog="Example: zoo build qwen3\.6-27b --sample",'),
+    # A class of tokenizers that engines know by that name, whatever the model.
+    (r"backends/builtin\.py", r'.*TokenizerClass\(name\) for name in \("Qwen2Tokenizer", .*'),
+)
+
+
+def family_words(host: Path) -> list[tuple[str, str]]:
+    """File and line of every word of a family in what stands below `host`."""
+    files = [path for path in sorted(host.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+    return [
+        (path.relative_to(host).as_posix(), line)
+        for path in files
+        for line in (path.name, *path.read_text(encoding="utf-8").splitlines())
+        if FAMILY.search(line)
+    ]
+
+
+def test_the_host_knows_no_word_of_a_family_of_models(root: Path) -> None:
+    found = family_words(root / "coreai_zoo")
+    used = {
+        (files, lines): [each for each in found if re.fullmatch(files, each[0]) and re.fullmatch(lines, each[1])]
+        for files, lines in ALLOWED
+    }
+    assert [each for each in found if not any(each in allowed for allowed in used.values())] == []
+    assert [allowed for allowed, words in used.items() if not words] == [], "allowed, and not needed any more"
+
+
+@pytest.mark.parametrize("line", ["ROLES = ('gdn.in',)", "# as in Qwen3-Next", "if role == 'moe.expert':"])
+def test_a_word_of_a_family_would_be_found(tmp_path: Path, line: str) -> None:
+    (tmp_path / "brand_new.py").write_text(f"{line}\n", encoding="utf-8")
+    assert family_words(tmp_path) == [("brand_new.py", line)]
+    assert not any(re.fullmatch(files, "brand_new.py") or re.fullmatch(lines, line) for files, lines in ALLOWED)

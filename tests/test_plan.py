@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from attrs import evolve
+from torch import nn
 
 import toy_plugin
 from checkpoints import text_config, tiny_checkpoint, write_json
 from command import zoo
+from coreai_zoo import hookimpl
 from coreai_zoo.backends import builtin
 from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
@@ -23,6 +28,7 @@ from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput, PluginError
 from coreai_zoo.lowering.module import build_module, parameters_of
+from coreai_zoo.overlay import LayerRewrite, WeightMap
 from coreai_zoo.planning.chips import CHIPS, EFFICIENCY, GIB, Chip, gpu_bytes, tokens_per_second
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
@@ -208,6 +214,127 @@ def test_an_entry_that_states_too_little_says_what_is_lacking(tmp_path: Path) ->
     path.write_text(text.replace("hidden_size = 2048\n", ""), encoding="utf-8")
     with pytest.raises(BadInput, match=r"qwen3\.5-2b states too little .*hidden_size not known.*--checkpoint DIR"):
         planned(entry=str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plugins of others: what a build would make of them, a plan says
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class WideNorm(nn.Module):
+    """RMSNorm whose gain is float32: another parameter than that of the layer that it replaces."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(norm.weight, dtype=torch.float32))
+        self.eps = norm.impl.eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
+
+
+class WithBias(WideNorm):
+    """As `WideNorm`, with one parameter more, which no checkpoint fills."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm)
+        self.bias = nn.Parameter(torch.empty(8))
+
+
+def with_others(**hooks: Callable[..., Any]) -> Plugins:
+    """The installed plugins and one of somebody else."""
+    plugins = Plugins.discover()
+    other = types.ModuleType("other")
+    for name, function in hooks.items():
+        setattr(other, name, hookimpl(function))
+    plugins.register(other, "other")
+    return plugins
+
+
+def rewriting(apply: Callable[[nn.Module], nn.Module], *, keeps_parameters: bool = False) -> Plugins:
+    """With a rewrite of the last norm by somebody else."""
+    rewrite = LayerRewrite("others-norm", "model.norm", "a test", apply, keeps_parameters=keeps_parameters)
+    return with_others(zoo_layer_rewrites=lambda: [rewrite])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "sibling")
+
+
+def test_a_rewrite_that_changes_parameters_is_planned_as_it_is_built(tiny: Path, tmp_path: Path) -> None:
+    plugins = rewriting(WideNorm)
+    planned = json.loads(zoo("plan", "--checkpoint", tiny, "--json", plugins=plugins).stdout)
+    built = design(BuildRequest(DENSE, checkpoint=tiny, custom=True), plugins).weights
+
+    plain = {
+        tensor.name: tensor
+        for tensor in design(BuildRequest(checkpoint=tiny, dry=True), Plugins.discover()).weights.tensors
+    }
+    changed = {tensor.name: tensor for tensor in built.tensors if tensor != plain[tensor.name]}
+    assert {name: tensor.stored_bytes - plain[name].stored_bytes for name, tensor in changed.items()} == {
+        "model.norm.weight": 2 * text_config("dense")["hidden_size"]
+    }
+    assert {role: row["bytes"] for role, row in planned["roles"].items()} == {
+        role: sum(tensor.stored_bytes for tensor in tensors) for role, tensors in built.by_role().items()
+    }
+    told = zoo("new", "tiny-wide", "--from", tiny, "-o", tmp_path, "--json", plugins=plugins)
+    assert json.loads(told.stdout)["weights"]["fit"]
+
+
+def test_a_rewrite_whose_parameter_nobody_fills_is_told_by_plan_new_and_build_alike(tiny: Path, tmp_path: Path) -> None:
+    plugins = rewriting(WithBias)
+    complaint = r"does not fit the model \(1 problem\)\. missing: model\.norm\.bias"
+    planned = zoo("plan", "--checkpoint", tiny, plugins=plugins)
+    assert planned.exit_code == 2 and re.search(complaint, planned.stderr)
+    told = zoo("new", "tiny-biased", "--from", tiny, "-o", tmp_path, "--json", plugins=plugins)
+    weights = json.loads(told.stdout)["weights"]
+    assert not weights["fit"] and re.search(complaint, weights["detail"])
+    with pytest.raises(BadInput, match=complaint):
+        design(BuildRequest(DENSE, checkpoint=tiny, custom=True), plugins)
+
+
+def test_a_rewrite_that_breaks_its_promise_to_keep_parameters_is_refused_by_a_build(tiny: Path) -> None:
+    plugins = rewriting(WideNorm, keeps_parameters=True)
+    with pytest.raises(PluginError, match=r"'others-norm' of plugin other changes the parameters of layer model\.norm"):
+        design(BuildRequest(DENSE, checkpoint=tiny, custom=True), plugins)
+
+
+def failing(*_arguments: Any) -> Any:
+    raise LookupError("of their own")
+
+
+def map_of_theirs(**changes: Any) -> Callable[..., Any]:
+    """A weight map that is ours but for its first rule."""
+
+    def zoo_weight_map(config: Any) -> WeightMap:
+        ours = qwen3_5.weight_map(config)
+        return evolve(ours, rules=(evolve(ours.rules[0], **changes), *ours.rules[1:]))
+
+    return zoo_weight_map
+
+
+@pytest.mark.parametrize(
+    ("plugins", "complaint"),
+    [
+        (lambda: with_others(zoo_layer_rewrites=failing), "failed in zoo_layer_rewrites: LookupError: of"),
+        (lambda: rewriting(failing), "failed in rewrite 'others-norm' of layer model.norm: LookupError: of their own"),
+        (lambda: with_others(zoo_weight_map=failing), "failed in zoo_weight_map: LookupError: of their own"),
+        (
+            lambda: with_others(zoo_weight_map=map_of_theirs(source_shape=failing)),
+            "failed in the weight map: LookupError: of their own",
+        ),
+    ],
+    ids=["the hook of rewrites", "a rewrite", "the hook of the weight map", "the weight map"],
+)
+def test_an_error_of_somebody_elses_plugin_names_it(
+    plugins: Callable[[], Plugins], complaint: str, tiny: Path, tmp_path: Path
+) -> None:
+    host = plugins()
+    for arguments in (("plan", "--checkpoint", tiny), ("new", "tiny-failed", "--from", tiny, "-o", tmp_path)):
+        result = zoo(*arguments, plugins=host)
+        assert result.exit_code == 2, result.output
+        assert result.stderr.splitlines()[-1].startswith(f"error: plugin 'other' {complaint}"), arguments
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,22 +10,20 @@ Shapes: S new tokens of T so far, D hidden, L layers, V vocabulary. Batch is alw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coreai_zoo import hookimpl
 from coreai_zoo.composites import SDPA, RMSNorm
+from coreai_zoo.contracts import Contract
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Drop, LayerRewrite, Overlay, Transform, WeightMap, WeightRule
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
-from coreai_zoo.signature import KVCache, StateSpec
-
-if TYPE_CHECKING:
-    from coreai_zoo.contracts import Contract
+from coreai_zoo.signature import KVCache, StateSpec, TensorSpec, TraceSpec
 
 MODEL_TYPE = "toy_mean"
 
@@ -173,11 +171,37 @@ class ToyOverlay:
 
     def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The config is its facts."""
-        return {"model_type": "toy", **{name: size for name, size in facts.items() if name != "ffn"}}
+        return {"model_type": MODEL_TYPE, **{name: size for name, size in facts.items() if name != "ffn"}}
 
     def with_layers(self, hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
         """The first layers."""
         return {**hf_config, "layers": layers}
+
+
+class PairContract(Contract):
+    """An engine that decodes with `step`, one token per call, and reads a prompt with `pair`, two tokens per call."""
+
+    def functions(
+        self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int
+    ) -> Mapping[str, TraceSpec]:
+        """Both functions, the one that decodes first; their outputs are called `scores`."""
+        return {
+            name: self._scoring(self.signature(length, kv, extra, vocab_size, max_context))
+            for name, length in (("step", 1), ("pair", 2))
+        }
+
+    def _scoring(self, function: TraceSpec) -> TraceSpec:
+        (logits,) = function.outputs
+        scores = TensorSpec("scores", logits.shape, logits.dtype)
+        return TraceSpec(function.inputs, function.states, (scores,), function.axes)
+
+
+PAIR = PairContract(
+    name="toy-pair",
+    summary="decodes one token per call, reads a prompt two at a time",
+    query_length=1,
+    prerequisites=("a box of toys",),
+)
 
 
 def _from_decibel(decibel: Tensor) -> Tensor:
@@ -215,8 +239,12 @@ class ToyPlugin:
         return ToyOverlay() if model_type == MODEL_TYPE else None
 
     @hookimpl
-    def zoo_layer_rewrites(self, overlay: Overlay, contract: Contract) -> Iterable[LayerRewrite]:
-        if overlay.name != "toy" or contract.query_length != 1:
+    def zoo_contracts(self) -> Iterable[Contract]:
+        return [PAIR]
+
+    @hookimpl
+    def zoo_layer_rewrites(self, overlay: Overlay, function: TraceSpec) -> Iterable[LayerRewrite]:
+        if overlay.name != "toy" or function.query_length != 1:
             return ()
         step = LayerRewrite(
             name="mean-step",

@@ -199,7 +199,7 @@ def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) 
         _ = decoders.modules  # a mistake in the decoder itself is told before anything about its weights
     weights = _weights(decoders, entry, checkpoint, recipe)
     made = Design(
-        name=_bundle_name(request, entry, source, recipe, contract, differences),
+        name=_bundle_name(request, entry, source, recipe, functions, differences),
         request=request,
         entry=entry,
         model=model,
@@ -480,7 +480,7 @@ def _bundle_name(
     entry: Entry | None,
     source: _Source,
     recipe: Recipe,
-    contract: Contract,
+    functions: Mapping[str, FunctionDesign],
     differences: tuple[str, ...],
 ) -> str:
     folder = source.directory.resolve().name if source.directory else ""
@@ -491,7 +491,8 @@ def _bundle_name(
         parts.append("custom")
     if request.layers is not None:
         parts.append(f"{request.layers}layers")
-    parts.append("decode" if contract.query_length == 1 else "dynamic")
+    (decode, *_) = functions.values()
+    parts.append("decode" if decode.signature.query_length == 1 else "dynamic")
     parts.append(recipe.published_name)
     if request.backend != DEFAULT_BACKEND:
         parts.append(request.backend)

@@ -90,7 +90,7 @@ def exclusive(path: Path, what: str, *, wait: bool = False, say: Callable[[str],
 
     Args:
         path: what is locked.
-        what: what is done with it, for the message that others get, for example `building qwen3.6-27b`.
+        what: what is done with it, for the message that others get, for example `building acme-mini`.
         wait: whether to wait for the holder to end instead of refusing.
         say: called with a line that says whom this process waits for, once for each holder.
 

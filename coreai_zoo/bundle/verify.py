@@ -202,12 +202,20 @@ def _compare_signature(found: Signature, spec: TraceSpec) -> list[str]:
 def _smoke_step(bundle: Bundle, backend: Backend) -> Check:
     import numpy as np
 
+    others = {name: spec.query_length or 2 for name, spec in bundle.functions.items() if name != bundle.decode}
     try:
-        with backend.stepper(bundle.asset, bundle.functions, capacity=4) as stepper:
-            first, second = stepper.step(0), stepper.step(1)
+        with backend.stepper(bundle.asset, bundle.functions, capacity=max([4, *others.values()])) as stepper:
+            logits = [stepper.step(0), stepper.step(1)]
+            for name, length in others.items():
+                stepper.reset()
+                given = stepper.call(name, [0] * length)
+                logits += [] if given is None else [given]
     except (CheckFailed, RuntimeError) as error:
         return Check("step", False, str(error))
-    finite = bool(np.isfinite(first).all() and np.isfinite(second).all())
+    finite = all(bool(np.isfinite(each).all()) for each in logits)
+    called = "".join(f", {name} with {length}" for name, length in others.items())
     return Check(
-        "step", finite and not np.array_equal(first, second), f"two tokens, logits {'' if finite else 'not '}finite"
+        "step",
+        finite and not np.array_equal(logits[0], logits[1]),
+        f"two tokens{called}, logits {'' if finite else 'not '}finite",
     )

@@ -14,6 +14,7 @@ from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.errors import BadInput
+from coreai_zoo.overlay import COMMON_ROLES
 from coreai_zoo.planning.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
@@ -160,6 +161,9 @@ def _print_roles(plan: Plan) -> None:
         f"{plan.read:,}",
     )
     print_table(table)
+    common = {role.meaning for role in COMMON_ROLES}
+    if own := [f"{role.role}: {role.meaning}" for role in plan.roles if role.meaning not in common]:
+        click.echo(f"\n{'; '.join(own)}")
 
 
 def _figures(plan: Plan) -> list[tuple[str, str]]:
@@ -269,6 +273,7 @@ def _described(plan: Plan, machines: _Machines) -> Mapping[str, Any]:
         "parameters": plan.design.weights.parameters,
         "roles": {
             role.role: {
+                "meaning": role.meaning,
                 "tensors": role.tensors,
                 "parameters": role.parameters,
                 "stored_as": asdict(role.spec) if role.spec else None,

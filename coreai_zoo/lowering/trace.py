@@ -29,9 +29,11 @@ def example_inputs(spec: TraceSpec) -> tuple[Tensor, ...]:
 
 def dynamic_shapes(spec: TraceSpec) -> tuple[dict[int, Any], ...]:
     """The dynamic axes in the form that `torch.export.export` takes."""
-    # torch.export specialises sizes 0 and 1, so the range that it is told begins at 2; 1 runs all the same.
+    # torch.export specialises sizes 0 and 1, and a cache that one call fills, so the range that it is told begins
+    # beyond them; they run all the same.
+    least = 1 + (spec.query_length or 1)
     dims = {
-        name: torch.export.Dim(name, min=max(2, axis.minimum), max=max(2, axis.maximum))
+        name: torch.export.Dim(name, min=max(least, axis.minimum), max=max(least, axis.maximum))
         for name, axis in spec.axes.items()
     }
     return tuple(

@@ -29,6 +29,7 @@ class RoleSum:
 
     Attributes:
         role: name of the role.
+        meaning: what they do, in words.
         routed: whether it holds experts of which a token reads a few.
         spec: how they are quantized, or None.
         bytes: what they take in the bundle.
@@ -36,6 +37,7 @@ class RoleSum:
     """
 
     role: str
+    meaning: str
     routed: bool
     tensors: int
     parameters: int
@@ -78,6 +80,7 @@ class Plan:
         stored = sum(tensor.format.bytes for tensor in tensors)
         return RoleSum(
             role=role.name,
+            meaning=role.meaning,
             routed=role.routed,
             tensors=len(tensors),
             parameters=sum(tensor.parameters for tensor in tensors),
