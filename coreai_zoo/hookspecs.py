@@ -182,7 +182,7 @@ def zoo_weight_map(overlay: Overlay, entry: Entry | None, config: Any) -> Weight
 def zoo_head_quantization(overlay: Overlay, entry: Entry | None, config: Any) -> HeadQuantization | None:
     """How the output projection is quantized when the recipe quantizes it.
 
-    Called when the recipe is resolved. Without an answer the host uses the recipe's own spec for the body.
+    Called when the recipe is resolved. Without an answer the recipe's own spec for the head stands.
 
     Args:
         overlay: the overlay that was claimed. Check `overlay.name` before you answer.
