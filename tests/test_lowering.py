@@ -23,7 +23,7 @@ from coreai_zoo.lowering.repetition import NotRepeated, Repetition, find_repetit
 from coreai_zoo.lowering.trace import check_traced, trace
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.recipes import RECIPES
-from coreai_zoo.signature import StateSpec, TensorSpec, TraceSpec
+from coreai_zoo.signature import InputSpec, StateSpec, TensorSpec, TraceSpec
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
@@ -285,7 +285,7 @@ def test_as_many_layers_are_traced_as_show_every_kind_often_enough() -> None:
 
 def stack_spec(slots: int) -> TraceSpec:
     return TraceSpec(
-        inputs=(TensorSpec("x", (2, 4), "float32"),),
+        inputs=(InputSpec("x", (2, 4), "float32", holds="tokens"),),
         states=(StateSpec(name="state", shape=(slots, 2, 4), dtype="float32"),),
         outputs=(TensorSpec("y", (2, 4), "float32"),),
         axes={},
