@@ -43,10 +43,11 @@ from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo, WeightMap, WeightRule
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
-from coreai_zoo.signature import KVCache, TensorSpec, TraceSpec
+from coreai_zoo.signature import InputSpec, KVCache, TensorSpec, TraceSpec
 from coreai_zoo.weights.formats import has_zero_points
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import StoredFile, StoredTensor, WeightStore
+from coreai_zoo_overlays.qwen3_5.table import ROLES
 from decoders import rewrites_of
 
 TESTS = Path(__file__).parent
@@ -54,13 +55,12 @@ TOKENS = [5, 17, 3, 3, 60, 41]
 BACKEND = CoreAIBackend()
 
 INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
-BODY = ("attention", "gdn.in", "gdn.out", "mlp", "moe.expert", "head")
 
 
 def recipe_of(spec: QuantizationSpec, **others: QuantizationSpec) -> Recipe:
     """`spec` for every matrix that is multiplied, the head included."""
     plain = RECIPES["fp16"]
-    return evolve(plain, name="test", specs={**plain.specs, **dict.fromkeys(BODY, spec), **others})
+    return evolve(plain, name="test", specs={**plain.specs, **dict.fromkeys(("body", "head"), spec), **others})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def filled(model: Model, recipe: Recipe, directory: Path) -> WeightStore:
     tensors = {name: _random(name, info, generator).to(getattr(torch, info.dtype)) for name, info in infos.items()}
     save_file(tensors, directory / "model.safetensors")
     checkpoint = Checkpoint.open(directory)
-    table = WeightMap(tuple(WeightRule(name, name, _role(name)) for name in infos))
+    table = WeightMap(tuple(WeightRule(name, name, _role(name)) for name in infos), roles=ROLES)
     store = WeightStore(directory / "store")
     store.fill(plan_weights(table, infos, checkpoint.tensors, recipe), checkpoint)
     return store
@@ -452,7 +452,7 @@ def compile_big(directory: Path) -> None:
         ),
     }
     spec = TraceSpec(
-        inputs=(TensorSpec("x", (1, 1, BIG), "float16"),),
+        inputs=(InputSpec("x", (1, 1, BIG), "float16", holds="tokens"),),
         states=(),
         outputs=(TensorSpec("y", (1, 1, BIG // 2), "float16"),),
         axes={},
@@ -870,7 +870,9 @@ def test_a_disk_that_fills_in_the_toolchains_own_writer_is_said(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("use", ["signature(asset)", "constants(asset)", "state(asset, state)", "program(asset)"])
+@pytest.mark.parametrize(
+    "use", ["signatures(asset)", "constants(asset)", "state(asset, 'main', state)", "program(asset)"]
+)
 def test_whatever_is_done_first_with_an_asset_prints_nothing(toy_asset: Compiled, use: str) -> None:
     state = {name: (constant.shape, constant.dtype) for name, constant in toy_asset.constants.items()}
     program = f"""
