@@ -272,11 +272,11 @@ def test_a_rewrite_that_changes_parameters_is_planned_as_it_is_built(tiny: Path,
         for tensor in design(BuildRequest(checkpoint=tiny, dry=True), Plugins.discover()).weights.tensors
     }
     changed = {tensor.name: tensor for tensor in built.tensors if tensor != plain[tensor.name]}
-    assert {name: tensor.stored_bytes - plain[name].stored_bytes for name, tensor in changed.items()} == {
+    assert {name: tensor.format.bytes - plain[name].format.bytes for name, tensor in changed.items()} == {
         "model.norm.weight": 2 * text_config("dense")["hidden_size"]
     }
     assert {role: row["bytes"] for role, row in planned["roles"].items()} == {
-        role: sum(tensor.stored_bytes for tensor in tensors) for role, tensors in built.by_role().items()
+        role: sum(tensor.format.bytes for tensor in tensors) for role, tensors in built.by_role().items()
     }
     told = zoo("new", "tiny-wide", "--from", tiny, "-o", tmp_path, "--json", plugins=plugins)
     assert json.loads(told.stdout)["weights"]["fit"]
