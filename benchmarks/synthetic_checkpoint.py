@@ -24,7 +24,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from coreai_zoo.catalogue import find_entry
-from coreai_zoo.contracts import find_contract
+from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.overlay import WeightMap
 from coreai_zoo.plugins import Plugins, default_plugins
@@ -53,7 +53,7 @@ def tensors_of(hf_config: Mapping[str, Any], plugins: Plugins) -> list[Tensor]:
     """Every text tensor of a released checkpoint with this config, by running the overlay's weight map backwards."""
     overlay, _ = plugins.claim_overlay(str(hf_config["model_type"]), hf_config)
     config = overlay.read_config(hf_config)
-    module = build_module(lambda: overlay.decoder(config, find_contract("static-s1")), [])
+    module = build_module(lambda: overlay.decoder(config, STATIC_S1), [])
     _, table = plugins.weight_map(overlay, None, config)
     parameters = parameters_of(module)
     tensors = {tensor.key: tensor for name, info in parameters.items() for tensor in _sources(name, info.shape, table)}

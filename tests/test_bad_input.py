@@ -994,11 +994,12 @@ def test_something_that_is_no_bundle_is_refused(tmp_path: Path, dense: Path, com
     [
         ("{", "build.json cannot be read as JSON"),
         ("[]", "build.json is not a JSON object"),
-        ('{"schema": 99}', "build.json has schema 99, not 1"),
+        ('{"schema": 99}', "build.json has schema 99, not 2"),
         ('{"schema": 1}', "build.json"),
         ('{"schema": 1, "backend": "coreai"}', "build.json is damaged: name, layers, max_context, entry, source"),
+        ('{"schema": 2, "backend": "coreai"}', "build.json is damaged: name, layers, max_context, entry, source"),
     ],
-    ids=["cut", "a list", "another schema", "empty", "almost empty"],
+    ids=["cut", "a list", "another schema", "empty", "almost empty, of before", "almost empty"],
 )
 def test_a_bundle_whose_record_cannot_be_used_is_refused(
     bundle: Path, dense: Path, command: str, content: str, words: str

@@ -107,7 +107,7 @@ class Bundle:
         if absent:
             raise BadInput(f"{directory} is not a bundle of this zoo: it has no {' and no '.join(absent)}.")
         build = _of_today(read_object(directory / "build.json"))
-        if build.get("schema") != BUILD_SCHEMA:
+        if build.get("schema") not in (1, BUILD_SCHEMA):
             raise BadInput(f"{directory / 'build.json'} has schema {build.get('schema')!r}, not {BUILD_SCHEMA}.")
         wrong = [key for key, kind in _RECORDED.items() if not isinstance(build.get(key), kind)]
         if wrong:
