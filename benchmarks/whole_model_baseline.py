@@ -25,14 +25,13 @@ from coreai_torch.composite_ops import SDPA, GatherMM, RMSNormImpl
 from torch import nn
 
 from coreai_zoo import composites
-from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.contracts import STATIC_S1
-from coreai_zoo.lowering.module import build_module, parameters_of
+from coreai_zoo.build.design import design
+from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
+from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import TraceSpec
-from coreai_zoo.weights.plan import WeightPlan, plan_weights
+from coreai_zoo.weights.plan import WeightPlan
 
 EXTERNALIZED = [
     ExternalizeSpec(RMSNormImpl, composite_op_name="rms_norm", composite_attrs=["axes", "eps"]),
@@ -43,27 +42,19 @@ EXTERNALIZED = [
 ]
 
 
-def load(directory: Path) -> tuple[nn.Module, TraceSpec, WeightPlan, Recipe]:
-    """The decoder with every weight in memory, its signature, and what its recipe says of each weight."""
-    plugins, checkpoint = default_plugins(), Checkpoint.open(directory)
-    overlay, _ = plugins.claim_overlay(str(checkpoint.config["model_type"]), checkpoint.config)
-    config = overlay.read_config(checkpoint.config)
-    rewrites = plugins.layer_rewrites(overlay, None, config, STATIC_S1)
-    module = build_module(lambda: overlay.decoder(config, STATIC_S1), rewrites).to_empty(device="cpu")
-    recipe = RECIPES["int8hu"].with_head(plugins.head_quantization(overlay, None, config))
-    _, table = plugins.weight_map(overlay, None, config)
-    plan = plan_weights(table, parameters_of(module), checkpoint.tensors, recipe)
-    for planned in plan.tensors:
-        rows = [checkpoint.read_rows(s.key, 0, s.stop - s.start) for s in planned.sources]
+def load(directory: Path) -> tuple[nn.Module, TraceSpec, WeightPlan]:
+    """The decoder with every weight in memory, its signature, and how its recipe stores each weight."""
+    planned = design(BuildRequest(checkpoint=directory, recipe="int8hu", dry=True), default_plugins())
+    module = planned.modules[planned.decode].to_empty(device="cpu")
+    for tensor in planned.weights.tensors:
+        rows = [planned.checkpoint.read_rows(s.key, 0, s.stop - s.start) for s in tensor.sources]
         value = torch.cat(rows) if len(rows) > 1 else rows[0]
-        if planned.transform is not None:
-            value = planned.transform.apply(value.float())
-        parameter = module.get_parameter(planned.name)
+        if tensor.transform is not None:
+            value = tensor.transform.apply(value.float())
+        parameter = module.get_parameter(tensor.name)
         parameter.data = value.to(parameter.dtype).reshape(parameter.shape)
         parameter.requires_grad = False
-    states = plugins.extra_states(overlay, None, config, STATIC_S1)
-    spec = STATIC_S1.functions(overlay.kv_cache(config), states, overlay.facts(config)["vocab_size"], 4096)["main"]
-    return module, spec, plan, recipe
+    return module, planned.signatures[planned.decode], planned.weights
 
 
 def quantize(module: nn.Module, spec: TraceSpec, plan: WeightPlan) -> nn.Module:
@@ -130,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     started = time.monotonic()
-    module, spec, plan, _ = load(arguments.checkpoint)
+    module, spec, plan = load(arguments.checkpoint)
     loaded = time.monotonic()
     quantized = quantize(module, spec, plan)
     finished = time.monotonic()
