@@ -361,14 +361,15 @@ def test_every_weight_is_stored_once_with_the_very_bytes_of_the_store(kind: str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: Samples) -> None:
+def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: Samples, tmp_path: Path) -> None:
     import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load
 
     model = built[kind]
-    manifest = (model.package / "Manifest.json").read_bytes()
-    spec = ct.models.MLModel(str(model.package), skip_model_load=True).get_spec()
-    assert (model.package / "Manifest.json").read_bytes() == manifest  # coremltools rewrites it
+    package = shutil.copytree(model.package, tmp_path / model.package.name)  # coremltools writes the manifest again
+    manifest = (package / "Manifest.json").read_bytes()
+    spec = ct.models.MLModel(str(package), skip_model_load=True).get_spec()
+    assert (package / "Manifest.json").read_bytes() == manifest
     assert [state.name for state in spec.description.state] == [state.name for state in model.bundle.signature.states]
     weights = model.package / "Data/com.apple.CoreML/weights"
     program = load(spec, specification_version=9, file_weights_dir=str(weights))
@@ -451,6 +452,14 @@ def test_a_build_that_was_killed_while_it_wrote_the_package_resumes(tiny: Built,
     for path in (path for path in model.rglob("*") if path.is_file()):
         assert (tmp_path / model.name / path.relative_to(model)).read_bytes() == path.read_bytes(), path
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or "work" in path.name] == []
+
+
+def test_the_second_build_of_a_process_has_the_bytes_of_the_first(tiny: Built, tmp_path: Path) -> None:
+    options = {"checkpoint": tiny.resolved.checkpoint.directory, "sample": False, "custom": True}
+    bundles = [build("dense", tmp_path / letter, **options).bundle.directory for letter in "ab"]
+    for bundle in bundles:
+        for path in (path for path in tiny.bundle.directory.rglob("*") if path.is_file()):
+            assert (bundle / path.relative_to(tiny.bundle.directory)).read_bytes() == path.read_bytes(), path
 
 
 def test_the_gate_runs_a_package_in_the_interpreter_and_leaves_its_logits(
