@@ -97,7 +97,9 @@ def test_a_build_refuses_an_overlay_whose_parameters_are_not_those_of_its_decode
         return {**told, "model.extra.weight": told["model.norm.weight"]}
 
     monkeypatch.setattr(qwen3_5.Qwen35Overlay, "parameters", untrue)
-    with pytest.raises(PluginError, match=r"'qwen3_5' differs .* in model\.norm\.weight, lm_head\.weight, model\.extra\."):
+    with pytest.raises(
+        PluginError, match=r"'qwen3_5' differs .* in model\.norm\.weight, lm_head\.weight, model\.extra\."
+    ):
         design(BuildRequest(DENSE, sample=True), default_plugins())
 
 
