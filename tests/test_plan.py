@@ -66,6 +66,13 @@ def bare(tmp_path: Path) -> Callable[..., Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_an_entry_for_text_checkpoints_alone_is_planned_from_its_facts(tmp_path: Path, plans: dict[str, Plan]) -> None:
+    path = tmp_path / "text-only.toml"
+    text = Path("zoo_entries/qwen3.6-27b.toml").read_text(encoding="utf-8")
+    path.write_text(text.replace('["qwen3_5", "qwen3_5_text"]', '["qwen3_5_text"]').replace(DENSE, "text-only"))
+    assert planned(entry=str(path)).roles == plans[DENSE].roles
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_the_parameters_that_the_overlay_tells_are_those_of_its_decoder(kind: str, tied: bool) -> None:

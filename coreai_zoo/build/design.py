@@ -307,16 +307,16 @@ def _differences(request: BuildRequest, entry: Entry | None, model: Model, sourc
     """The facts in which the checkpoint is another model than the entry's, which takes --custom or --sample."""
     if entry is None:
         return ()
+    if source.directory is None:
+        if problems := contradictions(entry, model.whole_facts):
+            raise BadInput(f"The facts of an entry contradict each other: {'; '.join(problems)}.", "Correct the entry.")
+        return ()
     if model.model_type not in entry.model_type:
         raise BadInput(
             f"{source.directory} is a {model.model_type} checkpoint, but entry {entry.name} is for "
             f"{' or '.join(entry.model_type)} ({entry.facts.ffn} feed-forward).",
             "Choose the entry that fits the checkpoint: `zoo list` shows the feed-forward kind of each.",
         )
-    if source.directory is None:
-        if problems := contradictions(entry, model.whole_facts):
-            raise BadInput(f"The facts of an entry contradict each other: {'; '.join(problems)}.", "Correct the entry.")
-        return ()
     if request.sample:  # another size on purpose
         return ()
     differences = compare_facts(entry, model.whole_facts)  # of a slice, the whole is compared
