@@ -160,11 +160,14 @@ _INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
 _INT4 = QuantizationSpec("int4", "symmetric_with_clipping", 32)
 _INT8_ABSMAX = QuantizationSpec("int8", "symmetric", 32)
 
+PLAIN = "fp16"
+"""The recipe that quantizes nothing."""
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         recipe.name: recipe
         for recipe in (
-            Recipe("fp16", "fp16", "No quantization: the reference for the others.", _specs(None)),
+            Recipe(PLAIN, "fp16", "No quantization: the reference for the others.", _specs(None)),
             Recipe("int8lin", "int8lin_block32", "Body in int8 blocks of 32, head in fp16.", _specs(_INT8)),
             Recipe(
                 "int8hu",

@@ -20,13 +20,17 @@ def file_sizes(bundle: Path) -> dict[str, int]:
     return {name: path.stat().st_size for name, path in _files(bundle).items()}
 
 
-def file_digests(bundle: Path) -> dict[str, dict[str, Any]]:
+def file_digests(bundle: Path, within: str = "") -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of the bundle but `build.json` itself and what gates add, by relative path.
 
     Gates add a folder, and a block in the card, which is hashed without it.
+
+    Args:
+        bundle: folder of the bundle.
+        within: a folder in it, of whose files alone it is; empty for all.
     """
     digests: dict[str, dict[str, Any]] = {}
-    for name, path in _files(bundle).items():
+    for name, path in _files(bundle, within).items():
         if not path.is_file():  # a link to nowhere
             digests[name] = {"bytes": 0, "sha256": None}
         elif name == CARD:
@@ -37,9 +41,9 @@ def file_digests(bundle: Path) -> dict[str, dict[str, Any]]:
     return digests
 
 
-def _files(bundle: Path) -> dict[str, Path]:
+def _files(bundle: Path, within: str = "") -> dict[str, Path]:
     files = {}
-    for path in sorted(bundle.rglob("*")):
+    for path in sorted((bundle / within).rglob("*")):
         name = path.relative_to(bundle)
         if (path.is_file() or path.is_symlink()) and name != Path("build.json") and name.parts[0] != GATE_FOLDER:
             files[name.as_posix()] = path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from coreai_zoo.backend import Backend, Check, Signature
@@ -12,7 +11,6 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import file_digests
 from coreai_zoo.bundle.metadata import METADATA_VERSION
 from coreai_zoo.checkpoint.tokenizer import tokenizer_class
-from coreai_zoo.digest import file_sha256
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.signature import TensorSpec, TraceSpec
 
@@ -67,9 +65,24 @@ def require_asset(bundle: Bundle) -> None:
     Raises:
         CheckFailed: naming what is missing or was changed.
     """
+    _require_asset(bundle, file_digests(bundle.directory, bundle.asset.name))
+
+
+def require_unchanged(bundle: Bundle) -> None:
+    """Refuse a bundle of which any file is not as it was built, the asset first; every file is read once.
+
+    Raises:
+        CheckFailed: naming what is missing or was changed.
+    """
+    found = file_digests(bundle.directory)
+    _require_asset(bundle, found)
+    require([_compare_files(bundle, found)])
+
+
+def _require_asset(bundle: Bundle, found: Mapping[str, Any]) -> None:
     folder = f"{bundle.asset.name}/"
     recorded = {path: record for path, record in bundle.build["files"].items() if path.startswith(folder)}
-    damaged = [path for path, record in recorded.items() if not _is_as_recorded(bundle.directory / path, record)]
+    damaged = [path for path, record in recorded.items() if found.get(path) != record]
     if damaged or not recorded:
         raise CheckFailed(
             f"{bundle.directory} cannot be run: {listing(damaged) or bundle.asset.name} is missing or was changed.",
@@ -77,16 +90,13 @@ def require_asset(bundle: Bundle) -> None:
         )
 
 
-def _is_as_recorded(path: Path, record: Any) -> bool:
-    if not isinstance(record, Mapping) or not path.is_file() or path.stat().st_size != record.get("bytes"):
-        return False
-    return file_sha256(path) == record.get("sha256")
-
-
 def check_files(bundle: Bundle) -> Check:
     """The check of every file against its record, which reads all of them."""
+    return _compare_files(bundle, file_digests(bundle.directory))
+
+
+def _compare_files(bundle: Bundle, found: Mapping[str, Any]) -> Check:
     recorded: Mapping[str, Any] = bundle.build.get("files", {})
-    found = file_digests(bundle.directory)
     problems = [f"{path} is missing" for path in sorted(set(recorded) - set(found))]
     problems += [f"{path} is not in the record" for path in sorted(set(found) - set(recorded))]
     problems += [f"{path} was changed" for path in sorted(set(found) & set(recorded)) if found[path] != recorded[path]]

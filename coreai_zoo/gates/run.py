@@ -19,7 +19,7 @@ from coreai_zoo.build.model import Model, read_model
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import GATE_FOLDER
-from coreai_zoo.bundle.verify import backend_of, check_files, require, require_asset
+from coreai_zoo.bundle.verify import backend_of, require_unchanged
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.files import Checkpoint, read_config
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer
@@ -41,14 +41,14 @@ from coreai_zoo.gates.teacher_forced import (
 from coreai_zoo.overlay import LayeredDecoder, Overlay
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.recipes import PLAIN
 
 if TYPE_CHECKING:
+    from coreai_zoo.backend import Backend
     from coreai_zoo.gates.weights import WeightSource
 
 # Up to this size the CPU interpreter takes some tokens a second; beyond it a token takes minutes.
 _INTERPRETED_BYTES = 64 * 2**20
-
-_PLAIN = "fp16"  # the recipe that quantizes nothing
 
 _SHOWN_REASONS = 5  # of a bundle that fails badly
 
@@ -202,8 +202,7 @@ def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
 def _require_unchanged(bundle: Bundle) -> None:
     """Refuse a bundle that was edited: its report would be about something that nobody built."""
     load_tokenizer(bundle.tokenizer)  # says best what is wrong with it
-    require_asset(bundle)
-    require([check_files(bundle)])
+    require_unchanged(bundle)
 
 
 def _require_same_tokenizer(one: Bundle, other: Bundle) -> None:
@@ -235,8 +234,10 @@ def _subject(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"build.json of {bundle.directory} does not say how it was built: {error!r}."
         raise BadInput(message, "Build the bundle again.") from error
-    models = _models(bundle, options, plugins, checkpoint, keep_in)
-    overlay = _model_of(bundle, plugins, checkpoint).overlay
+    _require_runnable(bundle, backend_of(bundle, plugins.backends()), options.candidate)
+    shipped = _design_of(bundle, plugins, checkpoint)
+    models = _models(bundle, shipped, options, keep_in)
+    overlay = shipped.model.overlay
     return _Subject(bundle, overlay, models, plugins.gate_bounds(overlay), roles, experts)
 
 
@@ -294,20 +295,22 @@ def _require_cached(oracle: Oracle, asked: Sequence[prompts.TokenizedPrompt]) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None) -> Models:
+def _require_runnable(bundle: Bundle, backend: Backend, candidate: str) -> None:
+    if candidate not in {"auto", "torch", backend.runtime}:
+        raise BadInput(
+            f"{bundle.directory.name} is a {backend.name} bundle, which the candidate {candidate} cannot run.",
+            f"Use --candidate {backend.runtime} or torch.",
+        )
+
+
+def _models(bundle: Bundle, shipped: Design, options: GateOptions, keep_in: Path | None) -> Models:
     """Candidate and control. The candidate `auto` is the asset where this machine runs it in time, else the overlay."""
     from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights
 
-    backend = backend_of(bundle, plugins.backends())
-    if options.candidate not in {"auto", "torch", backend.runtime}:
-        raise BadInput(
-            f"{bundle.directory.name} is a {backend.name} bundle, which the candidate {options.candidate} cannot run.",
-            f"Use --candidate {backend.runtime} or torch.",
-        )
+    backend = shipped.backend
     ticker = Ticker()
     candidate = AssetCandidate(bundle, backend, ticker, keep_in if backend.extra_files else None)
     asset = Runner(candidate, ticker, arithmetic="torch" if backend.accumulation == "single" else "runtime")
-    shipped = _design_of(bundle, plugins, checkpoint)
     module = shipped.modules[bundle.decode]
     overlay: Runner | None = None
     control: Runner | None = None
@@ -316,7 +319,7 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
         weights = AssetWeights.open(bundle.asset, backend, bundle.decode, module, shipped.weights)
         overlay = _overlay_runner(shipped, weights)
         if options.control:
-            plain = _design_of(bundle, plugins, checkpoint, recipe=_PLAIN)
+            plain = shipped.with_recipe(PLAIN)
             control = _overlay_runner(plain, CheckpointWeights("unquantized weights", plain.checkpoint, plain.weights))
     size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
     in_time = sys.platform == "darwin" or size <= _INTERPRETED_BYTES  # a Mac has the OS runtime
@@ -326,10 +329,10 @@ def _models(bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: 
     return Models(asset if overlay is None or runs_asset else overlay, long_candidate, control)
 
 
-def _design_of(bundle: Bundle, plugins: Plugins, checkpoint: Path, recipe: str | None = None) -> Design:
-    """The design that `bundle` was built from, or the same by another recipe. Nothing is built, so it is dry."""
+def _design_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Design:
+    """The design that `bundle` was built from. Nothing is built, so it is dry."""
     request, _ = recorded_request(bundle, checkpoint, bundle.directory.parent)
-    return design(evolve(request, recipe=recipe or request.recipe, dry=True), plugins)
+    return design(evolve(request, dry=True), plugins)
 
 
 def _overlay_runner(designed: Design, weights: WeightSource) -> Runner:

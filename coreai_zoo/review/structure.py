@@ -21,12 +21,10 @@ from coreai_zoo.names import parameter_of
 from coreai_zoo.overlay import Role
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.program import Program
-from coreai_zoo.recipes import QuantizationSpec
+from coreai_zoo.recipes import PLAIN, QuantizationSpec
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.formats import ArrayKind, Format
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan, active_share
-
-_PLAIN = "fp16"  # the recipe that quantizes nothing
 
 
 @frozen
@@ -245,7 +243,7 @@ def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[t
     Raises:
         BadInput: when the entry does not state what its config needs.
     """
-    request, few = BuildRequest(entry.name, recipe=_PLAIN, dry=True), _with_few_experts(entry)
+    request, few = BuildRequest(entry.name, recipe=PLAIN, dry=True), _with_few_experts(entry)
     whole = design(request, plugins, few)
     names = layer_names(tensor.name for tensor in whole.weights.tensors)
     depth = _telling_depth(names)
