@@ -135,6 +135,7 @@ def test_a_gated_bundle_verifies_and_equals_a_rebuild(gated: tuple[Path, Result]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("gated")  # fills the cache, in whatever process this runs
 def test_the_overlay_on_the_assets_weights_agrees_and_two_bundles_stand_side_by_side(
     built: Callable[[str, str], Bundle], original: Path, cache: Path, tmp_path: Path
 ) -> None:
