@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from coreai_zoo.backend import Backend
+from coreai_zoo.backend import Backend, Traced
 from coreai_zoo.build.model import Model, compare_facts, config_of_entry, contradictions, read_model
 from coreai_zoo.build.request import (
     DEFAULT_BACKEND,
@@ -150,6 +150,19 @@ class Design:
     def asset(self) -> str:
         """Name of the asset in the bundle."""
         return f"{self.name}{self.backend.asset_suffix}"
+
+    def trace(self) -> Traced:
+        """The functions' decoders, traced. Weights are allocated as they are planned, with nothing in them.
+
+        Raises:
+            PluginError: when a decoder cannot be traced, or does not meet its contract.
+        """
+        from coreai_zoo.lowering.module import allocate
+
+        formats = {tensor.name: tensor.format for tensor in self.weights.tensors}
+        for module in self.modules.values():
+            allocate(module, formats)
+        return self.backend.trace(self.modules, self.signatures)
 
     def with_recipe(self, name: str) -> Design:
         """The same design with its weights stored by another recipe.

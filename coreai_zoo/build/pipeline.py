@@ -74,7 +74,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             report.note(str(needs))
             needs.require()
         with report.stage("trace", f"{designed.backend.name}, contract {designed.contract.name}"):
-            traced = _trace(designed)
+            traced = designed.trace()
         store, partial = WeightStore(workspace.work), workspace.partial
         with report.stage("weights", f"{len(designed.weights.tensors)} tensors as {designed.recipe.name}"):
             filled = _fill(store, designed, report)
@@ -115,14 +115,6 @@ def _rare_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
-
-
-def _trace(designed: Design) -> Traced:
-    from coreai_zoo.lowering.module import allocate
-
-    for module in designed.modules.values():
-        allocate(module, {tensor.name: tensor.format for tensor in designed.weights.tensors})
-    return designed.backend.trace(designed.modules, designed.signatures)
 
 
 def _fill(store: WeightStore, designed: Design, report: Reporter) -> FillReport:

@@ -208,10 +208,9 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
     """
     request = BuildRequest(entry.name, sample=sample, recipe=recipe, dry=True)
     whole = design(request, plugins, entry)
-    names = layer_names(tensor.name for tensor in whole.weights.tensors)
-    depth = _telling_depth(names)
-    part = whole if depth == len(names) else design(evolve(request, layers=depth), plugins, entry)
-    program = _lowered(_traced(part), part.weights)
+    names = _layer_names(whole)
+    part = _telling_part(whole, names, plugins)
+    program = _lowered(part.trace(), part.weights)
     return Structure(
         label=f"{entry.name} as {whole.recipe.name}" + (" (sample)" if sample else ""),
         overlay=whole.model.overlay.name,
@@ -221,7 +220,7 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
         signatures=whole.signatures,
         graphs=_repeated(count(program), names),
         program=program,
-        traced=depth if depth < len(names) else None,
+        traced=None if part is whole else part.request.layers,
         stored={name: weight for tensor in whole.weights.tensors for name, weight in _stored(tensor)},
         roles=_roles(whole.weights),
         metadata={},
@@ -243,12 +242,10 @@ def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[t
     Raises:
         BadInput: when the entry does not state what its config needs.
     """
-    request, few = BuildRequest(entry.name, recipe=PLAIN, dry=True), _with_few_experts(entry)
-    whole = design(request, plugins, few)
-    names = layer_names(tensor.name for tensor in whole.weights.tensors)
-    depth = _telling_depth(names)
-    part = whole if depth == len(names) else design(evolve(request, layers=depth), plugins, few)
-    traced = _traced(part)
+    whole = design(BuildRequest(entry.name, recipe=PLAIN, dry=True), plugins, _with_few_experts(entry))
+    names = _layer_names(whole)
+    part = _telling_part(whole, names, plugins)
+    traced = part.trace()
     for recipe in recipes:
         yield recipe, _repeated(count(_lowered(traced, part.with_recipe(recipe).weights)), names)
 
@@ -262,7 +259,18 @@ def _with_few_experts(entry: Entry) -> Entry:
     return evolve(entry, facts=evolve(entry.facts, parameters=None, more=more))
 
 
-def _telling_depth(names: list[str]) -> int:
+def _layer_names(whole: Design) -> list[str]:
+    """The kind of each layer, in their order."""
+    return layer_names(tensor.name for tensor in whole.weights.tensors)
+
+
+def _telling_part(whole: Design, names: Sequence[str], plugins: Plugins) -> Design:
+    """The design of as many layers as show each kind twice; `whole` itself where that is all of them."""
+    depth = _telling_depth(names)
+    return whole if depth == len(names) else design(evolve(whole.request, layers=depth), plugins, whole.entry)
+
+
+def _telling_depth(names: Sequence[str]) -> int:
     """How many of the first layers show each kind twice: a state of one slot is compiled otherwise than others."""
     wanted = {name: min(2, names.count(name)) for name in names}
     return next(
@@ -270,15 +278,6 @@ def _telling_depth(names: list[str]) -> int:
         for depth in range(1, len(names) + 1)
         if all(names[:depth].count(name) >= count for name, count in wanted.items())
     )
-
-
-def _traced(designed: Design) -> Traced:
-    """Trace a design, its weights allocated as they are planned."""
-    from coreai_zoo.lowering.module import allocate
-
-    for module in designed.modules.values():
-        allocate(module, {tensor.name: tensor.format for tensor in designed.weights.tensors})
-    return designed.backend.trace(designed.modules, designed.signatures)
 
 
 def _lowered(traced: Traced, plan: WeightPlan) -> Program:
