@@ -1,8 +1,10 @@
-"""Dtypes: the names that every other module uses, and the size of an element of each."""
+"""Dtypes and shapes: the names of dtypes that every other module uses, and the size of what has one."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from functools import cache
 
 DTYPES = ("float16", "float32", "bfloat16", "int32")
@@ -19,3 +21,13 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 def bits_of(dtype: str) -> int:
     """Bits of an element, for example 4 of `uint4`, 16 of `bfloat16` and 8 of `bool`."""
     return 8 if dtype == "bool" else int("".join(re.findall(r"\d+", dtype)[:1]))
+
+
+def packed_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of a tensor whose elements lie without gaps: two of 4 bits share one, and the last may be half used."""
+    return math.ceil(math.prod(shape) * bits_of(dtype) / 8)
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor seen as a matrix along its last axis; a vector or scalar is one row."""
+    return math.prod(shape[:-1]), shape[-1] if shape else 1

@@ -18,7 +18,7 @@ from coreai_zoo.build.design import Design
 from coreai_zoo.build.machine import available_memory
 from coreai_zoo.build.workspace import Workspace, existing_parent
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
-from coreai_zoo.dtypes import bits_of
+from coreai_zoo.dtypes import packed_bytes
 from coreai_zoo.errors import EnvironmentLacks
 
 LEAST_MEMORY = 384 * 2**20
@@ -128,7 +128,7 @@ def bytes_read(design: Design) -> int:
         return _BYTES_PER_VALUE * design.weights.parameters
     tensors = design.checkpoint.tensors
     return sum(
-        (source.stop - source.start) * tensors[source.key].columns * bits_of(tensors[source.key].dtype) // 8
+        packed_bytes((source.stop - source.start, tensors[source.key].columns), tensors[source.key].dtype)
         for planned in design.weights.tensors
         for source in planned.sources
     )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
+from coreai_zoo.dtypes import as_matrix
 from coreai_zoo.errors import BadInput, listing
 
 if TYPE_CHECKING:
@@ -97,12 +98,12 @@ class TensorInfo:
     @property
     def rows(self) -> int:
         """Rows of the tensor seen as a matrix whose rows run along the last axis; a vector or scalar is one row."""
-        return math.prod(self.shape[:-1])
+        return as_matrix(self.shape)[0]
 
     @property
     def columns(self) -> int:
         """Size of the last axis, 1 for a scalar."""
-        return self.shape[-1] if self.shape else 1
+        return as_matrix(self.shape)[1]
 
 
 @frozen

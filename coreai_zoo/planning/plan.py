@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -12,7 +11,7 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.preflight import Preflight, asset_bytes, preflight, tokenizer_bytes
 from coreai_zoo.build.request import DEFAULT_OUTPUT, BuildRequest
 from coreai_zoo.build.workspace import Workspace
-from coreai_zoo.dtypes import bits_of
+from coreai_zoo.dtypes import packed_bytes
 from coreai_zoo.entry import Published
 from coreai_zoo.overlay import Role
 from coreai_zoo.plugins import Plugins
@@ -135,9 +134,9 @@ class Plan:
     def states(self) -> Mapping[str, int]:
         """Bytes of each state at `context` positions."""
         return {
-            state.name: bits_of(state.dtype)
-            // 8
-            * math.prod(self.context if isinstance(size, str) else size for size in state.shape)
+            state.name: packed_bytes(
+                [self.context if isinstance(size, str) else size for size in state.shape], state.dtype
+            )
             for state in self._states
         }
 

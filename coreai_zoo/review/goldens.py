@@ -160,21 +160,13 @@ def _is_of_wiring(table: str) -> bool:
 
 def compare(golden: Golden, found: Golden) -> list[str]:
     """The differences, one phrase each: operations that say something else or are wired otherwise, then counts."""
-    ours, theirs = dict(_flat(counts_of(golden))), dict(_flat(counts_of(found)))
+    ours, theirs = (dict(structure.flattened(counts_of(each), ": ")) for each in (golden, found))
     counts = [
         f"{name} is {theirs.get(name, 'absent')}, the golden graph has {ours.get(name, 'none')}"
         for name in sorted({*ours, *theirs})
         if ours.get(name) != theirs.get(name)
     ]
     return [*_other_wiring(golden, found), *counts]
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}: ")
-        else:
-            yield prefix + key, value
 
 
 def _other_wiring(golden: Golden, found: Golden) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from coreai_zoo.backend import Backend, Traced
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.dtypes import bits_of
+from coreai_zoo.dtypes import packed_bytes
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, count, layer_names
@@ -59,7 +58,7 @@ class StoredWeight:
     @property
     def bytes(self) -> int:
         """Bytes that it takes in the asset."""
-        return math.ceil(math.prod(self.shape) * bits_of(self.dtype) / 8)
+        return packed_bytes(self.shape, self.dtype)
 
 
 @frozen
@@ -154,7 +153,7 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
             traced=None,
             stored={_weight_name(name): StoredWeight(*kind) for name, kind in program.stored.items()},
             roles=roles,
-            metadata=_flat(bundle.metadata),
+            metadata={key: str(value) for key, value in flattened(bundle.metadata, ".")},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"build.json of {bundle.directory} lacks what is compared: {error!r}.") from error
@@ -176,14 +175,13 @@ def _spec_text(record: Mapping[str, Any] | None) -> str:
     return str(QuantizationSpec(record["dtype"], record["scheme"], record["block"]))
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
+def flattened(content: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables, each with the keys that lead to it joined by a separator."""
     for key, value in content.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            yield from flattened(value, separator, f"{prefix}{key}{separator}")
         else:
-            flat[prefix + key] = str(value)
-    return flat
+            yield prefix + key, value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
 
-from coreai_zoo.dtypes import bits_of
+from coreai_zoo.dtypes import as_matrix, bits_of, packed_bytes
 from coreai_zoo.names import quantized_names
 from coreai_zoo.recipes import QuantizationSpec
 
@@ -46,7 +46,7 @@ class StoredArray:
     @property
     def bytes(self) -> int:
         """Bytes that it takes."""
-        return math.ceil(math.prod(self.shape) * bits_of(self.dtype) / 8)
+        return packed_bytes(self.shape, self.dtype)
 
     @property
     def memory_shape(self) -> tuple[int, ...]:
@@ -86,12 +86,12 @@ class Format:
     @property
     def rows(self) -> int:
         """Rows of the weight seen as a matrix along its last axis."""
-        return math.prod(self.shape[:-1])
+        return as_matrix(self.shape)[0]
 
     @property
     def columns(self) -> int:
         """Size of the last axis, 1 for a scalar."""
-        return self.shape[-1] if self.shape else 1
+        return as_matrix(self.shape)[1]
 
     @property
     def scales_shape(self) -> tuple[int, ...]:
