@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from coreai_zoo.contracts import Contract
 from coreai_zoo.entry import Entry, load_entry
-from coreai_zoo.errors import PluginError, ZooError, listing
+from coreai_zoo.errors import PluginError, ZooError, did_you_mean, listing
 from coreai_zoo.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -111,6 +111,4 @@ def _find(kind: str, name: str, there: Mapping[str, _T], plugins: Plugins) -> _T
     plugins.require_undisputed(f"zoo_{kind}s", name)
     if name in there:
         return there[name]
-    near = difflib.get_close_matches(name, there, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(list(there)) or 'none'}."
-    raise plugins.not_found(f"There is no {kind} {name!r}.", hint)
+    raise plugins.not_found(f"There is no {kind} {name!r}.", did_you_mean(name, there, 3, 0.4))

@@ -5,6 +5,9 @@ The command line prints `str(error)` and exits with `error.exit_code`; anything 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 
 class ZooError(Exception):
     """Base of every error that is reported without a traceback.
@@ -50,3 +53,16 @@ def listing(items: list[str], limit: int = 12, separator: str = ", ") -> str:
     """Join `items` for a one-paragraph message, cut after `limit` with a count of the rest."""
     shown = separator.join(items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def did_you_mean(name: str, known: Collection[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """The hint about a name that is not there: the nearest of those that are, or else all of them.
+
+    Args:
+        name: what was asked for.
+        known: the names that there are.
+        count: how many of the nearest are named at most.
+        cutoff: how much alike they have to be, from 0 to 1.
+    """
+    near = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
+    return f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(list(known)) or 'none'}."

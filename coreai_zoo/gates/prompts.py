@@ -6,7 +6,6 @@ little, however long it is, and is refused before the candidate runs.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +17,7 @@ from attrs import evolve, frozen
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.generate import chat_text, end_of_turn, has_chat_template
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, did_you_mean
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN
 
 DEFAULT_POSITIONS = 64
@@ -312,9 +311,7 @@ def named_prompts(names: Sequence[str]) -> list[Prompt]:
     """
     unknown = [name for name in names if name not in BUILT_IN]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], BUILT_IN, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {listing(list(BUILT_IN))}."
-        raise BadInput(f"There is no built-in prompt {unknown[0]!r}.", hint)
+        raise BadInput(f"There is no built-in prompt {unknown[0]!r}.", did_you_mean(unknown[0], BUILT_IN))
     return [BUILT_IN[name] for name in dict.fromkeys(names)]
 
 

@@ -5,7 +5,6 @@ Commands import this module to show their help as well, so what needs torch is i
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from coreai_zoo.bundle.verify import backend_of, require_unchanged
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.files import Checkpoint, read_config
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer
-from coreai_zoo.errors import BadInput, CheckFailed, listing
+from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing
 from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates import prompts, report, transcript
 from coreai_zoo.gates.candidate import AssetCandidate
@@ -184,9 +183,7 @@ def _check_candidate(name: str, plugins: Plugins) -> None:
     """Refuse a candidate that no installed backend runs."""
     known = ["auto", "torch", *dict.fromkeys(backend.runtime for backend in plugins.backends().values())]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=2)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(known)}."
-        raise plugins.not_found(f"There is no candidate {name!r}.", hint)
+        raise plugins.not_found(f"There is no candidate {name!r}.", did_you_mean(name, known, 2))
 
 
 def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
