@@ -1,10 +1,11 @@
 """Ctrl-C ends `zoo` with one line and exit code 130, and never in the middle of what cannot be left.
 
-Python raises KeyboardInterrupt between any two steps of its own. Two things do not survive that, and are finished
+Python raises KeyboardInterrupt between any two steps of its own. Three things do not survive that, and are finished
 first. One is a native call that threads still work for: its results are taken down under it, and a thread that was
-being started is never told to end, so that the process waits for it for ever. The other is an import: a half-imported
-extension module may crash the process at its end, and what Python calls to clean up after an import swallows the
-interruption.
+being started is never told to end, so that the process waits for it for ever. Another is Python that native code calls:
+an exception may abort the process there (torch, while it traces) or is swallowed (the end of an object). The third is
+an import: a half-imported extension module may crash the process at its end, and what Python calls to clean up after
+an import swallows the interruption.
 
 What is left then is the end of the interpreter. A thread that comes back to it is unwound, and a runtime in Swift
 aborts the process when that happens to one of its threads. So an interrupted process ends without it, see `_end`.
@@ -29,7 +30,8 @@ EXIT_CODE = 130
 """What a shell calls a command that Ctrl-C ended."""
 
 _RETRY_SECONDS = 0.02
-_IMPORT_SYSTEM = ("_frozen_importlib", "importlib._bootstrap")  # the same; renamed when `importlib` is imported
+_UNSAFE_MODULES = ("_frozen_importlib", "importlib._bootstrap", "weakref")  # the first is renamed to the second
+_UNSAFE_FUNCTIONS = ("__torch_dispatch__", "__torch_function__", "__del__")
 
 
 @contextlib.contextmanager
@@ -63,12 +65,12 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Within the block, which is all that the process does, Ctrl-C waits until no import is under way.
+    """Within the block, which is all that the process does, Ctrl-C waits for imports and what native code calls.
 
     What answers it in words is the command line; before there is one, it is answered here.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have us ignore it
-        handler = _BetweenImports()
+        handler = _WhereSafe()
         signal.signal(signal.SIGALRM, handler)
         signal.signal(signal.SIGINT, handler)
     try:
@@ -101,14 +103,14 @@ def _end() -> NoReturn:
     os._exit(EXIT_CODE)
 
 
-class _BetweenImports:
-    """Raises KeyboardInterrupt as soon as no import is under way; a second Ctrl-C until then ends the process."""
+class _WhereSafe:
+    """Raises KeyboardInterrupt as soon as that can be survived; a second Ctrl-C until then ends the process."""
 
     def __init__(self) -> None:
         self._pressed = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if _importing(frame):
+        if _unsafe(frame):
             if self._pressed and number == signal.SIGINT:
                 leave()
             self._pressed = True
@@ -120,9 +122,9 @@ class _BetweenImports:
             raise KeyboardInterrupt
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _unsafe(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_globals.get("__name__") in _IMPORT_SYSTEM:
+        if frame.f_globals.get("__name__") in _UNSAFE_MODULES or frame.f_code.co_name in _UNSAFE_FUNCTIONS:
             return True
         frame = frame.f_back
     return False

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import pytest
 from attrs import frozen
 
 from coreai_zoo import interruption
+from coreai_zoo.build.design import BuildRequest, design
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.verify import verify
 from coreai_zoo.plugins import default_plugins
@@ -206,21 +208,41 @@ def test_an_error_of_a_block_that_was_interrupted_is_not_lost() -> None:
     assert isinstance(caught.value.__context__, ValueError)
 
 
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("backend", ["coreai", "coreml"])
+def test_an_interruption_waits_for_a_trace(backend: str) -> None:
+    built = design(BuildRequest(ENTRY, sample=True, backend=backend), default_plugins())
+    reached = []
+    for module in built.modules.values():
+        module.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+        module.register_forward_hook(lambda *_: reached.append("the end"))
+
+    with pytest.raises(KeyboardInterrupt):
+        built.trace()
+    assert reached
+
+
+PRESS = "for _ in range({presses}):\n    signal.raise_signal(signal.SIGINT)\nprint('finished')\n"
 WAITS = {
-    "native call": "with interruption.deferred():",
-    "import": "with interruption.answered():\n    import time, waits\n    time.sleep(60)",
+    "native call": "with interruption.deferred():\n{press}",
+    "import": "with interruption.answered():\n    import press\n    time.sleep(60)",
+    "end of an object": "class Object:\n    def __del__(self):\n{press}"
+    "with interruption.answered():\n    Object()\n    time.sleep(60)",
+    "call from torch": "import torch\nclass Object:\n    @classmethod\n"
+    "    def __torch_function__(cls, function, types, args=(), kwargs=None):\n{press}"
+    "with interruption.answered():\n    torch.add(Object(), 1)\n    time.sleep(60)",
 }
 
 
 @pytest.mark.parametrize("where", WAITS)
 @pytest.mark.parametrize("presses", [1, 2])
 def test_a_second_interruption_does_not_wait(tmp_path: Path, where: str, presses: int) -> None:
-    body = f"import signal\nfor _ in range({presses}):\n    signal.raise_signal(signal.SIGINT)\nprint('finished')\n"
-    (tmp_path / "waits.py").write_text(body, encoding="utf-8")
-    indented = "".join(f"    {line}\n" for line in body.splitlines()) if where == "native call" else ""
+    press = PRESS.format(presses=presses)
+    (tmp_path / "press.py").write_text(f"import signal\n{press}", encoding="utf-8")
     (tmp_path / "script.py").write_text(
-        f"import signal\nfrom coreai_zoo import interruption\n"
-        f"signal.signal(signal.SIGINT, signal.default_int_handler)\n{WAITS[where]}\n{indented}",
+        "import signal, time\nfrom coreai_zoo import interruption\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        + WAITS[where].replace("{press}", textwrap.indent(press, " " * 8)),
         encoding="utf-8",
     )
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -258,7 +258,8 @@ class TracedFunction:
         assert self.repetition is not None
         try:
             short, traced, composites = _traced_short(self.module, self.spec, self.present, self.repetition)
-            program = extend(traced, self.module, self.repetition, short, self.spec)
+            with interruption.deferred():
+                program = extend(traced, self.module, self.repetition, short, self.spec)
         except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
             return _traced_whole(self.module, self.spec, self.present, reason)
         check_traced(program, self.spec)
@@ -319,13 +320,14 @@ def _traced_with_composites(
     from coreai_zoo.backends.coreai.lowering import export_composites, require_lowered
     from coreai_zoo.lowering.trace import trace
 
-    _patch_model_for_externalization(module, present)
-    try:
-        program = trace(module, spec, get_decomp_table())
-        require_lowered(program, module)
-        return program, export_composites(module, program)
-    finally:
-        _restore_externalized(_find_marked_submodules(module))
+    with interruption.deferred():
+        _patch_model_for_externalization(module, present)
+        try:
+            program = trace(module, spec, get_decomp_table())
+            require_lowered(program, module)
+            return program, export_composites(module, program)
+        finally:
+            _restore_externalized(_find_marked_submodules(module))
 
 
 def _use_toolchain_composites(module: nn.Module) -> list[Any]:

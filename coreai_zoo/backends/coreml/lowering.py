@@ -22,6 +22,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from coreai_zoo import interruption
 from coreai_zoo.backend import Constant
 from coreai_zoo.backends.coreml.package import NAMES, WEIGHT_FILE, WEIGHTS, quietly, write_specification
 from coreai_zoo.errors import PluginError, listing
@@ -106,7 +107,7 @@ def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
     examples = example_inputs(evolve(spec, states=()))  # states are buffers here, and may be large
     inputs = {tensor.name: example for tensor, example in zip(spec.inputs, examples, strict=True)}
     mistakes.require_arguments(decoder, [tensor.name for tensor in (*spec.inputs, *spec.states)])
-    with torch.no_grad(), quietly(), mistakes.explained("traced", decoder):
+    with interruption.deferred(), torch.no_grad(), quietly(), mistakes.explained("traced", decoder):
         module = _Stateful(decoder, spec)
         program: ExportedProgram = torch.export.export(module, (), inputs, strict=False).run_decompositions({})
     written = set(_written_buffers(program))
