@@ -69,11 +69,11 @@ def test_a_sibling_is_planned_built_and_gated_from_the_entry_that_was_written_fo
     made = zoo("new", "tiny-sibling", "--from", checkpoint, "-o", tmp_path)
     path = tmp_path / "tiny-sibling.toml"
     assert made.exit_code == 0, made.stderr
-    assert f"zoo build {path} --checkpoint {checkpoint} --allow-unverified" in made.stdout
+    assert f"zoo build {path} --checkpoint {checkpoint}" in made.stdout
     planned = json.loads(zoo("plan", path, "--json").stdout)
 
     assert "tiny-sibling is unverified" in error_of(zoo("build", path, "--checkpoint", checkpoint, "-o", tmp_path))
-    result = zoo("build", path, "--checkpoint", checkpoint, "-o", tmp_path, "--allow-unverified")
+    result = zoo("build", path, "--checkpoint", checkpoint, "-o", tmp_path)
 
     assert result.exit_code == 0, result.stderr
     bundle = Bundle.open(tmp_path / "tiny_sibling_decode_int8hu_block32_sym")
@@ -113,9 +113,9 @@ def test_a_config_alone_is_enough(bare: Callable[..., Path], tmp_path: Path) -> 
 
     folder = bare(WRAPPED)
     said = " ".join(zoo("new", "other", "--from", folder, "-o", tmp_path).stdout.split())
-    build = f"zoo build {tmp_path / 'other.toml'} --checkpoint {folder} --allow-unverified"
+    build = f"zoo build {tmp_path / 'other.toml'} --checkpoint {folder}"
     assert f"A build needs weights and tokenizer, which are not in {folder}; put them there, then: {build}" in said
-    arguments = ("--checkpoint", folder, "-o", tmp_path / "out", "--allow-unverified")
+    arguments = ("--checkpoint", folder, "-o", tmp_path / "out")
     assert f"{folder} has no weights" in error_of(zoo("build", tmp_path / "other.toml", *arguments))
 
 
@@ -269,7 +269,7 @@ def test_a_repository_without_network_is_the_environments_fault_and_says_what_to
 
 def test_every_fact_that_contradicts_the_checkpoint_is_listed(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    text = error_of(zoo("build", ENTRY, "--checkpoint", checkpoint, "--allow-unverified", "-o", output), 2)
+    text = error_of(zoo("build", ENTRY, "--checkpoint", checkpoint, "-o", output), 2)
 
     stated = find_entry(ENTRY, default_plugins())[0].facts.stated
     told = design(BuildRequest(checkpoint=checkpoint, dry=True), default_plugins()).facts
@@ -287,10 +287,10 @@ def test_a_slice_is_compared_as_a_whole(checkpoint: Path, tmp_path: Path) -> Non
     zoo("new", "deeper", "--from", deeper, "-o", tmp_path)
     entry = str(tmp_path / "deeper.toml")
 
-    sliced = design(BuildRequest(entry, deeper, layers=2, allow_unverified=True), default_plugins())
+    sliced = design(BuildRequest(entry, deeper, layers=2), default_plugins())
     assert (sliced.differences, sliced.facts["layers"]) == ((), 2)
     with pytest.raises(BadInput, match="layers is 2, the entry says 4"):
-        design(BuildRequest(entry, checkpoint, allow_unverified=True), default_plugins())
+        design(BuildRequest(entry, checkpoint), default_plugins())
 
 
 def test_custom_is_for_checkpoints_that_differ(checkpoint: Path, tmp_path: Path) -> None:

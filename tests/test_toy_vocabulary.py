@@ -41,7 +41,7 @@ def plugins(folder: Path) -> Plugins:
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path, plugins: Plugins) -> Bundle:
-    options = ("--checkpoint", folder / "checkpoint", "--allow-unverified", "-o", folder / "exports", "--json")
+    options = ("--checkpoint", folder / "checkpoint", "-o", folder / "exports", "--json")
     result = zoo("build", "toy-mean", *options, *ASKED, plugins=plugins)
     assert result.exit_code == 0, result.output
     return Bundle.open(Path(json.loads(result.stdout)["path"]))

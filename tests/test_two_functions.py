@@ -57,7 +57,7 @@ def plugins(inputs: Path) -> Plugins:
 
 def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
     checkpoint = str(inputs / "checkpoint")
-    return ["build", "toy-mean", "--checkpoint", checkpoint, "--allow-unverified", "-o", str(output), "--json", *more]
+    return ["build", "toy-mean", "--checkpoint", checkpoint, "-o", str(output), "--json", *more]
 
 
 def built_apart(inputs: Path, output: Path, seed: int) -> None:

@@ -46,8 +46,8 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
             decode=design.decode,
             vocab_size=design.facts["vocab_size"],
             max_context_length=design.max_context,
-            hf_id=design.hf_id,
-            hf_revision=design.revision,
+            hf_id=design.source.origin.hf_id,
+            hf_revision=design.source.origin.revision,
             compression=design.recipe.published_name,
             states={state.name: state.kind for state in design.signatures[design.decode].states},
             user_data={"sample": "true"} if design.sample else {},
@@ -69,7 +69,13 @@ def versions(backend: Backend) -> dict[str, str]:
 
 def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
     """Everything that determines the bytes of a bundle; `build.json` without the files' hashes."""
-    assert design.entry is not None  # what is built has one
+    record = describe(design)
+    record["source"] = {**design.checkpoint.identity(), "values_sha256": _values_digest(design, store)}
+    return record
+
+
+def describe(design: Design) -> dict[str, Any]:
+    """`build_record` as far as it follows from the design alone: the same for a design whose weights are not there."""
     made_with = versions(design.backend)
     roles: dict[str, Counter[str]] = {}
     for tensor in design.weights.tensors:
@@ -81,22 +87,13 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
         "zoo": made_with.pop("coreai-zoo"),
         "versions": made_with,
         "quantizer": QUANTIZER_VERSION,
-        "entry": {
-            "name": design.entry.name,
-            "title": design.entry.title,
-            "hf_id": design.hf_id,
-            "status": design.entry.status,
-            "sha256": _digest(attrs.asdict(design.entry)),
-            "differences": list(design.differences),
-            # A file that no plugin brings: gates and rebuilds need it again.
-            "file": _loose_entry(design),
-        },
+        "title": design.title,
+        "label": design.label,
+        "entry": _entry(design),
         "sample": design.sample,
-        "source": {
-            "hf_revision": design.revision,
-            **design.checkpoint.identity(),
-            "values_sha256": _values_digest(design, store),
-        },
+        "origin": {**attrs.asdict(design.source.origin), "text": str(design.source.origin)},
+        "licence": attrs.asdict(design.source.licence),
+        "compared": design.compared,
         # What was asked for beside the names above: a rebuild asks for the same.
         "request": {"layers": design.request.layers, "max_context": design.max_context},
         "source_date_epoch": design.source_date_epoch,
@@ -138,8 +135,20 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
     }
 
 
+def _entry(design: Design) -> dict[str, Any] | None:
+    if design.entry is None:
+        return None
+    return {
+        "name": design.entry.name,
+        "sha256": _digest(attrs.asdict(design.entry)),
+        "differences": list(design.differences),
+        # A file that no plugin brings: gates and rebuilds need it again.
+        "file": _loose_entry(design),
+    }
+
+
 def _loose_entry(design: Design) -> str | None:
-    name = design.request.entry
+    name = design.request.model
     return Path(name).read_text(encoding="utf-8") if name and name.endswith(".toml") else None
 
 

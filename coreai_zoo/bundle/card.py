@@ -56,24 +56,19 @@ def render(record: Mapping[str, Any], sizes: Mapping[str, int], backend: Backend
 
 
 def _head(record: Mapping[str, Any], target: str) -> str:
-    title = record["entry"]["title"]
+    title = record["title"]
     lines = [f"# {record['name']}"]
     if record["sample"]:
         lines.append(
             f"**A sample, not {title}.** A miniature with the topology of {title}, trained on a few megabytes of text, "
             "that exercises the same build. It is useful for trying the tools and for nothing else."
         )
-    elif record["entry"]["differences"]:
+    elif record["entry"] and record["entry"]["differences"]:
         differences = "; ".join(record["entry"]["differences"])
         lines.append(f"**Not {title}, but a model of its architecture.** {differences}.")
     else:
-        hf_id = record["entry"]["hf_id"]
+        hf_id = record["origin"]["hf_id"]
         lines.append(f"{title}{f' ([{hf_id}](https://huggingface.co/{hf_id}))' if hf_id else ''} for {target}.")
-        if record["entry"]["status"] == "unverified":
-            lines.append(
-                "**Unverified.** It was built with `--allow-unverified`: what the zoo states of this model was not "
-                "compared with the published checkpoint."
-            )
     if record["layers"] != record["whole_layers"]:
         lines.append(f"**A slice: the first {record['layers']} of {record['whole_layers']} layers**, for tests only.")
     return "\n\n".join(lines)
@@ -152,7 +147,7 @@ def _provenance(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     files = "\n".join(f"- `{name}`: {file['size']:,} bytes" for name, file in source.get("files", {}).items())
     dropped = "".join(f"\n- {count} tensors left out: {reason}" for reason, count in record["dropped"].items())
-    revision = source.get("hf_revision") or "not recorded (built from a local copy)"
+    revision = record["origin"]["revision"] or "not recorded (built from a local copy)"
     remarks = "".join(f"\n\nNote: {remark}." for remark in record["remarks"])
     return (
         f"## Provenance\n\nBuilt by coreai-zoo {record['zoo']} with {versions}; overlay "

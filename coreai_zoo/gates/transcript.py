@@ -91,10 +91,10 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     sizes = {path: record["bytes"] for path, record in build["files"].items()}
     return {
         "name": build["name"],
-        "entry": build["entry"].get("name"),
-        "title": build["entry"].get("title"),
-        "hf_id": build["entry"].get("hf_id"),
-        "hf_revision": build["source"].get("hf_revision"),
+        "entry": bundle.entry,
+        "title": bundle.title,
+        "hf_id": bundle.origin.get("hf_id"),
+        "hf_revision": bundle.origin.get("revision"),
         "sample": build.get("sample"),
         "layers": build["layers"],
         "contract": build.get("contract", {}).get("name"),

@@ -55,7 +55,7 @@ class Plan:
     """A bundle that was not built.
 
     Attributes:
-        name: name of the entry, or of the checkpoint's folder.
+        name: what the model is called, see `Design.label`.
         design: what would be built; its weights have sources when the checkpoint's headers were read.
         build: what a build reads, writes and needs on this machine.
     """
@@ -171,9 +171,4 @@ def plan(request: BuildRequest, plugins: Plugins) -> Plan:
         PluginError: when the answer of a plugin is not usable.
     """
     designed = design(request, plugins)
-    if designed.entry is not None:
-        name = designed.entry.name
-    else:
-        assert designed.directory is not None  # without an entry there is a folder
-        name = designed.directory.resolve().name
-    return Plan(name, designed, preflight(designed, Workspace.of(DEFAULT_OUTPUT, _SCRATCH, None, keep=False)))
+    return Plan(designed.label, designed, preflight(designed, Workspace.of(DEFAULT_OUTPUT, _SCRATCH, None, keep=False)))
