@@ -43,6 +43,7 @@ THOROUGH = frozenset(
         "coreml_backend",
         "diff",
         "gate",
+        "hub",
         "interruption",
         "lock",
         "lowering",
