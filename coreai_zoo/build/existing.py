@@ -31,7 +31,9 @@ from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
 # What of build.json a design without weights does not say, or that says nothing of the bytes of a weight or a graph.
-_NOT_COMPARED = frozenset({"schema", "request", "source", "files", "dropped", "origin", "licence", "compared", "title", "facts"})
+_NOT_COMPARED = frozenset(
+    {"schema", "request", "source", "files", "dropped", "origin", "licence", "compared", "title", "facts"}
+)
 
 _WORDS = {
     "zoo": "the version of the zoo",

@@ -53,7 +53,7 @@ def find_subject(text: str, plugins: Plugins) -> Subject:
     path = Path(text).expanduser()
     if text in entries or text.endswith(".toml"):
         return Subject(entry=find_entry(text, plugins)[0])
-    if path.is_dir():
+    if text and path.is_dir():
         return Subject(directory=path)
     repository = Repository.parse(text)
     if repository is not None:
@@ -153,7 +153,12 @@ def find_source(subject: Subject, request: BuildRequest, plugins: Plugins, repor
     if request.sample:
         assert entry is not None
         directory = entry.sample_directory()
-        return Source(read_config(directory), directory, Origin("sample"), find_licence(directory, {}, entry.licence, on_hub=False))
+        return Source(
+            read_config(directory),
+            directory,
+            Origin("sample"),
+            find_licence(directory, {}, entry.licence, on_hub=False),
+        )
     if request.dry and subject.repository is None:
         assert entry is not None
         hint = "Pass --checkpoint DIR with a folder that holds the model's config.json."
