@@ -14,11 +14,14 @@ import attrs
 
 from coreai_zoo.backend import Backend
 from coreai_zoo.build.code import code_digest
-from coreai_zoo.build.design import Design
+from coreai_zoo.build.design import Design, usual_context
+from coreai_zoo.build.figures import needs
+from coreai_zoo.build.request import DEFAULT_BACKEND
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
-from coreai_zoo.bundle.layout import BUILD_SCHEMA, file_digests, file_sizes
+from coreai_zoo.bundle.layout import BUILD_SCHEMA, card_digest, file_digests
 from coreai_zoo.bundle.metadata import metadata
+from coreai_zoo.checkpoint.readme import read_front_matter
 from coreai_zoo.checkpoint.tokenizer import copy_tokenizer
 from coreai_zoo.dates import build_date
 from coreai_zoo.json_files import write_json
@@ -56,9 +59,10 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
     )
     for name, text in design.backend.extra_files.items():
         (partial / name).write_text(text, encoding="utf-8")
-    rendered = render(record, file_sizes(partial), design.backend)
-    (partial / CARD).write_text(rendered, encoding="utf-8")
-    write_json(partial / "build.json", {**record, "files": file_digests(partial)})
+    files = file_digests(partial)
+    card = render(record, files, needs(design), design.backend).encode()
+    (partial / CARD).write_bytes(card)
+    write_json(partial / "build.json", {**record, "files": dict(sorted({**files, CARD: card_digest(card)}.items()))})
 
 
 def versions(backend: Backend) -> dict[str, str]:
@@ -78,6 +82,7 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
     return {
         "schema": BUILD_SCHEMA,
         "name": design.name,
+        "title": design.entry.title,
         "zoo": made_with.pop("coreai-zoo"),
         "versions": made_with,
         "quantizer": QUANTIZER_VERSION,
@@ -91,6 +96,11 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
             # A file that no plugin brings: gates and rebuilds need it again.
             "file": _loose_entry(design),
         },
+        "origin": _origin(design),
+        "licence": _licence(design),
+        "language": _languages(design),
+        "compared": False,  # a build does not compare an entry with the hub yet
+        "command": _command(design),
         "sample": design.sample,
         "source": {
             "hf_revision": design.revision,
@@ -119,7 +129,11 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
         "facts": dict(design.facts),
         "layers": design.facts["layers"],
         "whole_layers": design.model.whole_facts["layers"],
-        "contract": {"name": design.contract.name, "prerequisites": list(design.contract.prerequisites)},
+        "contract": {
+            "name": design.contract.name,
+            "prerequisites": list(design.contract.prerequisites),
+            "usage": design.contract.usage,
+        },
         "backend": design.backend.name,
         "remarks": list(design.backend.version_warnings),
         "recipe": {
@@ -136,6 +150,60 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
         "max_context": design.max_context,
         "functions": {name: signature_record(signature) for name, signature in design.signatures.items()},
     }
+
+
+def _origin(design: Design) -> dict[str, Any]:
+    """Where the checkpoint is from, as far as that is known."""
+    if design.revision is None or design.hf_id is None:
+        text = "the miniature that ships with the zoo" if design.sample else "a folder; origin not known"
+        return {"kind": "none", "hf_id": None, "revision": None, "made_from": [], "text": text}
+    text = f"fetched from the hub at commit {design.revision}"
+    return {"kind": "fetched", "hf_id": design.hf_id, "revision": design.revision, "made_from": [], "text": text}
+
+
+def _licence(design: Design) -> dict[str, str | None]:
+    """The weights' licence: as the checkpoint's own page states it, or its entry where it is that entry's."""
+    fields = read_front_matter(design.checkpoint.directory)
+    stated = {key: fields.get(f"license{key}") for key in ("", "_name", "_link")}
+    texts = {key: value for key, value in stated.items() if isinstance(value, str)}
+    if "" in texts:
+        link = texts.get("_link")
+        if link is not None and not link.startswith("https://"):  # a file of the repository
+            hf_id = _origin(design)["hf_id"]
+            link = None if hf_id is None else f"https://huggingface.co/{hf_id}/blob/main/{link}"
+        return {"id": texts[""], "name": texts.get("_name"), "link": link, "source": "the page of the checkpoint"}
+    if design.entry is not None and design.entry.licence is not None and _origin(design)["hf_id"] is not None:
+        return {"id": design.entry.licence, "name": None, "link": None, "source": f"the entry {design.entry.name}"}
+    return {"id": None, "name": None, "link": None, "source": None}
+
+
+def _languages(design: Design) -> list[str]:
+    """The languages that the checkpoint's own page names."""
+    stated = read_front_matter(design.checkpoint.directory).get("language", [])
+    names = [stated] if isinstance(stated, str) else stated
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _command(design: Design) -> list[str]:
+    """The words of the command that builds the same bundle from the same checkpoint."""
+    assert design.entry is not None
+    request, entry = design.request, design.entry
+    words = ["zoo", "build", f"{entry.name}.toml" if _loose_entry(design) else entry.name]
+    if design.sample:
+        words.append("--sample")
+    elif _origin(design)["hf_id"] is None:
+        words += ["--checkpoint", "CHECKPOINT"]
+    if design.differences:
+        words.append("--custom")
+    if design.recipe.name != entry.recipe:
+        words += ["--recipe", design.recipe.name]
+    if design.backend.name != DEFAULT_BACKEND:
+        words += ["--backend", design.backend.name]
+    if design.contract.name != entry.contract:
+        words += ["--contract", design.contract.name]
+    if design.max_context != usual_context(entry, design.contract, design.facts):
+        words += ["--max-context", str(design.max_context)]
+    return words + (["--layers", str(request.layers)] if request.layers is not None else [])
 
 
 def _loose_entry(design: Design) -> str | None:

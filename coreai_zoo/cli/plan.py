@@ -9,13 +9,13 @@ from typing import Any
 import click
 from attrs import asdict, evolve, frozen
 
+from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.build.preflight import size
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import COMMON_ROLES
-from coreai_zoo.planning.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import RECIPES
