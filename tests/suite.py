@@ -44,6 +44,7 @@ THOROUGH = frozenset(
         "coreml_backend",
         "diff",
         "gate",
+        "hub",
         "interruption",
         "lock",
         "lowering",
