@@ -9,6 +9,7 @@ QUICK = frozenset(
     {
         "architecture",
         "bytecode",
+        "card",
         "checkpoint",
         "cli",
         "compare_builds",

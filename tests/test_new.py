@@ -78,10 +78,10 @@ def test_a_sibling_is_planned_built_and_gated_from_the_entry_that_was_written_fo
     assert result.exit_code == 0, result.stderr
     bundle = Bundle.open(tmp_path / "tiny_sibling_decode_int8hu_block32_sym")
     card = (bundle.directory / "README.md").read_text(encoding="utf-8")
-    assert "**Unverified.** It was built with `--allow-unverified`" in card
+    assert "The facts of the entry `tiny-sibling` were not compared with the published checkpoint." in card
     assert "unverified: the entry was not compared" in result.stderr
     assert (bundle.build["entry"]["status"], bundle.build["entry"]["differences"]) == ("unverified", [])
-    assert bundle.build["entry"]["hf_id"] is None and "huggingface.co" not in card
+    assert bundle.build["entry"]["hf_id"] is None and "https://huggingface.co" not in card
     roles = {role: (sums["parameters"], sums["bytes"]) for role, sums in planned["roles"].items()}
     assert {role: (sums["parameters"], sums["bytes"]) for role, sums in bundle.build["weights"].items()} == roles
     # The graph is allowed for generously; what matters is the weights, and that a plan never promises too little.

@@ -9,7 +9,8 @@ import pytest
 
 from coreai_zoo.build.source import other_model
 from coreai_zoo.catalogue import find_entry
-from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin, read_card
+from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin
+from coreai_zoo.checkpoint.readme import read_front_matter
 from coreai_zoo.plugins import default_plugins
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -33,13 +34,13 @@ def downloaded(folder: Path, **commits: str) -> Path:
 
 
 def origin(folder: Path, config: dict[str, Any] | None = None) -> Origin:
-    return find_origin(folder, config or {}, read_card(folder), {COMMIT: OURS})
+    return find_origin(folder, config or {}, read_front_matter(folder), {COMMIT: OURS})
 
 
 def test_a_snapshot_in_the_cache_says_repository_and_commit(tmp_path: Path) -> None:
     folder = tmp_path / "models--Qwen--Qwen3.5-27B" / "snapshots" / COMMIT
     found = origin(with_card(folder, f"base_model: {OURS}"))
-    assert (found.kind, found.hf_id, found.revision, found.proven) == ("cache", SIBLING, COMMIT, True)
+    assert (found.kind, found.hf_id, found.revision, found.proven) == ("hub", SIBLING, COMMIT, True)
 
 
 def test_a_folder_of_that_name_without_a_commit_is_no_snapshot(tmp_path: Path) -> None:
@@ -54,7 +55,10 @@ def test_a_download_to_a_folder_is_known_by_its_commit(tmp_path: Path) -> None:
 
     unknown = origin(downloaded(tmp_path / "unknown", config_json=OTHER))
     assert (unknown.hf_id, unknown.revision, unknown.proven) == (None, OTHER, False)
-    assert str(unknown) == f"commit {OTHER} of a repository that is not known"
+    assert (
+        str(unknown)
+        == f"of a repository that is not known, by the metadata that its download left beside it at commit {OTHER}"
+    )
 
 
 def test_files_of_two_commits_show_nothing(tmp_path: Path) -> None:
@@ -105,10 +109,10 @@ def test_a_card_goes_before_the_name_in_the_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "refused"),
     [
-        (Origin("cache", OURS, COMMIT), False),
-        (Origin("cache", OURS.lower(), COMMIT), False),
-        (Origin("cache", SIBLING, COMMIT), True),
-        (Origin("cache", "acme/tuned", COMMIT), True),  # whatever it was made from, it is not this one
+        (Origin("hub", OURS, COMMIT), False),
+        (Origin("hub", OURS.lower(), COMMIT), False),
+        (Origin("hub", SIBLING, COMMIT), True),
+        (Origin("hub", "acme/tuned", COMMIT), True),  # whatever it was made from, it is not this one
         (Origin("readme", SIBLING), True),
         (Origin("readme", None, None, (SIBLING,)), True),
         (Origin("readme", None, None, (f"{SIBLING}-Base",)), True),
@@ -134,13 +138,21 @@ def test_evidence_for_a_sibling_speaks_against_an_entry(found: Origin, refused: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_licence_is_what_the_hub_says_then_the_card_then_the_text_then_the_entry(tmp_path: Path) -> None:
+def test_the_licence_is_what_the_card_says_then_the_text_then_the_entry(tmp_path: Path) -> None:
     card = {"license": "other", "license_name": "acme", "license_link": "https://acme.example/licence"}
-    hub = find_licence(tmp_path, card, "mit", on_hub=True)
-    assert hub == Licence("other", "acme", "https://acme.example/licence", "the hub")
-    assert find_licence(tmp_path, {"license": ["mit"]}, None, on_hub=False).source == "the checkpoint's README.md"
+    ours, nobody = Origin("hub", OURS, COMMIT), Origin()
+    entry = (OURS, "mit")
+
+    said = find_licence(tmp_path, card, nobody, entry)
+    assert said == Licence("other", "acme", "https://acme.example/licence", "the checkpoint's model card")
+    file = {**card, "license_link": "LICENSE.md"}
+    assert find_licence(tmp_path, file, ours, entry).link == f"https://huggingface.co/{OURS}/blob/{COMMIT}/LICENSE.md"
+    assert find_licence(tmp_path, file, nobody, entry).link is None
+    assert find_licence(tmp_path, {"license": ["mit"]}, nobody, (None, None)).id == "mit"
+
     (tmp_path / "LICENSE").write_text("\n        Apache License\n   Version 2.0, January 2004\n", encoding="utf-8")
-    assert find_licence(tmp_path, {}, "mit", on_hub=True) == Licence("apache-2.0", source="the checkpoint's LICENSE")
+    assert find_licence(tmp_path, {}, ours, entry) == Licence("apache-2.0", source="the checkpoint's LICENSE")
     (tmp_path / "LICENSE").write_text("All rights reserved.\n", encoding="utf-8")
-    assert find_licence(tmp_path, {}, "mit", on_hub=True) == Licence("mit", source="the zoo's entry")
-    assert find_licence(tmp_path, {"license": 3}, None, on_hub=True) == Licence()
+    assert find_licence(tmp_path, {}, ours, entry) == Licence("mit", source="the zoo's entry")
+    # The entry's licence is that of the entry's model, which this one is not known to be.
+    assert find_licence(tmp_path, {"license": 3}, nobody, entry) == Licence()

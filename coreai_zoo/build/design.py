@@ -328,14 +328,20 @@ def _max_context(request: BuildRequest, entry: Entry | None, contract: Contract,
             f"A context of {request.max_context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit.",
             "Choose another with --context N." if request.dry else "Choose another with --max-context N.",
         )
-    usual = entry.bundle.max_context if entry else DEFAULT_CONTEXT
-    chosen = request.max_context or min(usual, limit, contract.default_context or limit)
+    chosen = request.max_context or usual_context(entry, contract, facts)
     if chosen < MINIMUM_CONTEXT:
+        usual = entry.bundle.max_context if entry else DEFAULT_CONTEXT
         raise BadInput(
             f"The bundle would allow {chosen} positions (the model {limit}, the entry {usual}); {MINIMUM_CONTEXT} is "
             "the least."
         )
     return chosen
+
+
+def usual_context(entry: Entry | None, contract: Contract, facts: Mapping[str, Any]) -> int:
+    """The positions of a bundle that nobody chose a number for."""
+    limit = int(facts["max_context_length"])
+    return min(entry.bundle.max_context if entry else DEFAULT_CONTEXT, limit, contract.default_context or limit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

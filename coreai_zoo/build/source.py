@@ -13,7 +13,8 @@ from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.files import CONFIG, INDEX, Checkpoint, TensorInfo, has_weights, read_config, read_index
 from coreai_zoo.checkpoint.hub import HubSource, Repository
-from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin, read_card
+from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin
+from coreai_zoo.checkpoint.readme import read_front_matter
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
@@ -153,12 +154,7 @@ def find_source(subject: Subject, request: BuildRequest, plugins: Plugins, repor
     if request.sample:
         assert entry is not None
         directory = entry.sample_directory()
-        return Source(
-            read_config(directory),
-            directory,
-            Origin("sample"),
-            find_licence(directory, {}, entry.licence, on_hub=False),
-        )
+        return Source(read_config(directory), directory, Origin("sample"))
     if request.dry and subject.repository is None:
         assert entry is not None
         hint = "Pass --checkpoint DIR with a folder that holds the model's config.json."
@@ -166,9 +162,9 @@ def find_source(subject: Subject, request: BuildRequest, plugins: Plugins, repor
     repository = subject.repository or _repository_of(entry)
     hub = HubSource.open(repository, report)
     directory = hub.fetch_small((CONFIG, INDEX) if request.dry else None)
-    card = read_card(directory) if hub.listing is None else hub.listing.card
-    licence = find_licence(directory, card, entry.licence if entry else None, on_hub=hub.listing is not None)
-    return Source(read_config(directory), directory, Origin("fetched", hub.id, hub.commit), licence, card, hub)
+    # The hub's own is the same, and there also for those who do not fetch the README.
+    card = read_front_matter(directory) or (hub.listing.card if hub.listing else {})
+    return _source(directory, Origin("hub", hub.id, hub.commit), card, entry, hub)
 
 
 def commit_of(source: Source, entry: Entry | None, report: Reporter) -> tuple[str, str] | None:
@@ -181,7 +177,7 @@ def commit_of(source: Source, entry: Entry | None, report: Reporter) -> tuple[st
         repository = _repository_of(entry)
         return repository.id, repository.revision or HubSource.open(repository, report).commit
     origin = source.origin
-    if origin.kind in ("fetched", "cache") and origin.hf_id and origin.revision:
+    if origin.kind == "hub" and origin.hf_id and origin.revision:
         return origin.hf_id, origin.revision
     return None
 
@@ -194,11 +190,17 @@ def _repository_of(entry: Entry | None) -> Repository:
 
 
 def _of_folder(directory: Path, entry: Entry | None, plugins: Plugins) -> Source:
-    config, card = read_config(directory), read_card(directory)
+    card = read_front_matter(directory)
     commits = {entry.hf_revision: entry.hf_id for entry, _ in load_entries(plugins).values()}
     known = {commit: hf_id for commit, hf_id in commits.items() if commit and hf_id}
-    licence = find_licence(directory, card, entry.licence if entry else None, on_hub=False)
-    return Source(config, directory, find_origin(directory, config, card, known), licence, card)
+    return _source(directory, find_origin(directory, read_config(directory), card, known), card, entry)
+
+
+def _source(
+    directory: Path, origin: Origin, card: Mapping[str, Any], entry: Entry | None, hub: HubSource | None = None
+) -> Source:
+    stated = (entry.hf_id, entry.licence) if entry else (None, None)
+    return Source(read_config(directory), directory, origin, find_licence(directory, card, origin, stated), card, hub)
 
 
 def other_model(origin: Origin, entry: Entry, plugins: Plugins) -> str | None:

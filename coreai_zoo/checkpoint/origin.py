@@ -1,31 +1,32 @@
 """Where a checkpoint comes from, as far as something shows it: evidence, never assumption.
 
 Models of one family have the same sizes and the same keys, so a config says nothing about which of them a folder holds.
-What does is, from the strongest to the weakest: the commit that was fetched; the path of a snapshot in the Hugging Face
-cache; the metadata that `hf download --local-dir` leaves beside the files; the front matter of a README.md; and
-`_name_or_path` in the config. The last two may name the model that this one was made from, and are told as that.
+What does, from the strongest to the weakest: the commit that was fetched, which is in the path of a snapshot in the
+Hugging Face cache; the metadata that `hf download --local-dir` leaves beside the files; the front matter of a
+README.md; and `_name_or_path` in the config. The last two may name the model that this one was made from, and are told
+as that.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from attrs import frozen
 
+from coreai_zoo.checkpoint.readme import texts
 from coreai_zoo.entry import HF_ID
 
-Kind = Literal["sample", "fetched", "cache", "download", "readme", "config", "none"]
+Kind = Literal["sample", "hub", "download", "readme", "config", "none"]
 
 _PHRASES: Mapping[Kind, str] = {
     "sample": "the sample that ships with the entry",
-    "fetched": "fetched from the Hugging Face hub",
-    "cache": "a snapshot in the Hugging Face cache",
-    "download": "downloaded from the Hugging Face hub, by the metadata beside the files",
-    "readme": "by the README.md beside the weights",
-    "config": "by _name_or_path in config.json",
+    "hub": "fetched from the Hugging Face hub",
+    "download": "by the metadata that its download left beside it",
+    "readme": "by its model card",
+    "config": "by _name_or_path in its config.json",
     "none": "not known",
 }
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -52,16 +53,19 @@ class Origin:
     @property
     def proven(self) -> bool:
         """Whether repository and commit are known from where the files lie, not from what a file says."""
-        return self.kind in ("fetched", "cache", "download") and None not in (self.hf_id, self.revision)
+        return self.kind in ("hub", "download") and None not in (self.hf_id, self.revision)
+
+    @property
+    def how(self) -> str:
+        """What shows it, in words, with the commit."""
+        return _PHRASES[self.kind] + (f" at commit {self.revision}" if self.revision else "")
 
     def __str__(self) -> str:
-        how = _PHRASES[self.kind]
         if self.hf_id is not None:
-            return f"{self.hf_id}{f' at {self.revision}' if self.revision else ''}, {how}"
+            return f"{self.hf_id}, {self.how}"
         if self.made_from:
-            commit = f"commit {self.revision}; " if self.revision else ""
-            return f"{commit}{' or '.join(self.made_from)}, or a model made from it, {how}"
-        return f"commit {self.revision} of a repository that is not known" if self.revision else how
+            return f"{' or '.join(self.made_from)}, or a model made from it, {self.how}"
+        return f"of a repository that is not known, {self.how}" if self.revision else self.how
 
 
 def find_origin(
@@ -72,11 +76,11 @@ def find_origin(
     Args:
         directory: the folder.
         config: its `config.json`.
-        card: the front matter of its README.md, see `read_card`.
+        card: the front matter of its README.md, see `read_front_matter`.
         commits: repositories that are known, by a commit of each.
     """
     if inside := _SNAPSHOT.fullmatch(directory.absolute().as_posix()):
-        return Origin("cache", f"{inside[1]}/{inside[2]}", inside[3])
+        return Origin("hub", f"{inside[1]}/{inside[2]}", inside[3])
     revision = _downloaded_commit(directory)
     if revision is not None and revision in commits:
         return Origin("download", commits[revision], revision)
@@ -110,37 +114,16 @@ def _named_by_card(card: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]
     those that the model was made from, that is it, as in the cards of Qwen (huggingface.co/Qwen/Qwen3.5-4B-Base).
     """
     bases = card.get("base_model")
-    made_from = tuple(dict.fromkeys(text for text in _texts(bases) if re.fullmatch(HF_ID, text)))
-    linked = next((match[1] for link in _texts(card.get("license_link")) if (match := _ON_HUB.fullmatch(link))), None)
+    made_from = tuple(dict.fromkeys(text for text in texts(bases) if re.fullmatch(HF_ID, text)))
+    linked = next((match[1] for link in texts(card.get("license_link")) if (match := _ON_HUB.fullmatch(link))), None)
     if linked is None or linked in made_from or card.get("base_model_relation") is not None:
         return None, made_from or ((linked,) if linked else ())
     return (linked, ()) if not made_from else (None, (linked, *made_from))
 
 
-def _texts(value: object) -> Iterator[str]:
-    """A text, or the texts of a list."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        yield from (item for item in value if isinstance(item, str))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Card and licence
+# Licence
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_card(directory: Path) -> Mapping[str, Any]:
-    """The front matter of the README.md in `directory`; empty where there is none that can be read."""
-    path = directory / "README.md"
-    if not path.is_file():
-        return {}
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        return metadata_load(path) or {}
-    except Exception:  # noqa: BLE001  # of YAML that is none; a card is a hint, and a bad one is no hint
-        return {}
 
 
 @frozen
@@ -167,22 +150,33 @@ _LICENCE_TEXTS = {
 }
 
 
-def find_licence(directory: Path, card: Mapping[str, Any], stated: str | None, *, on_hub: bool) -> Licence:
-    """The licence of the weights in `directory`.
+def find_licence(
+    directory: Path, card: Mapping[str, Any], origin: Origin, stated: tuple[str | None, str | None]
+) -> Licence:
+    """The licence of the weights in `directory`: what the card says, or the licence's own text, or else the entry.
 
     Args:
         directory: the checkpoint's folder.
-        card: its card's front matter, from the hub or from the folder.
-        stated: what the entry says, or None.
-        on_hub: whether the card is what the hub says.
+        card: its card's front matter.
+        origin: where it comes from.
+        stated: a repository and its licence as an entry has them, which hold if that is where it comes from.
     """
-    named = next(_texts(card.get("license")), None)
+    named = next(texts(card.get("license")), None)
     if named is not None:
-        name, link = (next(_texts(card.get(key)), None) for key in ("license_name", "license_link"))
-        return Licence(named, name, link, "the hub" if on_hub else "the checkpoint's README.md")
+        name, link = (next(texts(card.get(key)), None) for key in ("license_name", "license_link"))
+        return Licence(named, name, _address(link, origin), "the checkpoint's model card")
     for path in sorted(directory.glob("LICENSE*")):
         text = path.read_text(encoding="utf-8", errors="replace")[:400] if path.is_file() else ""
         for licence, beginning in _LICENCE_TEXTS.items():
             if beginning.match(text):
                 return Licence(licence, source=f"the checkpoint's {path.name}")
-    return Licence(stated, source="the zoo's entry") if stated else Licence()
+    hf_id, licence_of_entry = stated
+    same = hf_id is not None and hf_id.lower() == (origin.hf_id or "").lower()
+    return Licence(licence_of_entry, source="the zoo's entry") if same and licence_of_entry else Licence()
+
+
+def _address(link: str | None, origin: Origin) -> str | None:
+    """A link as an address: one that is none is the name of a file in the repository."""
+    if link is None or link.startswith(("https://", "http://")):
+        return link
+    return f"https://huggingface.co/{origin.hf_id}/blob/{origin.revision or 'main'}/{link}" if origin.hf_id else None

@@ -58,8 +58,8 @@ _EXISTING = click.Path(path_type=Path)
 def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -> None:
     """Build a bundle.
 
-    MODEL is an entry (its name, or a file that `zoo new` wrote), a repository on the Hugging Face hub (its id, also with
-    @revision, or its URL), or the folder of a checkpoint. What is not an entry is built as what its config says.
+    MODEL is an entry (its name, or a file that `zoo new` wrote), a repository on the Hugging Face hub (its id, also
+    with @revision, or its URL), or the folder of a checkpoint. What is not an entry is built as what its config says.
 
     Whatever is not at hand is fetched, once all that can be checked without weights has been. The output path is
     untouched until the bundle is complete and verified. An interrupted build resumes when it is run again.

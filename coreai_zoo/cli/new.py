@@ -43,10 +43,10 @@ from coreai_zoo.progress import Reporter
 def new(ctx: click.Context, name: str, source: str, output: Path | None, force: bool, as_json: bool) -> None:
     """Write an entry for a checkpoint.
 
-    Reads config.json, and the headers of the weights or their index if they are there; of a repository on the hub only
-    these are fetched. Says which overlay claims the architecture, what it made of the config, and what it did not look at. The
-    entry is a file of facts to be read and completed: what is not known is left out. An architecture that no plugin
-    claims needs an overlay first; then this says which hooks to write.
+    Reads config.json, and the headers of the weights or their index if they are there; of a repository on the hub
+    only these are fetched. Says which overlay claims the architecture, what it made of the config, and what it did
+    not look at. The entry is a file of facts to be read and completed: what is not known is left out. An
+    architecture that no plugin claims needs an overlay first; then this says which hooks to write.
 
     \b
     Example:

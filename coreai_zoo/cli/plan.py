@@ -9,13 +9,13 @@ from typing import Any
 import click
 from attrs import asdict, evolve, frozen
 
+from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.build.preflight import size
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import COMMON_ROLES
-from coreai_zoo.planning.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import RECIPES
@@ -71,10 +71,11 @@ def plan(
 ) -> None:
     """What a bundle would hold, need and run at, from a config alone.
 
-    MODEL is an entry, a repository on the Hugging Face hub, of which config.json and the index are fetched, or a folder.
-    Of an entry the facts are taken, and nothing is fetched. No weight is read. Sizes are exact up to the graph's few megabytes. Rates are predictions: a decoded token reads
-    every weight but the embedding table (of experts, the chosen ones), and nothing but the memory takes time. Reading
-    the states comes on top, and grows with the context.
+    MODEL is an entry, a repository on the Hugging Face hub, of which config.json and the index are fetched, or a
+    folder. Of an entry the facts are taken, and nothing is fetched. No weight is read. Sizes are exact up to the
+    graph's few megabytes. Rates are predictions: a decoded token reads every weight but the embedding table (of
+    experts, the chosen ones), and nothing but the memory takes time. Reading the states comes on top, and grows
+    with the context.
 
     \b
     Example:

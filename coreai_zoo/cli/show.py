@@ -28,9 +28,9 @@ from coreai_zoo.recipes import QuantizationSpec
 def show(ctx: click.Context, model: str, as_json: bool) -> None:
     """Everything that is known of a model.
 
-    MODEL is an entry, a repository on the Hugging Face hub, of which config.json and the index are fetched, or a folder.
-    What is not known is not shown, nor guessed; an entry is `unverified` until its facts and revision were compared
-    with the published checkpoint. The recipe's table says how a weight of each role is stored.
+    MODEL is an entry, a repository on the Hugging Face hub, of which config.json and the index are fetched, or a
+    folder. What is not known is not shown, nor guessed; an entry is `unverified` until its facts and revision were
+    compared with the published checkpoint. The recipe's table says how a weight of each role is stored.
 
     \b
     Example:
