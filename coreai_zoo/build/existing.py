@@ -30,9 +30,10 @@ from coreai_zoo.json_files import read_object, write_json
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
-# What of build.json a design without weights does not say, or that says nothing of the bytes of a weight or a graph.
+# What of build.json a design without weights does not say, or what is said of the checkpoint, which is compared apart.
 _NOT_COMPARED = frozenset(
-    {"schema", "request", "source", "files", "dropped", "origin", "licence", "compared", "title", "facts"}
+    ("schema", "request", "command", "source", "files", "dropped", "facts")
+    + ("origin", "licence", "language", "compared", "title")
 )
 
 _WORDS = {
