@@ -69,7 +69,7 @@ _LONGEST_WAIT = 330.0
 """Seconds that a hub may ask to wait for; the limits of the real one start anew every five minutes."""
 
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-_REVISION = re.compile(r"(?!.*\.\.)[^\s/~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]*")
+_REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^-/\s~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]*")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PAGE = "https://huggingface.co"
 
@@ -189,6 +189,7 @@ class HubSource:
             EnvironmentLacks: when the hub cannot be asked, or refuses; and nothing of the revision is in the cache.
         """
         _quieten()
+        _check(repository)
         revision = repository.revision or "main"
         folder = _folder(repository.id)
         try:
@@ -435,7 +436,8 @@ class HubSource:
             if come < start:
                 count(file.name, come - start)
             with partial.open("r+b" if partial.is_file() else "wb") as out:
-                out.truncate(come)
+                if come < start:
+                    out.truncate(come)
                 out.seek(come)
                 for piece in answer.iter_bytes():
                     piece = piece[: file.size - come]  # noqa: PLW2901  # more than there should be
@@ -473,9 +475,27 @@ def _quieten() -> None:
     constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
+def _check(repository: Repository) -> None:
+    """Refuse what can be no repository, before it becomes a path or an address.
+
+    Raises:
+        BadInput: saying what it lacks.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository.id)
+    except HFValidationError as error:
+        raise BadInput(f"{repository.id!r} is no repository of the hub: {_said(error)}.") from error
+    if repository.revision is not None and not _REVISION.fullmatch(repository.revision):
+        raise BadInput(f"{repository.revision!r} of {repository.id} is no branch, tag or commit.")
+
+
 def _ask(repository: Repository, report: Reporter) -> Listing:
     """What the hub states about a repository."""
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     def ask() -> Any:
         return HfApi().model_info(
@@ -485,12 +505,19 @@ def _ask(repository: Repository, report: Reporter) -> Listing:
     with _explained(repository.id, repository.revision or "main"):
         try:
             info = _Patience(report, _METADATA_TRIES).ask(ask)
-            if not _SHA1.fullmatch(info.sha):
-                raise ValueError(info.sha)
             siblings = [(sibling.rfilename, sibling) for sibling in info.siblings if _is_plain(sibling.rfilename)]
             card = info.card_data.to_dict() if info.card_data else {}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if not _SHA1.fullmatch(info.sha):
+                raise TypeError(f"{info.sha} is no commit")
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise _not_the_hub(repository.id) from error
+        except (HTTPError, OSError):
+            raise
+        except Exception as error:  # of the client, about an address or a proxy that there cannot be
+            raise EnvironmentLacks(
+                f"{repository.id} cannot be fetched: {_host()} cannot be asked ({_said(error)}).",
+                "Check HF_ENDPOINT and HTTPS_PROXY, if set.",
+            ) from error
         stated = [_stated(info.id, info.sha, name, sibling, report) for name, sibling in siblings]
     files = {file.name: file for file in stated if file is not None}
     return Listing(info.id, info.sha, MappingProxyType(files), MappingProxyType(card))
@@ -653,11 +680,11 @@ def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
 
     status, login = error.response.status_code, "log in with `hf auth login`"
     if os.environ.get("HF_TOKEN"):
-        login += " and unset HF_TOKEN, which comes before it"
+        login += " (HF_TOKEN, which is set, comes before it)"
     if isinstance(error, errors.GatedRepoError):
         return EnvironmentLacks(
             f"{repo_id} is gated: its files are for those who have accepted its terms.",
-            f"Accept them at {_PAGE}/{repo_id}, then {login}.",
+            f"Accept them at {_PAGE}/{repo_id} and {login}.",
         )
     if status == 401 and get_token() is not None and "Invalid credentials" in str(error):
         return EnvironmentLacks(f"{_host()} does not accept the token of this machine.", f"To read {repo_id}, {login}.")
@@ -666,11 +693,7 @@ def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
             f"{repo_id} has no revision {revision}.",
             f"{_PAGE}/{repo_id}/tree/main lists branches and tags; a commit is given in full.",
         )
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return EnvironmentLacks(
-            f"A file that {_host()} lists in {repo_id} is not there ({error.response.url.path}).", "Try again later."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+    if isinstance(error, errors.RepositoryNotFoundError) or (status == 404 and "/api/" in error.response.url.path):
         return BadInput(
             f"{_host()} shows no model repository {repo_id}: there is none, or it is private.",
             f"Check the name at {_PAGE}/models; if it is private, {login}.",
@@ -681,8 +704,12 @@ def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
             f"Visit {_PAGE}/{repo_id} to see what it asks for, and {login}.",
         )
     if status == 429:
-        hint = "Try again later; who is logged in (`hf auth login`) may ask more often."
-        return EnvironmentLacks(f"{_host()} has had too many requests from here ({_status(error)}).", hint)
+        wait = _asked_wait(error)
+        when = "later" if wait is None else f"in {max(1, round(wait / 60))} minutes"
+        return EnvironmentLacks(
+            f"{repo_id} cannot be fetched: {_host()} has had too many requests from here ({_status(error)}).",
+            f"Try again {when}; who is logged in (`hf auth login`) may ask more often.",
+        )
     return EnvironmentLacks(
         f"{repo_id} cannot be fetched: {_host()} answers {_status(error)}.",
         "Try again later; the same command goes on from what has come.",
