@@ -167,6 +167,7 @@ def test_this_and_the_hubs_own_client_find_what_the_other_has_fetched(hub: Hub, 
     asked = len(hub.requests)
     source.fetch_weights(report)
     assert len(hub.requests) == asked
+    assert report.bars == [SIZE]
     assert "comparing 3.0 MiB in the cache with what the hub states" in report.notes
     assert huggingface_hub.scan_cache_dir().warnings == []
 
@@ -262,6 +263,7 @@ def test_a_file_in_the_cache_that_is_not_what_the_hub_states_is_fetched_again(hu
         assert (source.directory / name).read_bytes() == FILES[name]
         assert hub.asked(name) == [None, None]
         assert f"{name} in the cache is not what the hub states; fetching it again" in report.notes
+    assert report.bars == report.done == [2 * SIZE, SIZE, 2 * SIZE]
 
 
 def test_what_was_compared_is_not_read_again_until_it_changes(hub: Hub, report: Notes) -> None:
@@ -416,7 +418,8 @@ def test_a_killed_download_goes_on_from_what_has_come(hub: Hub, number: signal.S
     hub.inject(SECOND, stall=2**20 + 5)
     with started(hub) as process:
         digest = hashlib.sha256(FILES[SECOND]).hexdigest()
-        wait_for(lambda: any(path.stat().st_size == 2**20 + 5 for path in hub.cache.rglob(f"{digest}.incomplete")))
+        partial = hub.cache / "models--toys--Toy-1B" / "blobs" / f"{digest}.incomplete"
+        wait_for(lambda: partial.exists() and partial.stat().st_size == 2**20 + 5)
         process.send_signal(number)
     assert process.returncode
     with started(hub) as process:
@@ -533,7 +536,7 @@ def test_a_missing_revision_is_not_a_missing_repository(hub: Hub, report: Notes)
     assert isinstance(error, BadInput) and error.message == f"{ID} has no revision v9."
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 410, 418, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [401, 403, 404, 418, 500])
 @pytest.mark.parametrize("path", [ID, "config.json", FIRST])
 def test_a_status_that_stays_is_told(hub: Hub, report: Notes, path: str, status: int) -> None:
     hub.add(ID, FILES)
@@ -548,7 +551,7 @@ def test_a_status_that_stays_is_told(hub: Hub, report: Notes, path: str, status:
 
 
 @pytest.mark.parametrize("path", [ID, "config.json", FIRST])
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 522])
+@pytest.mark.parametrize("status", [408, 429, 503, 522])
 def test_a_status_that_passes_is_waited_for(hub: Hub, report: Notes, path: str, status: int) -> None:
     hub.add(ID, FILES)
     hub.inject(path, status=status, times=2)
@@ -589,7 +592,7 @@ def test_a_wait_of_hours_is_told_and_not_waited_for(hub: Hub, report: Notes, hea
 
 
 @pytest.mark.parametrize(
-    "page", ["<html><body>Log in to the guest network</body></html>", "[]", "{}", '"x"', '{"id": 3}']
+    "page", ["<html><body>Log in to the guest network</body></html>", "[]", "{}", '"x"', '{"id": 3}', "null", ""]
 )
 def test_a_page_in_the_place_of_metadata_is_told(hub: Hub, report: Notes, page: str) -> None:
     hub.add(ID, FILES)

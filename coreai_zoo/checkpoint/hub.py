@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
@@ -217,6 +218,8 @@ class HubSource:
         for name in self._names():
             if _is_small(name) and (names is None or name in names):
                 self._obtain(self._file(name), _ignore)
+        with contextlib.suppress(OSError):  # in a cache that is only read there is nothing to write down
+            self._note_revision()
         return self.directory
 
     @cached_property
@@ -251,7 +254,7 @@ class HubSource:
     def missing_bytes(self) -> int:
         """Bytes of weights that are still to be fetched; those that a broken download left count as here."""
         missing = (file for file in self.weights if not self._is_here(file))
-        return sum(file.size - min(_size(self._partial(file)), file.size) for file in missing)
+        return sum(file.size - min(_size(self._partial(file)) or 0, file.size) for file in missing)
 
     def shard(self, name: str, count: CountBytes | None = None) -> Path:
         """One weight file, fetched if it is not here, and compared with the size and SHA-256 that the hub states.
@@ -263,25 +266,22 @@ class HubSource:
         Raises:
             EnvironmentLacks: when it cannot be fetched, or is twice not what the hub states.
         """
-        return self._obtain(next(file for file in self.weights if file.name == name), count or _ignore)
+        return self._obtain({file.name: file for file in self.weights}[name], count or _ignore)
 
     def fetch_weights(self, report: Reporter) -> None:
         """Fetch the weight files that are not here, and compare all with what the hub states; see `shard`."""
         self._report = report
-        here = [file for file in self.weights if self._is_here(file)]
-        unknown = [file for file in here if not _is_known(self._place(file), file)]
+        unknown = [file for file in self.weights if self._is_here(file) and not _is_known(self._place(file), file)]
+        bad = 0
         if unknown:
             total = sum(file.size for file in unknown)
             report.note(f"comparing {_amount(total)} in the cache with what the hub states")
-            with report.bytes(total) as count:
+            with report.bytes(total) as count, _explained(self.id, self._revision):
                 for file in unknown:
-                    _matches(self._place(file), file)
+                    bad += 0 if _matches(self._place(file), file) else file.size
                     count(file.name, file.size)
-        with (
-            report.bytes(self.missing_bytes)
-            if len(here) < len(self.weights)
-            else contextlib.nullcontext(_ignore) as count
-        ):
+        total = self.missing_bytes + bad
+        with report.bytes(total) if total else contextlib.nullcontext(_ignore) as count:
             for file in self.weights:
                 self.shard(file.name, count)
 
@@ -301,7 +301,7 @@ class HubSource:
         if self.listing is not None:
             return self.listing.files[name]
         path = self.directory / name
-        size, etag = _size(path), path.readlink().name if path.is_symlink() else None
+        size, etag = _size(path) or 0, path.readlink().name if path.is_symlink() else None
         return _remote_file(name, size, etag) or RemoteFile(name, size, None, None)
 
     def _blob(self, file: RemoteFile) -> Path:
@@ -315,11 +315,10 @@ class HubSource:
     def _place(self, file: RemoteFile) -> Path:
         """Where the content is, if it is here: in this snapshot, or fetched for another one."""
         path = self.directory / file.name
-        return path if path.is_file() or self.listing is None else self._blob(file)
+        return path if _size(path) is not None or self.listing is None else self._blob(file)
 
     def _is_here(self, file: RemoteFile) -> bool:
-        place = self._place(file)
-        return place.is_file() and _size(place) == file.size
+        return _size(self._place(file)) == file.size
 
     # -----------------------------------------------------------------------------------------------------------------
     # Fetching one file
@@ -332,28 +331,29 @@ class HubSource:
             if _matches(path, file):
                 return path
             if self._refusal is not None:
-                state = "damaged" if path.is_file() else "not there"
+                state = "not there" if _size(path) is None else "damaged"
                 raise EnvironmentLacks(
                     f"{file.name} of {self.id} is {state} in the cache, and cannot be fetched: {self._refusal.message}",
                     self._refusal.hint,
                 )
-            self._note_revision()
             with self._locked(file):
                 blob = self._blob(file)
                 for place in (path, blob):
-                    if place.is_file() and not _matches(place, file):
+                    if _size(place) is not None and not _matches(place, file):
                         self._report.note(f"{file.name} in the cache is not what the hub states; fetching it again")
                         place.unlink()
-                if not path.is_file():
-                    if not blob.is_file():
+                if _size(path) is None:
+                    if _size(blob) is None:
                         self._fetch(file, count)
                     _link(blob, path)
+                    _remember(path, file)
         return path
 
     def _note_revision(self) -> None:
         """Write down what commit a branch is, as the client does: it is looked up when there is no network."""
         path = self.directory.parents[1] / "refs" / self._revision
-        if self._revision != self.commit and not (path.is_file() and path.read_text(encoding="utf-8") == self.commit):
+        known = self._revision == self.commit or (path.is_file() and path.read_text(encoding="utf-8") == self.commit)
+        if not known and self.directory.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             fresh.write_text(self.commit, encoding="utf-8")
@@ -385,7 +385,6 @@ class HubSource:
                 self._receive(file, partial, count)
                 if _hash(partial, file) == file.digest:
                     os.replace(partial, blob)
-                    _remember(blob, file)
                     return
                 partial.unlink()
                 count(file.name, -file.size)
@@ -407,19 +406,19 @@ class HubSource:
         """
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever library it stands on
 
-        if _size(partial) > file.size:
+        if (_size(partial) or 0) > file.size:
             partial.unlink()
         patience = _Patience(self._report, _FILE_TRIES)
-        while not partial.is_file() or _size(partial) < file.size:
-            start = _size(partial)
+        while (come := _size(partial)) != file.size:
+            start = come or 0
             try:
                 self._stream(file, partial, start, count)
             except (HTTPError, _BrokeOff) as error:
-                come = _size(partial)
+                come = _size(partial) or 0
                 patience.after(error, f"going on from {_amount(come)}" if come else "trying again", come - start)
 
     def _stream(self, file: RemoteFile, partial: Path, start: int, count: CountBytes) -> None:
-        """Append what one answer holds from byte `start` on; each piece is on the disk before the next is asked for."""
+        """Append what one answer holds from byte `start` on, each piece as it comes."""
         from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -435,7 +434,7 @@ class HubSource:
             come = _first_byte(answer.headers, file, start)
             if come < start:
                 count(file.name, come - start)
-            with partial.open("r+b" if partial.is_file() else "wb") as out:
+            with partial.open("r+b" if start else "wb") as out:
                 if come < start:
                     out.truncate(come)
                 out.seek(come)
@@ -494,7 +493,7 @@ def _check(repository: Repository) -> None:
 
 def _ask(repository: Repository, report: Reporter) -> Listing:
     """What the hub states about a repository."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, ModelCardData, constants
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     def ask() -> Any:
@@ -506,7 +505,9 @@ def _ask(repository: Repository, report: Reporter) -> Listing:
         try:
             info = _Patience(report, _METADATA_TRIES).ask(ask)
             siblings = [(sibling.rfilename, sibling) for sibling in info.siblings if _is_plain(sibling.rfilename)]
-            card = info.card_data.to_dict() if info.card_data else {}
+            front = info.card_data
+            card = front.to_dict() if isinstance(front, ModelCardData) else {}  # type: ignore[no-untyped-call]
+            _check(Repository(info.id))
             if not _SHA1.fullmatch(info.sha):
                 raise TypeError(f"{info.sha} is no commit")
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -518,8 +519,8 @@ def _ask(repository: Repository, report: Reporter) -> Listing:
                 f"{repository.id} cannot be fetched: {_host()} cannot be asked ({_said(error)}).",
                 "Check HF_ENDPOINT and HTTPS_PROXY, if set.",
             ) from error
-        stated = [_stated(info.id, info.sha, name, sibling, report) for name, sibling in siblings]
-    files = {file.name: file for file in stated if file is not None}
+        found = [_stated(info.id, info.sha, name, sibling, report) for name, sibling in siblings]
+    files = {file.name: file for file in found if file is not None}
     return Listing(info.id, info.sha, MappingProxyType(files), MappingProxyType(card))
 
 
@@ -584,7 +585,7 @@ class _Patience:
             raise error
         if asked is not None and asked > _LONGEST_WAIT:
             raise error
-        seconds = min(_PAUSE * 2 ** (self._failures - 1), _LONGEST_PAUSE) if asked is None else asked
+        seconds = max(asked or 0.0, min(_PAUSE * 2 ** (self._failures - 1), _LONGEST_PAUSE))
         when = f" in {seconds:.0f} s" if seconds >= 2 else ""
         self._report.note(f"{_happened(error)}; {then}{when}")
         time.sleep(seconds)
@@ -640,7 +641,7 @@ def _first_byte(headers: Mapping[str, str], file: RemoteFile, start: int) -> int
     begin, total = (int(ranged[1]), ranged[2]) if ranged else (0, headers.get("Content-Length", "*"))
     if headers.get("Content-Encoding", "identity") != "identity":
         total = "*"  # the length is of what the content was packed into
-    if total != "*" and int(total) != file.size:
+    if total.isdecimal() and int(total) != file.size:
         raise _Differs(f"{file.name} is offered with {int(total):,} bytes, and the hub states {file.size:,}")
     if begin not in {0, start}:
         raise _Differs(f"{file.name} is offered from byte {begin:,} on, asked for from {start:,}")
@@ -792,7 +793,7 @@ def _link(blob: Path, path: Path) -> None:
 
 def _matches(path: Path, file: RemoteFile) -> bool:
     """Whether the content is what the hub states. It is read once; then the file's times tell that it is as it was."""
-    if not path.is_file() or _size(path) != file.size:
+    if _size(path) != file.size:
         return False
     if file.digest is None or _is_known(path, file):
         return True
@@ -838,9 +839,9 @@ def _identity(path: Path, file: RemoteFile) -> str:
     return f"{file.digest} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
 
 
-def _remote_file(name: str, size: int | None, etag: str | None) -> RemoteFile | None:
+def _remote_file(name: str, size: object, etag: object) -> RemoteFile | None:
     """A file whose hash is an LFS object's or git's; None if the size or the hash is missing."""
-    if size is None or size < 0 or etag is None:
+    if not isinstance(size, int) or size < 0 or not isinstance(etag, str):
         return None
     if _SHA256.fullmatch(etag):
         return RemoteFile(name, size, etag, None)
@@ -869,12 +870,13 @@ def _is_small(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _SMALL)
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None if there is none, or none that can be looked at."""
     try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _amount(size: int) -> str:
