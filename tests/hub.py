@@ -125,6 +125,7 @@ class Hub:
         blind: those of them that see no private repository.
         requests: what was asked, in order.
         metadata: whether the metadata of a repository has sizes and hashes, as the real hub's has.
+        etags: whether the ETag of a file is its hash.
         ranges: whether a part of a file can be asked for.
     """
 
@@ -136,6 +137,7 @@ class Hub:
         self.blind: set[str] = set()
         self.requests: list[Request] = []
         self.metadata = True
+        self.etags = True
         self.ranges = True
         self.objects: dict[str, bytes] = {}
         self._faults: list[Fault] = []
@@ -494,12 +496,13 @@ class _Handler(BaseHTTPRequestHandler):
         content = files[name]
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not is_large(name):
-            self._answer_content(content, {**headers, "ETag": f'"{git_sha1(content)}"'})
+            etag = git_sha1(content) if self.hub.etags else f"{name}-1"
+            self._answer_content(content, {**headers, "ETag": f'"{etag}"'})
             return
         digest = hashlib.sha256(content).hexdigest()
         headers |= {
             "X-Linked-Size": str(len(content)),
-            "X-Linked-Etag": f'"{digest}"',
+            "X-Linked-Etag": f'"{digest if self.hub.etags else digest[:32]}"',
             "ETag": f'"{git_sha1(pointer(content))}"',
             # Another host than 127.0.0.1 to a client, which must not send its token there.
             "Location": f"http://localhost:{self.hub.port}/cdn/{repo_id}/{digest}/{urllib.parse.quote(name)}",

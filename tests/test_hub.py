@@ -203,6 +203,18 @@ def test_a_mirror_whose_metadata_lacks_sizes_and_hashes_is_asked_for_them(hub: H
     assert (source.fetch_small() / "config.json").read_bytes() == FILES["config.json"]
 
 
+def test_a_mirror_that_states_no_hash_is_believed_about_small_files_only(hub: Hub, report: Notes) -> None:
+    hub.add(ID, FILES)
+    hub.metadata = hub.etags = False
+    error = refused(report)
+    assert isinstance(error, EnvironmentLacks) and f"size and SHA-256 of {FIRST}" in error.message
+    small = {name: data for name, data in FILES.items() if not name.endswith(".safetensors")}
+    hub.add(ID, {**small, "LICENSE": b"x"})
+    directory = opened(report).fetch_small()
+    assert (directory / "config.json").read_bytes() == FILES["config.json"]
+    assert (directory / "LICENSE").read_bytes() == b"x"
+
+
 def test_a_cache_without_links_holds_the_files_themselves(
     hub: Hub, report: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,7 +374,7 @@ def test_a_server_without_ranges_is_asked_for_the_whole(hub: Hub, report: Notes)
     source = opened(report)
     source.fetch_weights(report)
     assert (source.directory / FIRST).read_bytes() == FILES[FIRST]
-    assert report.done == [2 * SIZE]
+    assert hub.asked(FIRST) == [None, f"bytes={2**20}-"] and report.done == [2 * SIZE]
 
 
 def test_tries_come_to_an_end_and_the_next_run_goes_on(hub: Hub, report: Notes) -> None:

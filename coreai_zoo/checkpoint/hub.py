@@ -70,6 +70,7 @@ _LONGEST_WAIT = 330.0
 """Seconds that a hub may ask to wait for; the limits of the real one start anew every five minutes."""
 
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9A-Za-z]{6,64}")  # 40 hexadecimal digits on the real hub
 _REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^-/\s~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]*")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PAGE = "https://huggingface.co"
@@ -90,6 +91,8 @@ class Repository:
     @classmethod
     def parse(cls, text: str) -> Repository | None:
         """The repository that `owner/name`, `owner/name@revision` or a page of the hub names, else None."""
+        if "/" not in text:
+            return None
         from huggingface_hub import constants
         from huggingface_hub.errors import HfUriError, HFValidationError
         from huggingface_hub.utils import parse_hf_uri, validate_repo_id  # type: ignore[attr-defined]  # exported lazily
@@ -126,7 +129,7 @@ class RemoteFile:
         name: its path in the repository.
         size: bytes.
         sha256: of the content, where it is a large file (LFS or xet).
-        git_sha1: of the content as git counts it, where it is a small one.
+        git_sha1: of the content as git counts it, where it is a small one. Some mirrors state neither.
     """
 
     name: str
@@ -136,7 +139,7 @@ class RemoteFile:
 
     @property
     def digest(self) -> str | None:
-        """The hash that the hub states, by which the cache names the content; None if it is not known (offline)."""
+        """The hash that the hub states, by which the cache names the content; None if none is known."""
         return self.sha256 or self.git_sha1
 
 
@@ -306,11 +309,13 @@ class HubSource:
 
     def _blob(self, file: RemoteFile) -> Path:
         """Where the cache keeps the content, to which snapshots have links."""
-        return self.directory.parents[1] / "blobs" / str(file.digest)
+        name = file.digest or hashlib.sha256(f"{self.commit}/{file.name}".encode()).hexdigest()
+        return self.directory.parents[1] / "blobs" / name
 
     def _partial(self, file: RemoteFile) -> Path:
         """What has come of a file so far, under the name that `hf cache` knows as that of a broken download."""
-        return self._blob(file).with_name(f"{file.digest}.incomplete")
+        blob = self._blob(file)
+        return blob.with_name(f"{blob.name}.incomplete")
 
     def _place(self, file: RemoteFile) -> Path:
         """Where the content is, if it is here: in this snapshot, or fetched for another one."""
@@ -366,7 +371,7 @@ class HubSource:
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
         repository = self.directory.parents[1]
-        path = repository.parent / ".locks" / repository.name / f"{file.digest}.lock"
+        path = repository.parent / ".locks" / repository.name / f"{self._blob(file).name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             try:
@@ -383,7 +388,7 @@ class HubSource:
         for again in ("; fetching it once more", ""):
             try:
                 self._receive(file, partial, count)
-                if _hash(partial, file) == file.digest:
+                if file.digest in {None, _hash(partial, file)}:
                     os.replace(partial, blob)
                     return
                 partial.unlink()
@@ -409,7 +414,7 @@ class HubSource:
         if (_size(partial) or 0) > file.size:
             partial.unlink()
         patience = _Patience(self._report, _FILE_TRIES)
-        while (come := _size(partial)) != file.size:
+        while (come := _size(partial)) is None or come < file.size:
             start = come or 0
             try:
                 self._stream(file, partial, start, count)
@@ -508,7 +513,7 @@ def _ask(repository: Repository, report: Reporter) -> Listing:
             front = info.card_data
             card = front.to_dict() if isinstance(front, ModelCardData) else {}  # type: ignore[no-untyped-call]
             _check(Repository(info.id))
-            if not _SHA1.fullmatch(info.sha):
+            if not _COMMIT.fullmatch(info.sha):
                 raise TypeError(f"{info.sha} is no commit")
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise _not_the_hub(repository.id) from error
@@ -538,9 +543,11 @@ def _stated(repo_id: str, commit: str, name: str, sibling: Any, report: Reporter
         lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     )
     file = _remote_file(name, found.size, found.etag)
-    if file is None:
+    if file is None and found.size is not None and _is_small(name):
+        return RemoteFile(name, found.size, None, None)
+    if file is None or (file.sha256 is None and not _is_small(name)):
         raise EnvironmentLacks(
-            f"{_host()} states no size or no hash of {name} of {repo_id}, so what it sends could not be checked.",
+            f"{_host()} does not state size and SHA-256 of {name} of {repo_id}, so what it sends could not be checked.",
             "If HF_ENDPOINT names a mirror, use another one.",
         )
     return file
@@ -677,7 +684,7 @@ def _explained(repo_id: str, revision: str) -> Iterator[None]:
 
 def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
     """What an answer with an error status means."""
-    from huggingface_hub import errors, get_token
+    from huggingface_hub import errors
 
     status, login = error.response.status_code, "log in with `hf auth login`"
     if os.environ.get("HF_TOKEN"):
@@ -687,7 +694,9 @@ def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
             f"{repo_id} is gated: its files are for those who have accepted its terms.",
             f"Accept them at {_PAGE}/{repo_id} and {login}.",
         )
-    if status == 401 and get_token() is not None and "Invalid credentials" in str(error):
+    if (
+        status == 401 and "authorization" in error.response.request.headers
+    ):  # to a token that it knows it says 403 or 404
         return EnvironmentLacks(f"{_host()} does not accept the token of this machine.", f"To read {repo_id}, {login}.")
     if isinstance(error, errors.RevisionNotFoundError):
         return BadInput(
@@ -774,7 +783,7 @@ def _cached_commit(folder: Path, revision: str) -> str | None:
     ref = folder / "refs" / revision
     with contextlib.suppress(OSError):
         commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        if _SHA1.fullmatch(commit) and (folder / "snapshots" / commit / CONFIG).is_file():
+        if _COMMIT.fullmatch(commit) and (folder / "snapshots" / commit / CONFIG).is_file():
             return commit
     return None
 
