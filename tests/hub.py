@@ -7,6 +7,7 @@ tokens, gates, and what an upload needs. What a client asked for is in `Hub.requ
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import socket
@@ -121,8 +122,11 @@ class Hub:
         repositories: by id.
         tokens: those that it knows; with any other, a request is refused.
         granted: those of them that may read gated repositories.
+        blind: those of them that see no private repository.
         requests: what was asked, in order.
         metadata: whether the metadata of a repository has sizes and hashes, as the real hub's has.
+        etags: whether the ETag of a file is its hash.
+        ranges: whether a part of a file can be asked for.
     """
 
     def __init__(self, home: Path) -> None:
@@ -130,8 +134,11 @@ class Hub:
         self.repositories: dict[str, Stored] = {}
         self.tokens: set[str] = set()
         self.granted: set[str] = set()
+        self.blind: set[str] = set()
         self.requests: list[Request] = []
         self.metadata = True
+        self.etags = True
+        self.ranges = True
         self.objects: dict[str, bytes] = {}
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
@@ -152,6 +159,7 @@ class Hub:
             self.closing.set()
             self._server.shutdown()
             self._server.server_close()
+            self._server.hang_up()
             self._thread.join()
 
     @property
@@ -313,7 +321,22 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
+        self._open: set[socket.socket] = set()
         super().__init__(("127.0.0.1", 0), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        """End the connections that a client keeps for its next request."""
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is what is tested."""
@@ -408,7 +431,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stored(self, repo_id: str) -> Stored:
         stored = self.hub.repositories.get(repo_id)
-        if stored is None or (stored.private and self.token is None):
+        if stored is None or (stored.private and self.token in {None, *self.hub.blind}):
             # To those that it does not know the real hub does not say which of the two it is.
             if self.token is None:
                 raise _Refused(401, "RepoNotFound", "Invalid username or password.")
@@ -473,12 +496,13 @@ class _Handler(BaseHTTPRequestHandler):
         content = files[name]
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not is_large(name):
-            self._answer_content(content, {**headers, "ETag": f'"{git_sha1(content)}"'})
+            etag = git_sha1(content) if self.hub.etags else f"{name}-1"
+            self._answer_content(content, {**headers, "ETag": f'"{etag}"'})
             return
         digest = hashlib.sha256(content).hexdigest()
         headers |= {
             "X-Linked-Size": str(len(content)),
-            "X-Linked-Etag": f'"{digest}"',
+            "X-Linked-Etag": f'"{digest if self.hub.etags else digest[:32]}"',
             "ETag": f'"{git_sha1(pointer(content))}"',
             # Another host than 127.0.0.1 to a client, which must not send its token there.
             "Location": f"http://localhost:{self.hub.port}/cdn/{repo_id}/{digest}/{urllib.parse.quote(name)}",
@@ -620,14 +644,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault is not None:
             content = _changed(content, fault)
-        start = _first_byte(self.headers.get("range"))
+        ranged = self.headers.get("range") if self.hub.ranges else None
+        start = int(ranged.removeprefix("bytes=").split("-")[0]) if ranged else 0
         headers = {"Content-Type": "application/octet-stream", **headers}
         if start > 0 and start >= len(content):
             self._answer(416, b"", {**headers, "Content-Range": f"bytes */{len(content)}"})
             return
-        if self.headers.get("range"):
+        if ranged:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self._answer(206 if self.headers.get("range") else 200, content[start:], headers, fault)
+        self._answer(206 if ranged else 200, content[start:], headers, fault)
 
     def _answer_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self._answer(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
@@ -671,10 +696,6 @@ def _described(name: str, content: bytes) -> dict[str, Any]:
     text = pointer(content)
     lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": len(text)}
     return {"size": len(content), "blobId": git_sha1(text), "lfs": lfs}
-
-
-def _first_byte(given: str | None) -> int:
-    return int(given.removeprefix("bytes=").split("-")[0]) if given else 0
 
 
 def _changed(content: bytes, fault: Fault) -> bytes:

@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
@@ -68,7 +69,8 @@ _LONGEST_WAIT = 330.0
 """Seconds that a hub may ask to wait for; the limits of the real one start anew every five minutes."""
 
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-_REVISION = re.compile(r"(?!.*\.\.)[^\s/~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]*")
+_COMMIT = re.compile(r"[0-9A-Za-z]{6,64}")  # 40 hexadecimal digits on the real hub
+_REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^-/\s~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]*")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PAGE = "https://huggingface.co"
 
@@ -88,6 +90,8 @@ class Repository:
     @classmethod
     def parse(cls, text: str) -> Repository | None:
         """The repository that `owner/name`, `owner/name@revision` or a page of the hub names, else None."""
+        if "/" not in text:
+            return None
         from huggingface_hub import constants
         from huggingface_hub.errors import HfUriError, HFValidationError
         from huggingface_hub.utils import parse_hf_uri, validate_repo_id  # type: ignore[attr-defined]  # exported lazily
@@ -124,7 +128,7 @@ class RemoteFile:
         name: its path in the repository.
         size: bytes.
         sha256: of the content, where it is a large file (LFS or xet).
-        git_sha1: of the content as git counts it, where it is a small one.
+        git_sha1: of the content as git counts it, where it is a small one. Some mirrors state neither.
     """
 
     name: str
@@ -134,7 +138,7 @@ class RemoteFile:
 
     @property
     def digest(self) -> str | None:
-        """The hash that the hub states, by which the cache names the content; None if it is not known (offline)."""
+        """The hash that the hub states, by which the cache names the content; None if none is known."""
         return self.sha256 or self.git_sha1
 
 
@@ -188,6 +192,7 @@ class HubSource:
             EnvironmentLacks: when the hub cannot be asked, or refuses; and nothing of the revision is in the cache.
         """
         _quieten()
+        _check(repository)
         revision = repository.revision or "main"
         folder = _folder(repository.id)
         try:
@@ -215,6 +220,8 @@ class HubSource:
         for name in self._names():
             if _is_small(name) and (names is None or name in names):
                 self._obtain(self._file(name), _ignore)
+        with contextlib.suppress(OSError):  # in a cache that is only read there is nothing to write down
+            self._note_revision()
         return self.directory
 
     @cached_property
@@ -249,7 +256,7 @@ class HubSource:
     def missing_bytes(self) -> int:
         """Bytes of weights that are still to be fetched; those that a broken download left count as here."""
         missing = (file for file in self.weights if not self._is_here(file))
-        return sum(file.size - min(_size(self._partial(file)), file.size) for file in missing)
+        return sum(file.size - min(_size(self._partial(file)) or 0, file.size) for file in missing)
 
     def shard(self, name: str, count: CountBytes | None = None) -> Path:
         """One weight file, fetched if it is not here, and compared with the size and SHA-256 that the hub states.
@@ -261,25 +268,22 @@ class HubSource:
         Raises:
             EnvironmentLacks: when it cannot be fetched, or is twice not what the hub states.
         """
-        return self._obtain(next(file for file in self.weights if file.name == name), count or _ignore)
+        return self._obtain({file.name: file for file in self.weights}[name], count or _ignore)
 
     def fetch_weights(self, report: Reporter) -> None:
         """Fetch the weight files that are not here, and compare all with what the hub states; see `shard`."""
         self._report = report
-        here = [file for file in self.weights if self._is_here(file)]
-        unknown = [file for file in here if not _is_known(self._place(file), file)]
+        unknown = [file for file in self.weights if self._is_here(file) and not _is_known(self._place(file), file)]
+        bad = 0
         if unknown:
             total = sum(file.size for file in unknown)
             report.note(f"comparing {_amount(total)} in the cache with what the hub states")
-            with report.bytes(total) as count:
+            with report.bytes(total) as count, _explained(self.id, self._revision):
                 for file in unknown:
-                    _matches(self._place(file), file)
+                    bad += 0 if _matches(self._place(file), file) else file.size
                     count(file.name, file.size)
-        with (
-            report.bytes(self.missing_bytes)
-            if len(here) < len(self.weights)
-            else contextlib.nullcontext(_ignore) as count
-        ):
+        total = self.missing_bytes + bad
+        with report.bytes(total) if total else contextlib.nullcontext(_ignore) as count:
             for file in self.weights:
                 self.shard(file.name, count)
 
@@ -299,25 +303,26 @@ class HubSource:
         if self.listing is not None:
             return self.listing.files[name]
         path = self.directory / name
-        size, etag = _size(path), path.readlink().name if path.is_symlink() else None
+        size, etag = _size(path) or 0, path.readlink().name if path.is_symlink() else None
         return _remote_file(name, size, etag) or RemoteFile(name, size, None, None)
 
     def _blob(self, file: RemoteFile) -> Path:
         """Where the cache keeps the content, to which snapshots have links."""
-        return self.directory.parents[1] / "blobs" / str(file.digest)
+        name = file.digest or hashlib.sha256(f"{self.commit}/{file.name}".encode()).hexdigest()
+        return self.directory.parents[1] / "blobs" / name
 
     def _partial(self, file: RemoteFile) -> Path:
         """What has come of a file so far, under the name that `hf cache` knows as that of a broken download."""
-        return self._blob(file).with_name(f"{file.digest}.incomplete")
+        blob = self._blob(file)
+        return blob.with_name(f"{blob.name}.incomplete")
 
     def _place(self, file: RemoteFile) -> Path:
         """Where the content is, if it is here: in this snapshot, or fetched for another one."""
         path = self.directory / file.name
-        return path if path.is_file() or self.listing is None else self._blob(file)
+        return path if _size(path) is not None or self.listing is None else self._blob(file)
 
     def _is_here(self, file: RemoteFile) -> bool:
-        place = self._place(file)
-        return place.is_file() and _size(place) == file.size
+        return _size(self._place(file)) == file.size
 
     # -----------------------------------------------------------------------------------------------------------------
     # Fetching one file
@@ -330,28 +335,29 @@ class HubSource:
             if _matches(path, file):
                 return path
             if self._refusal is not None:
-                state = "damaged" if path.is_file() else "not there"
+                state = "not there" if _size(path) is None else "damaged"
                 raise EnvironmentLacks(
                     f"{file.name} of {self.id} is {state} in the cache, and cannot be fetched: {self._refusal.message}",
                     self._refusal.hint,
                 )
-            self._note_revision()
             with self._locked(file):
                 blob = self._blob(file)
                 for place in (path, blob):
-                    if place.is_file() and not _matches(place, file):
+                    if _size(place) is not None and not _matches(place, file):
                         self._report.note(f"{file.name} in the cache is not what the hub states; fetching it again")
                         place.unlink()
-                if not path.is_file():
-                    if not blob.is_file():
+                if _size(path) is None:
+                    if _size(blob) is None:
                         self._fetch(file, count)
                     _link(blob, path)
+                    _remember(path, file)
         return path
 
     def _note_revision(self) -> None:
         """Write down what commit a branch is, as the client does: it is looked up when there is no network."""
         path = self.directory.parents[1] / "refs" / self._revision
-        if self._revision != self.commit and not (path.is_file() and path.read_text(encoding="utf-8") == self.commit):
+        known = self._revision == self.commit or (path.is_file() and path.read_text(encoding="utf-8") == self.commit)
+        if not known and self.directory.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             fresh.write_text(self.commit, encoding="utf-8")
@@ -364,7 +370,7 @@ class HubSource:
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
         repository = self.directory.parents[1]
-        path = repository.parent / ".locks" / repository.name / f"{file.digest}.lock"
+        path = repository.parent / ".locks" / repository.name / f"{self._blob(file).name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             try:
@@ -381,9 +387,8 @@ class HubSource:
         for again in ("; fetching it once more", ""):
             try:
                 self._receive(file, partial, count)
-                if _hash(partial, file) == file.digest:
+                if file.digest in {None, _hash(partial, file)}:
                     os.replace(partial, blob)
-                    _remember(blob, file)
                     return
                 partial.unlink()
                 count(file.name, -file.size)
@@ -405,19 +410,19 @@ class HubSource:
         """
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever library it stands on
 
-        if _size(partial) > file.size:
+        if (_size(partial) or 0) > file.size:
             partial.unlink()
         patience = _Patience(self._report, _FILE_TRIES)
-        while not partial.is_file() or _size(partial) < file.size:
-            start = _size(partial)
+        while (come := _size(partial)) is None or come < file.size:
+            start = come or 0
             try:
                 self._stream(file, partial, start, count)
             except (HTTPError, _BrokeOff) as error:
-                come = _size(partial)
+                come = _size(partial) or 0
                 patience.after(error, f"going on from {_amount(come)}" if come else "trying again", come - start)
 
     def _stream(self, file: RemoteFile, partial: Path, start: int, count: CountBytes) -> None:
-        """Append what one answer holds from byte `start` on; each piece is on the disk before the next is asked for."""
+        """Append what one answer holds from byte `start` on, each piece as it comes."""
         from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -433,8 +438,9 @@ class HubSource:
             come = _first_byte(answer.headers, file, start)
             if come < start:
                 count(file.name, come - start)
-            with partial.open("r+b" if partial.is_file() else "wb") as out:
-                out.truncate(come)
+            with partial.open("r+b" if start else "wb") as out:
+                if come < start:
+                    out.truncate(come)
                 out.seek(come)
                 for piece in answer.iter_bytes():
                     piece = piece[: file.size - come]  # noqa: PLW2901  # more than there should be
@@ -482,9 +488,27 @@ def _quieten() -> None:
     constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
+def _check(repository: Repository) -> None:
+    """Refuse what can be no repository, before it becomes a path or an address.
+
+    Raises:
+        BadInput: saying what it lacks.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository.id)
+    except HFValidationError as error:
+        raise BadInput(f"{repository.id!r} is no repository of the hub: {_said(error)}.") from error
+    if repository.revision is not None and not _REVISION.fullmatch(repository.revision):
+        raise BadInput(f"{repository.revision!r} of {repository.id} is no branch, tag or commit.")
+
+
 def _ask(repository: Repository, report: Reporter) -> Listing:
     """What the hub states about a repository."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, ModelCardData, constants
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     def ask() -> Any:
         return HfApi().model_info(
@@ -494,14 +518,23 @@ def _ask(repository: Repository, report: Reporter) -> Listing:
     with _explained(repository.id, repository.revision or "main"):
         try:
             info = _Patience(report, _METADATA_TRIES).ask(ask)
-            if not _SHA1.fullmatch(info.sha):
-                raise ValueError(info.sha)
             siblings = [(sibling.rfilename, sibling) for sibling in info.siblings if _is_plain(sibling.rfilename)]
-            card = info.card_data.to_dict() if info.card_data else {}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            front = info.card_data
+            card = front.to_dict() if isinstance(front, ModelCardData) else {}  # type: ignore[no-untyped-call]
+            _check(Repository(info.id))
+            if not _COMMIT.fullmatch(info.sha):
+                raise TypeError(f"{info.sha} is no commit")
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise _not_the_hub(repository.id) from error
-        stated = [_stated(info.id, info.sha, name, sibling, report) for name, sibling in siblings]
-    files = {file.name: file for file in stated if file is not None}
+        except (HTTPError, OSError):
+            raise
+        except Exception as error:  # of the client, about an address or a proxy that there cannot be
+            raise EnvironmentLacks(
+                f"{repository.id} cannot be fetched: {_host()} cannot be asked ({_said(error)}).",
+                "Check HF_ENDPOINT and HTTPS_PROXY, if set.",
+            ) from error
+        found = [_stated(info.id, info.sha, name, sibling, report) for name, sibling in siblings]
+    files = {file.name: file for file in found if file is not None}
     return Listing(info.id, info.sha, MappingProxyType(files), MappingProxyType(card))
 
 
@@ -519,9 +552,11 @@ def _stated(repo_id: str, commit: str, name: str, sibling: Any, report: Reporter
         lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     )
     file = _remote_file(name, found.size, found.etag)
-    if file is None:
+    if file is None and found.size is not None and _is_small(name):
+        return RemoteFile(name, found.size, None, None)
+    if file is None or (file.sha256 is None and not _is_small(name)):
         raise EnvironmentLacks(
-            f"{_host()} states no size or no hash of {name} of {repo_id}, so what it sends could not be checked.",
+            f"{_host()} does not state size and SHA-256 of {name} of {repo_id}, so what it sends could not be checked.",
             "If HF_ENDPOINT names a mirror, use another one.",
         )
     return file
@@ -566,7 +601,7 @@ class _Patience:
             raise error
         if asked is not None and asked > _LONGEST_WAIT:
             raise error
-        seconds = min(_PAUSE * 2 ** (self._failures - 1), _LONGEST_PAUSE) if asked is None else asked
+        seconds = max(asked or 0.0, min(_PAUSE * 2 ** (self._failures - 1), _LONGEST_PAUSE))
         when = f" in {seconds:.0f} s" if seconds >= 2 else ""
         self._report.note(f"{_happened(error)}; {then}{when}")
         time.sleep(seconds)
@@ -622,7 +657,7 @@ def _first_byte(headers: Mapping[str, str], file: RemoteFile, start: int) -> int
     begin, total = (int(ranged[1]), ranged[2]) if ranged else (0, headers.get("Content-Length", "*"))
     if headers.get("Content-Encoding", "identity") != "identity":
         total = "*"  # the length is of what the content was packed into
-    if total != "*" and int(total) != file.size:
+    if total.isdecimal() and int(total) != file.size:
         raise _Differs(f"{file.name} is offered with {int(total):,} bytes, and the hub states {file.size:,}")
     if begin not in {0, start}:
         raise _Differs(f"{file.name} is offered from byte {begin:,} on, asked for from {start:,}")
@@ -658,28 +693,26 @@ def _explained(repo_id: str, revision: str) -> Iterator[None]:
 
 def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
     """What an answer with an error status means."""
-    from huggingface_hub import errors, get_token
+    from huggingface_hub import errors
 
     status, login = error.response.status_code, "log in with `hf auth login`"
     if os.environ.get("HF_TOKEN"):
-        login += " and unset HF_TOKEN, which comes before it"
+        login += " (HF_TOKEN, which is set, comes before it)"
     if isinstance(error, errors.GatedRepoError):
         return EnvironmentLacks(
             f"{repo_id} is gated: its files are for those who have accepted its terms.",
-            f"Accept them at {_PAGE}/{repo_id}, then {login}.",
+            f"Accept them at {_PAGE}/{repo_id} and {login}.",
         )
-    if status == 401 and get_token() is not None and "Invalid credentials" in str(error):
+    if (
+        status == 401 and "authorization" in error.response.request.headers
+    ):  # to a token that it knows it says 403 or 404
         return EnvironmentLacks(f"{_host()} does not accept the token of this machine.", f"To read {repo_id}, {login}.")
     if isinstance(error, errors.RevisionNotFoundError):
         return BadInput(
             f"{repo_id} has no revision {revision}.",
             f"{_PAGE}/{repo_id}/tree/main lists branches and tags; a commit is given in full.",
         )
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return EnvironmentLacks(
-            f"A file that {_host()} lists in {repo_id} is not there ({error.response.url.path}).", "Try again later."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+    if isinstance(error, errors.RepositoryNotFoundError) or (status == 404 and "/api/" in error.response.url.path):
         return BadInput(
             f"{_host()} shows no model repository {repo_id}: there is none, or it is private.",
             f"Check the name at {_PAGE}/models; if it is private, {login}.",
@@ -690,8 +723,12 @@ def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
             f"Visit {_PAGE}/{repo_id} to see what it asks for, and {login}.",
         )
     if status == 429:
-        hint = "Try again later; who is logged in (`hf auth login`) may ask more often."
-        return EnvironmentLacks(f"{_host()} has had too many requests from here ({_status(error)}).", hint)
+        wait = _asked_wait(error)
+        when = "later" if wait is None else f"in {max(1, round(wait / 60))} minutes"
+        return EnvironmentLacks(
+            f"{repo_id} cannot be fetched: {_host()} has had too many requests from here ({_status(error)}).",
+            f"Try again {when}; who is logged in (`hf auth login`) may ask more often.",
+        )
     return EnvironmentLacks(
         f"{repo_id} cannot be fetched: {_host()} answers {_status(error)}.",
         "Try again later; the same command goes on from what has come.",
@@ -755,7 +792,7 @@ def _cached_commit(folder: Path, revision: str) -> str | None:
     ref = folder / "refs" / revision
     with contextlib.suppress(OSError):
         commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        if _SHA1.fullmatch(commit) and (folder / "snapshots" / commit / CONFIG).is_file():
+        if _COMMIT.fullmatch(commit) and (folder / "snapshots" / commit / CONFIG).is_file():
             return commit
     return None
 
@@ -774,7 +811,7 @@ def _link(blob: Path, path: Path) -> None:
 
 def _matches(path: Path, file: RemoteFile) -> bool:
     """Whether the content is what the hub states. It is read once; then the file's times tell that it is as it was."""
-    if not path.is_file() or _size(path) != file.size:
+    if _size(path) != file.size:
         return False
     if file.digest is None or _is_known(path, file):
         return True
@@ -820,9 +857,9 @@ def _identity(path: Path, file: RemoteFile) -> str:
     return f"{file.digest} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
 
 
-def _remote_file(name: str, size: int | None, etag: str | None) -> RemoteFile | None:
+def _remote_file(name: str, size: object, etag: object) -> RemoteFile | None:
     """A file whose hash is an LFS object's or git's; None if the size or the hash is missing."""
-    if size is None or size < 0 or etag is None:
+    if not isinstance(size, int) or size < 0 or not isinstance(etag, str):
         return None
     if _SHA256.fullmatch(etag):
         return RemoteFile(name, size, etag, None)
@@ -851,12 +888,13 @@ def _is_small(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _SMALL)
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None if there is none, or none that can be looked at."""
     try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _amount(size: int) -> str:
