@@ -54,6 +54,7 @@ THOROUGH = frozenset(
         "oracle",
         "parity",
         "preflight",
+        "publish",
         "reproducible",
         "resume",
         "samples",
