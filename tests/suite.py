@@ -56,6 +56,7 @@ THOROUGH = frozenset(
         "origin",
         "parity",
         "preflight",
+        "publish",
         "reproducible",
         "resume",
         "samples",

@@ -114,7 +114,8 @@ def bundle(tmp_path: Path) -> Bundle:
     directory = tmp_path / "toy"
     (directory / "toy.aimodel").mkdir(parents=True)
     (directory / "toy.aimodel" / "main.mlirb").write_bytes(bytes(100))
-    (directory / CARD).write_text("# toy\n\nA toy.\n\n## Running it\n\nRun it.\n", encoding="utf-8")
+    card = "# toy\n\n## Numerics\n\nNot gated yet: so.\n\n## Architecture\n\nA toy.\n"
+    (directory / CARD).write_text(card, encoding="utf-8")
     (directory / "metadata.json").write_text(json.dumps({"assets": {"main": "toy.aimodel"}}))
     spec = {"dtype": "int8", "scheme": "symmetric", "block": 32}
     build = {
@@ -296,7 +297,7 @@ def test_the_card_gets_what_was_measured_and_keeps_its_digest(bundle: Bundle) ->
         assert without_measurements(path.read_bytes()) == built
     assert "was the same at 32. At 0 it was another" in text
 
-    path.write_bytes(path.read_bytes().replace(b"## The bundle", b"## The bungle"))
+    path.write_bytes(path.read_bytes().replace(b"A toy.", b"A boy."))
     assert file_digests(bundle.directory) != before
 
 

@@ -14,6 +14,9 @@ BUILD_SCHEMA = 2
 GATE_FOLDER = "gate"
 """The folder that gates write after the build. It is outside of the digests, so that a gated bundle still verifies."""
 
+TRANSCRIPT, REPORT = "transcript.json", "report.html"
+"""What a gate found, for programs and for people: files in that folder."""
+
 
 def file_digests(bundle: Path, within: str = "") -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of the bundle but `build.json` itself and what gates add, by relative path.

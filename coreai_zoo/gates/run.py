@@ -17,7 +17,7 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.model import Model, read_model
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.layout import GATE_FOLDER
+from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT
 from coreai_zoo.bundle.verify import backend_of, require_unchanged
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.files import Checkpoint, read_config
@@ -162,7 +162,7 @@ def write_report(bundle: Bundle, records: Sequence[Mapping[str, Any]], output: P
     transcript.write(folder, records[0], report.render(*records))
     if output is None:
         transcript.write_card(bundle, report.markdown(records[0]))
-    return folder / transcript.REPORT
+    return folder / REPORT
 
 
 def failure(name: str, reasons: list[str]) -> CheckFailed:

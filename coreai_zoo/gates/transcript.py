@@ -23,7 +23,7 @@ from coreai_zoo.bounds import Bounds
 from coreai_zoo.build.workspace import existing_parent
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, with_measurements
-from coreai_zoo.bundle.layout import GATE_FOLDER
+from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import GateResult
 from coreai_zoo.gates.prompts import WEAK_FRACTION
@@ -32,8 +32,6 @@ from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, attributio
 
 SCHEMA = 1
 """Raised when a field changes its meaning or goes; a new field does not raise it."""
-
-TRANSCRIPT, REPORT = "transcript.json", "report.html"
 
 
 @frozen
