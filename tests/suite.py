@@ -8,6 +8,7 @@ import os
 QUICK = frozenset(
     {
         "architecture",
+        "bundle_names",
         "bytecode",
         "checkpoint",
         "cli",

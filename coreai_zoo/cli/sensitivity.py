@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
+from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import RECIPES
@@ -20,7 +21,7 @@ _EXISTING = click.Path(path_type=Path)
 
 
 @click.command("sensitivity")
-@click.argument("subject", metavar="BUNDLE_OR_ENTRY")
+@click.argument("subject", metavar="BUNDLE_OR_ENTRY", shell_complete=complete_entry)
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local Hugging Face checkpoint.")
 @click.option("--sample", is_flag=True, help="Of an entry: the miniature that ships with it.")
 @click.option("--custom", is_flag=True, help="Of an entry: the checkpoint is of other sizes, as in `zoo build`.")
@@ -50,7 +51,8 @@ def sensitivity(ctx: click.Context, /, subject: str, as_json: bool, **given: Any
     One role at a time is quantized from the checkpoint, the rest stays in fp16, and the logits are compared with those
     of fp16 throughout: KL divergence, and how much of its lead over the next best token the best one loses. What ranks
     high deserves more bits, what ranks low can do with fewer. The model is run in PyTorch, with one layer in memory at
-    a time; each part takes a pass over the checkpoint.
+    a time; each part takes a pass over the checkpoint. A bundle is a path or its own name; an entry's name means the
+    entry.
 
     \b
     Example:
