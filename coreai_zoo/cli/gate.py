@@ -124,7 +124,7 @@ def _rank(ctx: click.Context, bundle: str, options: GateOptions, *, as_json: boo
         )
     ctx.invoke(
         sensitivity,
-        subject=str(find_bundle(bundle, plugins_of(ctx))),
+        subject=bundle,
         checkpoint=shared.checkpoint,
         prompt=shared.prompt,
         positions=shared.positions,
