@@ -52,11 +52,10 @@ def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[s
 
 
 def _blamed_on_a_fact(entry: Entry, error: Exception) -> Exception:
-    """What to raise for an error of an overlay on an entry's facts: one about the entry, or the error where that is the
-    overlay's own.
+    """The error to raise for one of an overlay on an entry's facts: the overlay's own, or one about the entry.
 
-    A ValueError says what is wrong with a fact, and so does arithmetic with it. Of the other errors, Python's own, those
-    may be a fact's fault that meet one which is no whole number.
+    A ValueError says what is wrong with a fact, and so does arithmetic with it. Another error may be a fact's fault where
+    there is one that is no whole number.
     """
     odd = [f"facts.{name} is {value!r}" for name, value in entry.facts.more.items() if isinstance(value, str | float)]
     said = str(error) or type(error).__name__
@@ -127,11 +126,8 @@ def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _contradicted(entry: Entry, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The facts that an entry states otherwise, as it states them."""
-    return [
-        (name, stated)
-        for name, stated in entry.facts.stated.items()
-        if name in facts and not _same(facts[name], stated)
-    ]
+    stated = entry.facts.stated
+    return [(name, stated[name]) for name in stated if name in facts and not _same(facts[name], stated[name])]
 
 
 def _same(one: object, other: object) -> bool:

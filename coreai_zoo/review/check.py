@@ -17,6 +17,7 @@ from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.catalogue import load_entries
+from coreai_zoo.entry import Entry
 from coreai_zoo.errors import CheckFailed, ZooError, listing
 from coreai_zoo.gates.run import GateOptions, failure, run_gate, write_report
 from coreai_zoo.plugins import Plugins
