@@ -6,7 +6,9 @@ The command line prints `str(error)` and exits with `error.exit_code`; anything 
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 
 class ZooError(Exception):
@@ -87,6 +89,13 @@ def reason(error: BaseException) -> tuple[str, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def zoo_command(*words: object) -> str:
+    """A command of `zoo` that a user can paste into a shell as it is, whatever the paths in it are called."""
+    # A path that begins with a dash would be an option.
+    texts = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    return shlex.join(["zoo", *texts])
 
 
 def listing(items: list[str], limit: int = 12, separator: str = ", ") -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +62,26 @@ def bare(tmp_path: Path) -> Callable[..., Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 # From a checkpoint to a bundle
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["my models", "it's mine", "$HOME;ls", "-o", 'a "b"', "plain"])
+def test_the_commands_that_are_printed_can_be_pasted_whatever_a_folder_is_called(
+    checkpoint: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, Path(name))
+    (tmp_path / "x" / name).mkdir(parents=True)
+
+    made = zoo("new", "tiny-sibling", f"--from=./{name}", f"--output=x/{name}")
+    assert made.exit_code == 0, made.stderr
+
+    commands = [shlex.split(line) for line in made.stdout.splitlines() if line.startswith("    zoo ")]
+    plan, build = ([word.removeprefix("./") for word in command] for command in commands)
+    assert plan == ["zoo", "plan", f"x/{name}/tiny-sibling.toml"]
+    assert build[:5] == ["zoo", "build", f"x/{name}/tiny-sibling.toml", "--checkpoint", name]
+    assert commands[1][4] == (f"./{name}" if name.startswith("-") else name), "it would be an option"
+    refused = zoo("build", ENTRY, "--checkpoint", commands[1][4], "--allow-unverified")
+    assert shlex.join(["zoo", "new", "NAME", "--from", commands[1][4]]) in error_of(refused)
 
 
 @pytest.mark.slow

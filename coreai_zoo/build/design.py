@@ -33,7 +33,7 @@ from coreai_zoo.checkpoint.tokenizer import check_tokenizer
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract
 from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, PluginError, listing
+from coreai_zoo.errors import BadInput, PluginError, listing, zoo_command
 from coreai_zoo.overlay import HasParameterTable, LayerRewrite, ParameterInfo, WeightMap
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
@@ -337,8 +337,8 @@ def _differences(request: BuildRequest, entry: Entry | None, model: Model, sourc
         count = f"{len(differences)} fact" + "s" * (len(differences) > 1)
         raise BadInput(
             f"{source.directory} contradicts entry {entry.name} in {count}: {'; '.join(differences)}.",
-            "If it is another model of this architecture, write an entry for it with `zoo new NAME --from "
-            f"{source.directory}`, or pass --custom to build it without one.",
+            "If it is another model of this architecture, write an entry for it with "
+            f"`{zoo_command('new', 'NAME', '--from', source.directory)}`, or pass --custom to build it without one.",
         )
     if request.custom and not differences:
         raise BadInput(f"{source.directory} has the facts of entry {entry.name}: there is nothing --custom about it.")

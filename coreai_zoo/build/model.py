@@ -54,8 +54,8 @@ def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[s
 def _blamed_on_a_fact(entry: Entry, error: Exception) -> Exception:
     """The error to raise for one of an overlay on an entry's facts: the overlay's own, or one about the entry.
 
-    A ValueError says what is wrong with a fact, and so does arithmetic with it. Another error may be the fault of a fact
-    that is no whole number, where there is one.
+    A ValueError says what is wrong with a fact, and so does arithmetic with it. Another error may be the fault of a
+    fact that is no whole number, where there is one.
     """
     odd = [f"facts.{name} is {value!r}" for name, value in entry.facts.more.items() if isinstance(value, str | float)]
     said = str(error) or type(error).__name__

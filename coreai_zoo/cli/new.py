@@ -11,7 +11,7 @@ import click
 from coreai_zoo import hookspecs
 from coreai_zoo.checkpoint.files import read_config
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_rows, print_table
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, listing, zoo_command
 from coreai_zoo.planning.scaffold import (
     ENTRIES,
     NEEDED_HOOKS,
@@ -92,10 +92,10 @@ def _print(made: Draft, checkpoint: Path, path: Path, plugins: Plugins) -> None:
     print_rows(rows)
     brought = any(path.resolve() == other.resolve() for _, other in plugins.entries())
     entry = path.stem if brought else path
-    click.echo(f"\nWrote {path}. Read it, then:\n    zoo plan {entry}")
+    click.echo(f"\nWrote {path}. Read it, then:\n    {zoo_command('plan', entry)}")
     if made.weights is None:
         click.echo(f"A build needs weights and tokenizer, which are not in {checkpoint}; put them there, then:")
-    click.echo(f"    zoo build {entry} --checkpoint {checkpoint} --allow-unverified")
+    click.echo(f"    {zoo_command('build', entry, '--checkpoint', checkpoint, '--allow-unverified')}")
     if not brought:
         click.echo("A plugin that lists the file in zoo_entries makes the name alone enough.")
 

@@ -20,7 +20,7 @@ from coreai_zoo.bundle.find import named_bundle
 from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.catalogue import find_entry, find_recipe, load_entries
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, zoo_command
 from coreai_zoo.gates.run import checkpoint_of, oracle_of
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -162,8 +162,9 @@ class Comparer:
             return structure.of_entry(side.entry, self.plugins, recipe=side.recipe)
 
     def _after_bundle(self, bundle: Bundle) -> Next:
-        checkpoint = "" if bundle.build.get("sample") else f" --checkpoint {self.checkpoint or 'DIR'}"
-        return Next((f"zoo verify {bundle.directory}",), (f"zoo gate {bundle.directory}{checkpoint}",))
+        checkpoint = () if bundle.build.get("sample") else ("--checkpoint", self.checkpoint or "DIR")
+        folder = bundle.directory
+        return Next((zoo_command("verify", folder),), (zoo_command("gate", folder, *checkpoint),))
 
     # -- what they compute
 
@@ -227,8 +228,9 @@ def _bundle_folder(name: str) -> Path | None:
 
 
 def _after_entry(side: EntryRecipe) -> Next:
-    what = f"{side.name} --recipe {side.recipe}"
-    return Next((f"zoo plan {what}",), (f"zoo build {what}", "zoo gate BUNDLE"))
+    name = Path(side.name) if side.name.endswith(".toml") else side.name
+    what = name, "--recipe", side.recipe
+    return Next((zoo_command("plan", *what),), (zoo_command("build", *what), "zoo gate BUNDLE"))
 
 
 def _source(bundle: Bundle) -> Mapping[str, Any]:
