@@ -28,6 +28,7 @@ QUICK = frozenset(
         "quantize",
         "sensitivity",
         "suite",
+        "tables",
         "weights",
     }
 )

@@ -9,7 +9,7 @@ import attrs
 import click
 
 from coreai_zoo.cli.completion import complete_bundle
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table, print_text
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.progress import Reporter
 
@@ -80,7 +80,7 @@ def diff(
         click.echo(f"{as_markdown(difference)}\n**{verdict}**")
     else:
         _print(difference)
-        click.echo(str(verdict))
+        print_text(str(verdict))
     if exit_code and verdict.changed:
         raise CheckFailed(f"{difference.a} and {difference.b} differ.")
 
@@ -100,4 +100,4 @@ def _print(difference: Difference) -> None:
         if section.note:
             click.echo(f"({section.note})")
         click.echo()
-    click.echo(difference.summary)
+    print_text(difference.summary)

@@ -11,7 +11,7 @@ import click
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
 from coreai_zoo.cli.completion import complete_bundle
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_table
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_table, print_text
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.run import GateOptions, failure, report_folder, run_gate, write_report
 from coreai_zoo.progress import Reporter
@@ -137,13 +137,23 @@ def _rank(ctx: click.Context, bundle: str, options: GateOptions, *, as_json: boo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_MEASURES = (
+    Column("positions", number=True, drop=1),
+    Column("matched", number=True),
+    Column("ties", number=True, drop=2),
+    Column("flips", number=True),
+    Column("lowest cosine", number=True, drop=3),
+    Column("median error", number=True, drop=4),
+    Column("largest KL", number=True, drop=5),
+)
+
+
 def show(records: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of prompts for each bundle, what went wrong, and the verdict."""
     from coreai_zoo.gates.report import prompt_totals, significant
 
     for record in records:
-        columns = ("positions", "matched", "ties", "flips", "lowest cosine", "median error", "largest KL", "verdict")
-        table = new_table("prompt", *columns, title=record["bundle"]["name"] if len(records) > 1 else None)
+        table = new_table("prompt", *_MEASURES, "verdict", title=record["bundle"]["name"] if len(records) > 1 else None)
         for prompt in record["prompts"]:
             length = str(len(prompt["tokens"]))
             if not prompt["judged"]:
@@ -162,7 +172,7 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
             )
         print_table(table)
         _show_flips(record)
-        click.echo(_verdict_line(record))
+        print_text(_verdict_line(record))
 
 
 def _show_flips(record: Mapping[str, Any]) -> None:
