@@ -32,7 +32,7 @@ def print_json(value: object) -> None:
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
 
-_GAP = 2  # between columns
+_WIDE_GAP, _GAP = 3, 2  # between columns, where there is no end of a line and where there is one
 _INDENT = 2  # of a value that stands below its name
 _LEAST_TEXT = 16  # what a column of text is narrowed to before another one is dropped
 _SPACE = re.compile(r" +(?!(?:[KMGT]?i?B|bytes|tokens/s|%|s)(?:\W|$))|(?<!\d) +")
@@ -188,7 +188,7 @@ def _widths(table: Table, block: Sequence[int], width: int | None) -> list[int]:
 
 def _block_lines(table: Table, block: Sequence[int], width: int | None) -> Iterator[str]:
     widths = _widths(table, block, width)
-    total = sum(widths) + _GAP * (len(widths) - 1)
+    total = sum(widths) + (_WIDE_GAP if width is None else _GAP) * (len(widths) - 1)
     if table.headed:
         heading = [table.columns[at].name for at in block]
         yield from (click.style(line, bold=True) for line in _row_lines(table, block, heading, widths, width))
@@ -214,7 +214,7 @@ def _row_lines(
             text = wrapped[number] if number < len(wrapped) else ""
             space = " " * (size - _width(text))
             parts.append(space + text if column.number else text + space)
-        yield (" " * _GAP).join(parts).rstrip()
+        yield (" " * (_WIDE_GAP if width is None else _GAP)).join(parts).rstrip()
 
 
 def _wrapped(text: str, width: int | None) -> list[str]:

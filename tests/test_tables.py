@@ -137,7 +137,7 @@ def test_text_is_wrapped_before_a_column_is_dropped_and_the_highest_goes_first()
     table = new_table("name", "text", Column("a", number=True, drop=1), Column("b", number=True, drop=2))
     table.add_row("one", "some words that can be wrapped", "1,000", "2,000")
 
-    assert lines_of(table, None)[2] == "one   some words that can be wrapped  1,000  2,000"
+    assert lines_of(table, None)[2] == "one    some words that can be wrapped   1,000   2,000"
     assert lines_of(table, 36)[2:] == ["one   some words that   1,000  2,000", "      can be wrapped"]
     assert lines_of(table, 30)[2:] == [
         "one   some words that    1,000",
@@ -179,7 +179,7 @@ def test_wide_characters_count_as_the_cells_that_they_take() -> None:
     table.add_row("模型", "x")
     table.add_row("abcd", "y")
 
-    assert lines_of(table, None)[2:] == ["模型  x", "abcd  y"]
+    assert lines_of(table, None)[2:] == ["模型   x", "abcd   y"]
 
 
 def test_a_row_has_a_cell_for_each_column() -> None:
