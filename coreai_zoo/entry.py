@@ -80,7 +80,7 @@ class Facts:
         hidden_size: width of the residual stream.
         vocab_size: rows of the embedding table.
         max_context_length: positions that the model was made for.
-        more: further facts by name, in the order of the file.
+        more: further facts by name, in the order of the file: positive numbers, booleans, text.
     """
 
     ffn: FFNKind = field(validator=in_(get_args(FFNKind)))
@@ -338,6 +338,10 @@ def _bad_facts(data: Mapping[str, Any]) -> Iterator[str]:
             yield f"facts.{name}: unknown key, nearest is {near[0]}"
         elif not isinstance(value, Scalar):
             yield f"facts.{name}: {_mistyped(value, 'a single value')}"
+        elif value == "":
+            yield f"facts.{name}: is empty"
+        elif isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < float("inf"):
+            yield f"facts.{name}: {value} is not a positive number"
 
 
 def load_entry(path: Path) -> Entry:

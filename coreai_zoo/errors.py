@@ -6,7 +6,9 @@ The command line prints `str(error)` and exits with `error.exit_code`; anything 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+import shlex
+from collections.abc import Callable, Collection
+from pathlib import Path
 
 
 class ZooError(Exception):
@@ -47,6 +49,53 @@ class CheckFailed(ZooError):
 
 class PluginError(ZooError):
     """A plugin that raised or answered wrongly; the message names the plugin and the hook (exit code 2)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The last line of a command that fails
+# ---------------------------------------------------------------------------------------------------------------------
+
+_INTERRUPTED = 130  # `interruption.EXIT_CODE`, which needs no errors
+
+_line_for_program: Callable[[str, int], str] | None = None
+
+
+def tell_failure_as(line: Callable[[str, int], str] | None) -> None:
+    """From now on this process ends its stderr with what `line` makes of message and exit code; None: with words.
+
+    A process has one last line, and who writes it may know nothing of the command that ran: the frame around all
+    commands, and what runs when a native library ends the process.
+    """
+    global _line_for_program  # noqa: PLW0603  # see above
+    _line_for_program = line
+
+
+def failure_line(error: BaseException) -> str:
+    """The last line on stderr of a process that `error` ends."""
+    if _line_for_program is not None:
+        return _line_for_program(*reason(error))
+    return f"error: {error}" if isinstance(error, ZooError) else reason(error)[0]
+
+
+def reason(error: BaseException) -> tuple[str, int]:
+    """The words and the exit code of an error; of a bug, its type and what it says."""
+    if isinstance(error, ZooError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", _INTERRUPTED
+    return f"{type(error).__name__}: {error}", 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def zoo_command(*words: object) -> str:
+    """A command of `zoo` that a user can paste into a shell as it is, whatever the paths in it are called."""
+    # A path that begins with a dash would be an option.
+    texts = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    return shlex.join(["zoo", *texts])
 
 
 def listing(items: list[str], limit: int = 12, separator: str = ", ") -> str:

@@ -290,6 +290,7 @@ class Overlay(Protocol):
 
         Raises:
             BadInput: naming the facts that are not known.
+            ValueError: naming the facts whose values cannot be, and what they are instead of.
         """
 
     def with_layers(self, hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from coreai_zoo.errors import reason
+
 # Seconds between two plain lines of one stage, so that a log of a long build stays readable.
 _PLAIN_INTERVAL = 10.0
 # The same between two events, which a program may draw.
@@ -111,9 +113,10 @@ class Reporter:
 class EventReporter(Reporter):
     """Tells a program: one JSON object per line on stderr.
 
-    `{"event": "stage", "stage", "state": "start" | "end" | "failed", "detail" or "seconds"}`,
-    `{"event": "note", "stage", "text"}`, and while bytes are counted
-    `{"event": "bytes", "stage", "what", "done", "total", "rate", "left"}`, rate in bytes a second, left in seconds.
+    `{"event": "stage", "stage", "state": "start" | "end" | "failed", "detail" or "seconds"}`, a failed one with
+    `"message"` and `"exit_code"`; `{"event": "note", "stage", "text"}`; while bytes are counted
+    `{"event": "bytes", "stage", "what", "done", "total", "rate", "left"}`, rate in bytes a second, left in seconds; and
+    where the command fails, in a stage or not, at the very end `{"event": "failed", "stage", "message", "exit_code"}`.
     """
 
     def __init__(self) -> None:
@@ -122,8 +125,14 @@ class EventReporter(Reporter):
 
     def emit(self, event: str, **fields: object) -> None:
         """Write one event."""
-        line = json.dumps({"event": event, "stage": self._stage, **fields})
-        print(line, file=sys.stderr, flush=True)
+        print(self._line(event, **fields), file=sys.stderr, flush=True)
+
+    def failure_line(self, message: str, exit_code: int) -> str:
+        """The last event of a command that fails, for `errors.tell_failure_as`."""
+        return self._line("failed", message=message, exit_code=exit_code)
+
+    def _line(self, event: str, **fields: object) -> str:
+        return json.dumps({"event": event, "stage": self._stage, **fields})
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
@@ -133,8 +142,10 @@ class EventReporter(Reporter):
         started = time.monotonic()
         try:
             yield
-        except BaseException:
-            self.emit("stage", state="failed", seconds=round(time.monotonic() - started, 3))
+        except BaseException as error:
+            message, exit_code = reason(error)
+            seconds = round(time.monotonic() - started, 3)
+            self.emit("stage", state="failed", seconds=seconds, message=message, exit_code=exit_code)
             raise
         self.seconds[name] = time.monotonic() - started
         self.emit("stage", state="end", seconds=round(self.seconds[name], 3))

@@ -8,6 +8,7 @@ import os
 QUICK = frozenset(
     {
         "architecture",
+        "bundle_names",
         "bytecode",
         "card",
         "checkpoint",
@@ -28,6 +29,7 @@ QUICK = frozenset(
         "quantize",
         "sensitivity",
         "suite",
+        "tables",
         "weights",
     }
 )

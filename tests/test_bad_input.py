@@ -1033,6 +1033,35 @@ def edit_metadata(bundle: Path, **changes: Any) -> None:
     write_json(path, json.loads(path.read_text()) | changes)
 
 
+def give_ids(bundle: Path, change: Callable[[dict[str, int]], dict[str, int]], **parts: Any) -> None:
+    """Give the tokens of a bundle's vocabulary other ids."""
+    path = bundle / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = change(tokenizer["model"]["vocab"])
+    merges = [merge for merge in tokenizer["model"]["merges"] if all(part in vocabulary for part in merge)]
+    write_json(path, tokenizer | {"model": tokenizer["model"] | {"vocab": vocabulary, "merges": merges}} | parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts", "words"),
+    [
+        # As many tokens as before, the last one beyond the logits.
+        (lambda ids: ids | {max(ids, key=ids.__getitem__): 5000}, {}, "token ids up to 5000 for"),
+        (lambda _ids: {}, {"added_tokens": []}, "no token for"),
+    ],
+    ids=["a gap", "no token"],
+)
+def test_a_token_id_beyond_the_logits_does_not_verify(
+    bundle: Path, change: Callable[[dict[str, int]], dict[str, int]], parts: Any, words: str
+) -> None:
+    give_ids(bundle, change, **parts)
+
+    checks = {check["name"]: check for check in json.loads(zoo("verify", bundle, "--json").stdout)}
+
+    assert not checks["tokenizer"]["passed"]
+    assert words in checks["tokenizer"]["detail"]
+
+
 @pytest.mark.parametrize(
     ("harm", "words"),
     [

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -205,6 +206,21 @@ def test_a_summary_of_sections_that_are_left_out_claims_nothing() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The verdict
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_to_run_next_can_be_pasted_whatever_a_folder_is_called(
+    built: Callable[[str], Path], copy: Path, tmp_path: Path
+) -> None:
+    other = copy.rename(tmp_path / "it's a copy")
+    build = json.loads((other / "build.json").read_text())
+    build["functions"]["main"]["states"][2]["dtype"] = "float32"
+    (other / "build.json").write_text(json.dumps(build))
+
+    verify, gate = difference(built("int8hu"), other, "--no-numerics")["verdict"]["commands"]
+
+    assert shlex.split(verify) == ["zoo", "verify", str(other)]
+    assert shlex.split(gate) == ["zoo", "gate", str(other), "--checkpoint", "DIR"]
+
 
 COMMANDS = Next(("zoo verify B",), ("zoo gate B",), ("zoo check --update-goldens",))
 

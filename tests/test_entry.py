@@ -70,6 +70,13 @@ def test_what_is_not_known_is_not_among_the_stated_facts(entry_file: EntryFile) 
         (("layers = 2", "layers = 0"), "facts.layers: 0 is not positive"),
         (("layers = 2", "layer = 2"), "facts.layer: unknown key, nearest is layers"),
         (("layers = 2", "rope = [1, 2]"), "facts.rope: expected a single value, found a list"),
+        (("layers = 2", "heads = 0"), "facts.heads: 0 is not a positive number"),
+        (("layers = 2", "heads = -3"), "facts.heads: -3 is not a positive number"),
+        (("layers = 2", "theta = 0.0"), "facts.theta: 0.0 is not a positive number"),
+        (("layers = 2", "theta = nan"), "facts.theta: nan is not a positive number"),
+        (("layers = 2", "theta = inf"), "facts.theta: inf is not a positive number"),
+        (("layers = 2", 'kind = ""'), "facts.kind: is empty"),
+        (("layers = 2", "heads = 2026-01-01"), "facts.heads: expected a single value, found date"),
         (
             ("[bundle]\nmax_context = 64", "[bundle]\nmax_contxt = 64"),
             "bundle.max_contxt: unknown key, nearest is max_context",

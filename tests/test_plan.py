@@ -35,6 +35,8 @@ from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.plugins import Plugins, default_plugins
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY
+from toy_plugin import ToyOverlay, ToyPlugin
+from toys import host, write_entry
 
 DENSE, MOE = "qwen3.6-27b", "qwen3.6-35b-a3b"
 PUBLISHED_27B_INT8HU = 29_774_040_281
@@ -223,6 +225,89 @@ def test_an_entry_that_states_too_little_says_what_is_lacking(tmp_path: Path) ->
     path.write_text(text.replace("hidden_size = 2048\n", ""), encoding="utf-8")
     with pytest.raises(BadInput, match=r"qwen3\.5-2b states too little .*hidden_size not known.*--checkpoint DIR"):
         planned(entry=str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("kv_heads = 2", 'kv_heads = "two"'), "has a bad fact: kv_heads is 'two', not a positive integer"),
+        (("kv_heads = 2", "kv_heads = 2.0"), "has a bad fact: kv_heads is 2.0, not a positive integer"),
+        (("kv_heads = 2", "kv_heads = true"), "has a bad fact: kv_heads is True, not a positive integer"),
+        (("tied_head = true", "tied_head = 1"), "has a bad fact: tied_head is 1, not true or false"),
+        (("tied_head = true", 'tied_head = "yes"'), "has a bad fact: tied_head is 'yes', not true or false"),
+        (("kv_heads = 2", "kv_heads = 3"), "states facts that no model has"),
+        (("full_attention_layers = 6", "full_attention_layers = 600"), "states facts that no model has"),
+        (("rotary_dim = 64", "rotary_dim = 6400"), "states facts that no model has"),
+        (("linear_attention_layers = 18", 'linear_attention_layers = "x"'), "linear_attention_layers is x, and the"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "show"])
+def test_a_bad_fact_is_told_as_the_entrys_mistake(
+    tmp_path: Path, change: tuple[str, str], words: str, command: str
+) -> None:
+    path = tmp_path / "small.toml"
+    text = Path("zoo_entries/qwen3.5-2b.toml").read_text(encoding="utf-8")
+    assert change[0] in text
+    path.write_text(text.replace(*change), encoding="utf-8")
+
+    result = zoo(command, path)
+
+    if command == "plan":
+        assert result.exit_code == 2
+        assert words in result.stderr
+    assert "plugin" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("compute", "words"),
+    [
+        (lambda facts: facts["hidden_size"] // facts["heads"], "unsupported operand"),
+        (lambda facts: {2: 1, 4: 2}[facts["heads"]], "'two'"),
+        (lambda facts: int(facts["heads"]), "invalid literal"),
+        (lambda facts: facts["heads"].bit_length(), "has no attribute 'bit_length'"),
+    ],
+)
+@pytest.mark.parametrize("method", ["config_of_facts", "read_config"])
+def test_a_fact_that_an_overlay_chokes_on_is_named_with_its_entry(
+    tmp_path: Path, compute: Callable[[Any], Any], words: str, method: str
+) -> None:
+    class Choking(ToyOverlay):
+        pass
+
+    setattr(Choking, method, lambda _self, facts: compute(facts) or {})
+    entry = write_entry(tmp_path / "toy.toml")
+    entry.write_text(re.sub(r"\nheads = .*", '\nheads = "two"', entry.read_text(encoding="utf-8")), encoding="utf-8")
+
+    result = zoo("plan", "toy-mean", plugins=host(OverlayPlugin(entry, Choking())))
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: Entry toy-mean has a bad fact: ")
+    assert words in result.stderr and "facts.heads is 'two'. Correct it in its file." in result.stderr
+    assert "plugin" not in result.stderr
+
+
+def test_an_overlay_that_fails_on_good_facts_is_blamed_itself(tmp_path: Path) -> None:
+    class Broken(ToyOverlay):
+        def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+            raise AttributeError("oops")
+
+    plugin = OverlayPlugin(write_entry(tmp_path / "toy.toml"), Broken())
+
+    assert zoo("plan", "toy-mean", plugins=host(plugin)).stderr == (
+        "error: plugin 'toys' failed in overlay 'toy': AttributeError: oops.\n"
+    )
+
+
+class OverlayPlugin(ToyPlugin):
+    """The toy's plugin with another overlay."""
+
+    def __init__(self, entry: Path, overlay: ToyOverlay) -> None:
+        super().__init__(entry)
+        self.overlay = overlay
+
+    @hookimpl
+    def zoo_claim_overlay(self, model_type: str) -> ToyOverlay:
+        return self.overlay
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,12 +14,14 @@ import pytest
 from attrs import evolve
 
 from checkpoints import tiny_checkpoint
+from command import zoo
 from coreai_zoo.build.design import design
 from coreai_zoo.build.preflight import LEAST_MEMORY, preflight, size
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.workspace import Workspace
-from coreai_zoo.errors import EnvironmentLacks
+from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.plugins import default_plugins
+from coreai_zoo.progress import EventReporter
 
 ZOO = (sys.executable, "-c", "from coreai_zoo.cli.app import main; main()")
 Disk = Callable[[str], Path]
@@ -133,9 +136,82 @@ def test_progress_as_json_is_one_event_a_line_that_adds_up(checkpoint: Path, tmp
 def test_progress_as_json_says_which_stage_failed(checkpoint: Path, tmp_path: Path) -> None:
     result = build(checkpoint, tmp_path / "out", "--progress", "json", "--max-context", "1")
 
-    *events, error = result.stderr.splitlines()
-    assert result.returncode == 2 and error.startswith("error: ")
-    assert [json.loads(line)["state"] for line in events] == ["start", "failed"]
+    assert result.returncode == 2
+    start, stage, last = [json.loads(line) for line in result.stderr.splitlines()]
+    assert (start["state"], stage["state"], last["event"]) == ("start", "failed", "failed")
+    for event in (stage, last):
+        assert (event["stage"], event["exit_code"]) == ("resolve", 2)
+        assert "max-context" in event["message"]
+
+
+def test_progress_as_json_tells_a_failure_outside_of_every_stage(checkpoint: Path, tmp_path: Path) -> None:
+    result = build(checkpoint, tmp_path / "out", "--progress", "json", "--sample")
+
+    (last,) = [json.loads(line) for line in result.stderr.splitlines()]
+    assert last == {
+        "event": "failed",
+        "stage": "",
+        "message": "--checkpoint and --sample exclude each other.",
+        "exit_code": 2,
+    }
+    assert result.returncode == 2
+
+
+def test_an_interrupted_build_says_as_an_event_how_to_resume(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("build", "qwen3.6-27b", "--checkpoint", checkpoint, "--custom", "-o", tmp_path, "--progress", "json")
+    command = [sys.executable, "-m", "coreai_zoo", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        events = [json.loads(line) for line in (first, *process.stderr)]
+
+    assert process.returncode == 130
+    note, last = events[-2:]
+    assert "To resume, run: " in note["text"] and "--progress json" in note["text"]
+    assert (last["event"], last["message"], last["exit_code"]) == ("failed", "interrupted", 130)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        (CheckFailed("3 flips.", "Look."), "3 flips. Look.", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero", 1),
+    ],
+)
+def test_a_stage_that_fails_says_why(
+    error: BaseException, message: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(type(error)), EventReporter().stage("weights"):
+        raise error
+
+    failed = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (failed["state"], failed["message"], failed["exit_code"]) == ("failed", message, code)
+
+
+def test_words_of_one_run_do_not_become_events_of_the_next() -> None:
+    assert json.loads(zoo("build", "no-such", "--progress", "json").stderr.splitlines()[-1])["exit_code"] == 2
+    assert zoo("build", "no-such").stderr.splitlines()[-1].startswith("error: no entry is called 'no-such'")
+
+
+def test_a_native_library_that_ends_the_process_is_told_as_the_last_event(tmp_path: Path) -> None:
+    script = (
+        "import ctypes, os, sys\n"
+        "from pathlib import Path\n"
+        "from coreai_zoo.backends.native import exit_explained\n"
+        "from coreai_zoo.errors import tell_failure_as\n"
+        "from coreai_zoo.progress import EventReporter\n"
+        "tell_failure_as(EventReporter().failure_line)\n"
+        "with exit_explained(Path(sys.argv[1])):\n"
+        "    os.write(2, b'error: No space left on device')\n"
+        "    ctypes.CDLL(None).exit(1)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, tmp_path / "x"], capture_output=True, text=True, check=False)
+
+    last = json.loads(result.stderr.splitlines()[-1])
+    assert (result.returncode, last["exit_code"]) == (3, 3)
+    assert last["message"].startswith(f"There is no space left to write {tmp_path / 'x'}")
 
 
 @pytest.mark.parametrize("backend", ["coreai", "coreml"])

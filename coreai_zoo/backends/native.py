@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from coreai_zoo.errors import CheckFailed, EnvironmentLacks, ZooError
+from coreai_zoo.errors import CheckFailed, EnvironmentLacks, ZooError, failure_line
 
 _NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -33,7 +33,7 @@ def exit_explained(destination: Path) -> Iterator[None]:
             captured.seek(0)
             shutil.rmtree(destination, ignore_errors=True)
             error = _error(destination, captured.read().decode(errors="replace").strip())
-            os.write(stderr, f"error: {error}\n".encode())
+            os.write(stderr, f"{failure_line(error)}\n".encode())
             os._exit(error.exit_code)
 
         try:

@@ -7,7 +7,6 @@ here, so they cannot disagree.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -32,7 +31,7 @@ from coreai_zoo.checkpoint.tokenizer import check_tokenizer
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract
 from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, PluginError, listing
+from coreai_zoo.errors import BadInput, PluginError, listing, zoo_command
 from coreai_zoo.names import slug
 from coreai_zoo.overlay import HasParameterTable, LayerRewrite, ParameterInfo, WeightMap
 from coreai_zoo.plugins import Plugins
@@ -312,8 +311,9 @@ def _differences(
     if differences and not request.custom:
         raise BadInput(
             f"{source.directory} is not the model of entry {entry.name}: {'; '.join(differences)}.",
-            f"`zoo build {shlex.quote(str(source.directory))}` builds it as what it is; with --custom it is built by "
-            "this entry's defaults, and says that it is another model.",
+            f"`{zoo_command('build', source.directory)}` builds it as what it is, and "
+            f"`{zoo_command('new', 'NAME', '--from', source.directory)}` writes an entry for it; with --custom it is "
+            "built by this entry's defaults, and says that it is another model.",
         )
     if request.custom and not differences:
         raise BadInput(f"{source.directory} has the facts of entry {entry.name}: there is nothing --custom about it.")

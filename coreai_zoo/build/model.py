@@ -8,10 +8,14 @@ from typing import Any
 from attrs import frozen
 
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.overlay import Overlay
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.signature import KVCache
+
+
+class TooLittleStated(BadInput):
+    """An entry does not state a fact that its overlay needs to make a config without a checkpoint."""
 
 
 def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[str, Any]:
@@ -23,15 +27,42 @@ def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[s
         hint: what to do when it states too little, for the error.
 
     Raises:
-        BadInput: when no overlay claims it, or it states too little.
-        PluginError: when the overlay fails.
+        TooLittleStated: naming what it does not state.
+        BadInput: when no overlay claims it, or its overlay cannot use a fact that it states, naming it.
+        PluginError: when the overlay fails for no fact's fault.
     """
     overlay, plugin = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
-    try:
-        with plugins.attribute_errors(plugin, f"overlay {overlay.name!r}", except_input=True):
-            return overlay.config_of_facts(entry.facts.stated)
-    except BadInput as error:
-        raise BadInput(f"Entry {entry.name} states too little to plan from. {error.message}", hint) from error
+    facts = entry.facts.stated
+    with plugins.attribute_errors(plugin, f"overlay {overlay.name!r}", except_input=True):
+        try:
+            hf_config = overlay.config_of_facts(facts)
+        except BadInput as error:
+            message = f"Entry {entry.name} states too little to plan from. {error.message}"
+            raise TooLittleStated(message, hint) from error
+        except Exception as error:
+            raise _blamed_on_a_fact(entry, error) from error
+        try:
+            overlay.facts(overlay.read_config(hf_config))
+        except BadInput as error:
+            message = f"Entry {entry.name} states facts that no model has. {error.message}"
+            raise BadInput(message, "Correct them in its file.") from error
+        except Exception as error:
+            raise _blamed_on_a_fact(entry, error) from error
+    return hf_config
+
+
+def _blamed_on_a_fact(entry: Entry, error: Exception) -> Exception:
+    """The error to raise for one of an overlay on an entry's facts: the overlay's own, or one about the entry.
+
+    A ValueError says what is wrong with a fact, and so does arithmetic with it. Another error may be the fault of a
+    fact that is no whole number, where there is one.
+    """
+    odd = [f"facts.{name} is {value!r}" for name, value in entry.facts.more.items() if isinstance(value, str | float)]
+    said = str(error) or type(error).__name__
+    if not odd and not isinstance(error, ValueError | ArithmeticError):
+        return error
+    which = f"; {listing(odd)}" if odd else ""
+    return BadInput(f"Entry {entry.name} has a bad fact: {said}{which}.", "Correct it in its file.")
 
 
 @frozen
@@ -95,4 +126,10 @@ def compare_facts(entry: Entry, facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _contradicted(entry: Entry, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The facts that an entry states otherwise, as it states them."""
-    return [(name, stated) for name, stated in entry.facts.stated.items() if name in facts and facts[name] != stated]
+    stated = entry.facts.stated
+    return [(name, stated[name]) for name in stated if name in facts and not _same(facts[name], stated[name])]
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two facts are the same; to Python 1, 1.0 and true are."""
+    return one == other and all(isinstance(one, kind) == isinstance(other, kind) for kind in (bool, float))

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from attrs import frozen
 
-DEFAULT_OUTPUT = Path("exports")
+from coreai_zoo.bundle.layout import EXPORTS
+
+DEFAULT_OUTPUT = EXPORTS
 DEFAULT_BACKEND = "coreai"
 DEFAULT_RECIPE, DEFAULT_CONTRACT, DEFAULT_CONTEXT = "int8hu", "static-s1", 32768
 """The defaults for a checkpoint that comes without an entry."""

@@ -11,6 +11,9 @@ from coreai_zoo.digest import file_sha256
 
 BUILD_SCHEMA = 2
 
+EXPORTS = Path("exports")
+"""The folder in which a build makes a bundle's own folder, and where a bundle is looked for by its name."""
+
 GATE_FOLDER = "gate"
 """The folder that gates write after the build. It is outside of the digests, so that a gated bundle still verifies."""
 

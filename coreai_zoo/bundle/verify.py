@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ from coreai_zoo.backend import Backend, Check, Signature
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import file_digests
 from coreai_zoo.bundle.metadata import METADATA_VERSION
-from coreai_zoo.checkpoint.tokenizer import tokenizer_class
+from coreai_zoo.checkpoint.tokenizer import highest_token_id, tokenizer_class
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
+from coreai_zoo.json_files import read_object
 from coreai_zoo.signature import TensorSpec, TraceSpec
 
 # Weights up to this size are run for one step; beyond it the CPU interpreter needs minutes for a token.
@@ -148,16 +148,13 @@ def _metadata(bundle: Bundle) -> Check:
 
 def _tokenizer(bundle: Bundle, known: Collection[str]) -> Check:
     try:
-        config = json.loads((bundle.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
-        name = tokenizer_class(config)
-        from tokenizers import Tokenizer
-
-        size = Tokenizer.from_file(str(bundle.tokenizer / "tokenizer.json")).get_vocab_size()
-    except Exception as error:  # noqa: BLE001  # what tokenizers raises for a file that it cannot parse
+        name = tokenizer_class(read_object(bundle.tokenizer / "tokenizer_config.json"))
+        highest = highest_token_id(bundle.tokenizer)
+    except BadInput as error:
         return Check("tokenizer", False, f"cannot be loaded: {error}")
     width = int(bundle.signature.outputs[0].shape[-1])
-    passed = name in known and size <= width
-    return Check("tokenizer", passed, f"{name}, {size} tokens for {width} logits")
+    ids = f"token ids up to {highest}" if highest >= 0 else "no token"
+    return Check("tokenizer", name in known and 0 <= highest < width, f"{name}, {ids} for {width} logits")
 
 
 def _asset(bundle: Bundle, backend: Backend) -> list[Check]:

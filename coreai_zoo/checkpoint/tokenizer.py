@@ -63,12 +63,23 @@ def check_tokenizer(checkpoint: Path, vocab_size: int, classes: Mapping[str, str
             f"It knows {listing(sorted(set(classes.values())))}. A plugin that knows better says so in "
             "zoo_tokenizer_classes.",
         )
-    highest = max(load_tokenizer(checkpoint).get_vocab(with_added_tokens=True).values(), default=-1)
+    highest = highest_token_id(checkpoint)
     if highest < 0 or highest >= vocab_size:
         raise BadInput(
             f"The tokenizer in {checkpoint} has token ids up to {highest}, but the model's vocabulary is {vocab_size}."
         )
     return config
+
+
+def highest_token_id(directory: Path) -> int:
+    """The highest id of a token of the tokenizer in `directory`, added tokens included; -1 where it has none.
+
+    Ids may have gaps: the number of tokens says nothing of it.
+
+    Raises:
+        BadInput: when there is no tokenizer, or it cannot be read.
+    """
+    return max(load_tokenizer(directory).get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

@@ -16,7 +16,7 @@ import click
 
 from coreai_zoo import __version__, interruption
 from coreai_zoo.commands import plugins_of
-from coreai_zoo.errors import ZooError
+from coreai_zoo.errors import ZooError, failure_line, tell_failure_as
 from coreai_zoo.plugins import Plugins
 
 COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
@@ -103,6 +103,7 @@ class ZooGroup(click.Group):
         130 stands for an interruption, as in a shell.
         """
         self.debug = False
+        tell_failure_as(None)
         try:
             result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except (ZooError, click.ClickException, click.Abort) as error:
@@ -124,9 +125,9 @@ def exit_with(error: ZooError | click.ClickException | click.Abort) -> NoReturn:
         click.echo(f"error: {error.format_message()}", err=True)
         sys.exit(2)
     if isinstance(error, ZooError):
-        click.echo(f"error: {error}", err=True)
+        click.echo(failure_line(error), err=True)
         sys.exit(error.exit_code)
-    click.echo("interrupted", err=True)  # click turns KeyboardInterrupt into Abort
+    click.echo(failure_line(KeyboardInterrupt()), err=True)  # click turns it into Abort
     sys.exit(interruption.EXIT_CODE)
 
 

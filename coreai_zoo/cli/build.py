@@ -15,7 +15,7 @@ from coreai_zoo.build.pipeline import BuildResult
 from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_OUTPUT, BuildRequest
 from coreai_zoo.commands import json_option, plugins_of, print_json
 from coreai_zoo.contracts import CONTRACTS
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, tell_failure_as
 from coreai_zoo.progress import EventReporter, Reporter
 from coreai_zoo.recipes import RECIPES
 
@@ -51,7 +51,7 @@ _EXISTING = click.Path(path_type=Path)
     type=click.Choice(["auto", "json"]),
     default="auto",
     show_default=True,
-    help="On stderr: a bar or plain lines (with --json nothing), or one JSON object per event.",
+    help="On stderr: a bar or plain lines (with --json nothing), or one JSON object per event, also for a failure.",
 )
 @json_option
 @click.pass_context
@@ -75,14 +75,20 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
         zoo build ~/a-checkpoint
         zoo build qwen3.6-27b --checkpoint ~/Qwen3.6-27B
     """
+    report = Reporter(silent=as_json)
+    if progress == "json":
+        report = events = EventReporter()
+        tell_failure_as(events.failure_line)
     if options["checkpoint"] is not None and options["sample"]:
         raise BadInput("--checkpoint and --sample exclude each other.")
     request = BuildRequest(**options)
     try:
-        report = EventReporter() if progress == "json" else Reporter(silent=as_json)
         result = pipeline.build(request, plugins_of(ctx), report)
     except KeyboardInterrupt:
         command = shlex.join([str(ctx.find_root().info_name), *sys.argv[1:]])
+        if progress == "json":
+            report.note(f"Finished weights are kept. To resume, run: {command}")
+            raise click.Abort from None  # of an interruption, click would print an empty line
         click.echo(f"\nFinished weights are kept. To resume, run:\n    {command}", err=True)
         raise
     if as_json:

@@ -7,7 +7,7 @@ from pathlib import Path
 import attrs
 import click
 
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.check import CHECKS, Checks
@@ -54,7 +54,7 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
     if as_json:
         print_json({"passed": not failed, "checks": [attrs.asdict(outcome) for outcome in outcomes]})
     else:
-        table = new_table("check", "", "seconds", "found")
+        table = new_table("check", "", Column("seconds", number=True, drop=1), "found")
         verdicts = {True: "passed", False: "FAILED", None: "nothing"}
         for outcome in outcomes:
             table.add_row(outcome.name, verdicts[outcome.passed], f"{outcome.seconds:.0f}", outcome.detail)

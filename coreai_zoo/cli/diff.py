@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import attrs
 import click
 
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.cli.completion import complete_bundle
+from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table, print_text
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.progress import Reporter
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @click.command("diff")
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="[B]", required=False)
+@click.argument("a", metavar="A", shell_complete=complete_bundle)
+@click.argument("b", metavar="[B]", required=False, shell_complete=complete_bundle)
 @click.option("--rev", "revisions", multiple=True, metavar="REV", help="Compare the code at REV with the working tree.")
 @click.option(
     "--checkpoint",
@@ -47,7 +48,8 @@ def diff(
     """What differs between two bundles, entries, recipes or revisions of the code.
 
     A and B are two bundles, two entries, or two recipes of one entry (ENTRY:RECIPE). With --rev, A is an entry: its
-    sample is built with the code at REV and with the working tree, or at both of two --rev. Operations are counted per
+    sample is built with the code at REV and with the working tree, or at both of two --rev. A bundle is a path or a
+    name, as for `zoo gate`; an entry's name means its bundle only beside another bundle. Operations are counted per
     kind of layer; weights are compared byte by byte and logits bit by bit where both sides are bundles. Entries are
     compared without weights, at their true sizes. The last line is the verdict: what kind of change it is, and what to
     run next.
@@ -78,7 +80,7 @@ def diff(
         click.echo(f"{as_markdown(difference)}\n**{verdict}**")
     else:
         _print(difference)
-        click.echo(str(verdict))
+        print_text(str(verdict))
     if exit_code and verdict.changed:
         raise CheckFailed(f"{difference.a} and {difference.b} differ.")
 
@@ -98,4 +100,4 @@ def _print(difference: Difference) -> None:
         if section.note:
             click.echo(f"({section.note})")
         click.echo()
-    click.echo(difference.summary)
+    print_text(difference.summary)

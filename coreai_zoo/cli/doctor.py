@@ -15,7 +15,7 @@ import click
 from attrs import frozen
 
 from coreai_zoo.catalogue import load_entries
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_rows, print_table
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_rows, print_table
 from coreai_zoo.errors import EnvironmentLacks, listing
 from coreai_zoo.plugins import Plugins
 
@@ -146,7 +146,7 @@ def doctor(ctx: click.Context, deep: bool, as_json: bool) -> None:
             }
         )
     else:
-        table = new_table("required", "found", "wanted", "")
+        table = new_table("required", "found", Column("wanted", drop=1), "")
         for finding in findings:
             verdict = "ok" if finding.ok else finding.note or ("missing" if finding.found is None else "wrong version")
             table.add_row(finding.name, finding.found or "-", finding.wanted, verdict)

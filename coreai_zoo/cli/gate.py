@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_table
+from coreai_zoo.bundle.find import find_bundle
+from coreai_zoo.cli.completion import complete_bundle
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_table, print_text
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.run import GateOptions, failure, report_folder, run_gate, write_report
 from coreai_zoo.progress import Reporter
@@ -20,7 +22,7 @@ _SHOWN_FLIPS = 5  # of a bundle that fails badly; the report has them all
 
 
 @click.command("gate")
-@click.argument("bundle", type=_EXISTING)
+@click.argument("bundle", metavar="BUNDLE", shell_complete=complete_bundle)
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="The one it was built from. Not needed for a sample.")
 @click.option("-p", "--prompt", metavar="TEXT", help="Text to force through both, instead of the built-in prompts.")
 @click.option("--prompts", metavar="NAME,...", help="Some of the built-in: code, text, digits, spanish, chat, long.")
@@ -49,7 +51,7 @@ _SHOWN_FLIPS = 5  # of a bundle that fails badly; the report has them all
 )
 @click.option("--oracle-cache", type=_EXISTING, metavar="DIR", help="Keep the oracle's results here and reuse them.")
 @click.option("--cached-only", is_flag=True, help="Fail where the cache has no result, instead of computing it.")
-@click.option("--against", type=_EXISTING, metavar="OTHER", help="Compare with another bundle of the same checkpoint.")
+@click.option("--against", metavar="OTHER", help="Compare with another bundle of the same checkpoint.")
 @click.option("-o", "--output", type=_EXISTING, metavar="DIR", help="Where the report goes. Default: BUNDLE/gate.")
 @click.option(
     "--sensitivity", is_flag=True, help="Instead: rank roles by what quantizing them costs, as `zoo sensitivity`."
@@ -59,8 +61,8 @@ _SHOWN_FLIPS = 5  # of a bundle that fails badly; the report has them all
 def gate(
     ctx: click.Context,
     /,
-    bundle: Path,
-    against: Path | None,
+    bundle: str,
+    against: str | None,
     output: Path | None,
     sensitivity: bool,
     as_json: bool,
@@ -73,11 +75,15 @@ def gate(
     closer than that it is a tie. It also fails where errors are larger than the recipe's bounds (see docs/gate.md). A
     prompt on which more than one position in eight is a tie for the oracle is refused before the bundle runs.
 
+    BUNDLE is a path or a name: that of a bundle in exports/ or in this folder, or of an entry of which exactly one is
+    there.
+
     Writes BUNDLE/gate/report.html and transcript.json, and puts the measured numbers into the bundle's card. A Core ML
     bundle also gets the logits that its compare_on_mac.py compares a device with.
 
     \b
     Example:
+        zoo gate qwen3.6-27b
         zoo gate exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
         zoo gate BUNDLE --checkpoint ~/Qwen3.6-27B --oracle-cache ~/oracle --prompts code,chat
         zoo gate BUNDLE --against exports/qwen3_6_27b_sample_decode_fp16
@@ -90,10 +96,12 @@ def gate(
             raise BadInput("--sensitivity judges nothing: leave out --against and --output.")
         _rank(ctx, bundle, options, as_json=as_json)
         return
-    opened = [Bundle.open(path) for path in (bundle, against) if path is not None]
+    plugins = plugins_of(ctx)
+    folders = [find_bundle(name, plugins) for name in (bundle, against) if name is not None]
+    opened = [Bundle.open(folder) for folder in folders]
     folder = report_folder(opened[0], output)
     transcripts.check_writable(folder)
-    records = run_gate(opened, options, plugins_of(ctx), Reporter(silent=as_json), keep_in=folder)
+    records = run_gate(opened, options, plugins, Reporter(silent=as_json), keep_in=folder)
     page = write_report(opened[0], records, output)
     if as_json:
         click.echo(transcripts.to_json(records[0] | ({"against": records[1]} if against else {})), nl=False)
@@ -101,10 +109,10 @@ def gate(
         show(records)
         click.echo(f"Report: {page}")
     if not records[0]["verdict"]["passed"]:
-        raise failure(bundle.name, records[0]["verdict"]["reasons"])
+        raise failure(opened[0].directory.name, records[0]["verdict"]["reasons"])
 
 
-def _rank(ctx: click.Context, bundle: Path, options: GateOptions, *, as_json: bool) -> None:
+def _rank(ctx: click.Context, bundle: str, options: GateOptions, *, as_json: bool) -> None:
     """Run `zoo sensitivity` with what it has in common with `zoo gate`."""
     from coreai_zoo.cli.sensitivity import sensitivity
 
@@ -116,7 +124,7 @@ def _rank(ctx: click.Context, bundle: Path, options: GateOptions, *, as_json: bo
         )
     ctx.invoke(
         sensitivity,
-        subject=str(bundle),
+        subject=bundle,
         checkpoint=shared.checkpoint,
         prompt=shared.prompt,
         positions=shared.positions,
@@ -129,13 +137,23 @@ def _rank(ctx: click.Context, bundle: Path, options: GateOptions, *, as_json: bo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_MEASURES = (
+    Column("positions", number=True, drop=1),
+    Column("matched", number=True),
+    Column("ties", number=True, drop=2),
+    Column("flips", number=True),
+    Column("lowest cosine", number=True, drop=3),
+    Column("median error", number=True, drop=4),
+    Column("largest KL", number=True, drop=5),
+)
+
+
 def show(records: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of prompts for each bundle, what went wrong, and the verdict."""
     from coreai_zoo.gates.report import prompt_totals, significant
 
     for record in records:
-        columns = ("positions", "matched", "ties", "flips", "lowest cosine", "median error", "largest KL", "verdict")
-        table = new_table("prompt", *columns, title=record["bundle"]["name"] if len(records) > 1 else None)
+        table = new_table("prompt", *_MEASURES, "verdict", title=record["bundle"]["name"] if len(records) > 1 else None)
         for prompt in record["prompts"]:
             length = str(len(prompt["tokens"]))
             if not prompt["judged"]:
@@ -154,7 +172,7 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
             )
         print_table(table)
         _show_flips(record)
-        click.echo(_verdict_line(record))
+        print_text(_verdict_line(record))
 
 
 def _show_flips(record: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from coreai_zoo.catalogue import load_entries
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
 
 
 def _billions(parameters: int | None) -> str:
@@ -40,8 +40,15 @@ def list_entries(ctx: click.Context, as_json: bool) -> None:
             ]
         )
         return
-    table = new_table("entry", "FFN", "parameters", "recipe", "contract", "status", "plugin")
-    table.columns[2].justify = "right"
+    table = new_table(
+        "entry",
+        Column("FFN", drop=1),
+        Column("parameters", number=True),
+        Column("recipe", drop=3),
+        Column("contract", drop=4),
+        Column("status", drop=2),
+        Column("plugin", drop=5),
+    )
     for entry, plugin in entries.values():
         row = (entry.facts.ffn, _billions(entry.facts.parameters), entry.recipe, entry.contract, entry.status, plugin)
         table.add_row(entry.name, *row)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +11,7 @@ import click
 from coreai_zoo import hookspecs
 from coreai_zoo.build.source import Source
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_rows, print_table
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, listing, zoo_command
 from coreai_zoo.planning.scaffold import (
     ENTRIES,
     NEEDED_HOOKS,
@@ -92,16 +91,16 @@ def _print(made: Draft, source: Source, path: Path, plugins: Plugins) -> None:
         rows.append(("same facts as", f"{made.twin.name}: a fine-tune of it can be built as that entry, too"))
     print_rows(rows)
     brought = any(path.resolve() == other.resolve() for _, other in plugins.entries())
-    entry = shlex.quote(path.stem if brought else str(path))
-    click.echo(f"\nWrote {path}. Read it, then:\n    zoo plan {entry}")
+    entry = path.stem if brought else path
+    click.echo(f"\nWrote {path}. Read it, then:\n    {zoo_command('plan', entry)}")
     if source.hub is not None or source.directory is None:
-        click.echo(f"    zoo build {entry}")
+        click.echo(f"    {zoo_command('build', entry)}")
     else:
         if made.weights is None:
             click.echo(
                 f"A build needs weights and tokenizer, which are not in {source.directory}; put them there, then:"
             )
-        click.echo(f"    zoo build {entry} --checkpoint {shlex.quote(str(source.directory))}")
+        click.echo(f"    {zoo_command('build', entry, '--checkpoint', source.directory)}")
     if not brought:
         click.echo("A plugin that lists the file in zoo_entries makes the name alone enough.")
 

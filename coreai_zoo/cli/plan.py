@@ -12,7 +12,16 @@ from attrs import asdict, evolve, frozen
 from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.build.preflight import size
 from coreai_zoo.build.request import BuildRequest
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.commands import (
+    Column,
+    json_option,
+    new_table,
+    plugins_of,
+    print_json,
+    print_rows,
+    print_table,
+    print_text,
+)
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import COMMON_ROLES
@@ -122,34 +131,39 @@ def plan(
 
 def _print(plan: Plan, machines: _Machines) -> None:
     status = f", {plan.design.entry.status}" if plan.design.entry else ""
-    click.echo(
+    print_text(
         f"{plan.name}{status}: {plan.design.recipe.published_name}, contract {plan.design.contract.name}, overlay "
         f"{plan.design.model.overlay.name} of plugin {plan.design.model.plugin}\n"
     )
     _print_roles(plan)
     click.echo()
-    for name, text in _figures(plan):
-        click.echo(f"{name:<16} {text}")
+    print_rows(_figures(plan))
     click.echo()
     _print_rates(plan, machines)
     click.echo()
     for measured in plan.published:
         special = f" ({measured.note})" if measured.note else ""
-        click.echo(f"Published: {measured.decode:g} tokens/s on {measured.machine}{special}; {measured.source}.")
-    click.echo(f"The rate {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
+        print_text(f"Published: {measured.decode:g} tokens/s on {measured.machine}{special}; {measured.source}.")
+    print_text(f"The rate {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
     if plan.dense_read > plan.read:
-        click.echo(
+        print_text(
             "Of a mixture of experts the rate is that of ideal gathering; an engine that reads more than the chosen "
             "experts falls towards the rate of reading every one."
         )
     if any(chip.memory for chip in machines.chips):
-        click.echo(f"Fits: asset and states, nothing of the engine's own. {GPU_SHARE_SOURCE}")
+        print_text(f"Fits: asset and states, nothing of the engine's own. {GPU_SHARE_SOURCE}")
 
 
 def _print_roles(plan: Plan) -> None:
-    table = new_table("role", "tensors", "parameters", "stored as", "bits", "bytes", "read per token")
-    for column in (1, 2, 4, 5, 6):
-        table.columns[column].justify = "right"
+    table = new_table(
+        "role",
+        Column("tensors", number=True, drop=4),
+        Column("parameters", number=True, drop=2),
+        "stored as",
+        Column("bits", number=True, drop=3),
+        Column("bytes", number=True),
+        Column("read per token", number=True, drop=1),
+    )
     for role in plan.roles:
         stored = str(role.spec) if role.spec else "not quantized"
         numbers = (f"{role.bits:.2f}", f"{role.bytes:,}", f"{role.read:,}")
@@ -166,7 +180,7 @@ def _print_roles(plan: Plan) -> None:
     print_table(table)
     common = {role.meaning for role in COMMON_ROLES}
     if own := [f"{role.role}: {role.meaning}" for role in plan.roles if role.meaning not in common]:
-        click.echo(f"\n{'; '.join(own)}")
+        print_text(f"\n{'; '.join(own)}")
 
 
 def _figures(plan: Plan) -> list[tuple[str, str]]:
@@ -196,10 +210,16 @@ def _published_size(plan: Plan) -> str:
 
 def _print_rates(plan: Plan, machines: _Machines) -> None:
     dense = plan.dense_read > plan.read
-    heads = ["machine", "GB/s", "fits from", "tokens/s at 100 %", machines.at_efficiency]
-    table = new_table(*heads, *(["every expert, 100 %"] if dense else []), "published")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    every_expert = [Column("every expert, 100 %", number=True, drop=3)] if dense else []
+    table = new_table(
+        "machine",
+        Column("GB/s", number=True, drop=4),
+        Column("fits from", number=True),
+        Column("tokens/s at 100 %", number=True, drop=2),
+        Column(machines.at_efficiency, number=True),
+        *every_expert,
+        Column("published", number=True, drop=1),
+    )
     for chip in machines.chips:
         rates = [tokens_per_second(plan.read, chip.bandwidth, share) for share in (1.0, machines.efficiency)]
         rates += [tokens_per_second(plan.dense_read, chip.bandwidth)] if dense else []
@@ -229,9 +249,7 @@ def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
     if not one_name and not one_recipe:
         heads = [f"{plan.name} {plan.design.recipe.name}" for plan in plans]
     title = plans[0].name if one_name else plans[0].design.recipe.name if one_recipe else None
-    table = new_table("", *heads, title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = new_table("", *(Column(head, number=True) for head in heads), title=title)
     rows: list[tuple[str, list[str]]] = [
         ("parameters", [f"{plan.design.weights.parameters:,}" for plan in plans]),
         ("bits per parameter", [f"{plan.bits:.2f}" for plan in plans]),
@@ -252,9 +270,9 @@ def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
         if any(cells):
             table.add_row(name, *cells)
     print_table(table)
-    click.echo(f"\nRates {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
+    print_text(f"\nRates {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
     if any(chip.memory for chip in machines.chips):
-        click.echo(f"In parentheses, the memory from which it fits. {GPU_SHARE_SOURCE}")
+        print_text(f"In parentheses, the memory from which it fits. {GPU_SHARE_SOURCE}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

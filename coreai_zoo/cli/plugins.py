@@ -6,7 +6,7 @@ import attrs
 import click
 
 from coreai_zoo.catalogue import load_entries
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.plugins import GROUP
 
 
@@ -34,10 +34,10 @@ def list_plugins(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json(described)
         return
-    table = new_table("plugin", "from", "entries", "backends", "hooks")
+    table = new_table("plugin", Column("from", drop=2), "entries", "backends", Column("hooks", drop=1))
     for row in described:
         source = f"{row['distribution']} {row['version']}" if row["distribution"] else row["module"]
-        table.add_row(row["name"], source, *("\n".join(row[key]) for key in ("entries", "backends", "hooks")))
+        table.add_row(row["name"], source, *(", ".join(row[key]) for key in ("entries", "backends", "hooks")))
     print_table(table)
     if not described:
         click.echo(f"No package advertises a plugin in the entry-point group {GROUP!r}.")

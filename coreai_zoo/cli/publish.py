@@ -16,7 +16,7 @@ from coreai_zoo.backend import Check
 from coreai_zoo.build.preflight import size
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.publish import Publication, Target
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.progress import Reporter
 
@@ -108,8 +108,7 @@ def _try(
             _described(publication, target, private=private) | {"refused": refused, "token": token, "page": None}
         )
     else:
-        table = new_table("file", "bytes")
-        table.columns[1].justify = "right"
+        table = new_table("file", Column("bytes", number=True))
         sizes = _sizes(publication)
         for name, count in sizes.items():
             table.add_row(name, f"{count:,}")

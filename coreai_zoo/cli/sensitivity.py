@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.cli.completion import complete_entry
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, print_text
 from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import RECIPES
 
@@ -20,7 +21,7 @@ _EXISTING = click.Path(path_type=Path)
 
 
 @click.command("sensitivity")
-@click.argument("subject", metavar="BUNDLE_OR_ENTRY")
+@click.argument("subject", metavar="BUNDLE_OR_ENTRY", shell_complete=complete_entry)
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local Hugging Face checkpoint.")
 @click.option("--sample", is_flag=True, help="Of an entry: the miniature that ships with it.")
 @click.option("--custom", is_flag=True, help="Of an entry: the checkpoint is of other sizes, as in `zoo build`.")
@@ -50,7 +51,8 @@ def sensitivity(ctx: click.Context, /, subject: str, as_json: bool, **given: Any
     One role at a time is quantized from the checkpoint, the rest stays in fp16, and the logits are compared with those
     of fp16 throughout: KL divergence, and how much of its lead over the next best token the best one loses. What ranks
     high deserves more bits, what ranks low can do with fewer. The model is run in PyTorch, with one layer in memory at
-    a time; each part takes a pass over the checkpoint.
+    a time; each part takes a pass over the checkpoint. A bundle is a path or its own name; an entry's name means the
+    entry.
 
     \b
     Example:
@@ -67,7 +69,7 @@ def sensitivity(ctx: click.Context, /, subject: str, as_json: bool, **given: Any
         return
     _print(ranking.rows)
     by = "KL" if options.by == "kl" else "margin lost"
-    click.echo(
+    print_text(
         f"{ranking.positions} positions; reference: fp16. Ranked by {by} per MiB saved: the first row is the worst "
         "bargain."
     )
@@ -75,8 +77,18 @@ def sensitivity(ctx: click.Context, /, subject: str, as_json: bool, **given: Any
 
 def _print(rows: Sequence[Sensitivity]) -> None:
     per_layer = any(row.part.layer is not None for row in rows)
-    columns = ["role", *(["layer"] if per_layer else []), "as", "MiB saved", "mean KL", "largest KL", "margin lost"]
-    table = new_table(*columns, "flips", "KL per MiB", "margin per MiB")
+    table = new_table(
+        "role",
+        *([Column("layer", number=True)] if per_layer else []),
+        Column("as", drop=2),
+        Column("MiB saved", number=True),
+        Column("mean KL", number=True, drop=1),
+        Column("largest KL", number=True, drop=5),
+        Column("margin lost", number=True, drop=3),
+        Column("flips", number=True, drop=4),
+        Column("KL per MiB", number=True),
+        Column("margin per MiB", number=True),
+    )
     for row in rows:
         layer = [] if not per_layer else ["" if row.part.layer is None else str(row.part.layer)]
         table.add_row(

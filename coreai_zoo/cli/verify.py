@@ -8,26 +8,29 @@ import attrs
 import click
 
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.find import find_bundle
+from coreai_zoo.cli.completion import complete_bundle
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.errors import BadInput
 from coreai_zoo.progress import Reporter
 
 
 @click.command("verify")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", metavar="BUNDLE", shell_complete=complete_bundle)
 @click.option("--rebuild", is_flag=True, help="Also build it again as recorded, and compare every byte.")
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="For --rebuild. Default: as for a build."
 )
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, bundle: Path, rebuild: bool, checkpoint: Path | None, as_json: bool) -> None:
+def verify(ctx: click.Context, bundle: str, rebuild: bool, checkpoint: Path | None, as_json: bool) -> None:
     """Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.
 
-    Exits with 1 if anything is not as recorded.
+    Exits with 1 if anything is not as recorded. BUNDLE is a path or a name, as for `zoo gate`.
 
     \b
     Example:
+        zoo verify qwen3.6-27b
         zoo verify exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
         zoo verify exports/qwen3_6_27b_decode_int8hu_block32_sym --rebuild --checkpoint ~/Qwen3.6-27B
     """
@@ -37,7 +40,8 @@ def verify(ctx: click.Context, bundle: Path, rebuild: bool, checkpoint: Path | N
 
     if checkpoint is not None and not rebuild:
         raise BadInput("--checkpoint is for --rebuild.")
-    opened, plugins = Bundle.open(bundle), plugins_of(ctx)
+    plugins = plugins_of(ctx)
+    opened = Bundle.open(find_bundle(bundle, plugins))
     checks = verify_bundle(opened, plugins.backends(), plugins.tokenizer_classes())
     if rebuild:
         checks.append(rebuild_bundle(opened, checkpoint, plugins, Reporter(silent=as_json)))

@@ -21,6 +21,8 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.find import named_bundle
+from coreai_zoo.catalogue import load_entries
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer
 from coreai_zoo.errors import BadInput, listing
@@ -284,7 +286,7 @@ class Ranking:
 
 
 def rank_parts(subject: str, options: SensitivityOptions, plugins: Plugins, report: Reporter) -> Ranking:
-    """Measure and rank the parts of a bundle, by its folder, or of an entry, by its name.
+    """Measure and rank the parts of a bundle, by its folder or name, or of an entry, by its name.
 
     Raises:
         BadInput: when there is no such bundle or entry, an option does not fit it, or it cannot be run in parts.
@@ -306,8 +308,9 @@ def rank_parts(subject: str, options: SensitivityOptions, plugins: Plugins, repo
 
 def _request(subject: str, options: SensitivityOptions, plugins: Plugins) -> BuildRequest:
     """The build that made a bundle, or that would make one of an entry."""
-    path = Path(subject)
-    if path.is_dir():
+    is_entry = subject.endswith(".toml") or (subject in load_entries(plugins) and not Path(subject).is_dir())
+    path = None if is_entry else named_bundle(subject)
+    if path is not None:
         if options.sample or options.custom or options.recipe or options.layers:
             raise BadInput(
                 "--sample, --custom, --recipe and --layers are for an entry; a bundle says what it was built from."

@@ -12,12 +12,13 @@ from pathlib import Path, PurePosixPath
 from attrs import frozen
 
 from coreai_zoo.build.design import design
+from coreai_zoo.build.model import TooLittleStated
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
+from coreai_zoo.errors import CheckFailed, ZooError, listing
 from coreai_zoo.gates.run import GateOptions, failure, run_gate, write_report
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -90,25 +91,13 @@ def _entries(self: Checks) -> _Found:
                 entry.sample_directory()
             design(BuildRequest(entry.name, dry=True), self.plugins, entry)
         except ZooError as error:
-            if _is_silence(entry, error, self.plugins):
+            if isinstance(error, TooLittleStated) and entry.status == "unverified":
                 silent.append(entry.name)
             else:
                 problems.append(f"{entry.name}: {error}")
     _raise(problems)
     unknown = f"; {listing(silent)} do not state every size" if silent else ""
     return f"{len(entries)} entries are valid{unknown}", True if entries else None
-
-
-def _is_silence(entry: Entry, error: ZooError, plugins: Plugins) -> bool:
-    """Whether the error only says that an entry which is not verified does not state a size."""
-    if not isinstance(error, BadInput) or entry.status != "unverified":
-        return False
-    overlay, _ = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
-    try:
-        overlay.config_of_facts(entry.facts.stated)
-    except BadInput:
-        return True
-    return False
 
 
 def _overlays(self: Checks) -> _Found:

@@ -16,10 +16,11 @@ from attrs import evolve, frozen
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.find import named_bundle
 from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.catalogue import find_entry, find_recipe, load_entries
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, zoo_command
 from coreai_zoo.gates.run import checkpoint_of, oracle_of
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -77,7 +78,7 @@ class Comparer:
     numerics: bool
 
     def compare(self, a: str, b: str) -> Comparison:
-        """Compare two bundles, by their folders, or two entries, each `ENTRY` or `ENTRY:RECIPE`.
+        """Compare two bundles, by their folders or names, or two entries, each `ENTRY` or `ENTRY:RECIPE`.
 
         `:RECIPE` alone is another recipe of A's entry.
 
@@ -86,13 +87,17 @@ class Comparer:
         """
         if b.startswith(":"):
             b = a.partition(":")[0] + b
-        is_bundle = [Path(name).is_dir() and name not in load_entries(self.plugins) for name in (a, b)]
-        if all(is_bundle):
-            one, other = Bundle.open(Path(a)), Bundle.open(Path(b))
+        entries = load_entries(self.plugins)
+        folders = [None if name in entries else _bundle_folder(name) for name in (a, b)]
+        if any(folders):  # beside a bundle, the name of an entry means its bundle
+            folders = [folder or _bundle_folder(name) for folder, name in zip(folders, (a, b), strict=True)]
+        first, second = folders
+        if first and second:
+            one, other = Bundle.open(first), Bundle.open(second)
             found = self._of_bundles(one, other)
             return Comparison(found, judge(found, self._after_bundle(other)))
-        if any(is_bundle):
-            bundle, entry = (a, b) if is_bundle[0] else (b, a)
+        if first or second:
+            bundle, entry = (a, b) if first else (b, a)
             raise BadInput(
                 f"{bundle} is a bundle and {entry} is none: they cannot be compared.",
                 "Give two bundles, or two entries; `zoo build ENTRY --sample` makes a bundle of an entry.",
@@ -157,8 +162,9 @@ class Comparer:
             return structure.of_entry(side.entry, self.plugins, recipe=side.recipe)
 
     def _after_bundle(self, bundle: Bundle) -> Next:
-        checkpoint = "" if bundle.build.get("sample") else f" --checkpoint {self.checkpoint or 'DIR'}"
-        return Next((f"zoo verify {bundle.directory}",), (f"zoo gate {bundle.directory}{checkpoint}",))
+        checkpoint = () if bundle.build.get("sample") else ("--checkpoint", self.checkpoint or "DIR")
+        folder = bundle.directory
+        return Next((zoo_command("verify", folder),), (zoo_command("gate", folder, *checkpoint),))
 
     # -- what they compute
 
@@ -215,9 +221,16 @@ class Comparer:
         return logits, rule.judge(tokens, oracle.logits, logits)
 
 
+def _bundle_folder(name: str) -> Path | None:
+    """The folder of the bundle `name`; None where that is no bundle."""
+    found = named_bundle(name)
+    return found if found is not None and found.is_dir() else None
+
+
 def _after_entry(side: EntryRecipe) -> Next:
-    what = f"{side.name} --recipe {side.recipe}"
-    return Next((f"zoo plan {what}",), (f"zoo build {what}", "zoo gate BUNDLE"))
+    name = Path(side.name) if side.name.endswith(".toml") else side.name
+    what = name, "--recipe", side.recipe
+    return Next((zoo_command("plan", *what),), (zoo_command("build", *what), "zoo gate BUNDLE"))
 
 
 def _source(bundle: Bundle) -> Mapping[str, Any]:

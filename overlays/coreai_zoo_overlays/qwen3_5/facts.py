@@ -63,6 +63,7 @@ def config_of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         BadInput: naming the facts that are not known.
+        ValueError: naming the facts that are no sizes.
     """
     kind = kind_of(facts.get("ffn"))
     fields = {**_FIELDS, **kind.facts}
@@ -70,6 +71,13 @@ def config_of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [fact for fact in needed if fact not in facts and fact not in _OPTIONAL_FACTS]
     if unknown:
         raise BadInput(f"No config follows from these facts: {listing(unknown)} not known.")
+    bad = [
+        f"{fact} is {facts[fact]!r}, not {'true or false' if fact == 'tied_head' else 'a positive integer'}"
+        for fact in needed
+        if fact in facts and not _fits(fact, facts[fact])
+    ]
+    if bad:
+        raise ValueError(listing(bad, 40))
     wrapper, flat = kind.model_types
     text = {field: facts[fact] for fact, field in fields.items() if fact in facts}
     text |= {
@@ -85,6 +93,13 @@ def config_of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         },
     }
     return {"model_type": wrapper, "text_config": text, "tie_word_embeddings": facts["tied_head"]}
+
+
+def _fits(fact: str, value: object) -> bool:
+    """Whether a value can be that of a fact: they are sizes and counts, and whether the head is tied."""
+    if fact == "tied_head":
+        return isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _thirds(pairs: int) -> list[int]:

@@ -1,0 +1,94 @@
+"""A bundle by what a user calls it: its path, its own name, or the name of what it was built from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from coreai_zoo.bundle.layout import EXPORTS
+from coreai_zoo.catalogue import load_entries
+from coreai_zoo.errors import BadInput, ZooError, did_you_mean, listing
+from coreai_zoo.json_files import read_object
+from coreai_zoo.names import slug
+from coreai_zoo.plugins import Plugins
+
+_SHOWN = 6  # of the bundles that one name fits
+
+
+def find_bundle(text: str, plugins: Plugins) -> Path:
+    """The folder that `text` means: a path that exists, or else the one bundle of that name.
+
+    Raises:
+        BadInput: when several bundles have that name, listing them, or none, with the nearest names.
+    """
+    found = named_bundle(text)
+    if found is not None:
+        return found
+    if os.sep in text:
+        raise BadInput(f"There is no bundle at {text}.", "`zoo build` prints where it put one.")
+    raise BadInput(f"There is no bundle {text!r}, neither here nor in {EXPORTS}/.", _hint(text, plugins))
+
+
+def named_bundle(text: str) -> Path | None:
+    """As `find_bundle`, but None where there is none.
+
+    A bundle's own name is its folder's. Where that fits none, `text` may be the name or title of the entry that it was
+    built from, or that model's repository on the hub.
+
+    Raises:
+        BadInput: when several bundles have that name, listing them.
+    """
+    if os.path.exists(text):  # noqa: PTH110  # false where a name is too long to be one, which pathlib raises for
+        return Path(text)
+    there = list(_folders())
+    found = [folder for folder in there if folder.name == text] or [
+        folder for folder in there if slug(text) in map(slug, _names(folder))
+    ]
+    if len(found) > 1:
+        raise BadInput(
+            f"{text!r} fits {len(found)} bundles: {listing([str(folder) for folder in found], _SHOWN)}.",
+            "Give the path of one.",
+        )
+    return found[0] if found else None
+
+
+def bundle_names() -> list[str]:
+    """The names of all bundles that `find_bundle` finds without a path."""
+    return list(dict.fromkeys(folder.name for folder in _folders()))
+
+
+def _folders() -> Iterator[Path]:
+    """The bundles below `exports` and in the current folder, each once, hidden ones (half-built) left out."""
+    seen = set()
+    for parent in (EXPORTS, Path()):
+        with contextlib.suppress(OSError):  # there is none, or it may not be looked at
+            for folder in sorted(parent.iterdir()):
+                if not folder.name.startswith(".") and (folder / "build.json").is_file():
+                    if folder.resolve() not in seen:
+                        yield folder
+                    seen.add(folder.resolve())
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of what a bundle was built from, as its record has them; none of a record that cannot be read."""
+    try:
+        record = read_object(folder / "build.json")
+    except BadInput:
+        return []
+    # Before schema 2, all of them were the entry's.
+    entry, origin = (part if isinstance(part := record.get(key), dict) else {} for key in ("entry", "origin"))
+    names = (record.get("label"), record.get("title"), origin.get("hf_id"), *map(entry.get, ("name", "title", "hf_id")))
+    return [name for name in names if isinstance(name, str)]
+
+
+def _hint(text: str, plugins: Plugins) -> str:
+    try:
+        entries = list(load_entries(plugins))
+    except ZooError:  # a broken plugin is no answer to the question which bundle was meant
+        entries = []
+    for entry in entries:
+        if slug(entry) == slug(text):
+            return f"Make one: `zoo build {entry}`."
+    return f"{did_you_mean(text, [*bundle_names(), *entries], 3)} `zoo build NAME` makes a bundle of an entry."
