@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.build import record as record_module
 from coreai_zoo.build.design import design
 from coreai_zoo.build.figures import needs
 from coreai_zoo.build.request import BuildRequest
@@ -340,3 +342,44 @@ def test_a_checkpoint_needs_no_page_and_a_page_no_text(tmp_path: Path) -> None:
     assert read_front_matter(tmp_path) == {}
     (tmp_path / "README.md").write_bytes(b"\xff\xfe")
     assert read_front_matter(tmp_path) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a build records for it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_licence_and_languages_are_taken_from_the_page_of_the_checkpoint(tmp_path: Path) -> None:
+    assert DENSE.entry is not None
+    folder = tmp_path / "fine-tune"
+    shutil.copytree(DENSE.entry.sample_directory(), folder)
+    designed = design(
+        BuildRequest(entry="qwen3.6-27b", checkpoint=folder, custom=True, dry=True, recipe="int4lin", max_context=512),
+        default_plugins(),
+    )
+    assert record_module._licence(designed) == NO_LICENCE, "the licence of the entry is that of another model"
+    page = "---\nlicense: other\nlicense_name: acme\nlicense_link: LICENSE\nlanguage: [en, 3]\n---\n"
+    (folder / "README.md").write_text(page)
+
+    licence = record_module._licence(designed)
+    assert licence == {"id": "other", "name": "acme", "link": None, "source": "the page of the checkpoint"}
+    assert record_module._languages(designed) == ["en"]
+    words = ["--checkpoint", "CHECKPOINT", "--custom", "--recipe", "int4lin", "--max-context", "512"]
+    assert record_module._command(designed) == ["zoo", "build", "qwen3.6-27b", *words]
+
+
+def test_the_command_of_a_build_that_asked_for_nothing_special_is_bare(tmp_path: Path) -> None:
+    sample = design(BuildRequest(entry="qwen3.6-27b", sample=True, dry=True), default_plugins())
+    assert record_module._command(sample) == ["zoo", "build", "qwen3.6-27b", "--sample"]
+    fetched = evolve(DENSE, revision=COMMIT)
+    assert record_module._command(fetched) == ["zoo", "build", "qwen3.6-27b"]
+    assert record_module._origin(fetched) == FETCHED
+    path = tmp_path / "mine.toml"
+    text = (
+        Path("zoo_entries/qwen3.6-27b.toml")
+        .read_text(encoding="utf-8")
+        .replace('name = "qwen3.6-27b"', 'name = "mine"')
+    )
+    path.write_text(text, encoding="utf-8")
+    loose = design(BuildRequest(entry=str(path), layers=4, dry=True), default_plugins())
+    assert record_module._command(loose)[2:] == ["mine.toml", "--checkpoint", "CHECKPOINT", "--layers", "4"]
