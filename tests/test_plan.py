@@ -49,7 +49,7 @@ def planned(plugins: Plugins | None = None, **asked: Any) -> Plan:
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Plan]:
     """Of every entry of the family, with its own recipe."""
-    return {name: planned(entry=name) for name in load_entries(default_plugins())}
+    return {name: planned(model=name) for name in load_entries(default_plugins())}
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_an_entry_for_text_checkpoints_alone_is_planned_from_its_facts(tmp_path:
     path = tmp_path / "text-only.toml"
     text = Path("zoo_entries/qwen3.6-27b.toml").read_text(encoding="utf-8")
     path.write_text(text.replace('["qwen3_5", "qwen3_5_text"]', '["qwen3_5_text"]').replace(DENSE, "text-only"))
-    assert planned(entry=str(path)).roles == plans[DENSE].roles
+    assert planned(model=str(path)).roles == plans[DENSE].roles
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -187,7 +187,7 @@ def test_an_overlay_with_experts_has_to_tell_how_many_are_read(
 
 @pytest.mark.parametrize("context", [8, 1000, 32768])
 def test_states_are_counted_at_the_context(context: int) -> None:
-    plan = planned(entry=DENSE, max_context=context)
+    plan = planned(model=DENSE, max_context=context)
     pair, conv, recurrent = 16 * 4 * 256 * 2, 48 * 10_240 * 3 * 2, 48 * 48 * 128 * 128 * 2
     assert dict(plan.states) == {
         "keyCache": pair * context,
@@ -224,7 +224,7 @@ def test_an_entry_that_states_too_little_says_what_is_lacking(tmp_path: Path) ->
     text = Path("zoo_entries/qwen3.5-2b.toml").read_text(encoding="utf-8")
     path.write_text(text.replace("hidden_size = 2048\n", ""), encoding="utf-8")
     with pytest.raises(BadInput, match=r"qwen3\.5-2b states too little .*hidden_size not known.*--checkpoint DIR"):
-        planned(entry=str(path))
+        planned(model=str(path))
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_an_entry_whose_facts_contradict_each_other_is_refused(tmp_path: Path) -
     assert "\nlayers = 24\n" in text
     path.write_text(text.replace("\nlayers = 24\n", "\nlayers = 30\n"), encoding="utf-8")
     with pytest.raises(BadInput, match="linear_attention_layers is 18, and the other facts make it 2"):
-        planned(entry=str(path))
+        planned(model=str(path))
 
 
 def test_the_efficiency_is_what_the_published_measurement_reaches(plans: Mapping[str, Plan]) -> None:

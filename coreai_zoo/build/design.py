@@ -263,6 +263,17 @@ def design(
     return made
 
 
+def fetched(designed: Design, plugins: Plugins, report: Reporter) -> Design:
+    """The same design when its weights have been fetched: now it knows their shapes as well.
+
+    Raises:
+        EnvironmentLacks: when they cannot be fetched.
+        BadInput: when they do not fit the model.
+    """
+    designed.source.fetch(report)
+    return design(designed.request, plugins, source=designed.source)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Before anything is read
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin
 from coreai_zoo.checkpoint.readme import read_front_matter
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, ZooError
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
@@ -129,6 +129,15 @@ class Source:
             return None
         return Checkpoint.open(self.directory)
 
+    def fetch(self, report: Reporter) -> None:
+        """Fetch the weights that are not on this machine, and compare all with what the hub states.
+
+        Raises:
+            EnvironmentLacks: when that cannot be done.
+        """
+        if self.hub is not None:
+            self.hub.fetch_weights(report)
+
     def tensors(self, opened: Checkpoint | None) -> Mapping[str, TensorInfo | None] | None:
         """The checkpoint's tensors; of an index without weights their names; None where neither is there."""
         if opened is not None:
@@ -191,8 +200,8 @@ def _repository_of(entry: Entry | None) -> Repository:
 
 def _of_folder(directory: Path, entry: Entry | None, plugins: Plugins) -> Source:
     card = read_front_matter(directory)
-    commits = {entry.hf_revision: entry.hf_id for entry, _ in load_entries(plugins).values()}
-    known = {commit: hf_id for commit, hf_id in commits.items() if commit and hf_id}
+    pins = {entry.hf_revision: entry.hf_id for entry in _entries(plugins)}
+    known = {commit: hf_id for commit, hf_id in pins.items() if commit and hf_id}
     return _source(directory, find_origin(directory, read_config(directory), card, known), card, entry)
 
 
@@ -201,6 +210,14 @@ def _source(
 ) -> Source:
     stated = (entry.hf_id, entry.licence) if entry else (None, None)
     return Source(read_config(directory), directory, origin, find_licence(directory, card, origin, stated), card, hub)
+
+
+def _entries(plugins: Plugins) -> list[Entry]:
+    """The entries to look for evidence in; none where a file is bad, which is told to those who ask for an entry."""
+    try:
+        return [entry for entry, _ in load_entries(plugins).values()]
+    except ZooError:
+        return []
 
 
 def other_model(origin: Origin, entry: Entry, plugins: Plugins) -> str | None:
@@ -215,7 +232,7 @@ def other_model(origin: Origin, entry: Entry, plugins: Plugins) -> str | None:
     if origin.hf_id is not None:
         return None if origin.hf_id.lower() == own else f"it is {origin}, the entry is of {entry.hf_id}"
     bases = [base.lower().removesuffix("-base") for base in origin.made_from]
-    siblings = {other.hf_id.lower() for other, _ in load_entries(plugins).values() if other.hf_id}
+    siblings = {other.hf_id.lower() for other in _entries(plugins) if other.hf_id}
     if own in bases or not siblings & set(bases):
         return None
     return f"it is {origin}, the entry is of {entry.hf_id}"
