@@ -54,6 +54,7 @@ THOROUGH = frozenset(
         "oracle",
         "parity",
         "preflight",
+        "read_only",
         "reproducible",
         "resume",
         "samples",

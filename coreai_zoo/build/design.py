@@ -25,7 +25,6 @@ from coreai_zoo.build.request import (
     DEFAULT_RECIPE,
     BuildRequest,
 )
-from coreai_zoo.build.workspace import check_output_folder
 from coreai_zoo.catalogue import find_backend, find_contract, find_entry, find_recipe
 from coreai_zoo.checkpoint.files import Checkpoint, has_weights, read_config
 from coreai_zoo.checkpoint.hub import locate_checkpoint
@@ -246,7 +245,6 @@ def _require_buildable(request: BuildRequest, entry: Entry | None, backend: Back
         raise BadInput("A build needs an entry.", "`zoo list` shows them; `zoo new` writes one for a checkpoint.")
     _check_status(request, entry)
     _ = backend.versions  # refuses another version of the toolchain
-    check_output_folder(request.output)
 
 
 def _check_status(request: BuildRequest, entry: Entry) -> None:
