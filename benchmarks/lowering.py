@@ -53,7 +53,7 @@ def main() -> None:
         checkpoint = Path(folder) / "checkpoint"
         config = overlay.config_of_facts(entry.facts.stated)
         write_checkpoint(config, entry.sample_directory(), "sparse", checkpoint, plugins)
-        resolved = design(BuildRequest(entry.name, checkpoint, allow_unverified=True), plugins)
+        resolved = design(BuildRequest(entry.name, checkpoint), plugins)
     constants = untouched(resolved)
     allocate(resolved.modules["main"], {tensor.name: tensor.format for tensor in resolved.weights.tensors})
     backend = CoreAIBackend(every_layer=arguments.every_layer)

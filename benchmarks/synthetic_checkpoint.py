@@ -5,10 +5,10 @@
     python benchmarks/synthetic_checkpoint.py --config DIR_OR_FILE --fill random -o /tmp/other
 
 Sharded bf16 safetensors with an index, keys and layout as released (text under ``model.language_model.``, experts
-packed). It builds with ``--custom`` where it is smaller than the entry's model (``--layers``, ``--vocab``), and with
-``--allow-unverified`` where it is not. ``random`` holds seeded normal values. ``sparse`` files are holes that read as
-zeros and take next to no disk, but for the first page of each tensor, which is random too: no two tensors are equal, or
-the compiler would store them once. Norm gains are zero (gain one), so that a random model of any depth stays finite.
+packed). It builds with ``--custom`` where it is smaller than the entry's model (``--layers``, ``--vocab``). ``random``
+holds seeded normal values. ``sparse`` files are holes that read as zeros and take next to no disk, but for the first
+page of each tensor, which is random too: no two tensors are equal, or the compiler would store them once. Norm gains
+are zero (gain one), so that a random model of any depth stays finite.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class Contract:
         summary: one line.
         query_length: tokens per call when decoding, or None when the engine may pass any number.
         prerequisites: what a machine needs to run such a bundle, for the card.
+        usage: how an engine of this contract is called, for the card: Markdown in which BUNDLE is the bundle's folder.
         fixed_context: whether the KV pair has its full length from the start, and `position_ids` names the new tokens
             only; else both grow with the tokens.
         default_context: positions that a bundle allows unless it is told, or None for what the model allows.
@@ -41,6 +42,7 @@ class Contract:
     summary: str
     query_length: int | None = field(validator=optional(ge(1)))
     prerequisites: tuple[str, ...]
+    usage: str = ""
     fixed_context: bool = False
     default_context: int | None = None
     compute_dtype: str = "float16"
@@ -104,22 +106,47 @@ def _largest_capacity(max_context: int) -> int:
     return capacity
 
 
+# The lines of the engine's own pages (models/*/README.md there), with the warm-up that a graph of one token allows.
+_ENGINE_USAGE = """\
+In a checkout of [apple/coreai-models](https://github.com/apple/coreai-models), which has both tools:
+
+```
+swift run -c release llm-runner --model BUNDLE --warmup off --prompt "Hello"
+swift run -c release llm-benchmark --model BUNDLE -p 128 -g 128 -n 3
+```
+
+A call takes one token, and the runner would warm up with more than one: keep `--warmup off`, or pass
+`--warmup exact --warmup-length 1`. No environment variable is needed. The engine feeds a prompt token by token, so
+reading one is as slow as writing one.
+
+In an app, with the product `CoreAILM` of that package:
+
+```swift
+import CoreAILanguageModels
+import FoundationModels
+
+let model = try await CoreAILanguageModel(resourcesAt: URL(filePath: "BUNDLE"))
+let session = LanguageModelSession(model: model)
+print(try await session.respond(to: "Hello").content)
+```"""
+
 STATIC_S1 = Contract(
     name="static-s1",
     summary="decode-only, loop-free, one token per call; prefill runs as single steps",
     query_length=1,
     prerequisites=(
-        "macOS 27",
-        "COREAI_CHUNK_THRESHOLD=1 in the environment",
-        "the community extra-states engine patch, or an engine with the static-logits fix (apple/coreai-models #227)",
+        "macOS 27.0 or later",
+        "an engine of [apple/coreai-models](https://github.com/apple/coreai-models) from its pull request 227 on "
+        "(commit 27a66f9; the release 0.2.0 is older), or from 237 on for a chat of more than one turn",
     ),
+    usage=_ENGINE_USAGE,
 )
 
 FIXED_S1 = Contract(
     name="fixed-s1",
     summary="decode-only, loop-free, one token per call, no dynamic axis: the context is allocated whole",
     query_length=1,
-    prerequisites=("macOS 15 or iOS 18, or later", "a caller that carries the states from call to call (MLState)"),
+    prerequisites=("macOS 15 or iOS 18 or later", "a caller that carries the states from call to call (MLState)"),
     fixed_context=True,
     default_context=4096,
     backends=("coreml",),

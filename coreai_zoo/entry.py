@@ -25,6 +25,7 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, Iterabl
 from cattrs.gen import make_dict_structure_fn, override
 
 from coreai_zoo.errors import BadInput, EnvironmentLacks
+from coreai_zoo.names import slug
 
 HF_ID = r"[\w.-]+/[\w.-]+"
 """Pattern of a repository's name on the Hugging Face hub."""
@@ -212,7 +213,7 @@ class Entry:
     @property
     def slug(self) -> str:
         """The name in a bundle's name: `acme_1_5_7b` for `acme-1.5-7b`."""
-        return re.sub(r"[^a-z0-9]+", "_", self.name)
+        return slug(self.name)
 
     def sample_directory(self) -> Path:
         """The sample checkpoint on disk.

@@ -1,6 +1,13 @@
-"""Names under which a decoder's state is stored."""
+"""Names under which a decoder's state is stored, and names in names."""
 
 from __future__ import annotations
+
+import re
+
+
+def slug(name: str) -> str:
+    """A name as a part of a bundle's name: `acme_1_5_7b` for `Acme-1.5-7B`."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "model"
 
 
 def quantized_names(name: str) -> tuple[str, str, str]:

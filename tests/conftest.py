@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from coreai_zoo import hookimpl
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.cli.app import cli
 from coreai_zoo.plugins import Plugins
+from hub import Hub
 from shared import Shared
 from suite import QUICK
 
@@ -126,3 +127,11 @@ def built(shared: Shared) -> Callable[[str, str], Bundle]:
         return Bundle.open(bundle)
 
     return build
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, which `huggingface_hub` uses in this process; see `Hub.environment` for others."""
+    with Hub(tmp_path / "huggingface") as server:
+        server.configure(monkeypatch)
+        yield server

@@ -253,7 +253,6 @@ def test_no_checkpoint_and_no_network_is_the_environments_fault_and_says_what_to
             "from coreai_zoo.cli.app import main; main()",
             "build",
             DENSE,
-            "--allow-unverified",
             "-o",
             str(output),
         ],

@@ -75,7 +75,8 @@ def test_the_verdict_is_printed_and_written_as_transcript_page_and_card(gated: t
     assert prompt["control"]["matched"] == 6
     assert len(prompt["control"]["hidden_error"]) == record["bundle"]["layers"] + 1
     assert bundle.name in (bundle / "gate" / "report.html").read_text(encoding="utf-8")
-    assert "| digits | 6 | 6 | 0 | 0 |" in (bundle / "README.md").read_text(encoding="utf-8")
+    card = (bundle / "README.md").read_text(encoding="utf-8")
+    assert "**The gate passed.**" in card and "Of 6 positions, digits (6), the most probable next token was" in card
 
 
 def test_the_samples_are_held_to_what_was_measured_on_them(gated: tuple[Path, Result]) -> None:

@@ -114,7 +114,8 @@ def bundle(tmp_path: Path) -> Bundle:
     directory = tmp_path / "toy"
     (directory / "toy.aimodel").mkdir(parents=True)
     (directory / "toy.aimodel" / "main.mlirb").write_bytes(bytes(100))
-    (directory / CARD).write_text("# toy\n\nA toy.\n\n## Running it\n\nRun it.\n", encoding="utf-8")
+    card = "# toy\n\n## Numerics\n\nNot gated yet: so.\n\n## Architecture\n\nA toy.\n"
+    (directory / CARD).write_text(card, encoding="utf-8")
     (directory / "metadata.json").write_text(json.dumps({"assets": {"main": "toy.aimodel"}}))
     spec = {"dtype": "int8", "scheme": "symmetric", "block": 32}
     build = {
@@ -288,12 +289,13 @@ def test_the_card_gets_what_was_measured_and_keeps_its_digest(bundle: Bundle) ->
     for report in (judged(flip_at=7), judged()):  # the second in the place of the first
         write_card(bundle, markdown(record_of(bundle, report)))
         text = path.read_text(encoding="utf-8")
-        assert text.count("## Measured") == 1
-        assert text.index("## Measured") < text.index("## Running it")
+        assert text.count("The gate ") == 1 and "further apart" in text
+        assert text.index("## Numerics") < text.index("The gate ") < text.index("## Architecture")
         assert ("FAILED" in text) == (not report.passed)
+        assert ("That excludes, at 95 %," in text) == report.passed, "of a bundle that flips nothing is excluded"
         assert file_digests(bundle.directory) == before
         assert without_measurements(path.read_bytes()) == built
-    assert "| code | 16 | 16 | 0 | 0 |" in text
+    assert "was the same at 32. At 0 it was another" in text
 
     path.write_bytes(path.read_bytes().replace(b"A toy.", b"A boy."))
     assert file_digests(bundle.directory) != before

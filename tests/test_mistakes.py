@@ -140,7 +140,7 @@ def build(
     plugins = Plugins()
     plugins.register(builtin, "coreai")
     plugins.register(MistakenPlugin(entry, overlay, rewrites), "toys")
-    options = ("--checkpoint", checkpoint, "-o", folder / "exports", "--recipe", "fp16", "--allow-unverified", "--json")
+    options = ("--checkpoint", checkpoint, "-o", folder / "exports", "--recipe", "fp16", "--json")
     return zoo(*before, "build", "toy-mean", *options, "--backend", backend, plugins=plugins)
 
 

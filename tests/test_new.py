@@ -80,7 +80,7 @@ def test_the_commands_that_are_printed_can_be_pasted_whatever_a_folder_is_called
     assert plan == ["zoo", "plan", f"x/{name}/tiny-sibling.toml"]
     assert build[:5] == ["zoo", "build", f"x/{name}/tiny-sibling.toml", "--checkpoint", name]
     assert commands[1][4] == (f"./{name}" if name.startswith("-") else name), "it would be an option"
-    refused = zoo("build", ENTRY, "--checkpoint", commands[1][4], "--allow-unverified")
+    refused = zoo("build", ENTRY, "--checkpoint", commands[1][4])
     assert shlex.join(["zoo", "new", "NAME", "--from", commands[1][4]]) in error_of(refused)
 
 
@@ -91,19 +91,18 @@ def test_a_sibling_is_planned_built_and_gated_from_the_entry_that_was_written_fo
     made = zoo("new", "tiny-sibling", "--from", checkpoint, "-o", tmp_path)
     path = tmp_path / "tiny-sibling.toml"
     assert made.exit_code == 0, made.stderr
-    assert f"zoo build {path} --checkpoint {checkpoint} --allow-unverified" in made.stdout
+    assert f"zoo build {path} --checkpoint {checkpoint}" in made.stdout
     planned = json.loads(zoo("plan", path, "--json").stdout)
 
-    assert "tiny-sibling is unverified" in error_of(zoo("build", path, "--checkpoint", checkpoint, "-o", tmp_path))
-    result = zoo("build", path, "--checkpoint", checkpoint, "-o", tmp_path, "--allow-unverified")
+    result = zoo("build", path, "--checkpoint", checkpoint, "-o", tmp_path)
 
     assert result.exit_code == 0, result.stderr
     bundle = Bundle.open(tmp_path / "tiny_sibling_decode_int8hu_block32_sym")
     card = (bundle.directory / "README.md").read_text(encoding="utf-8")
-    assert "**Unverified.** It was built with `--allow-unverified`" in card
-    assert "unverified: the entry was not compared" in result.stderr
-    assert (bundle.build["entry"]["status"], bundle.build["entry"]["differences"]) == ("unverified", [])
-    assert bundle.build["entry"]["hf_id"] is None and "huggingface.co" not in card
+    assert "The facts of the entry `tiny-sibling` were not compared with the published checkpoint." in card
+    assert "The facts of entry tiny-sibling were not compared with the published checkpoint." in result.stderr
+    assert (bundle.build["compared"], bundle.build["entry"]["differences"]) == (False, [])
+    assert bundle.origin["hf_id"] is None and "https://huggingface.co" not in card
     roles = {role: (sums["parameters"], sums["bytes"]) for role, sums in planned["roles"].items()}
     assert {role: (sums["parameters"], sums["bytes"]) for role, sums in bundle.build["weights"].items()} == roles
     # The graph is allowed for generously; what matters is the weights, and that a plan never promises too little.
@@ -135,9 +134,9 @@ def test_a_config_alone_is_enough(bare: Callable[..., Path], tmp_path: Path) -> 
 
     folder = bare(WRAPPED)
     said = " ".join(zoo("new", "other", "--from", folder, "-o", tmp_path).stdout.split())
-    build = f"zoo build {tmp_path / 'other.toml'} --checkpoint {folder} --allow-unverified"
+    build = f"zoo build {tmp_path / 'other.toml'} --checkpoint {folder}"
     assert f"A build needs weights and tokenizer, which are not in {folder}; put them there, then: {build}" in said
-    arguments = ("--checkpoint", folder, "-o", tmp_path / "out", "--allow-unverified")
+    arguments = ("--checkpoint", folder, "-o", tmp_path / "out")
     assert f"{folder} has no weights" in error_of(zoo("build", tmp_path / "other.toml", *arguments))
 
 
@@ -291,7 +290,7 @@ def test_a_repository_without_network_is_the_environments_fault_and_says_what_to
 
 def test_every_fact_that_contradicts_the_checkpoint_is_listed(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    text = error_of(zoo("build", ENTRY, "--checkpoint", checkpoint, "--allow-unverified", "-o", output), 2)
+    text = error_of(zoo("build", ENTRY, "--checkpoint", checkpoint, "-o", output), 2)
 
     stated = find_entry(ENTRY, default_plugins())[0].facts.stated
     told = design(BuildRequest(checkpoint=checkpoint, dry=True), default_plugins()).facts
@@ -299,7 +298,7 @@ def test_every_fact_that_contradicts_the_checkpoint_is_listed(checkpoint: Path, 
     assert len(differing) > 10 and "tied_head" not in differing
     for fact in differing:
         assert f"{fact} is {told[fact]}, the entry says {stated[fact]}" in text
-    assert f"in {len(differing)} facts" in text and "tied_head" not in text
+    assert text.count("the entry says") == len(differing) and "tied_head" not in text
     assert f"zoo new NAME --from {checkpoint}" in text and "--custom" in text
     assert not output.exists()
 
@@ -309,10 +308,10 @@ def test_a_slice_is_compared_as_a_whole(checkpoint: Path, tmp_path: Path) -> Non
     zoo("new", "deeper", "--from", deeper, "-o", tmp_path)
     entry = str(tmp_path / "deeper.toml")
 
-    sliced = design(BuildRequest(entry, deeper, layers=2, allow_unverified=True), default_plugins())
+    sliced = design(BuildRequest(entry, deeper, layers=2), default_plugins())
     assert (sliced.differences, sliced.facts["layers"]) == ((), 2)
     with pytest.raises(BadInput, match="layers is 2, the entry says 4"):
-        design(BuildRequest(entry, checkpoint, allow_unverified=True), default_plugins())
+        design(BuildRequest(entry, checkpoint), default_plugins())
 
 
 def test_custom_is_for_checkpoints_that_differ(checkpoint: Path, tmp_path: Path) -> None:
@@ -320,23 +319,20 @@ def test_custom_is_for_checkpoints_that_differ(checkpoint: Path, tmp_path: Path)
 
     custom = design(BuildRequest(ENTRY, checkpoint, custom=True), default_plugins())
     assert custom.name == "qwen3_6_27b_custom_decode_int8hu_block32_sym"
-    assert not custom.relies_on_unverified and custom.hf_id is None
+    assert (custom.compared, custom.source.origin.hf_id) == (None, None)
     with pytest.raises(BadInput, match="nothing --custom about it"):
         design(BuildRequest(str(tmp_path / "tiny.toml"), checkpoint, custom=True), default_plugins())
 
 
-@pytest.mark.parametrize("checkpoint_given", [False, True])
-def test_an_unverified_entry_is_refused_before_anything_is_fetched(checkpoint: Path, checkpoint_given: bool) -> None:
-    where = ["--checkpoint", checkpoint] if checkpoint_given else []
-    text = error_of(zoo("build", "qwen3.5-0.8b", *where))
-
-    assert "qwen3.5-0.8b is unverified" in text and "--allow-unverified" in text
-    assert "--sample" not in text, "this entry has none"
-    assert "--sample" in error_of(zoo("build", ENTRY, *where))
+@pytest.mark.parametrize("entry", [ENTRY, "qwen3.5-0.8b"])
+def test_an_entry_that_was_compared_with_nothing_is_no_reason_to_refuse(checkpoint: Path, entry: str) -> None:
+    text = error_of(zoo("build", entry, "--checkpoint", checkpoint))
+    assert f"{checkpoint} is not the model of entry {entry}: " in text and "verified" not in text
 
 
 def test_a_sample_claims_nothing_of_the_published_checkpoint() -> None:
-    assert not design(BuildRequest(ENTRY, sample=True), default_plugins()).relies_on_unverified
+    sample = design(BuildRequest(ENTRY, sample=True), default_plugins())
+    assert (sample.compared, sample.source.origin.hf_id) == (None, None)
 
 
 @pytest.mark.parametrize("differences", [[], ["layers is 2, the entry says 64"]])
@@ -353,4 +349,4 @@ def test_a_rebuild_asks_for_what_was_allowed(tmp_path: Path, differences: list[s
     }
     request, _ = recorded_request(Bundle(tmp_path, {}, build), None, tmp_path)
 
-    assert (request.custom, request.allow_unverified) == (bool(differences), True)
+    assert (request.model, request.custom) == (ENTRY, bool(differences))

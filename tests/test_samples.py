@@ -148,7 +148,7 @@ def test_both_candidates_agree_within_half_precision(
     on_the_runtime: Callable[[str, str], np.ndarray[Any, Any]],
 ) -> None:
     bundle, (tokens, _) = built(entry, "int8hu"), oracle(entry)
-    resolved = design(BuildRequest(entry=entry, sample=True, recipe="int8hu"), plugins)
+    resolved = design(BuildRequest(entry, sample=True, recipe="int8hu"), plugins)
     weights = AssetWeights.open(bundle.asset, resolved.backend, "main", resolved.modules["main"], resolved.weights)
     ours = TorchCandidate(resolved.modules["main"], resolved.weights, resolved.signatures["main"], weights).run(tokens)
     gaps = np.full(len(tokens), np.inf)

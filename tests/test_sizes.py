@@ -48,7 +48,7 @@ def test_the_bytecode_is_within_two_percent_of_parameters_and_recipe(
     entry: str, kind: Any, ffn: dict[str, int], tmp_path: Path
 ) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "checkpoint", kind, **WIDE, **ffn)
-    request = BuildRequest(entry=entry, checkpoint=checkpoint, output=tmp_path / "exports", custom=True)
+    request = BuildRequest(entry, checkpoint=checkpoint, output=tmp_path / "exports", custom=True)
     bundle = Bundle.open(build(request, default_plugins()).path)
     parameters = {role: counts["parameters"] for role, counts in bundle.build["weights"].items()}
     quantized = {role for role, spec in bundle.build["recipe"]["roles"].items() if spec is not None}

@@ -81,7 +81,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clamped(zoo: Zoo, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The bundle of the entry with the changed layer."""
-    options = ("--checkpoint", checkpoint, "-o", tmp_path_factory.mktemp("exports"), "--allow-unverified", "--json")
+    options = ("--checkpoint", checkpoint, "-o", tmp_path_factory.mktemp("exports"), "--json")
     return Bundle.open(Path(json.loads(zoo("build", "acme-mini-clamped", *options).stdout)["path"]))
 
 
@@ -260,7 +260,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_variant_that_differs_in_one_layer_builds_and_passes_its_gate_by_its_own_reference_and_bounds(
     zoo: Zoo, limited: Path, tmp_path: Path
 ) -> None:
-    options = ("--checkpoint", limited, "-o", tmp_path, "--allow-unverified", "--json")
+    options = ("--checkpoint", limited, "-o", tmp_path, "--json")
     bundle = Bundle.open(Path(json.loads(zoo("build", "acme-mini", *options).stdout)["path"]))
 
     overlay = bundle.build["overlay"]

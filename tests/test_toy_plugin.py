@@ -159,7 +159,7 @@ def built(
     output = tmp_path_factory.mktemp("toy-bundles")
     # The entry says nothing of a recipe, so the host's default is what no recipe means.
     recipe = None if request.param == "int8hu" else request.param
-    wanted = BuildRequest("toy-mean", checkpoint=checkpoint, recipe=recipe, output=output, allow_unverified=True)
+    wanted = BuildRequest("toy-mean", checkpoint=checkpoint, recipe=recipe, output=output)
     result = build(wanted, plugins)
     head = toy_plugin.ToyPlugin(output).zoo_head_quantization(toy_plugin.ToyOverlay())
     return Built(result, Bundle.open(result.path), RECIPES[request.param].with_head(head))
@@ -432,7 +432,7 @@ def test_two_rewrites_on_one_layer_are_an_error_that_names_both_plugins_and_the_
     crowd.register(toy_plugin.ToyPlugin(plugins.entries()[0][1]), "toys")
     crowd.register(Meddler(), "meddler")
     with pytest.raises(PluginError) as caught:
-        build(BuildRequest("toy-mean", checkpoint, output=tmp_path / "out", allow_unverified=True), crowd)
+        build(BuildRequest("toy-mean", checkpoint, output=tmp_path / "out"), crowd)
     for named in ("plugin toys", "plugin meddler", "layers.1.mean", "'mean-step'", "'meddle'"):
         assert named in str(caught.value)
     assert not (tmp_path / "out").exists()

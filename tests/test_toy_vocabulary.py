@@ -41,7 +41,7 @@ def plugins(folder: Path) -> Plugins:
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path, plugins: Plugins) -> Bundle:
-    options = ("--checkpoint", folder / "checkpoint", "--allow-unverified", "-o", folder / "exports", "--json")
+    options = ("--checkpoint", folder / "checkpoint", "-o", folder / "exports", "--json")
     result = zoo("build", "toy-mean", *options, *ASKED, plugins=plugins)
     assert result.exit_code == 0, result.output
     return Bundle.open(Path(json.loads(result.stdout)["path"]))
@@ -103,8 +103,8 @@ def test_the_records_of_a_bundle_say_what_its_roles_are(bundle: Bundle) -> None:
     assert [build["weights"][role]["tensors"] for role in WORDS] == [2, 2]
     rows = (bundle.directory / "README.md").read_text(encoding="utf-8").splitlines()
     for role, meaning in WORDS.items():
-        assert any(row.startswith(f"| {role} | {meaning} |") for row in rows), role
-    assert "- a box of toys" in rows
+        assert any(row.startswith(f"- `{role}`, {meaning}: ") for row in rows), role
+    assert "It needs a box of toys." in rows
 
 
 def test_the_bundle_verifies(bundle: Bundle, plugins: Plugins) -> None:

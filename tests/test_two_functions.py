@@ -57,7 +57,7 @@ def plugins(inputs: Path) -> Plugins:
 
 def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
     checkpoint = str(inputs / "checkpoint")
-    return ["build", "toy-mean", "--checkpoint", checkpoint, "--allow-unverified", "-o", str(output), "--json", *more]
+    return ["build", "toy-mean", "--checkpoint", checkpoint, "-o", str(output), "--json", *more]
 
 
 def built_apart(inputs: Path, output: Path, seed: int) -> None:
@@ -106,8 +106,9 @@ def test_the_records_name_both_functions_and_the_engine_finds_the_decoding_one_u
     assert (list(pair.functions), pair.decode, pair.build["contract"]["name"]) == (["step", "pair"], "step", "toy-pair")
     assert [rewrite["name"] for rewrite in pair.build["overlay"]["rewrites"]] == ["mean-step"]
     card = (pair.directory / "README.md").read_text(encoding="utf-8")
-    assert "## Function `step`, contract `toy-pair`" in card
-    assert "## Function `pair`, contract `toy-pair`" in card
+    for name, tokens in (("step", "1 x 1"), ("pair", "1 x 2")):
+        assert f"The function `{name}` takes `input_ids` ({tokens} int32)" in card
+    assert "The contract is `toy-pair`." in card
 
 
 def test_weights_of_both_functions_are_stored_once(pair: Bundle, step_only: Bundle) -> None:

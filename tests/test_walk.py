@@ -80,7 +80,7 @@ def test_a_build_goes_down_but_for_what_it_hands_down(tmp_path: Path, monkeypatc
     plugins = Plugins()
     plugins.register(builtin, "coreai")
     plugins.register(toy_plugin.ToyPlugin(entry), "toys")
-    command = ["build", "toy-mean", "--checkpoint", "checkpoint", "--allow-unverified", "--json"]
+    command = ["build", "toy-mean", "--checkpoint", "checkpoint", "--json"]
 
     with Watch() as watch:
         done = CliRunner().invoke(cli, command, obj=plugins)

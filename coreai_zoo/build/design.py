@@ -7,17 +7,15 @@ here, so they cannot disagree.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
 from coreai_zoo.backend import Backend, Traced
-from coreai_zoo.build.model import Model, compare_facts, config_of_entry, contradictions, read_model
+from coreai_zoo.build.model import Model, compare_facts, contradictions, read_model
 from coreai_zoo.build.request import (
     DEFAULT_BACKEND,
     DEFAULT_CONTEXT,
@@ -25,16 +23,18 @@ from coreai_zoo.build.request import (
     DEFAULT_RECIPE,
     BuildRequest,
 )
-from coreai_zoo.catalogue import find_backend, find_contract, find_entry, find_recipe
-from coreai_zoo.checkpoint.files import Checkpoint, has_weights, read_config
-from coreai_zoo.checkpoint.hub import locate_checkpoint
+from coreai_zoo.build.source import Source, Subject, find_source, other_model, subject_of
+from coreai_zoo.catalogue import find_backend, find_contract, find_recipe
+from coreai_zoo.checkpoint.files import Checkpoint, TensorInfo
 from coreai_zoo.checkpoint.tokenizer import check_tokenizer
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract
 from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, PluginError, listing, zoo_command
+from coreai_zoo.names import slug
 from coreai_zoo.overlay import HasParameterTable, LayerRewrite, ParameterInfo, WeightMap
 from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.plan import WeightPlan, plan_weights, plan_without_checkpoint
@@ -63,12 +63,13 @@ class Design:
     Attributes:
         name: name of the bundle.
         request: what was asked for.
-        entry: the entry; None for a checkpoint that is looked at without one.
+        label: what the model is called: the entry's name, or that of the repository or folder.
+        entry: the entry; None for a checkpoint that is taken as what its config says.
         model: what the overlay makes of the config, cut to the layers that were asked for.
-        directory: the checkpoint's folder; None where the entry's facts are all there is.
-        opened: the checkpoint; None where there are no weights.
-        revision: the checkpoint's commit on the hub; None where that is not known.
-        differences: facts of the entry that this checkpoint does not have (another size of the same architecture).
+        source: where the checkpoint is, and where it comes from.
+        opened: the checkpoint; None where there are no weights, or they are still to be fetched.
+        differences: what of the entry does not hold for this checkpoint, a phrase each: another size of the same
+            architecture, or another model of the same size.
         contract: the engine contract that the functions meet.
         backend: the backend that writes the asset.
         recipe: how each role is stored, with the overlay's head policy in place.
@@ -82,11 +83,11 @@ class Design:
 
     name: str
     request: BuildRequest
+    label: str
     entry: Entry | None
     model: Model
-    directory: Path | None
+    source: Source
     opened: Checkpoint | None
-    revision: str | None
     differences: tuple[str, ...]
     contract: Contract
     backend: Backend
@@ -135,15 +136,32 @@ class Design:
         return self.request.sample
 
     @property
-    def relies_on_unverified(self) -> bool:
-        """Whether the bundle passes for the entry's model although the entry was never compared with that."""
-        unverified = self.entry is not None and self.entry.status == "unverified"
-        return unverified and not self.sample and not self.differences
+    def title(self) -> str:
+        """The model's name as its makers write it; without an entry, that of the repository or folder."""
+        return self.label if self.entry is None else self.entry.title
 
     @property
-    def hf_id(self) -> str | None:
-        """The entry's repository on the hub; None where this checkpoint cannot be the one that is there."""
-        return None if self.entry is None or self.sample or self.differences else self.entry.hf_id
+    def compared(self) -> bool | None:
+        """Whether the entry's facts agree with the checkpoint that was published at its revision.
+
+        None where the bundle does not pass for the entry's model: without entry, for a sample, for another model.
+        """
+        if self.entry is None or self.sample or self.differences:
+            return None
+        origin = self.source.origin
+        same = origin.proven and (origin.hf_id or "").lower() == (self.entry.hf_id or "").lower()
+        return same and self.entry.hf_revision in (None, origin.revision)
+
+    @property
+    def standing(self) -> str | None:
+        """Whether the entry's facts are those of the published checkpoint, as a sentence; see `compared`."""
+        if self.compared is None:
+            return None
+        assert self.entry is not None
+        if self.compared:
+            origin = self.source.origin
+            return f"The facts of entry {self.entry.name} agree with {origin.hf_id} at {origin.revision}."
+        return f"The facts of entry {self.entry.name} were not compared with the published checkpoint."
 
     @property
     def asset(self) -> str:
@@ -171,33 +189,41 @@ class Design:
         """
         plugins = self.decoders.plugins
         recipe, head = _with_head(find_recipe(name, plugins), self.model, self.entry, plugins)
-        weights = _weights(self.decoders, self.entry, self.opened, recipe)
+        weights = _weights(self.decoders, self.entry, self.source.tensors(self.opened), recipe)
         return evolve(self, recipe=recipe, head=head, weights=weights)
 
 
-def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) -> Design:
-    """The design of what a request asks for.
+def design(
+    request: BuildRequest,
+    plugins: Plugins,
+    entry: Entry | None = None,
+    source: Source | None = None,
+    report: Reporter | None = None,
+) -> Design:
+    """The design of what a request asks for. Of a repository on the hub, what is small is fetched for it.
 
     Args:
         request: what was asked for.
         plugins: the plugins that bring entries, overlays, contracts, recipes and backends.
         entry: the entry itself; None to look it up by the name in the request.
+        source: where its checkpoint is; None to find it.
+        report: is told what the hub says meanwhile.
 
     Raises:
         ZooError: for every input that nothing can be built from.
     """
-    if entry is None and request.entry is not None:
-        entry, _ = find_entry(request.entry, plugins)
+    subject = subject_of(request, plugins, entry)
+    entry = subject.entry
     backend = find_backend(request.backend, plugins)
     contract = _contract(request, entry, backend, plugins)
     recipe = find_recipe(request.recipe or (entry.recipe if entry else DEFAULT_RECIPE), plugins)
     if not request.dry:
-        _require_buildable(request, entry, backend)
+        _ = backend.versions  # refuses another version of the toolchain
     date = 0 if request.dry else source_date_epoch()
 
-    source = _source(request, entry, plugins)
+    source = source or find_source(subject, request, plugins, report or Reporter())
     model = read_model(source.hf_config, plugins, request.layers)
-    differences = _differences(request, entry, model, source)
+    differences = _differences(request, entry, model, source, plugins)
     max_context = _max_context(request, entry, contract, model.facts)
     checkpoint = source.open(need_weights=not request.dry)
     if not request.dry:
@@ -209,15 +235,16 @@ def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) 
     decoders = Decoders(model, contract, functions, plugins)
     if not request.dry:
         _ = decoders.modules  # a mistake in the decoder itself is told before anything about its weights
-    weights = _weights(decoders, entry, checkpoint, recipe)
+    weights = _weights(decoders, entry, source.tensors(checkpoint), recipe)
+    label = _label(request, subject, source)
     made = Design(
-        name=_bundle_name(request, entry, source, recipe, functions, differences),
+        name=_bundle_name(request, label, recipe, functions, differences),
         request=request,
+        label=label,
         entry=entry,
         model=model,
-        directory=source.directory,
+        source=source,
         opened=checkpoint,
-        revision=source.revision,
         differences=differences,
         contract=contract,
         backend=backend,
@@ -239,27 +266,6 @@ def design(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _require_buildable(request: BuildRequest, entry: Entry | None, backend: Backend) -> None:
-    """Refuse now what would fail after hours."""
-    if entry is None:
-        raise BadInput("A build needs an entry.", "`zoo list` shows them; `zoo new` writes one for a checkpoint.")
-    _check_status(request, entry)
-    _ = backend.versions  # refuses another version of the toolchain
-
-
-def _check_status(request: BuildRequest, entry: Entry) -> None:
-    """Refuse an unverified entry where the build relies on its facts and revision, before anything is fetched."""
-    # A sample or a model of other sizes claims nothing of the published checkpoint.
-    if entry.status == "verified" or request.allow_unverified or request.sample or request.custom:
-        return
-    raise BadInput(
-        f"Entry {entry.name} is unverified: its facts were not compared with the published checkpoint yet.",
-        "Pass --allow-unverified to build it all the same (the card will say so), or --sample for the miniature."
-        if entry.sample
-        else "Pass --allow-unverified to build it all the same; the card will say so.",
-    )
-
-
 def _contract(request: BuildRequest, entry: Entry | None, backend: Backend, plugins: Plugins) -> Contract:
     """The contract that was asked for, or the entry's; where the backend does not write for that, its own first one."""
     contract = find_contract(request.contract or (entry.contract if entry else DEFAULT_CONTRACT), plugins)
@@ -279,43 +285,10 @@ def _contract(request: BuildRequest, entry: Entry | None, backend: Backend, plug
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@frozen
-class _Source:
-    """The origin of the model.
-
-    Attributes:
-        hf_config: content of its `config.json`.
-        directory: the checkpoint's folder; None where the entry's facts are all there is.
-        revision: its commit on the hub; None where that is not known.
-    """
-
-    hf_config: Mapping[str, Any]
-    directory: Path | None = None
-    revision: str | None = None
-
-    def open(self, *, need_weights: bool) -> Checkpoint | None:
-        """The checkpoint; None where there are no weights and none are needed."""
-        if self.directory is None or not (need_weights or has_weights(self.directory)):
-            return None
-        return Checkpoint.open(self.directory)
-
-
-def _source(request: BuildRequest, entry: Entry | None, plugins: Plugins) -> _Source:
-    """The checkpoint that was asked for, or the entry's; of a dry request without either, the entry's facts."""
-    if request.dry and request.checkpoint is None and not request.sample:
-        if entry is None:
-            raise BadInput("There is nothing to look at.", "Name an entry, or pass --checkpoint DIR.")
-        hint = "Pass --checkpoint DIR with a folder that holds the model's config.json."
-        return _Source(config_of_entry(entry, plugins, hint))
-    if entry is None:
-        assert request.checkpoint is not None
-        return _Source(read_config(request.checkpoint), request.checkpoint)
-    directory, revision = locate_checkpoint(entry, request.checkpoint, sample=request.sample)
-    return _Source(read_config(directory), directory, revision)
-
-
-def _differences(request: BuildRequest, entry: Entry | None, model: Model, source: _Source) -> tuple[str, ...]:
-    """The facts in which the checkpoint is another model than the entry's, which takes --custom or --sample."""
+def _differences(
+    request: BuildRequest, entry: Entry | None, model: Model, source: Source, plugins: Plugins
+) -> tuple[str, ...]:
+    """What shows that the checkpoint is another model than the entry's, which takes --custom or --sample."""
     if entry is None:
         return ()
     if source.directory is None:
@@ -331,12 +304,14 @@ def _differences(request: BuildRequest, entry: Entry | None, model: Model, sourc
     if request.sample:  # another size on purpose
         return ()
     differences = compare_facts(entry, model.whole_facts)  # of a slice, the whole is compared
+    if other := other_model(source.origin, entry, plugins):
+        differences = (*differences, other)
     if differences and not request.custom:
-        count = f"{len(differences)} fact" + "s" * (len(differences) > 1)
         raise BadInput(
-            f"{source.directory} contradicts entry {entry.name} in {count}: {'; '.join(differences)}.",
-            "If it is another model of this architecture, write an entry for it with "
-            f"`{zoo_command('new', 'NAME', '--from', source.directory)}`, or pass --custom to build it without one.",
+            f"{source.directory} is not the model of entry {entry.name}: {'; '.join(differences)}.",
+            f"`{zoo_command('build', source.directory)}` builds it as what it is, and "
+            f"`{zoo_command('new', 'NAME', '--from', source.directory)}` writes an entry for it; with --custom it is "
+            "built by this entry's defaults, and says that it is another model.",
         )
     if request.custom and not differences:
         raise BadInput(f"{source.directory} has the facts of entry {entry.name}: there is nothing --custom about it.")
@@ -351,14 +326,20 @@ def _max_context(request: BuildRequest, entry: Entry | None, contract: Contract,
             f"A context of {request.max_context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit.",
             "Choose another with --context N." if request.dry else "Choose another with --max-context N.",
         )
-    usual = entry.bundle.max_context if entry else DEFAULT_CONTEXT
-    chosen = request.max_context or min(usual, limit, contract.default_context or limit)
+    chosen = request.max_context or usual_context(entry, contract, facts)
     if chosen < MINIMUM_CONTEXT:
+        usual = entry.bundle.max_context if entry else DEFAULT_CONTEXT
         raise BadInput(
             f"The bundle would allow {chosen} positions (the model {limit}, the entry {usual}); {MINIMUM_CONTEXT} is "
             "the least."
         )
     return chosen
+
+
+def usual_context(entry: Entry | None, contract: Contract, facts: Mapping[str, Any]) -> int:
+    """The positions of a bundle that nobody chose a number for."""
+    limit = int(facts["max_context_length"])
+    return min(entry.bundle.max_context if entry else DEFAULT_CONTEXT, limit, contract.default_context or limit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,16 +442,18 @@ def _with_head(
     return chosen, policy if chosen.specs["head"] is not None else None
 
 
-def _weights(decoders: Decoders, entry: Entry | None, checkpoint: Checkpoint | None, recipe: Recipe) -> WeightPlan:
-    """The plan of every parameter. Without a checkpoint, parameters have no sources."""
+def _weights(
+    decoders: Decoders, entry: Entry | None, tensors: Mapping[str, TensorInfo | None] | None, recipe: Recipe
+) -> WeightPlan:
+    """The plan of every parameter. Where it is not known which tensors there are, parameters have no sources."""
     model, plugins = decoders.model, decoders.plugins
     plugin, table = plugins.weight_map(model.overlay, entry, model.config)
     parameters = decoders.parameters
     with plugins.attribute_errors(plugin, "the weight map", except_input=True):
-        if checkpoint is None:
+        if tensors is None:
             weights = plan_without_checkpoint(table, parameters, recipe)
         else:
-            weights = plan_weights(table, parameters, checkpoint.tensors, recipe)
+            weights = plan_weights(table, parameters, tensors, recipe)
     _check_routed(model, table, weights)
     return weights
 
@@ -486,16 +469,26 @@ def _check_routed(model: Model, table: WeightMap, weights: WeightPlan) -> None:
         )
 
 
+def _label(request: BuildRequest, subject: Subject, source: Source) -> str:
+    """What the model is called: the entry's name, the repository's, or the folder's where no repository is known."""
+    if subject.entry is not None:
+        return subject.entry.name
+    if request.label is not None:
+        return request.label
+    if source.origin.hf_id is not None:
+        return source.origin.hf_id.rpartition("/")[2]
+    assert source.directory is not None
+    return source.directory.resolve().name
+
+
 def _bundle_name(
     request: BuildRequest,
-    entry: Entry | None,
-    source: _Source,
+    label: str,
     recipe: Recipe,
     functions: Mapping[str, FunctionDesign],
     differences: tuple[str, ...],
 ) -> str:
-    folder = source.directory.resolve().name if source.directory else ""
-    parts = [entry.slug if entry else re.sub(r"[^a-z0-9]+", "_", folder.lower())]
+    parts = [slug(label)]
     if request.sample:
         parts.append("sample")
     if differences:

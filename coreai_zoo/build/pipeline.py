@@ -1,6 +1,7 @@
-"""A build, from a request to a bundle: resolve, trace, weights, lower, bundle, verify.
+"""A build, from a request to a bundle: resolve, fetch, trace, weights, lower, bundle, verify.
 
-Tracing comes before the weights: an overlay that does not lower shows before tens of gigabytes are read.
+What can be refused on metadata is refused before the first byte of a weight is fetched, and an overlay that does not
+lower shows before tens of gigabytes are read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from attrs import frozen
 
 from coreai_zoo.backend import Check, Traced
 from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.existing import find_existing, remember
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.record import write_records
 from coreai_zoo.build.request import BuildRequest
@@ -29,7 +31,7 @@ from coreai_zoo.weights.store import FillReport, WeightStore
 
 @frozen
 class BuildResult:
-    """A finished bundle.
+    """A finished bundle, which may have been there already: then nothing was read, computed or checked.
 
     Attributes:
         path: the bundle's folder.
@@ -38,7 +40,8 @@ class BuildResult:
         reused: number of weights that an earlier run had left in the work folder.
         seconds: time of each stage.
         checks: what verification found.
-        preflight: what the build was expected to read and write, and the room there was for it.
+        preflight: what the build was expected to read and write, and the room there was for it; None where the bundle
+            was there already.
     """
 
     path: Path
@@ -48,7 +51,13 @@ class BuildResult:
     reused: int
     seconds: Mapping[str, float]
     checks: tuple[Check, ...]
-    preflight: Preflight
+    preflight: Preflight | None
+
+    @classmethod
+    def of_existing(cls, bundle: Bundle) -> BuildResult:
+        """The result of a build that had nothing to do."""
+        path = bundle.directory
+        return cls(path, path.name, _size(path), 0, 0, {}, (), None)
 
 
 def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = None) -> BuildResult:
@@ -60,13 +69,16 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         ZooError: for anything that the user can mend; see errors.
     """
     report = report or Reporter(silent=True)
+    if (existing := find_existing(request, plugins, report)) is not None:
+        return BuildResult.of_existing(existing)
     with ExitStack() as stack:
         stack.enter_context(_rare_collections())
-        with report.stage("resolve", str(request.entry)):
+        with report.stage("resolve", str(request.model or request.checkpoint)):
             check_output_folder(request.output)
-            designed = design(request, plugins)
-            if designed.relies_on_unverified:
-                report.note("unverified: the entry was not compared with the published checkpoint yet")
+            designed = design(request, plugins, report=report)
+            report.note(f"origin: {designed.source.origin}")
+            if designed.standing is not None:
+                report.note(designed.standing)
             for difference in designed.differences:
                 report.note(f"differs from the entry: {difference}")
             workspace = Workspace.of(request.output, designed.name, request.work_dir, keep=request.keep_weights)
@@ -74,6 +86,10 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             needs = preflight(designed, workspace)
             report.note(str(needs))
             needs.require()
+        if (hub := designed.source.hub) is not None:
+            with report.stage("fetch", f"{len(hub.weights)} files of {hub.id} at {hub.commit}"):
+                hub.fetch_weights(report)
+                designed = design(request, plugins, source=designed.source)
         with report.stage("trace", f"{designed.backend.name}, contract {designed.contract.name}"):
             traced = designed.trace()
         store, partial = WeightStore(workspace.work), workspace.partial
@@ -96,10 +112,14 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             require(checks)
         workspace.publish()
     path = workspace.destination
-    total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    remember(path, designed.checkpoint)
     return BuildResult(
-        path, designed.name, total, filled.computed, filled.reused, dict(report.seconds), tuple(checks), needs
+        path, designed.name, _size(path), filled.computed, filled.reused, dict(report.seconds), tuple(checks), needs
     )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 @contextmanager

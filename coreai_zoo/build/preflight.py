@@ -19,7 +19,7 @@ from coreai_zoo.build.machine import available_memory
 from coreai_zoo.build.workspace import Workspace, existing_parent
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dtypes import packed_bytes
-from coreai_zoo.errors import EnvironmentLacks
+from coreai_zoo.errors import EnvironmentLacks, listing
 
 LEAST_MEMORY = 384 * 2**20
 """Bytes that torch and the toolchain take, imported and idle: no build gets by with less."""
@@ -50,14 +50,16 @@ class Preflight:
     """The bytes that a build handles at least, and the room that there is for them.
 
     Attributes:
+        fetched: bytes that are still to be fetched of the checkpoint.
         read: bytes that are read of the checkpoint.
         scratch: bytes still to be written of the weight store, which goes when the build is done.
         written: bytes of the bundle.
-        disks: the file systems that hold the two.
+        disks: the file systems that hold them.
         memory: bytes of memory that are available; None where that is not known.
         least_memory: bytes of memory that the build takes.
     """
 
+    fetched: int
     read: int
     scratch: int
     written: int
@@ -68,9 +70,9 @@ class Preflight:
     def __str__(self) -> str:
         free = ", ".join(f"{size(disk.free)} free at {_shown(disk.path)}" for disk in self.disks)
         memory = "" if self.memory is None else f"; {size(self.memory)} of memory available"
-        return (
-            f"reads {size(self.read)}, writes {size(self.written)} and {size(self.scratch)} of scratch; {free}{memory}"
-        )
+        fetches = f"fetches {size(self.fetched)}, " if self.fetched else ""
+        writes = f"writes {size(self.written)} and {size(self.scratch)} of scratch"
+        return f"{fetches}reads {size(self.read)}, {writes}; {free}{memory}"
 
     def require(self) -> None:
         """Refuse a build that cannot fit.
@@ -82,14 +84,19 @@ class Preflight:
             if disk.needs > disk.free:
                 raise EnvironmentLacks(
                     f"The build needs {size(disk.needs)} of disk space at {disk.path}, where {size(disk.free)} are "
-                    f"free: {size(self.written)} for the bundle and {size(self.scratch)} of scratch in all.",
-                    "Free some, or put one of the two on another disk with -o DIR or --work-dir DIR.",
+                    f"free: {self._wanted} in all.",
+                    f"Free some, or use another disk with -o DIR, --work-dir DIR{' or HF_HOME' * bool(self.fetched)}.",
                 )
         if self.memory is not None and self.memory < self.least_memory:
             raise EnvironmentLacks(
                 f"The build needs {size(self.least_memory)} of memory at least, and {size(self.memory)} are available.",
                 "Close other programs.",
             )
+
+    @property
+    def _wanted(self) -> str:
+        wanted = [(self.fetched, "of checkpoint"), (self.written, "for the bundle"), (self.scratch, "of scratch")]
+        return listing([f"{size(count)} {what}" for count, what in wanted if count])
 
     def as_json(self) -> Mapping[str, Any]:
         """The preflight as JSON."""
@@ -101,14 +108,21 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
     written = asset_bytes(design) + tokenizer_bytes(design)
     scratch = max(0, design.weights.stored_bytes - _bytes_below(workspace.work))
     needs: dict[int, Disk] = {}
-    for path, count in ((workspace.destination, written), (workspace.work, scratch)):
+    places = [(workspace.destination, written), (workspace.work, scratch)]
+    fetched = 0
+    if (hub := design.source.hub) is not None:
+        fetched = hub.missing_bytes
+        places.append((hub.directory, fetched))
+    for path, count in places:
         existing = existing_parent(path.parent)
         device = existing.stat().st_dev
         before = needs[device].needs if device in needs else 0
         needs.setdefault(device, Disk(existing, 0, shutil.disk_usage(existing).free))
         needs[device] = attrs.evolve(needs[device], needs=before + count)
     least_memory = max(LEAST_MEMORY, design.backend.memory(int(design.facts["layers"])))
-    return Preflight(bytes_read(design), scratch, written, tuple(needs.values()), available_memory(), least_memory)
+    return Preflight(
+        fetched, bytes_read(design), scratch, written, tuple(needs.values()), available_memory(), least_memory
+    )
 
 
 def asset_bytes(design: Design) -> int:
@@ -119,7 +133,8 @@ def asset_bytes(design: Design) -> int:
 
 def tokenizer_bytes(design: Design) -> int:
     """Bytes of the tokenizer's files, which a bundle copies from the checkpoint; 0 without a checkpoint."""
-    return 0 if design.directory is None else sum(file.stat().st_size for file in tokenizer_files(design.directory))
+    directory = design.source.directory
+    return 0 if directory is None else sum(file.stat().st_size for file in tokenizer_files(directory))
 
 
 def bytes_read(design: Design) -> int:

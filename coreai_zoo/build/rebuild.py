@@ -53,8 +53,9 @@ def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> t
     build: Mapping[str, Any] = bundle.build
     try:
         request = BuildRequest(
-            entry=_entry(build["entry"]),
+            model=_model(bundle, checkpoint),
             checkpoint=checkpoint,
+            label=build.get("label"),
             sample=bool(build["sample"]),
             recipe=build["recipe"]["name"],
             contract=build["contract"]["name"],
@@ -62,19 +63,27 @@ def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> t
             output=output,
             max_context=build["max_context"],
             layers=build["request"]["layers"],
-            custom=bool(build["entry"]["differences"]),
-            allow_unverified=True,  # the bundle exists: it was allowed
+            custom=bool(build["entry"] and build["entry"]["differences"]),
         )
         return request, int(build["source_date_epoch"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"build.json of {bundle.directory} does not say how it was built: {error!r}.") from error
 
 
-def _entry(recorded: Mapping[str, Any]) -> str:
-    """Name of the recorded entry; where no plugin brought it, path of a copy of its file, which goes when we end."""
-    name, text = str(recorded["name"]), recorded.get("file")
+def _model(bundle: Bundle, checkpoint: Path | None) -> str | None:
+    """What a bundle was built from: its entry, or else its repository; None for the folder of its checkpoint.
+
+    Where no plugin brought the entry, it is the path of a copy of its file, which goes when we end.
+    """
+    recorded = bundle.build["entry"]
+    if recorded is None:
+        origin = bundle.origin
+        if checkpoint is None and None in (origin.get("hf_id"), origin.get("revision")):
+            raise BadInput(f"{bundle.directory} was built from a folder.", "Pass it with --checkpoint DIR.")
+        return None if checkpoint is not None else f"{origin['hf_id']}@{origin['revision']}"
+    text = recorded.get("file")
     if text is None:
-        return name
+        return str(recorded["name"])
     folder = Path(tempfile.mkdtemp(prefix="zoo-entry-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "entry.toml"

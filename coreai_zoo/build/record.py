@@ -14,11 +14,14 @@ import attrs
 
 from coreai_zoo.backend import Backend
 from coreai_zoo.build.code import code_digest
-from coreai_zoo.build.design import Design
+from coreai_zoo.build.design import Design, usual_context
+from coreai_zoo.build.figures import needs
+from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_CONTRACT, DEFAULT_RECIPE
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
-from coreai_zoo.bundle.layout import BUILD_SCHEMA, file_digests, file_sizes
+from coreai_zoo.bundle.layout import BUILD_SCHEMA, card_digest, file_digests
 from coreai_zoo.bundle.metadata import metadata
+from coreai_zoo.checkpoint.readme import texts
 from coreai_zoo.checkpoint.tokenizer import copy_tokenizer
 from coreai_zoo.dates import build_date
 from coreai_zoo.json_files import write_json
@@ -46,8 +49,8 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
             decode=design.decode,
             vocab_size=design.facts["vocab_size"],
             max_context_length=design.max_context,
-            hf_id=design.hf_id,
-            hf_revision=design.revision,
+            hf_id=design.source.origin.hf_id,
+            hf_revision=design.source.origin.revision,
             compression=design.recipe.published_name,
             states={state.name: state.kind for state in design.signatures[design.decode].states},
             user_data={"sample": "true"} if design.sample else {},
@@ -56,9 +59,10 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
     )
     for name, text in design.backend.extra_files.items():
         (partial / name).write_text(text, encoding="utf-8")
-    rendered = render(record, file_sizes(partial), design.backend)
-    (partial / CARD).write_text(rendered, encoding="utf-8")
-    write_json(partial / "build.json", {**record, "files": file_digests(partial)})
+    files = file_digests(partial)
+    card = render(record, files, needs(design), design.backend).encode()
+    (partial / CARD).write_bytes(card)
+    write_json(partial / "build.json", {**record, "files": dict(sorted({**files, CARD: card_digest(card)}.items()))})
 
 
 def versions(backend: Backend) -> dict[str, str]:
@@ -69,7 +73,13 @@ def versions(backend: Backend) -> dict[str, str]:
 
 def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
     """Everything that determines the bytes of a bundle; `build.json` without the files' hashes."""
-    assert design.entry is not None  # what is built has one
+    record = describe(design)
+    record["source"] = {**design.checkpoint.identity(), "values_sha256": _values_digest(design, store)}
+    return record
+
+
+def describe(design: Design) -> dict[str, Any]:
+    """`build_record` as far as it follows from the design alone: the same for a design whose weights are not there."""
     made_with = versions(design.backend)
     roles: dict[str, Counter[str]] = {}
     for tensor in design.weights.tensors:
@@ -78,25 +88,18 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
     return {
         "schema": BUILD_SCHEMA,
         "name": design.name,
+        "title": design.title,
+        "label": design.label,
         "zoo": made_with.pop("coreai-zoo"),
         "versions": made_with,
         "quantizer": QUANTIZER_VERSION,
-        "entry": {
-            "name": design.entry.name,
-            "title": design.entry.title,
-            "hf_id": design.hf_id,
-            "status": design.entry.status,
-            "sha256": _digest(attrs.asdict(design.entry)),
-            "differences": list(design.differences),
-            # A file that no plugin brings: gates and rebuilds need it again.
-            "file": _loose_entry(design),
-        },
+        "entry": _entry(design),
         "sample": design.sample,
-        "source": {
-            "hf_revision": design.revision,
-            **design.checkpoint.identity(),
-            "values_sha256": _values_digest(design, store),
-        },
+        "origin": {**attrs.asdict(design.source.origin), "text": design.source.origin.how},
+        "licence": attrs.asdict(design.source.licence),
+        "language": [*texts(design.source.card.get("language"))],
+        "compared": design.compared,
+        "command": _command(design),
         # What was asked for beside the names above: a rebuild asks for the same.
         "request": {"layers": design.request.layers, "max_context": design.max_context},
         "source_date_epoch": design.source_date_epoch,
@@ -119,7 +122,11 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
         "facts": dict(design.facts),
         "layers": design.facts["layers"],
         "whole_layers": design.model.whole_facts["layers"],
-        "contract": {"name": design.contract.name, "prerequisites": list(design.contract.prerequisites)},
+        "contract": {
+            "name": design.contract.name,
+            "prerequisites": list(design.contract.prerequisites),
+            "usage": design.contract.usage,
+        },
         "backend": design.backend.name,
         "remarks": list(design.backend.version_warnings),
         "recipe": {
@@ -138,8 +145,45 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
     }
 
 
+def _entry(design: Design) -> dict[str, Any] | None:
+    if design.entry is None:
+        return None
+    return {
+        "name": design.entry.name,
+        "sha256": _digest(attrs.asdict(design.entry)),
+        "differences": list(design.differences),
+        # A file that no plugin brings: gates and rebuilds need it again.
+        "file": _loose_entry(design),
+    }
+
+
+def _command(design: Design) -> list[str]:
+    """The words of the command that builds the same bundle from the same checkpoint."""
+    request, entry, origin = design.request, design.entry, design.source.origin
+    words = ["zoo", "build"]
+    if entry is not None:
+        words.append(f"{entry.name}.toml" if _loose_entry(design) else entry.name)
+        if design.sample:
+            words.append("--sample")
+        elif not design.compared:
+            words += ["--checkpoint", "CHECKPOINT"]
+    else:
+        words.append(f"{origin.hf_id}@{origin.revision}" if origin.proven else "CHECKPOINT")
+    if design.differences:
+        words.append("--custom")
+    if design.recipe.name != (entry.recipe if entry else DEFAULT_RECIPE):
+        words += ["--recipe", design.recipe.name]
+    if design.backend.name != DEFAULT_BACKEND:
+        words += ["--backend", design.backend.name]
+    if design.contract.name != (entry.contract if entry else DEFAULT_CONTRACT):
+        words += ["--contract", design.contract.name]
+    if design.max_context != usual_context(entry, design.contract, design.facts):
+        words += ["--max-context", str(design.max_context)]
+    return words + (["--layers", str(request.layers)] if request.layers is not None else [])
+
+
 def _loose_entry(design: Design) -> str | None:
-    name = design.request.entry
+    name = design.request.model
     return Path(name).read_text(encoding="utf-8") if name and name.endswith(".toml") else None
 
 

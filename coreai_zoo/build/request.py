@@ -19,12 +19,14 @@ class BuildRequest:
     """A request for a bundle; see `zoo build --help` for the options.
 
     Attributes:
-        entry: name of an entry, or path of an entry file; None for a checkpoint that is looked at without one.
-        dry: whether to look only. Nothing is fetched then: without `checkpoint` or `sample` the model is the one that
-            the entry's facts describe, and a checkpoint may be a folder with nothing but its `config.json`.
+        model: an entry by its name or file, a repository on the hub, or a folder; None for the folder `checkpoint`.
+        checkpoint: the folder of an entry's checkpoint; None to fetch it.
+        label: what to call a model without entry; None for the name of its repository or folder.
+        dry: whether to look only. No weight is fetched then: without `checkpoint` or `sample` the model of an entry is
+            the one that its facts describe, and a checkpoint may be a folder with nothing but its `config.json`.
     """
 
-    entry: str | None = None
+    model: str | None = None
     checkpoint: Path | None = None
     sample: bool = False
     recipe: str | None = None
@@ -37,5 +39,5 @@ class BuildRequest:
     keep_weights: bool = False
     force: bool = False
     custom: bool = False
-    allow_unverified: bool = False
+    label: str | None = None
     dry: bool = False

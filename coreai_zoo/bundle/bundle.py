@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import attrs
@@ -68,12 +69,12 @@ def _of_today(build: dict[str, Any]) -> dict[str, Any]:
 
 
 # The fields of build.json that the commands which take a bundle rely on.
-_RECORDED = {
+_RECORDED: Mapping[str, type | tuple[type, ...]] = {
     "name": str,
     "backend": str,
     "layers": int,
     "max_context": int,
-    "entry": dict,
+    "entry": (dict, NoneType),
     "source": dict,
     "functions": dict,
     "files": dict,
@@ -153,6 +154,26 @@ class Bundle:
     def signature(self) -> TraceSpec:
         """The signature of the function that decodes."""
         return self.functions[self.decode]
+
+    @property
+    def entry(self) -> str | None:
+        """Name of the entry that it was built as; None where it was built without one."""
+        return str(self.build["entry"].get("name")) if self.build["entry"] else None
+
+    @property
+    def title(self) -> str:
+        """The model's name."""
+        recorded = self.build["entry"] or {}
+        return str(self.build.get("title") or recorded.get("title") or self.build["name"])
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Repository and commit that its checkpoint is of, `hf_id` and `revision`, as far as they were known."""
+        if isinstance(origin := self.build.get("origin"), dict):
+            return origin
+        # Schema 1 knew them as the entry's.
+        recorded = self.build["entry"] or {}
+        return {"hf_id": recorded.get("hf_id"), "revision": self.build["source"].get("hf_revision")}
 
     @property
     def max_context(self) -> int:

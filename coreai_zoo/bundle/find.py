@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from coreai_zoo.bundle.layout import EXPORTS
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.errors import BadInput, ZooError, did_you_mean, listing
 from coreai_zoo.json_files import read_object
+from coreai_zoo.names import slug
 from coreai_zoo.plugins import Plugins
 
 _SHOWN = 6  # of the bundles that one name fits
@@ -44,7 +44,7 @@ def named_bundle(text: str) -> Path | None:
         return Path(text)
     there = list(_folders())
     found = [folder for folder in there if folder.name == text] or [
-        folder for folder in there if _slug(text) in map(_slug, _names(folder))
+        folder for folder in there if slug(text) in map(slug, _names(folder))
     ]
     if len(found) > 1:
         raise BadInput(
@@ -74,15 +74,13 @@ def _folders() -> Iterator[Path]:
 def _names(folder: Path) -> list[str]:
     """The names of what a bundle was built from, as its record has them; none of a record that cannot be read."""
     try:
-        entry = read_object(folder / "build.json").get("entry")
+        record = read_object(folder / "build.json")
     except BadInput:
         return []
-    entry = entry if isinstance(entry, dict) else {}
-    return [name for name in (entry.get("name"), entry.get("title"), entry.get("hf_id")) if isinstance(name, str)]
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    # Before schema 2, all of them were the entry's.
+    entry, origin = (part if isinstance(part := record.get(key), dict) else {} for key in ("entry", "origin"))
+    names = (record.get("label"), record.get("title"), origin.get("hf_id"), *map(entry.get, ("name", "title", "hf_id")))
+    return [name for name in names if isinstance(name, str)]
 
 
 def _hint(text: str, plugins: Plugins) -> str:
@@ -91,6 +89,6 @@ def _hint(text: str, plugins: Plugins) -> str:
     except ZooError:  # a broken plugin is no answer to the question which bundle was meant
         entries = []
     for entry in entries:
-        if _slug(entry) == _slug(text):
+        if slug(entry) == slug(text):
             return f"Make one: `zoo build {entry}`."
     return f"{did_you_mean(text, [*bundle_names(), *entries], 3)} `zoo build NAME` makes a bundle of an entry."

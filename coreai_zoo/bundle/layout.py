@@ -17,10 +17,8 @@ EXPORTS = Path("exports")
 GATE_FOLDER = "gate"
 """The folder that gates write after the build. It is outside of the digests, so that a gated bundle still verifies."""
 
-
-def file_sizes(bundle: Path) -> dict[str, int]:
-    """Size of every file that `file_digests` looks at, by relative path; none is read."""
-    return {name: path.stat().st_size for name, path in _files(bundle).items()}
+TRANSCRIPT, REPORT = "transcript.json", "report.html"
+"""What a gate found, for programs and for people: files in that folder."""
 
 
 def file_digests(bundle: Path, within: str = "") -> dict[str, dict[str, Any]]:
@@ -37,11 +35,16 @@ def file_digests(bundle: Path, within: str = "") -> dict[str, dict[str, Any]]:
         if not path.is_file():  # a link to nowhere
             digests[name] = {"bytes": 0, "sha256": None}
         elif name == CARD:
-            built = without_measurements(path.read_bytes())
-            digests[name] = {"bytes": len(built), "sha256": hashlib.sha256(built).hexdigest()}
+            digests[name] = card_digest(path.read_bytes())
         else:
             digests[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return digests
+
+
+def card_digest(card: bytes) -> dict[str, Any]:
+    """Size and SHA-256 of a card as the build wrote it."""
+    built = without_measurements(card)
+    return {"bytes": len(built), "sha256": hashlib.sha256(built).hexdigest()}
 
 
 def _files(bundle: Path, within: str = "") -> dict[str, Path]:

@@ -18,19 +18,27 @@ from coreai_zoo.signature import TensorSpec, TraceSpec
 SMOKE_STEP_BYTES = 64 * 2**20
 
 
-def verify(bundle: Bundle, backends: Mapping[str, Backend], tokenizer_classes: Mapping[str, str]) -> list[Check]:
+def verify(
+    bundle: Bundle,
+    backends: Mapping[str, Backend],
+    tokenizer_classes: Mapping[str, str],
+    *,
+    recorded_only: bool = False,
+) -> list[Check]:
     """The checks of a bundle: files, metadata, tokenizer, then the asset, which is only opened if the files are right.
 
     Args:
         bundle: the bundle.
         backends: the installed backends, by name.
         tokenizer_classes: see `Plugins.tokenizer_classes`.
+        recorded_only: leave files out of account that the record does not name.
 
     Raises:
         BadInput: when the bundle was written by a backend that is not installed.
     """
     backend = backend_of(bundle, backends)
-    checks = [check_files(bundle), _metadata(bundle), _tokenizer(bundle, set(tokenizer_classes.values()))]
+    files = check_files(bundle, recorded_only=recorded_only)
+    checks = [files, _metadata(bundle), _tokenizer(bundle, set(tokenizer_classes.values()))]
     if checks[0].passed:
         checks += _asset(bundle, backend)
     return checks
@@ -90,9 +98,12 @@ def _require_asset(bundle: Bundle, found: Mapping[str, Any]) -> None:
         )
 
 
-def check_files(bundle: Bundle) -> Check:
-    """The check of every file against its record, which reads all of them."""
-    return _compare_files(bundle, file_digests(bundle.directory))
+def check_files(bundle: Bundle, *, recorded_only: bool = False) -> Check:
+    """The check of every file against its record, which reads all of them; see `verify`."""
+    found = file_digests(bundle.directory)
+    if recorded_only:
+        found = {path: digest for path, digest in found.items() if path in bundle.build["files"]}
+    return _compare_files(bundle, found)
 
 
 def _compare_files(bundle: Bundle, found: Mapping[str, Any]) -> Check:

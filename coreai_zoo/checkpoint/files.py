@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -341,8 +341,12 @@ def _no_weights(directory: Path) -> BadInput:
     )
 
 
-def _read_index(directory: Path) -> dict[str, str]:
-    """`weight_map` of the index: key to file name, every name checked."""
+def read_index(directory: Path) -> dict[str, str]:
+    """`weight_map` of the index: key to file name, every name checked. The files themselves may be missing.
+
+    Raises:
+        BadInput: when the index cannot be read, or names what is no safetensors file of the checkpoint.
+    """
     path = directory / INDEX
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -351,17 +355,21 @@ def _read_index(directory: Path) -> dict[str, str]:
         if not isinstance(name, str):
             member(directory, name, str(path))  # which says so
     names = sorted(set(weight_map.values()))
-    files = {name: member(directory, name, str(path)) for name in names}
+    for name in names:
+        member(directory, name, str(path))
     wrong = [name for name in names if not name.endswith(".safetensors")]
     if wrong:
         raise BadInput(f"{path} names {listing(wrong)}: only .safetensors files are read.")
-    missing = [name for name, file in files.items() if not file.is_file()]
+    return weight_map
+
+
+def _require_shards(directory: Path, names: Collection[str]) -> None:
+    missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise BadInput(
             f"{directory} lacks {len(missing)} of the {len(names)} files that {INDEX} names: {listing(missing, 200)}.",
             "Download them.",
         )
-    return weight_map
 
 
 def _check_index(directory: Path, weight_map: Mapping[str, str], headers: Iterable[Header]) -> None:
@@ -396,8 +404,10 @@ def _open_headers(directory: Path) -> list[Header]:
         return [read_header(member(directory, SINGLE, str(directory)))]
     if not index:
         raise _no_weights(directory)
-    weight_map = _read_index(directory)
-    headers = [read_header(directory / name) for name in sorted(set(weight_map.values()))]
+    weight_map = read_index(directory)
+    names = sorted(set(weight_map.values()))
+    _require_shards(directory, names)
+    headers = [read_header(directory / name) for name in names]
     _check_index(directory, weight_map, headers)
     return headers
 

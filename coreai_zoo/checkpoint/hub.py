@@ -1,78 +1,905 @@
-"""Checkpoints on the Hugging Face hub."""
+"""Checkpoints on the Hugging Face hub: what a repository holds, and its files, compared with what the hub states.
+
+A checkpoint is fetched in two steps: what takes kilobytes (config, index, tokenizer), on which everything is checked
+that can be, then the weights. Files lie in the Hugging Face cache as the hub's own client lays them out, so what either
+of the two has fetched the other one finds.
+
+Requests are made with the client's session, headers and errors. Its downloads are not used, for they cannot be resumed:
+in `_download_to_tmp_and_move` (read in 2.4) each try has a file of its own, which is removed when the try fails, and
+never looked at again when the process was killed. With hf_xet neither: the file of `xet_get` is that same one. What a
+hub keeps in xet storage it serves over HTTP as well, behind a redirect that knows `Range`. So with and without xet the
+same bytes arrive here, are counted as they come, and have the SHA-256 that the hub states.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import contextlib
+import email.utils
+import errno
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, EnvironmentLacks
+from attrs import define, frozen
+
+from coreai_zoo.checkpoint.files import CONFIG, INDEX, SINGLE
+from coreai_zoo.digest import file_sha256
+from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError, listing
+from coreai_zoo.progress import CountBytes, Reporter
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+_Answer = TypeVar("_Answer")
+
+_SMALL = (
+    CONFIG,
+    INDEX,
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "*.jinja",
+    "README.md",
+    "LICEN[CS]E*",
+    "NOTICE*",
+)
+
+_METADATA_TRIES = 3
+_FILE_TRIES = 8
+"""How often in a row a request is made before its failure is told."""
+_ENOUGH = 64 * 2**20
+"""After so many bytes without a failure the tries count anew."""
+_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
+"""Seconds before the second try; each further pause is twice as long, up to the longest."""
+_LONGEST_WAIT = 330.0
+"""Seconds that a hub may ask to wait for; the limits of the real one start anew every five minutes."""
+
+_SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9A-Za-z]{6,64}")  # 40 hexadecimal digits on the real hub
+_REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^-/\s~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]*")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PAGE = "https://huggingface.co"
 
 
-def locate_checkpoint(entry: Entry, directory: Path | None, *, sample: bool) -> tuple[Path, str | None]:
-    """Where the checkpoint is, and its commit on the hub where that is known; of a sample, a copy may be given.
+@frozen
+class Repository:
+    """A model repository as a user names it.
 
-    Raises:
-        EnvironmentLacks: when it would have to be fetched and cannot be.
+    Attributes:
+        id: `owner/name`.
+        revision: a branch, a tag or a commit; None for the newest of the branch main.
     """
-    if directory is not None:
-        return directory, None
-    if sample:
-        return entry.sample_directory(), None
-    return _fetch(entry)
+
+    id: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Repository | None:
+        """The repository that `owner/name`, `owner/name@revision` or a page of the hub names, else None."""
+        if "/" not in text:
+            return None
+        from huggingface_hub import constants
+        from huggingface_hub.errors import HfUriError, HFValidationError
+        from huggingface_hub.utils import parse_hf_uri, validate_repo_id  # type: ignore[attr-defined]  # exported lazily
+
+        text = text.strip().rstrip("/")
+        owner = text.partition("/")[0]
+        typed = text.partition("@")[0].count("/") == 1
+        if typed and owner not in constants.HF_URL_HOSTS | constants.HF_URI_TYPE_PREFIXES.keys():
+            name, at, given = text.partition("@")
+            revision = given if at else None
+        else:
+            try:
+                uri = parse_hf_uri(text, endpoint=constants.ENDPOINT)
+            except HfUriError:
+                return None
+            if uri.type != "model":
+                return None
+            name, revision = uri.id, uri.revision
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            return None
+        return cls(name, revision) if revision is None or _REVISION.fullmatch(revision) else None
+
+    def __str__(self) -> str:
+        return self.id if self.revision is None else f"{self.id}@{self.revision}"
 
 
-def _fetch(entry: Entry) -> tuple[Path, str]:
-    """Download the entry's revision, or the newest if the entry pins none; (directory, commit)."""
-    if entry.hf_id is None:
-        raise BadInput(f"Entry {entry.name} names no repository to fetch a checkpoint from.", "Pass --checkpoint DIR.")
-    import huggingface_hub
+@frozen
+class RemoteFile:
+    """A file of a repository, as the hub states it.
 
-    hf_id, revision = entry.hf_id, entry.hf_revision
+    Attributes:
+        name: its path in the repository.
+        size: bytes.
+        sha256: of the content, where it is a large file (LFS or xet).
+        git_sha1: of the content as git counts it, where it is a small one. Some mirrors state neither.
+    """
 
-    def download(local_only: bool) -> str:
-        return huggingface_hub.snapshot_download(
-            hf_id,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"],
-            local_files_only=local_only,
+    name: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+
+    @property
+    def digest(self) -> str | None:
+        """The hash that the hub states, by which the cache names the content; None if none is known."""
+        return self.sha256 or self.git_sha1
+
+
+@frozen
+class Listing:
+    """A repository at one commit, as the hub states it.
+
+    Attributes:
+        id: `owner/name`, as the hub writes it.
+        commit: 40 hexadecimal digits.
+        files: by name.
+        card: the front matter of its README: license, license_name, license_link, base_model, language...
+    """
+
+    id: str
+    commit: str
+    files: Mapping[str, RemoteFile]
+    card: Mapping[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A checkpoint on the hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@define(eq=False, slots=False)
+class HubSource:
+    """A checkpoint on the hub, at one commit, fetched in two steps: `fetch_small`, then `fetch_weights`.
+
+    Attributes:
+        id: the repository.
+        commit: 40 hexadecimal digits.
+        listing: what the hub states; None when it could not be asked, and what lies in the cache is used.
+        directory: the snapshot in the Hugging Face cache, in which the files appear.
+    """
+
+    id: str
+    commit: str
+    listing: Listing | None
+    directory: Path
+    _revision: str
+    _report: Reporter
+    _refusal: ZooError | None = None
+
+    @classmethod
+    def open(cls, repository: Repository, report: Reporter) -> HubSource:
+        """Ask the hub, in one request, what the repository holds; where that fails, take what is in the cache.
+
+        Raises:
+            BadInput: when there is no such repository or revision.
+            EnvironmentLacks: when the hub cannot be asked, or refuses; and nothing of the revision is in the cache.
+        """
+        _quieten()
+        _check(repository)
+        revision = repository.revision or "main"
+        folder = _folder(repository.id)
+        try:
+            found = _ask(repository, report)
+            return cls(found.id, found.commit, found, folder / "snapshots" / found.commit, revision, report)
+        except ZooError as error:
+            commit = _cached_commit(folder, revision)
+            if commit is None:
+                raise
+            report.note(f"{error.message} What is in the cache is used: commit {commit}.")
+            return cls(repository.id, commit, None, folder / "snapshots" / commit, revision, report, error)
+
+    def fetch_small(self, names: Collection[str] | None = None) -> Path:
+        """Fetch what tells a model but for its weights: config, index, tokenizer, chat template, licence, README.
+
+        Args:
+            names: fetch only these of them.
+
+        Returns:
+            `directory`. What the repository does not have is not there.
+
+        Raises:
+            EnvironmentLacks: when something cannot be fetched, or is twice not what the hub states.
+        """
+        for name in self._names():
+            if _is_small(name) and (names is None or name in names):
+                self._obtain(self._file(name), _ignore)
+        with contextlib.suppress(OSError):  # in a cache that is only read there is nothing to write down
+            self._note_revision()
+        return self.directory
+
+    @cached_property
+    def weights(self) -> tuple[RemoteFile, ...]:
+        """The safetensors files that the index names, in the order of their names; or the single one.
+
+        Raises:
+            BadInput: when the repository has no safetensors, or not all that its index names.
+            EnvironmentLacks: when the index cannot be fetched.
+        """
+        names = self._names()
+        if INDEX in names:
+            shards = _shards(self._obtain(self._file(INDEX), _ignore))
+        elif SINGLE in names:
+            shards = [SINGLE]
+        else:
+            raise BadInput(
+                f"{self.id} has neither {INDEX} nor {SINGLE}.",
+                "Only checkpoints in the safetensors format can be used.",
+            )
+        missing = [name for name in shards if name not in names]
+        if missing and self.listing is not None:
+            raise BadInput(f"The index of {self.id} names {listing(missing)}, which the repository does not have.")
+        return tuple(self._file(name) for name in shards)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every weight file is on this machine, as long as it should be."""
+        return all(self._is_here(file) for file in self.weights)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of weights that are still to be fetched; those that a broken download left count as here."""
+        missing = (file for file in self.weights if not self._is_here(file))
+        return sum(file.size - min(_size(self._partial(file)) or 0, file.size) for file in missing)
+
+    def shard(self, name: str, count: CountBytes | None = None) -> Path:
+        """One weight file, fetched if it is not here, and compared with the size and SHA-256 that the hub states.
+
+        Args:
+            name: of one of `weights`.
+            count: told of each piece that arrives; of minus as many bytes as are thrown away.
+
+        Raises:
+            EnvironmentLacks: when it cannot be fetched, or is twice not what the hub states.
+        """
+        return self._obtain({file.name: file for file in self.weights}[name], count or _ignore)
+
+    def fetch_weights(self, report: Reporter) -> None:
+        """Fetch the weight files that are not here, and compare all with what the hub states; see `shard`."""
+        self._report = report
+        unknown = [file for file in self.weights if self._is_here(file) and not _is_known(self._place(file), file)]
+        bad = 0
+        if unknown:
+            total = sum(file.size for file in unknown)
+            report.note(f"comparing {_amount(total)} in the cache with what the hub states")
+            with report.bytes(total) as count, _explained(self.id, self._revision):
+                for file in unknown:
+                    bad += 0 if _matches(self._place(file), file) else file.size
+                    count(file.name, file.size)
+        total = self.missing_bytes + bad
+        with report.bytes(total) if total else contextlib.nullcontext(_ignore) as count:
+            for file in self.weights:
+                self.shard(file.name, count)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What there is
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _names(self) -> list[str]:
+        """The files of the repository; where the hub could not be asked, those in the cache."""
+        if self.listing is not None:
+            return list(self.listing.files)
+        found = (path for path in self.directory.rglob("*") if path.is_file())
+        return sorted(path.relative_to(self.directory).as_posix() for path in found)
+
+    def _file(self, name: str) -> RemoteFile:
+        """A file as the hub states it; where it could not be asked, as the cache does, which names content by hash."""
+        if self.listing is not None:
+            return self.listing.files[name]
+        path = self.directory / name
+        size, etag = _size(path) or 0, path.readlink().name if path.is_symlink() else None
+        return _remote_file(name, size, etag) or RemoteFile(name, size, None, None)
+
+    def _blob(self, file: RemoteFile) -> Path:
+        """Where the cache keeps the content, to which snapshots have links."""
+        name = file.digest or hashlib.sha256(f"{self.commit}/{file.name}".encode()).hexdigest()
+        return self.directory.parents[1] / "blobs" / name
+
+    def _partial(self, file: RemoteFile) -> Path:
+        """What has come of a file so far, under the name that `hf cache` knows as that of a broken download."""
+        blob = self._blob(file)
+        return blob.with_name(f"{blob.name}.incomplete")
+
+    def _place(self, file: RemoteFile) -> Path:
+        """Where the content is, if it is here: in this snapshot, or fetched for another one."""
+        path = self.directory / file.name
+        return path if _size(path) is not None or self.listing is None else self._blob(file)
+
+    def _is_here(self, file: RemoteFile) -> bool:
+        return _size(self._place(file)) == file.size
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Fetching one file
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _obtain(self, file: RemoteFile, count: CountBytes) -> Path:
+        """The file in the snapshot: what is in the cache if that is as the hub states it, else fetched."""
+        path = self.directory / file.name
+        with _explained(self.id, self._revision):
+            if _matches(path, file):
+                return path
+            if self._refusal is not None:
+                state = "not there" if _size(path) is None else "damaged"
+                raise EnvironmentLacks(
+                    f"{file.name} of {self.id} is {state} in the cache, and cannot be fetched: {self._refusal.message}",
+                    self._refusal.hint,
+                )
+            with self._locked(file):
+                blob = self._blob(file)
+                for place in (path, blob):
+                    if _size(place) is not None and not _matches(place, file):
+                        self._report.note(f"{file.name} in the cache is not what the hub states; fetching it again")
+                        place.unlink()
+                if _size(path) is None:
+                    if _size(blob) is None:
+                        self._fetch(file, count)
+                    _link(blob, path)
+                    _remember(path, file)
+        return path
+
+    def _note_revision(self) -> None:
+        """Write down what commit a branch is, as the client does: it is looked up when there is no network."""
+        path = self.directory.parents[1] / "refs" / self._revision
+        known = self._revision == self.commit or (path.is_file() and path.read_text(encoding="utf-8") == self.commit)
+        if not known and self.directory.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            fresh.write_text(self.commit, encoding="utf-8")
+            os.replace(fresh, path)
+
+    @contextlib.contextmanager
+    def _locked(self, file: RemoteFile) -> Iterator[None]:
+        """Within the block no other process fetches the file, be it this tool or the client."""
+        from filelock import Timeout
+        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+        repository = self.directory.parents[1]
+        path = repository.parent / ".locks" / repository.name / f"{self._blob(file).name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(WeakFileLock(path, timeout=0.2))
+            except Timeout:
+                self._report.note(f"another process fetches {file.name}; waiting for it")
+                held.enter_context(WeakFileLock(path))
+            yield
+
+    def _fetch(self, file: RemoteFile, count: CountBytes) -> None:
+        """Fetch the content into the cache, with a second try if what comes is not what the hub states."""
+        blob, partial = self._blob(file), self._partial(file)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        for again in ("; fetching it once more", ""):
+            try:
+                self._receive(file, partial, count)
+                if file.digest in {None, _hash(partial, file)}:
+                    os.replace(partial, blob)
+                    return
+                partial.unlink()
+                count(file.name, -file.size)
+                problem = f"what came as {file.name} has another hash than the hub states"
+            except _Differs as error:
+                problem = str(error)
+            if again:
+                self._report.note(problem + again)
+        raise EnvironmentLacks(
+            f"{file.name} of {self.id} cannot be had: twice, {problem}.",
+            "A proxy or a mirror may be at fault (HF_ENDPOINT, HTTPS_PROXY), or the hub itself; try again later.",
         )
 
-    directory = fetch_from_hub(
-        hf_id,
-        revision,
-        download,
-        "Pass --checkpoint DIR with a local copy, or --sample to build the miniature that ships with the entry.",
-    )
-    return directory, directory.name
+    def _receive(self, file: RemoteFile, partial: Path, count: CountBytes) -> None:
+        """Fetch what is missing of the content, over as many connections as it takes.
+
+        Raises:
+            _Differs: when what is offered is not as long as the hub states.
+        """
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever library it stands on
+
+        if (_size(partial) or 0) > file.size:
+            partial.unlink()
+        patience = _Patience(self._report, _FILE_TRIES)
+        while (come := _size(partial)) is None or come < file.size:
+            start = come or 0
+            try:
+                self._stream(file, partial, start, count)
+            except (HTTPError, _BrokeOff) as error:
+                come = _size(partial) or 0
+                patience.after(error, f"going on from {_amount(come)}" if come else "trying again", come - start)
+
+    def _stream(self, file: RemoteFile, partial: Path, start: int, count: CountBytes) -> None:
+        """Append what one answer holds from byte `start` on, each piece as it comes."""
+        from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        url = hf_hub_url(self.id, file.name, revision=self.commit)
+        headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=headers, timeout=timeout) as answer:
+            if answer.status_code == 416:
+                raise _Differs(f"{file.name} ends before byte {start:,}, and the hub states {file.size:,}")
+            hf_raise_for_status(answer)
+            come = _first_byte(answer.headers, file, start)
+            if come < start:
+                count(file.name, come - start)
+            with partial.open("r+b" if start else "wb") as out:
+                if come < start:
+                    out.truncate(come)
+                out.seek(come)
+                for piece in answer.iter_bytes():
+                    piece = piece[: file.size - come]  # noqa: PLW2901  # more than there should be
+                    out.write(piece)
+                    out.flush()
+                    come += len(piece)
+                    count(file.name, len(piece))
+                if come == file.size:
+                    os.fsync(out.fileno())
+        if come < file.size:
+            raise _BrokeOff
 
 
-def fetch_from_hub(hf_id: str, revision: str | None, download: Callable[[bool], str], hint: str) -> Path:
-    """Path of what `download` fetches from a repository on the hub, or finds on this machine.
+def find_cached(hf_id: str, commit: str) -> Path | None:
+    """The snapshot of a commit in the Hugging Face cache; None where it is not there, or lacks weights."""
+    directory = _folder(hf_id) / "snapshots" / commit
+    cached = HubSource(hf_id, commit, None, directory, commit, Reporter(silent=True))
+    try:
+        return directory if directory.is_dir() and cached.complete else None
+    except BadInput:
+        return None
 
-    Args:
-        hf_id: the repository.
-        revision: its commit, or None for the newest.
-        download: takes whether to look on this machine only; returns a path.
-        hint: what to do when the files cannot be had.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _BrokeOff(Exception):
+    """An answer ended before its end without an error."""
+
+
+class _Differs(Exception):
+    """What is offered as a file cannot be what the hub states; says why."""
+
+
+def _quieten() -> None:
+    """Have the client print nothing (progress is ours to show) and ask nothing but what it is told to."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.logging import set_verbosity
+
+    if not constants.HF_DEBUG:
+        set_verbosity(logging.ERROR)
+    # Else it asks each hub for a list of programs that may have started it, to say so in its headers.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+def _check(repository: Repository) -> None:
+    """Refuse what can be no repository, before it becomes a path or an address.
 
     Raises:
-        EnvironmentLacks: when they are not here and cannot be fetched.
+        BadInput: saying what it lacks.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    reason: Exception | None = None
     try:
-        # One request. Downloads try again for half a minute, with a warning each time, before they give up.
-        huggingface_hub.HfApi().model_info(hf_id, revision=revision)
-    except Exception as error:  # noqa: BLE001  # the HTTP library beneath raises its own; offline, what is here will do
-        reason = error
-    try:
-        return Path(download(reason is not None))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        said = str(reason or error).strip().splitlines()
-        text = said[0][:200].removesuffix(".") if said else type(reason or error).__name__
+        validate_repo_id(repository.id)
+    except HFValidationError as error:
+        raise BadInput(f"{repository.id!r} is no repository of the hub: {_said(error)}.") from error
+    if repository.revision is not None and not _REVISION.fullmatch(repository.revision):
+        raise BadInput(f"{repository.revision!r} of {repository.id} is no branch, tag or commit.")
+
+
+def _ask(repository: Repository, report: Reporter) -> Listing:
+    """What the hub states about a repository."""
+    from huggingface_hub import HfApi, ModelCardData, constants
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    def ask() -> Any:
+        return HfApi().model_info(
+            repository.id, revision=repository.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+
+    with _explained(repository.id, repository.revision or "main"):
+        try:
+            info = _Patience(report, _METADATA_TRIES).ask(ask)
+            siblings = [(sibling.rfilename, sibling) for sibling in info.siblings if _is_plain(sibling.rfilename)]
+            front = info.card_data
+            card = front.to_dict() if isinstance(front, ModelCardData) else {}  # type: ignore[no-untyped-call]
+            _check(Repository(info.id))
+            if not _COMMIT.fullmatch(info.sha):
+                raise TypeError(f"{info.sha} is no commit")
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise _not_the_hub(repository.id) from error
+        except (HTTPError, OSError):
+            raise
+        except Exception as error:  # of the client, about an address or a proxy that there cannot be
+            raise EnvironmentLacks(
+                f"{repository.id} cannot be fetched: {_host()} cannot be asked ({_said(error)}).",
+                "Check HF_ENDPOINT and HTTPS_PROXY, if set.",
+            ) from error
+        found = [_stated(info.id, info.sha, name, sibling, report) for name, sibling in siblings]
+    files = {file.name: file for file in found if file is not None}
+    return Listing(info.id, info.sha, MappingProxyType(files), MappingProxyType(card))
+
+
+def _stated(repo_id: str, commit: str, name: str, sibling: Any, report: Reporter) -> RemoteFile | None:
+    """A file of a repository's metadata; None when that lacks its size or hash and nobody will ask for the file."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    lfs = sibling.lfs
+    file = _remote_file(name, sibling.size, lfs.sha256 if lfs else sibling.blob_id)
+    if file is not None or not (_is_small(name) or name.endswith(".safetensors")):
+        return file
+    # The metadata of some mirrors is without; then the file's own headers have it.
+    url = hf_hub_url(repo_id, name, revision=commit)
+    found = _Patience(report, _METADATA_TRIES).ask(
+        lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    )
+    file = _remote_file(name, found.size, found.etag)
+    if file is None and found.size is not None and _is_small(name):
+        return RemoteFile(name, found.size, None, None)
+    if file is None or (file.sha256 is None and not _is_small(name)):
         raise EnvironmentLacks(
-            f"The checkpoint {hf_id} is not on this machine and cannot be fetched ({text}).", hint
+            f"{_host()} does not state size and SHA-256 of {name} of {repo_id}, so what it sends could not be checked.",
+            "If HF_ENDPOINT names a mirror, use another one.",
+        )
+    return file
+
+
+class _Patience:
+    """Waits before one more try, for as long as the hub asks for, and not for ever.
+
+    Args:
+        report: told why there is a wait.
+        tries: how often in a row a request may fail, see `_FILE_TRIES`.
+    """
+
+    def __init__(self, report: Reporter, tries: int) -> None:
+        self._report, self._tries = report, tries
+        self._failures, self._gained = 0, 0
+
+    def ask(self, request: Callable[[], _Answer]) -> _Answer:
+        """What `request` gives, in one of the tries."""
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+        while True:
+            try:
+                return request()
+            except HTTPError as error:
+                self.after(error, "trying again")
+
+    def after(self, error: Exception, then: str, gained: int = 0) -> None:
+        """Wait, and say so; or raise the error, when waiting does not help or was tried often enough.
+
+        Args:
+            error: of the try.
+            then: what comes after the wait, in words.
+            gained: how many bytes the try brought.
+        """
+        self._gained += gained
+        if self._gained >= _ENOUGH:
+            self._failures, self._gained = 0, 0
+        self._failures += 1
+        asked = _asked_wait(error)
+        if not _may_pass(error) or self._failures >= (self._tries if asked is None else _FILE_TRIES):
+            raise error
+        if asked is not None and asked > _LONGEST_WAIT:
+            raise error
+        seconds = max(asked or 0.0, min(_PAUSE * 2 ** (self._failures - 1), _LONGEST_PAUSE))
+        when = f" in {seconds:.0f} s" if seconds >= 2 else ""
+        self._report.note(f"{_happened(error)}; {then}{when}")
+        time.sleep(seconds)
+
+
+def _asked_wait(error: Exception) -> float | None:
+    """Seconds that the hub asks to wait for, if it does."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    headers = error.response.headers
+    given = headers.get("Retry-After", "").strip()
+    if given.isdecimal():
+        return float(given)
+    with contextlib.suppress(ValueError):
+        return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
+    limit = parse_ratelimit_headers(headers) if error.response.status_code == 429 else None
+    return None if limit is None or limit.remaining else float(limit.reset_in_seconds)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failure is one that another try may not meet: of the connection, or of the server."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError):
+        return True
+    return error.response.status_code in {408, 425, 429} or error.response.status_code >= 500
+
+
+def _happened(error: Exception) -> str:
+    """What a failure that may pass was, in a few words."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return f"{_host()} answers {_status(error)}"
+    if isinstance(error, _BrokeOff):
+        return "the connection broke"
+    return f"the connection broke ({_said(error)})"
+
+
+def _first_byte(headers: Mapping[str, str], file: RemoteFile, start: int) -> int:
+    """At which byte of the file an answer begins.
+
+    Raises:
+        EnvironmentLacks: for a page of a proxy.
+        _Differs: when it is not for a file as long as the hub states.
+    """
+    if headers.get("Content-Type", "").startswith("text/html") and not file.name.endswith((".html", ".htm")):
+        raise _not_the_hub(file.name)
+    ranged = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+    begin, total = (int(ranged[1]), ranged[2]) if ranged else (0, headers.get("Content-Length", "*"))
+    if headers.get("Content-Encoding", "identity") != "identity":
+        total = "*"  # the length is of what the content was packed into
+    if total.isdecimal() and int(total) != file.size:
+        raise _Differs(f"{file.name} is offered with {int(total):,} bytes, and the hub states {file.size:,}")
+    if begin not in {0, start}:
+        raise _Differs(f"{file.name} is offered from byte {begin:,} on, asked for from {start:,}")
+    return begin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors, in words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, revision: str) -> Iterator[None]:
+    """Within the block what the client, the network and the disk raise becomes an error in one paragraph."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+    try:
+        yield
+    except HfHubHTTPError as error:  # which is an OSError too
+        raise _refusal(error, repo_id, revision) from error
+    except OfflineModeIsEnabled as error:
+        raise EnvironmentLacks(
+            f"{repo_id} is not to be fetched: HF_HUB_OFFLINE is set.", "Unset it, or pass --checkpoint DIR."
         ) from error
+    except (HTTPError, _BrokeOff, ConnectionError, TimeoutError) as error:
+        raise EnvironmentLacks(
+            f"{repo_id} cannot be fetched: the connection to {_host()} fails ({_said(error)}).",
+            "Check the network, and HF_ENDPOINT or HTTPS_PROXY if set; the same command goes on from what has come.",
+        ) from error
+    except OSError as error:
+        raise _disk(error) from error
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
+    """What an answer with an error status means."""
+    from huggingface_hub import errors
+
+    status, login = error.response.status_code, "log in with `hf auth login`"
+    if os.environ.get("HF_TOKEN"):
+        login += " (HF_TOKEN, which is set, comes before it)"
+    if isinstance(error, errors.GatedRepoError):
+        return EnvironmentLacks(
+            f"{repo_id} is gated: its files are for those who have accepted its terms.",
+            f"Accept them at {_PAGE}/{repo_id} and {login}.",
+        )
+    if (
+        status == 401 and "authorization" in error.response.request.headers
+    ):  # to a token that it knows it says 403 or 404
+        return EnvironmentLacks(f"{_host()} does not accept the token of this machine.", f"To read {repo_id}, {login}.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return BadInput(
+            f"{repo_id} has no revision {revision}.",
+            f"{_PAGE}/{repo_id}/tree/main lists branches and tags; a commit is given in full.",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or (status == 404 and "/api/" in error.response.url.path):
+        return BadInput(
+            f"{_host()} shows no model repository {repo_id}: there is none, or it is private.",
+            f"Check the name at {_PAGE}/models; if it is private, {login}.",
+        )
+    if status in {401, 403}:
+        return EnvironmentLacks(
+            f"{_host()} does not let this machine read {repo_id} ({_status(error)}).",
+            f"Visit {_PAGE}/{repo_id} to see what it asks for, and {login}.",
+        )
+    if status == 429:
+        wait = _asked_wait(error)
+        when = "later" if wait is None else f"in {max(1, round(wait / 60))} minutes"
+        return EnvironmentLacks(
+            f"{repo_id} cannot be fetched: {_host()} has had too many requests from here ({_status(error)}).",
+            f"Try again {when}; who is logged in (`hf auth login`) may ask more often.",
+        )
+    return EnvironmentLacks(
+        f"{repo_id} cannot be fetched: {_host()} answers {_status(error)}.",
+        "Try again later; the same command goes on from what has come.",
+    )
+
+
+def _not_the_hub(what: str) -> EnvironmentLacks:
+    return EnvironmentLacks(
+        f"What answers for {_host()} is not the hub: asked for {what}, it sends a page of its own.",
+        "A proxy or a network that wants a login may be in between: open the address in a browser; check HF_ENDPOINT.",
+    )
+
+
+def _disk(error: OSError) -> EnvironmentLacks:
+    """What it means that the cache cannot be read or written."""
+    from huggingface_hub import constants
+
+    if error.errno in _NO_SPACE:
+        return EnvironmentLacks(
+            f"The disk is full at {constants.HF_HUB_CACHE}, where checkpoints are fetched to.",
+            "Free some space there, or set HF_HOME to a folder on another disk; what has come is kept.",
+        )
+    where = error.filename or constants.HF_HUB_CACHE
+    return EnvironmentLacks(
+        f"The Hugging Face cache cannot be used: {where}: {error.strerror or error}.",
+        "Set HF_HOME to a folder that can be written.",
+    )
+
+
+def _host() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT.partition("://")[2] or constants.ENDPOINT
+
+
+def _status(error: HfHubHTTPError) -> str:
+    said = " ".join((error.server_message or "").split())[:200].rstrip(".")
+    return f"{error.response.status_code}{f', {said}' if said else ''}"
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(".") if lines else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _folder(repo_id: str) -> Path:
+    """Where the Hugging Face cache keeps a repository."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+
+
+def _cached_commit(folder: Path, revision: str) -> str | None:
+    """The commit of a revision in the cache, if its config is there."""
+    ref = folder / "refs" / revision
+    with contextlib.suppress(OSError):
+        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+        if _COMMIT.fullmatch(commit) and (folder / "snapshots" / commit / CONFIG).is_file():
+            return commit
+    return None
+
+
+def _link(blob: Path, path: Path) -> None:
+    """Put the content into a snapshot: as a link, or moved there where the file system has none."""
+    from huggingface_hub.file_download import are_symlinks_supported
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if are_symlinks_supported(blob.parents[2]):
+        path.unlink(missing_ok=True)  # it may lead nowhere
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    else:
+        os.replace(blob, path)
+
+
+def _matches(path: Path, file: RemoteFile) -> bool:
+    """Whether the content is what the hub states. It is read once; then the file's times tell that it is as it was."""
+    if _size(path) != file.size:
+        return False
+    if file.digest is None or _is_known(path, file):
+        return True
+    if _hash(path, file) != file.digest:
+        return False
+    _remember(path, file)
+    return True
+
+
+def _hash(path: Path, file: RemoteFile) -> str:
+    """The hash of the content, of the kind that the hub states of it."""
+    if file.sha256 is not None:
+        return file_sha256(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _is_known(path: Path, file: RemoteFile) -> bool:
+    """Whether the content was compared before, and has not been touched since."""
+    with contextlib.suppress(OSError, ValueError):
+        return _stamp(path).read_text(encoding="utf-8") == _identity(path, file)
+    return False
+
+
+def _remember(path: Path, file: RemoteFile) -> None:
+    """Write down that the content was compared."""
+    with contextlib.suppress(OSError):  # it will be compared again
+        stamp = _stamp(path)
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(_identity(path, file), encoding="utf-8")
+
+
+def _stamp(path: Path) -> Path:
+    """Where it is written down, in the folder that the Hugging Face cache has for others."""
+    from huggingface_hub import constants
+
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return Path(constants.HF_ASSETS_CACHE) / "coreai-zoo" / "compared" / name
+
+
+def _identity(path: Path, file: RemoteFile) -> str:
+    status = path.stat()
+    return f"{file.digest} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
+
+
+def _remote_file(name: str, size: object, etag: object) -> RemoteFile | None:
+    """A file whose hash is an LFS object's or git's; None if the size or the hash is missing."""
+    if not isinstance(size, int) or size < 0 or not isinstance(etag, str):
+        return None
+    if _SHA256.fullmatch(etag):
+        return RemoteFile(name, size, etag, None)
+    return RemoteFile(name, size, None, etag) if _SHA1.fullmatch(etag) else None
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{index} is not the index of a checkpoint in safetensors files.") from error
+    strange = [repr(name) for name in names if not isinstance(name, str) or not _is_plain(name)]
+    if strange or not names:
+        raise BadInput(f"{index} names {listing(strange) or 'no file'}, which cannot be files of a checkpoint.")
+    return sorted(names)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name from outside is that of a file in the folder that it is for."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\\0")
+
+
+def _is_small(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _SMALL)
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None if there is none, or none that can be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _ignore(_what: str, _count: int) -> None:
+    """Count nothing."""

@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
             "coreai_zoo.cli.verify:verify",
             "Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.",
         ),
+        "publish": ("coreai_zoo.cli.publish:publish", "Upload a bundle to the Hugging Face hub, with its card."),
         "diff": (
             "coreai_zoo.cli.diff:diff",
             "What differs between two bundles, entries, recipes or revisions of the code.",

@@ -23,8 +23,8 @@ _EXISTING = click.Path(path_type=Path)
 
 
 @click.command("build")
-@click.argument("entry", metavar="ENTRY")
-@click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local Hugging Face checkpoint.")
+@click.argument("model")
+@click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local copy of the entry's checkpoint.")
 @click.option("--sample", is_flag=True, help="The miniature trained checkpoint that ships with the entry.")
 @click.option("--recipe", metavar="R", help=f"Quantization: {', '.join(RECIPES)}. Default: the entry's.")
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
@@ -40,8 +40,9 @@ _EXISTING = click.Path(path_type=Path)
 )
 @click.option("--max-context", type=int, metavar="N", help="Positions that the bundle allows. Default: the entry's.")
 @click.option("--layers", type=int, metavar="N", help="Build a slice: the first N layers only.")
-@click.option("--custom", is_flag=True, help="The checkpoint is of other sizes than the entry says: build it as such.")
-@click.option("--allow-unverified", is_flag=True, help="Build an entry that was not compared with its checkpoint yet.")
+@click.option(
+    "--custom", is_flag=True, help="The checkpoint is of another model than the entry says: build it as such."
+)
 @click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where weights are kept during the build.")
 @click.option("--keep-weights", is_flag=True, help="Keep them afterwards: a rebuild quantizes nothing again.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -57,18 +58,22 @@ _EXISTING = click.Path(path_type=Path)
 def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -> None:
     """Build a bundle.
 
-    Without --checkpoint or --sample the entry's checkpoint is fetched from the Hugging Face hub. The output path is
+    MODEL is an entry (its name, or a file that `zoo new` wrote), a repository on the Hugging Face hub (its id, also
+    with @revision, or its URL), or the folder of a checkpoint. What is not an entry is built as what its config says.
+
+    Whatever is not at hand is fetched, once all that can be checked without weights has been. The output path is
     untouched until the bundle is complete and verified. An interrupted build resumes when it is run again.
 
-    A checkpoint that contradicts a fact of the entry is refused, each fact named: another model wants an entry of its
-    own, which `zoo new` writes. ENTRY may be the path of such a file. With --custom the checkpoint is built without
-    one, and the bundle's name and card say that it is not the entry's model.
+    A checkpoint that is not the entry's model, by a fact or by what shows where it comes from, is refused under its
+    name. With --custom it is built by the entry's defaults, and the bundle's name and card say that it is another one.
 
     \b
     Example:
+        zoo build qwen3.6-27b
         zoo build qwen3.6-27b --sample
-        zoo build qwen3.6-27b --checkpoint ~/Qwen3.6-27B -o bundles --allow-unverified
-        zoo build qwen3.6-27b --checkpoint ~/smaller-sibling --custom
+        zoo build someone/a-fine-tune@v2 -o bundles
+        zoo build ~/a-checkpoint
+        zoo build qwen3.6-27b --checkpoint ~/Qwen3.6-27B
     """
     report = Reporter(silent=as_json)
     if progress == "json":
@@ -88,18 +93,20 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
         raise
     if as_json:
         print_json(_described(request, result))
+    elif result.preflight is None:
+        click.echo(f"{result.path} is there already, and up to date.")
     else:
         click.echo(f"{result.path} ({result.bytes:,} bytes, {sum(result.seconds.values()):.1f} s)")
 
 
 def _described(request: BuildRequest, result: BuildResult) -> dict[str, Any]:
     return {
-        "entry": request.entry,
+        "model": request.model,
         "name": result.name,
         "path": str(result.path),
         "bytes": result.bytes,
         "weights": {"computed": result.computed, "reused": result.reused},
-        "preflight": result.preflight.as_json(),
+        "preflight": None if result.preflight is None else result.preflight.as_json(),
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
         "checks": [attrs.asdict(check) for check in result.checks],
     }

@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from coreai_zoo import hookspecs
-from coreai_zoo.checkpoint.files import read_config
+from coreai_zoo.build.source import Source
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_rows, print_table
 from coreai_zoo.errors import BadInput, listing, zoo_command
 from coreai_zoo.planning.scaffold import (
@@ -23,11 +23,12 @@ from coreai_zoo.planning.scaffold import (
     write_draft,
 )
 from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
 
 
 @click.command("new")
 @click.argument("name")
-@click.option("--from", "source", required=True, metavar="DIR|HF_ID", help="A checkpoint, or just its config.json.")
+@click.option("--from", "source", required=True, metavar="DIR|HF_ID", help="A checkpoint; its config.json will do.")
 @click.option(
     "-o",
     "--output",
@@ -41,23 +42,22 @@ from coreai_zoo.plugins import Plugins
 def new(ctx: click.Context, name: str, source: str, output: Path | None, force: bool, as_json: bool) -> None:
     """Write an entry for a checkpoint.
 
-    Reads config.json, and the headers of the weights if they are there; of a repository on the hub only config.json
-    is fetched. Says which overlay claims the architecture, what it made of the config, and what it did not look at. The
-    entry is a file of facts to be read and completed: what is not known is left out. An architecture that no plugin
-    claims needs an overlay first; then this says which hooks to write.
+    Reads config.json, and the headers of the weights or their index if they are there; of a repository on the hub
+    only these are fetched. Says which overlay claims the architecture, what it made of the config, and what it did
+    not look at. The entry is a file of facts to be read and completed: what is not known is left out. An
+    architecture that no plugin claims needs an overlay first; then this says which hooks to write.
 
     \b
     Example:
         zoo new my-finetune --from ~/my-finetune
         zoo new qwen3.6-27b-copy --from Qwen/Qwen3.6-27B -o my_plugin/entries
-        zoo build ./my-finetune.toml --checkpoint ~/my-finetune --allow-unverified
+        zoo build ./my-finetune.toml --checkpoint ~/my-finetune
     """
     plugins = plugins_of(ctx)
-    origin = locate(source)
-    hf_config = read_config(origin.directory)
-    if not is_claimed(hf_config, plugins):
-        _explain_unclaimed(str(hf_config.get("model_type")), as_json=as_json)
-    made = draft(name, origin, plugins)
+    found = locate(source, plugins, Reporter(silent=as_json))
+    if not is_claimed(found.hf_config, plugins):
+        _explain_unclaimed(str(found.hf_config.get("model_type")), as_json=as_json)
+    made = draft(name, found, plugins)
     path = write_draft(made, output, force=force)
     if as_json:
         print_json(
@@ -75,10 +75,10 @@ def new(ctx: click.Context, name: str, source: str, output: Path | None, force: 
             }
         )
     else:
-        _print(made, origin.directory, path, plugins)
+        _print(made, found, path, plugins)
 
 
-def _print(made: Draft, checkpoint: Path, path: Path, plugins: Plugins) -> None:
+def _print(made: Draft, source: Source, path: Path, plugins: Plugins) -> None:
     model = made.model
     rows: list[tuple[str, object]] = [
         ("overlay", f"{model.overlay.name} of plugin {model.plugin} claims {model.model_type}"),
@@ -93,9 +93,14 @@ def _print(made: Draft, checkpoint: Path, path: Path, plugins: Plugins) -> None:
     brought = any(path.resolve() == other.resolve() for _, other in plugins.entries())
     entry = path.stem if brought else path
     click.echo(f"\nWrote {path}. Read it, then:\n    {zoo_command('plan', entry)}")
-    if made.weights is None:
-        click.echo(f"A build needs weights and tokenizer, which are not in {checkpoint}; put them there, then:")
-    click.echo(f"    {zoo_command('build', entry, '--checkpoint', checkpoint, '--allow-unverified')}")
+    if source.hub is not None or source.directory is None:
+        click.echo(f"    {zoo_command('build', entry)}")
+    else:
+        if made.weights is None:
+            click.echo(
+                f"A build needs weights and tokenizer, which are not in {source.directory}; put them there, then:"
+            )
+        click.echo(f"    {zoo_command('build', entry, '--checkpoint', source.directory)}")
     if not brought:
         click.echo("A plugin that lists the file in zoo_entries makes the name alone enough.")
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from attrs import asdict, evolve, frozen
 
+from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.build.preflight import size
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.commands import (
@@ -24,7 +25,6 @@ from coreai_zoo.commands import (
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import COMMON_ROLES
-from coreai_zoo.planning.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import RECIPES
@@ -44,7 +44,7 @@ class _Machines:
 
 
 @click.command("plan")
-@click.argument("entries", metavar="[ENTRY]...", nargs=-1)
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option(
     "--checkpoint",
     "checkpoints",
@@ -68,7 +68,7 @@ class _Machines:
 @click.pass_context
 def plan(
     ctx: click.Context,
-    entries: tuple[str, ...],
+    models: tuple[str, ...],
     checkpoints: tuple[Path, ...],
     recipes: tuple[str, ...],
     contract: str | None,
@@ -80,28 +80,31 @@ def plan(
 ) -> None:
     """What a bundle would hold, need and run at, from a config alone.
 
-    No weight is read. Sizes are exact up to the graph's few megabytes. Rates are predictions: a decoded token reads
-    every weight but the embedding table (of experts, the chosen ones), and nothing but the memory takes time. Reading
-    the states comes on top, and grows with the context.
+    MODEL is an entry, a repository on the Hugging Face hub, of which config.json and the index are fetched, or a
+    folder. Of an entry the facts are taken, and nothing is fetched. No weight is read. Sizes are exact up to the
+    graph's few megabytes. Rates are predictions: a decoded token reads every weight but the embedding table (of
+    experts, the chosen ones), and nothing but the memory takes time. Reading the states comes on top, and grows
+    with the context.
 
     \b
     Example:
         zoo plan qwen3.6-27b
         zoo plan qwen3.6-27b --recipe int4lin --context 8192 --bandwidth 400
-        zoo plan --checkpoint ~/some-sibling
+        zoo plan Qwen/Qwen3.6-27B
+        zoo plan ~/some-sibling
         zoo plan qwen3.6-27b --compare
         zoo plan qwen3.6-27b qwen3.6-35b-a3b --compare --json
     """
-    if not entries and not checkpoints:
+    if not models and not checkpoints:
         raise BadInput(
-            "There is nothing to plan.", "Name an entry, or pass --checkpoint DIR; `zoo list` shows entries."
+            "There is nothing to plan.", "Name an entry, a repository or a folder; `zoo list` shows entries."
         )
     plugins = plugins_of(ctx)
-    several = len(entries) + len(checkpoints) > 1
+    several = len(models) + len(checkpoints) > 1
     chosen: Sequence[str | None] = recipes or ((*plugins.recipes(),) if compare and not several else (None,))
     if not compare and (several or len(chosen) > 1):
         raise BadInput("This asks for several plans.", "Pass --compare to see them side by side.")
-    subjects = [BuildRequest(entry=name) for name in entries] + [BuildRequest(checkpoint=path) for path in checkpoints]
+    subjects = [BuildRequest(name) for name in models] + [BuildRequest(checkpoint=path) for path in checkpoints]
     plans = [
         make_plan(evolve(subject, recipe=recipe, contract=contract, max_context=context, dry=True), plugins)
         for recipe in chosen

@@ -1,53 +1,76 @@
-"""`zoo show`: everything that is known of an entry."""
+"""`zoo show`: everything that is known of a model."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 import attrs
 import click
 
+from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.build.source import find_subject
 from coreai_zoo.catalogue import find_entry, find_recipe
 from coreai_zoo.commands import json_option, plugins_of, print_json, print_rows
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import QuantizationSpec
 
 
-def _recipe_by_role(entry: Entry, plugins: Plugins) -> dict[str, str | None]:
-    """How a weight of each role is stored; of an entry that states too little to know its roles, of each kind."""
-    from coreai_zoo.build.design import design
-    from coreai_zoo.build.request import BuildRequest
-
-    specs: Mapping[str, QuantizationSpec | None] = find_recipe(entry.recipe, plugins).specs
-    with contextlib.suppress(BadInput):
-        specs = design(BuildRequest(entry.name, dry=True), plugins, entry).stored_roles
-    return {role: None if spec is None else str(spec) for role, spec in specs.items()}
-
-
 @click.command("show")
-@click.argument("name", metavar="ENTRY")
+@click.argument("model")
 @json_option
 @click.pass_context
-def show(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Everything that is known of an entry.
+def show(ctx: click.Context, model: str, as_json: bool) -> None:
+    """Everything that is known of a model.
 
-    What is not known is not shown, nor guessed; an entry is `unverified` until its facts and revision were compared
-    with the published checkpoint. The recipe's table says how a weight of each role is stored.
+    MODEL is an entry, a repository on the Hugging Face hub, of which config.json and the index are fetched, or a
+    folder. What is not known is not shown, nor guessed; an entry is `unverified` until its facts and revision were
+    compared with the published checkpoint. The recipe's table says how a weight of each role is stored.
 
     \b
     Example:
         zoo show qwen3.6-27b
+        zoo show ~/a-checkpoint
     """
-    entry, plugin = find_entry(name, plugins_of(ctx))
-    recipe = _recipe_by_role(entry, plugins_of(ctx))
+    plugins = plugins_of(ctx)
+    entry = find_subject(model, plugins).entry
+    if entry is None:
+        found = design(BuildRequest(model, dry=True), plugins, report=Reporter(silent=as_json))
+        known, rows, facts, recipe = _of_checkpoint(found), _rows_of_checkpoint(found), found.facts, found.stored_roles
+        title, name = found.label, found.recipe.name
+    else:
+        recipe = _recipe_by_role(entry, plugins)
+        plugin = find_entry(model, plugins)[1] if model.endswith(".toml") else find_entry(entry.name, plugins)[1]
+        known, rows, facts = (
+            {**attrs.asdict(entry), "plugin": plugin},
+            _rows_of_entry(entry, plugin),
+            entry.facts.stated,
+        )
+        title, name = entry.name, entry.recipe
+    stored = {role: None if spec is None else str(spec) for role, spec in recipe.items()}
     if as_json:
-        described = attrs.asdict(entry) | {"facts": entry.facts.stated, "plugin": plugin, "recipe_by_role": recipe}
-        print_json(described)
+        print_json({**known, "facts": dict(facts), "recipe_by_role": stored})
         return
-    rows: list[tuple[str, object]] = [
+    print_rows(rows, title=title)
+    print_rows([(fact, _plain(value)) for fact, value in facts.items()], title="facts")
+    print_rows([(role, spec or "not quantized") for role, spec in stored.items()], title=f"recipe {name}")
+
+
+def _recipe_by_role(entry: Entry, plugins: Plugins) -> Mapping[str, QuantizationSpec | None]:
+    """How a weight of each role is stored; of an entry that states too little to know its roles, of each kind."""
+    specs: Mapping[str, QuantizationSpec | None] = find_recipe(entry.recipe, plugins).specs
+    with contextlib.suppress(BadInput):
+        specs = design(BuildRequest(entry.name, dry=True), plugins, entry).stored_roles
+    return specs
+
+
+def _rows_of_entry(entry: Entry, plugin: str) -> list[tuple[str, object]]:
+    return [
         ("title", entry.title),
         ("summary", entry.summary),
         ("checkpoint", f"{entry.hf_id} at {entry.hf_revision or 'an unknown revision'}" if entry.hf_id else "local"),
@@ -60,10 +83,32 @@ def show(ctx: click.Context, name: str, as_json: bool) -> None:
         ("sample", f"{entry.sample.path} in {entry.sample.package}" if entry.sample else "none"),
         ("plugin", plugin),
     ]
-    print_rows(rows, title=entry.name)
-    facts = [
-        (fact, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value)
-        for fact, value in entry.facts.stated.items()
+
+
+def _of_checkpoint(found: Design) -> dict[str, Any]:
+    return {
+        "name": found.label,
+        "model_type": [found.model.model_type],
+        "origin": attrs.asdict(found.source.origin),
+        "licence": found.source.licence.id,
+        "recipe": found.recipe.name,
+        "contract": found.contract.name,
+        "overlay": found.model.overlay.name,
+        "plugin": found.model.plugin,
+    }
+
+
+def _rows_of_checkpoint(found: Design) -> list[tuple[str, object]]:
+    return [
+        ("origin", found.source.origin),
+        ("model type", found.model.model_type),
+        ("licence", found.source.licence.id or "unknown"),
+        ("recipe", found.recipe.name),
+        ("contract", found.contract.name),
+        ("max context", found.max_context),
+        ("overlay", f"{found.model.overlay.name} of plugin {found.model.plugin}"),
     ]
-    print_rows(facts, title="facts")
-    print_rows([(role, spec or "not quantized") for role, spec in recipe.items()], title=f"recipe {entry.recipe}")
+
+
+def _plain(value: object) -> object:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ from attrs import field, frozen
 from attrs.validators import in_
 
 from coreai_zoo.build.code import code_digest
+from coreai_zoo.cache import cache_folder
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.gate import Activations, ReferenceModel
 
@@ -34,13 +34,8 @@ _SCHEMA = 1
 
 
 def default_cache() -> Path:
-    """The folder where results are kept: below the user's cache folder as the platform has it."""
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        given = os.environ.get("XDG_CACHE_HOME", "")
-        base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
-    return base / "coreai-zoo" / "oracle"
+    """The folder where results are kept."""
+    return cache_folder() / "oracle"
 
 
 @frozen

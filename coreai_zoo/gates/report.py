@@ -81,38 +81,41 @@ def totals(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The card's section on a gate: the verdict, and the measured numbers of each prompt."""
-    verdict, inputs = record["verdict"], record["inputs"]
-    rows = [
-        "| prompt | positions | argmax | ties | confident flips | lowest cosine | median relative error | largest KL |",
-        "|" + " --- |" * 8,
+    """The card's words on a gate: the verdict, what was compared with what, and how far it is off."""
+    verdict, inputs, counts = record["verdict"], record["inputs"], totals(record)
+    judged = [prompt for prompt in record["prompts"] if prompt["judged"]]
+    candidates = " and ".join(dict.fromkeys(prompt["candidate"] for prompt in judged)) or "nothing"
+    parts = [
+        f"**The gate {'passed' if verdict['passed'] else 'FAILED'}.** It compared {candidates} with "
+        f"{inputs['oracle']}, both fed the same tokens."
     ]
-    for prompt in record["prompts"]:
-        if not prompt["judged"]:
-            strength = prompt["strength"]
-            rows.append(f"| {prompt['name']} | {strength['positions']} | not judged |" + " |" * 5)
-            continue
-        summary = prompt_totals(prompt)
-        rows.append(
-            f"| {prompt['name']} | {len(prompt['tokens'])} | {prompt['matched']} | {prompt['ties']} | "
-            f"{prompt['confident_flips']} | {summary['cosine']:.6f} | {significant(summary['median_error'])} | "
-            f"{significant(summary['kl'])} |"
+    if judged:
+        names = ", ".join(f"{prompt['name']} ({len(prompt['tokens'])})" for prompt in judged)
+        cosine = min(prompt_totals(prompt)["cosine"] for prompt in judged)
+        parts.append(
+            f"Of {counts['positions']:,} positions, {names}, the most probable next token was the same at "
+            f"{counts['matched']:,}. At {counts['ties']:,} it was another, but the reference's two best logits are "
+            f"less than {inputs['confident_margin']} apart: a tie. At {counts['flips']:,} it was another although they "
+            f"are further apart, as they are at {counts['confident']:,} positions.{_excluded(counts)} The lowest "
+            f"cosine of the logits is {cosine:.6f}, their median relative error {significant(counts['median_error'])}, "
+            f"the largest KL divergence {significant(counts['kl'])}."
         )
-    candidates = list(dict.fromkeys(prompt["candidate"] for prompt in record["prompts"] if prompt["judged"]))
-    lines = [
-        "## Measured",
-        "",
-        f"**{'Passed' if verdict['passed'] else 'FAILED'}.** {' and '.join(candidates)}, teacher-forced against "
-        f"{inputs['oracle']}. A flip at an oracle margin of {inputs['confident_margin']} or more is confident.",
-        "",
-        *rows,
-    ]
-    if verdict["reasons"]:
-        lines += ["", *(f"- {reason}" for reason in verdict["reasons"])]
+    if refused := [prompt["name"] for prompt in record["prompts"] if not prompt["judged"]]:
+        parts.append(f"Not judged, because the reference is unsure of itself there: {', '.join(refused)}.")
     if verdict["weak_prompts_allowed"]:
-        lines += ["", f"Weak prompts were judged on request: {', '.join(verdict['weak_prompts_allowed'])}."]
-    lines += ["", "`gate/report.html` shows every position, `gate/transcript.json` holds every number."]
-    return "\n".join(lines)
+        parts.append(f"Judged although the reference is unsure there: {', '.join(verdict['weak_prompts_allowed'])}.")
+    if verdict["reasons"]:
+        parts.append("\n".join(f"- {reason}" for reason in verdict["reasons"]))
+    parts.append("`gate/report.html` shows every position, `gate/transcript.json` holds every number.")
+    return "\n\n".join(parts)
+
+
+def _excluded(counts: Mapping[str, Any]) -> str:
+    """The rate of flips that so many positions without one exclude, at 95 %: 0.05 = (1 - rate) ** positions."""
+    if counts["flips"] or not counts["confident"]:
+        return ""
+    rate = 1 - 0.05 ** (1 / counts["confident"])
+    return f" That excludes, at 95 %, that more than {100 * rate:.2g} % of such positions flip."
 
 
 def prompt_totals(prompt: Mapping[str, Any]) -> dict[str, Any]:

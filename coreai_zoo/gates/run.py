@@ -17,10 +17,11 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.model import Model, read_model
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.layout import GATE_FOLDER
+from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT
 from coreai_zoo.bundle.verify import backend_of, require_unchanged
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.files import Checkpoint, read_config
+from coreai_zoo.checkpoint.hub import find_cached
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer
 from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing
 from coreai_zoo.gate import Activations, GateResult
@@ -161,7 +162,7 @@ def write_report(bundle: Bundle, records: Sequence[Mapping[str, Any]], output: P
     transcript.write(folder, records[0], report.render(*records))
     if output is None:
         transcript.write_card(bundle, report.markdown(records[0]))
-    return folder / transcript.REPORT
+    return folder / REPORT
 
 
 def failure(name: str, reasons: list[str]) -> CheckFailed:
@@ -187,13 +188,23 @@ def _check_candidate(name: str, plugins: Plugins) -> None:
 
 
 def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
-    """The folder of the checkpoint that `bundle` was built from: as given, or the sample's."""
+    """The folder of the checkpoint that `bundle` was built from: as given, the sample's, or one in the hub's cache.
+
+    Raises:
+        BadInput: when it is none of them.
+    """
     if given is not None:
         return given
-    if not bundle.build.get("sample"):
-        raise BadInput(f"{bundle.directory.name} is not a sample.", "Pass its checkpoint with --checkpoint DIR.")
-    entry, _ = find_entry(str(bundle.build["entry"].get("name")), plugins)
-    return entry.sample_directory()
+    if bundle.build.get("sample"):
+        return find_entry(str(bundle.entry), plugins)[0].sample_directory()
+    hf_id, revision = bundle.origin.get("hf_id"), bundle.origin.get("revision")
+    cached = find_cached(str(hf_id), str(revision)) if hf_id and revision else None
+    if cached is None:
+        where = f"{hf_id} at {revision} is not in the Hugging Face cache" if hf_id else "where it is was not recorded"
+        raise BadInput(
+            f"The checkpoint of {bundle.directory.name} is not at hand: {where}.", "Pass it with --checkpoint DIR."
+        )
+    return cached
 
 
 def _require_unchanged(bundle: Bundle) -> None:
@@ -372,7 +383,7 @@ def _judge(
 def _run_plugin_gates(subject: _Subject, plugins: Plugins, checkpoint: Path) -> list[GateResult]:
     """The results of the gates that plugins add."""
     bundle = subject.bundle
-    entry, _ = load_entries(plugins).get(str(bundle.build["entry"].get("name")), (None, None))
+    entry, _ = load_entries(plugins).get(str(bundle.entry), (None, None))
     results = []
     for plugin, extra in plugins.gates(subject.overlay, entry):
         with plugins.attribute_errors(plugin, f"gate {extra.name!r}"):

@@ -319,13 +319,12 @@ def _request(subject: str, options: SensitivityOptions, plugins: Plugins) -> Bui
         check_checkpoint(bundle, checkpoint_of(bundle, plugins, options.checkpoint))
         return recorded_request(bundle, options.checkpoint, path.parent)[0]
     return BuildRequest(
-        entry=subject,
+        model=subject,
         checkpoint=options.checkpoint,
         sample=options.sample,
         recipe=options.recipe,
         layers=options.layers,
         custom=options.custom,
-        allow_unverified=True,  # nothing is built that could claim to be the published model
     )
 
 

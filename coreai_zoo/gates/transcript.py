@@ -23,7 +23,7 @@ from coreai_zoo.bounds import Bounds
 from coreai_zoo.build.workspace import existing_parent
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, with_measurements
-from coreai_zoo.bundle.layout import GATE_FOLDER
+from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import GateResult
 from coreai_zoo.gates.prompts import WEAK_FRACTION
@@ -32,8 +32,6 @@ from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, attributio
 
 SCHEMA = 1
 """Raised when a field changes its meaning or goes; a new field does not raise it."""
-
-TRANSCRIPT, REPORT = "transcript.json", "report.html"
 
 
 @frozen
@@ -91,10 +89,10 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     sizes = {path: record["bytes"] for path, record in build["files"].items()}
     return {
         "name": build["name"],
-        "entry": build["entry"].get("name"),
-        "title": build["entry"].get("title"),
-        "hf_id": build["entry"].get("hf_id"),
-        "hf_revision": build["source"].get("hf_revision"),
+        "entry": bundle.entry,
+        "title": bundle.title,
+        "hf_id": bundle.origin.get("hf_id"),
+        "hf_revision": bundle.origin.get("revision"),
         "sample": build.get("sample"),
         "layers": build["layers"],
         "contract": build.get("contract", {}).get("name"),

@@ -1,169 +1,34 @@
-"""Plans: what a bundle would hold, need and run at, added up from a config without a weight and without torch."""
+"""Plans: bundles that are not built, for `zoo plan`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-
 from attrs import frozen
 
-from coreai_zoo.build.design import Design, design
-from coreai_zoo.build.preflight import Preflight, asset_bytes, preflight, tokenizer_bytes
+from coreai_zoo.build.design import design
+from coreai_zoo.build.figures import Figures
+from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.request import DEFAULT_OUTPUT, BuildRequest
 from coreai_zoo.build.workspace import Workspace
-from coreai_zoo.dtypes import packed_bytes
-from coreai_zoo.entry import Published
-from coreai_zoo.overlay import Role
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.signature import StateSpec
-from coreai_zoo.weights.plan import PlannedTensor, active_share
 
 _SCRATCH = ".plan"  # no build is called so: scratch is counted from nothing
 
 
 @frozen
-class RoleSum:
-    """The weights of one role, added up.
+class Plan(Figures):
+    """A bundle that was not built: its figures, and what building it would take.
 
     Attributes:
-        role: name of the role.
-        meaning: what they do, in words.
-        routed: whether it holds experts of which a token reads a few.
-        spec: how they are quantized, or None.
-        bytes: what they take in the bundle.
-        read: bytes of them that one decoded token reads.
-    """
-
-    role: str
-    meaning: str
-    routed: bool
-    tensors: int
-    parameters: int
-    spec: QuantizationSpec | None
-    bytes: int
-    read: int
-
-    @property
-    def bits(self) -> float:
-        """Bits per parameter, scales included."""
-        return 8 * self.bytes / self.parameters
-
-
-@frozen
-class Plan:
-    """A bundle that was not built.
-
-    Attributes:
-        name: name of the entry, or of the checkpoint's folder.
-        design: what would be built; its weights have sources when the checkpoint's headers were read.
+        name: what the model is called, see `Design.label`.
         build: what a build reads, writes and needs on this machine.
     """
 
     name: str
-    design: Design
     build: Preflight
-
-    @property
-    def context(self) -> int:
-        """The number of positions that states are counted at."""
-        return self.design.max_context
-
-    @cached_property
-    def roles(self) -> tuple[RoleSum, ...]:
-        """The weights by role, in the order of the overlay's roles."""
-        weights = self.design.weights
-        return tuple(self._sum(weights.roles[name], tensors) for name, tensors in weights.by_role().items())
-
-    def _sum(self, role: Role, tensors: Sequence[PlannedTensor]) -> RoleSum:
-        stored = sum(tensor.format.bytes for tensor in tensors)
-        return RoleSum(
-            role=role.name,
-            meaning=role.meaning,
-            routed=role.routed,
-            tensors=len(tensors),
-            parameters=sum(tensor.parameters for tensor in tensors),
-            spec=self.design.recipe.spec(role),
-            bytes=stored,
-            read=round(stored * self._share_read(role)),
-        )
-
-    def _share_read(self, role: Role) -> float:
-        """The share of a role's weights that a token reads: one row of the embedding table, the chosen experts."""
-        if role.kind == "embedding":
-            return 1 / int(self.design.facts["vocab_size"])
-        share = active_share(role, self.design.facts)
-        assert share is not None, "nothing is designed without these facts"
-        return share
-
-    @property
-    def bits(self) -> float:
-        """Bits per parameter, scales included."""
-        return 8 * self.design.weights.stored_bytes / self.design.weights.parameters
-
-    @property
-    def tokenizer(self) -> int | None:
-        """Bytes of the tokenizer's files, None where they are not at hand."""
-        return tokenizer_bytes(self.design) or None
-
-    @property
-    def asset(self) -> int:
-        """Bytes of the asset: weights and graph."""
-        return asset_bytes(self.design)
-
-    @property
-    def bundle(self) -> int:
-        """Bytes of the bundle, without the tokenizer's files where those are not at hand."""
-        return self.asset + (self.tokenizer or 0)
-
-    @property
-    def read(self) -> int:
-        """Bytes of weights that a decoded token reads."""
-        return sum(role.read for role in self.roles)
-
-    @property
-    def dense_read(self) -> int:
-        """Bytes of weights that a decoded token would read if it read every expert; as `read` without experts."""
-        return sum(role.bytes if role.routed else role.read for role in self.roles)
-
-    @property
-    def _states(self) -> tuple[StateSpec, ...]:
-        return self.design.signatures[self.design.decode].states
-
-    @property
-    def states(self) -> Mapping[str, int]:
-        """Bytes of each state at `context` positions."""
-        return {
-            state.name: packed_bytes(
-                [self.context if isinstance(size, str) else size for size in state.shape], state.dtype
-            )
-            for state in self._states
-        }
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of all states at `context` positions."""
-        return sum(self.states.values())
-
-    @property
-    def growth(self) -> int:
-        """Bytes that the states grow by with each position."""
-        return sum(self.states[state.name] for state in self._states if state.kind == "kv_cache") // self.context
-
-    @property
-    def resident(self) -> int:
-        """Bytes that a machine has to hold to run the bundle: the asset and the states, and nothing of the engine's."""
-        return self.asset + self.state_bytes
-
-    @property
-    def published(self) -> tuple[Published, ...]:
-        """Measurements that others published of this entry with this recipe."""
-        entries = self.design.entry.published if self.design.entry else ()
-        return tuple(measured for measured in entries if measured.recipe == self.design.recipe.name)
 
 
 def plan(request: BuildRequest, plugins: Plugins) -> Plan:
-    """The plan for a dry request: of an entry, or of a checkpoint's folder.
+    """The plan for a dry request.
 
     Raises:
         BadInput: when there is no such entry, recipe or contract, the entry states too little, or nothing can be built
@@ -171,9 +36,4 @@ def plan(request: BuildRequest, plugins: Plugins) -> Plan:
         PluginError: when the answer of a plugin is not usable.
     """
     designed = design(request, plugins)
-    if designed.entry is not None:
-        name = designed.entry.name
-    else:
-        assert designed.directory is not None  # without an entry there is a folder
-        name = designed.directory.resolve().name
-    return Plan(name, designed, preflight(designed, Workspace.of(DEFAULT_OUTPUT, _SCRATCH, None, keep=False)))
+    return Plan(designed, designed.label, preflight(designed, Workspace.of(DEFAULT_OUTPUT, _SCRATCH, None, keep=False)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from attrs import frozen
 from coreai_zoo.build.design import design
 from coreai_zoo.build.model import Model, compare_facts, read_model
 from coreai_zoo.build.request import DEFAULT_CONTEXT, DEFAULT_CONTRACT, DEFAULT_RECIPE, BuildRequest
+from coreai_zoo.build.source import Source, find_source, find_subject
 from coreai_zoo.catalogue import load_entries
-from coreai_zoo.checkpoint.files import CONFIG, has_weights, read_config
-from coreai_zoo.checkpoint.hub import fetch_from_hub
-from coreai_zoo.entry import HF_ID, Entry, Sample, load_entry
+from coreai_zoo.checkpoint.files import CONFIG
+from coreai_zoo.entry import Entry, Sample, load_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
 
 ENTRIES = Path("zoo_entries")
 """The folder that entries go to where there is one."""
@@ -26,47 +26,14 @@ ENTRIES = Path("zoo_entries")
 _NOT_A_VALUE = "?"  # stands for a field's value to see whether anything reads it
 
 
-@frozen
-class Origin:
-    """Where a checkpoint is.
-
-    Attributes:
-        directory: the folder of its `config.json`.
-        hf_id: its repository on the hub, where that is known.
-        revision: its commit there, where that is known.
-    """
-
-    directory: Path
-    hf_id: str | None = None
-    revision: str | None = None
-
-
-def locate(source: str) -> Origin:
-    """The place of a checkpoint: a folder, or a repository on the hub, of which only `config.json` is fetched.
+def locate(text: str, plugins: Plugins, report: Reporter) -> Source:
+    """The checkpoint that `text` names, see `find_subject`; of a repository on the hub config and index are fetched.
 
     Raises:
-        BadInput: when `source` is neither.
-        EnvironmentLacks: when the repository's config is not on this machine and cannot be fetched.
+        BadInput: when it names none.
+        EnvironmentLacks: when the hub cannot be reached.
     """
-    if Path(source).is_dir():
-        return _in_cache(Path(source))
-    if not re.fullmatch(HF_ID, source) or Path(source).exists():
-        raise BadInput(f"{source} is neither a folder nor a repository 'owner/name' on the Hugging Face hub.")
-    import huggingface_hub
-
-    file = fetch_from_hub(
-        source,
-        None,
-        lambda local_only: huggingface_hub.hf_hub_download(source, CONFIG, local_files_only=local_only),
-        "Pass --from DIR with a folder that holds its config.json.",
-    )
-    return _in_cache(file.parent)
-
-
-def _in_cache(directory: Path) -> Origin:
-    """`directory` with what its path says, if it is a snapshot in a Hugging Face cache."""
-    inside = re.fullmatch(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})", directory.absolute().as_posix())
-    return Origin(directory, f"{inside[1]}/{inside[2]}", inside[3]) if inside else Origin(directory)
+    return find_source(find_subject(text, plugins), BuildRequest(text, dry=True), plugins, report)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +66,7 @@ class Draft:
     unknown: tuple[str, ...]
 
 
-def draft(name: str, origin: Origin, plugins: Plugins) -> Draft:
+def draft(name: str, source: Source, plugins: Plugins) -> Draft:
     """The draft of the entry `name` for a checkpoint.
 
     Raises:
@@ -108,23 +75,19 @@ def draft(name: str, origin: Origin, plugins: Plugins) -> Draft:
     entries = load_entries(plugins)
     if name in entries:
         raise BadInput(f"There is an entry {name!r} already, from plugin {entries[name][1]!r}.", "Choose another name.")
-    model = read_model(read_config(origin.directory), plugins)
+    model = read_model(source.hf_config, plugins)
     twin = next((entry for entry, _ in entries.values() if _is_twin(entry, model)), None)
-    weights, fits = _weights(origin.directory, plugins)
-    unknown = tuple(
-        what
-        for what, known in (("hf_id", origin.hf_id), ("hf_revision", origin.revision), ("licence", None))
-        if known is None
-    )
+    weights, fits = _weights(source, plugins)
+    stated = {"hf_id": source.origin.hf_id, "hf_revision": source.origin.revision, "licence": source.licence.id}
     return Draft(
         name=name,
-        text=_toml(name, origin, model, twin.sample if twin else None),
+        text=_toml(name, source, model, stated, twin.sample if twin else None),
         model=model,
         unread=tuple(unread_fields(model)),
         weights=weights,
         fits=fits,
         twin=twin,
-        unknown=unknown,
+        unknown=tuple(what for what, value in stated.items() if value is None),
     )
 
 
@@ -132,37 +95,39 @@ def _is_twin(entry: Entry, model: Model) -> bool:
     return model.model_type in entry.model_type and not compare_facts(entry, model.facts)
 
 
-def _weights(directory: Path, plugins: Plugins) -> tuple[str | None, bool]:
-    """What the headers of the weights say, and whether the overlay's table fits them."""
-    if not has_weights(directory):
+def _weights(source: Source, plugins: Plugins) -> tuple[str | None, bool]:
+    """What the headers of the weights or their index say, and whether the overlay's table fits them."""
+    if source.directory is None:
         return None, True
     try:
-        found = design(BuildRequest(checkpoint=directory, dry=True), plugins)
+        found = design(BuildRequest(checkpoint=source.directory, dry=True), plugins, source=source)
+        tensors = source.tensors(found.opened)
     except BadInput as error:
         return str(error), False
+    if tensors is None:
+        return None, True
     dropped = len(found.weights.dropped)
-    return f"all {len(found.checkpoint.tensors)} tensors have a place; {dropped} are left out on purpose", True
+    return f"all {len(tensors)} tensors have a place; {dropped} are left out on purpose", True
 
 
-def _toml(name: str, origin: Origin, model: Model, sample: Sample | None) -> str:
+def _toml(name: str, source: Source, model: Model, stated: Mapping[str, str | None], sample: Sample | None) -> str:
     facts = {fact: value for fact, value in model.facts.items() if isinstance(value, bool | int | float | str)}
-    source = origin.hf_id or origin.directory.resolve().name
+    called = source.origin.hf_id or (source.directory.resolve().name if source.directory else name)
     context = min(DEFAULT_CONTEXT, int(model.facts["max_context_length"]))
     first = ("ffn", "parameters", "layers", "hidden_size", "vocab_size", "max_context_length")
     ordered = {fact: facts[fact] for fact in (*first, *facts) if fact in facts}
     head = {
         "name": name,
-        "title": source.rpartition("/")[2],
+        "title": called.rpartition("/")[2],
         "summary": f"A {facts['ffn']} model of {facts['layers']} layers.",
         "model_type": [model.model_type],
-        **({"hf_id": origin.hf_id} if origin.hf_id else {}),
-        **({"hf_revision": origin.revision} if origin.revision else {}),
+        **{key: value for key, value in stated.items() if value is not None},
         "recipe": DEFAULT_RECIPE,
         "contract": DEFAULT_CONTRACT,
         "status": "unverified",
     }
     sections = [
-        f"# Written by `zoo new` from the {CONFIG} of {source}.",
+        f"# Written by `zoo new` from the {CONFIG} of {called}.",
         *_lines(head),
         "",
         "[facts]",

@@ -43,7 +43,7 @@ class Demonstration:
 
 def demonstrate(entry: str, output: Path, plugins: Plugins, report: Reporter) -> Demonstration:
     """Build the sample of `entry` into `output`, gate it against Hugging Face, and let it write."""
-    built = build(BuildRequest(entry=entry, sample=True, output=output, force=True), plugins, report)
+    built = build(BuildRequest(entry, sample=True, output=output, force=True), plugins, report)
     bundle = Bundle.open(built.path)
     backend = backend_of(bundle, plugins.backends())
     (record,) = run_gate([bundle], _GATE, plugins, report)

@@ -319,7 +319,7 @@ class _Planner:
     """Collects what fills each parameter, and everything that is wrong on the way."""
 
     def __init__(
-        self, weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], tensors: Mapping[str, TensorInfo]
+        self, weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], tensors: Mapping[str, TensorInfo | None]
     ) -> None:
         self.tensors = tensors
         self.targets = {name: _Target(name, info) for name, info in parameters.items()}
@@ -413,11 +413,11 @@ class _Planner:
         for match in target.matches:
             rows, expected = _slab(match.rule, target.info.shape, match.values)
             info = self.tensors[match.key]
-            if info.shape != expected:
+            if info is not None and info.shape != expected:
                 self.problems.misshapen.append(
                     f"{match.key} is {_shape(info.shape)}, expected {_shape(expected)} for {target.name}"
                 )
-            if info.dtype not in FLOATS:
+            if info is not None and info.dtype not in FLOATS:
                 self.problems.dtypes.append(f"{match.key} ({info.dtype})")
             sources.append(Source(match.key, rows.start, rows.stop))
         sources.sort(key=lambda source: (source.start, source.stop, source.key))
@@ -474,7 +474,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 def plan_weights(
     weight_map: WeightMap,
     parameters: Mapping[str, ParameterInfo],
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo | None],
     recipe: Recipe,
 ) -> WeightPlan:
     """Decide what fills each parameter of a decoder and how it is stored.
@@ -485,7 +485,7 @@ def plan_weights(
     Args:
         weight_map: the overlay's table.
         parameters: the decoder's parameters, in its order.
-        tensors: what the checkpoint holds.
+        tensors: what the checkpoint holds; None for a tensor of which an index tells the name alone.
         recipe: how each role is stored.
 
     Raises:

@@ -63,7 +63,9 @@ class CoreAIBackend:
 
     name: str = "coreai"
     title: str = "Core AI"
-    run_instructions: str = "On Linux, on the Core AI CPU interpreter (slow; for checking):"
+    run_instructions: str = (
+        "On Linux, with this zoo and on the CPU interpreter of Core AI, which is slow and for checking:"
+    )
     extra_files: Mapping[str, str] = MappingProxyType({})
     asset_suffix: str = ".aimodel"
     runtime: str = "coreai"

@@ -1,0 +1,140 @@
+"""Whether a bundle that is asked for is there already, and would come out the same: told without reading a weight.
+
+Everything that determines a bundle is in its build.json, and nearly all of it follows from the design. What does not is
+which values the checkpoint holds. Of a commit on the hub that is known; of a folder it is remembered how its files
+looked when the bundle was built (name, size, times), outside of the bundle, whose bytes say nothing of this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve
+
+from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.record import describe
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.build.source import commit_of
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.cache import cache_folder
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.tokenizer import tokenizer_files
+from coreai_zoo.dates import source_date_epoch
+from coreai_zoo.errors import BadInput, ZooError, listing
+from coreai_zoo.json_files import read_object, write_json
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
+
+# What of build.json a design without weights does not say, or what is said of the checkpoint, which is compared apart.
+_NOT_COMPARED = frozenset(
+    ("schema", "request", "command", "source", "files", "dropped", "facts")
+    + ("origin", "licence", "language", "compared", "title")
+)
+
+_WORDS = {
+    "zoo": "the version of the zoo",
+    "versions": "the versions of the toolchain",
+    "overlay": "the code of the overlay or its rewrites",
+    "entry": "the entry",
+    "source_date_epoch": "the date (SOURCE_DATE_EPOCH)",
+    "max_context": "the context",
+    "weights": "how the weights are stored",
+    "roles": "how the weights are stored",
+    "recipe": "the recipe",
+    "functions": "the signature",
+}
+
+
+def find_existing(request: BuildRequest, plugins: Plugins, report: Reporter) -> Bundle | None:
+    """The bundle that a request asks for, where it is there and a build would give the same; None where none is there.
+
+    Raises:
+        BadInput: when there is one that would differ, with everything that differs.
+    """
+    planned = design(evolve(request, dry=True), plugins, report=report)
+    directory = request.output / planned.name
+    if request.force or not directory.is_dir() or directory.is_symlink():
+        return None
+    try:
+        bundle = Bundle.open(directory)
+    except ZooError as error:
+        raise BadInput(f"{directory} exists and is no bundle: {error.message}", _HINT) from error
+    differing = [*dict.fromkeys(_differences(bundle, planned, report))]
+    if differing:
+        raise BadInput(f"{directory} is there already, and a build would differ in {listing(differing)}.", _HINT)
+    return bundle
+
+
+_HINT = "Pass --force to build it anew, or another folder with -o DIR."
+
+
+def remember(bundle: Path, checkpoint: Checkpoint) -> None:
+    """Remember how the files of a checkpoint looked from which the bundle at a path was built."""
+    path = _memory(bundle)
+    with contextlib.suppress(OSError):  # a cache that cannot be written to costs a build later, not this one
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"build": _build_digest(bundle), "stamps": _stamps(checkpoint)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What differs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _differences(bundle: Bundle, planned: Design, report: Reporter) -> Iterator[str]:
+    """What a build of the design would do otherwise than the one that made a bundle, one phrase each."""
+    recorded = bundle.build
+    today = json.loads(json.dumps({**describe(planned), "source_date_epoch": source_date_epoch()}))
+    for key in sorted((set(today) | set(recorded)) - _NOT_COMPARED):
+        if today.get(key) != recorded.get(key):
+            yield _WORDS.get(key, key)
+    yield from _changed_files(bundle)
+    if not _same_checkpoint(bundle, planned, report):
+        yield "the checkpoint"
+
+
+def _changed_files(bundle: Bundle) -> Iterator[str]:
+    """Files of a bundle that are not there, or not as long as they were built."""
+    for name, file in bundle.build["files"].items():
+        path = bundle.directory / name
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            yield f"{name}, which is damaged"
+
+
+def _same_checkpoint(bundle: Bundle, planned: Design, report: Reporter) -> bool:
+    """Whether a bundle was built from the checkpoint that a build would take."""
+    origin, directory = bundle.origin, planned.source.directory
+    wanted = commit_of(planned.source, planned.entry, report)
+    if wanted is not None:
+        return wanted == (origin.get("hf_id"), origin.get("revision"))
+    assert directory is not None  # without weights to fetch there is a folder
+    try:
+        remembered = read_object(_memory(bundle.directory))
+    except BadInput:
+        return False
+    now = {"build": _build_digest(bundle.directory), "stamps": _stamps(Checkpoint.open(directory))}
+    return bool(remembered == json.loads(json.dumps(now)))
+
+
+def _memory(bundle: Path) -> Path:
+    name = hashlib.sha256(str(bundle.resolve()).encode()).hexdigest()
+    return cache_folder() / "built" / f"{name}.json"
+
+
+def _build_digest(bundle: Path) -> str:
+    return hashlib.sha256((bundle / "build.json").read_bytes()).hexdigest()
+
+
+def _stamps(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    config = hashlib.sha256((checkpoint.directory / "config.json").read_bytes()).hexdigest()
+    others = [(path.name, path.stat()) for path in tokenizer_files(checkpoint.directory)]
+    return {
+        "config": config,
+        "files": [header.stamp for header in checkpoint.headers],
+        "tokenizer": [(name, status.st_size, status.st_mtime_ns) for name, status in others],
+    }

@@ -1,0 +1,181 @@
+"""Figures: what a bundle holds, needs and runs at, added up from its design without a weight and without torch.
+
+`zoo plan` prints them, and a bundle's card says them: they are computed here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from attrs import frozen
+
+from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
+from coreai_zoo.build.design import Design
+from coreai_zoo.build.preflight import asset_bytes, tokenizer_bytes
+from coreai_zoo.bundle.card import Machine, Needs
+from coreai_zoo.dtypes import packed_bytes
+from coreai_zoo.entry import Published
+from coreai_zoo.overlay import Role
+from coreai_zoo.recipes import QuantizationSpec
+from coreai_zoo.signature import StateSpec
+from coreai_zoo.weights.plan import PlannedTensor, active_share
+
+
+@frozen
+class RoleSum:
+    """The weights of one role, added up.
+
+    Attributes:
+        role: name of the role.
+        meaning: what they do, in words.
+        routed: whether it holds experts of which a token reads a few.
+        spec: how they are quantized, or None.
+        bytes: what they take in the bundle.
+        read: bytes of them that one decoded token reads.
+    """
+
+    role: str
+    meaning: str
+    routed: bool
+    tensors: int
+    parameters: int
+    spec: QuantizationSpec | None
+    bytes: int
+    read: int
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter, scales included."""
+        return 8 * self.bytes / self.parameters
+
+
+@frozen
+class Figures:
+    """The sizes and rates of a bundle.
+
+    Attributes:
+        design: of what is or would be built; its weights have sources when the checkpoint's headers were read.
+    """
+
+    design: Design
+
+    @property
+    def context(self) -> int:
+        """The number of positions that states are counted at."""
+        return self.design.max_context
+
+    @cached_property
+    def roles(self) -> tuple[RoleSum, ...]:
+        """The weights by role, in the order of the overlay's roles."""
+        weights = self.design.weights
+        return tuple(self._sum(weights.roles[name], tensors) for name, tensors in weights.by_role().items())
+
+    def _sum(self, role: Role, tensors: Sequence[PlannedTensor]) -> RoleSum:
+        stored = sum(tensor.format.bytes for tensor in tensors)
+        return RoleSum(
+            role=role.name,
+            meaning=role.meaning,
+            routed=role.routed,
+            tensors=len(tensors),
+            parameters=sum(tensor.parameters for tensor in tensors),
+            spec=self.design.recipe.spec(role),
+            bytes=stored,
+            read=round(stored * self._share_read(role)),
+        )
+
+    def _share_read(self, role: Role) -> float:
+        """The share of a role's weights that a token reads: one row of the embedding table, the chosen experts."""
+        if role.kind == "embedding":
+            return 1 / int(self.design.facts["vocab_size"])
+        share = active_share(role, self.design.facts)
+        assert share is not None, "nothing is designed without these facts"
+        return share
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter, scales included."""
+        return 8 * self.design.weights.stored_bytes / self.design.weights.parameters
+
+    @property
+    def tokenizer(self) -> int | None:
+        """Bytes of the tokenizer's files, None where they are not at hand."""
+        return tokenizer_bytes(self.design) or None
+
+    @property
+    def asset(self) -> int:
+        """Bytes of the asset: weights and graph."""
+        return asset_bytes(self.design)
+
+    @property
+    def bundle(self) -> int:
+        """Bytes of the bundle, without the tokenizer's files where those are not at hand."""
+        return self.asset + (self.tokenizer or 0)
+
+    @property
+    def read(self) -> int:
+        """Bytes of weights that a decoded token reads."""
+        return sum(role.read for role in self.roles)
+
+    @property
+    def dense_read(self) -> int:
+        """Bytes of weights that a decoded token would read if it read every expert; as `read` without experts."""
+        return sum(role.bytes if role.routed else role.read for role in self.roles)
+
+    @property
+    def _states(self) -> tuple[StateSpec, ...]:
+        return self.design.signatures[self.design.decode].states
+
+    @property
+    def states(self) -> Mapping[str, int]:
+        """Bytes of each state at `context` positions."""
+        return {
+            state.name: packed_bytes(
+                [self.context if isinstance(size, str) else size for size in state.shape], state.dtype
+            )
+            for state in self._states
+        }
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states at `context` positions."""
+        return sum(self.states.values())
+
+    @property
+    def growth(self) -> int:
+        """Bytes that the states grow by with each position."""
+        return sum(self.states[state.name] for state in self._states if state.kind == "kv_cache") // self.context
+
+    @property
+    def resident(self) -> int:
+        """Bytes that a machine has to hold to run the bundle: the asset and the states, and nothing of the engine's."""
+        return self.asset + self.state_bytes
+
+    @property
+    def published(self) -> tuple[Published, ...]:
+        """Measurements that others published of this entry with this recipe."""
+        entries = self.design.entry.published if self.design.entry else ()
+        return tuple(measured for measured in entries if measured.recipe == self.design.recipe.name)
+
+
+def needs(design: Design) -> Needs:
+    """What a machine needs to run the bundle of a design, for its card."""
+    figures = Figures(design)
+    # Of a miniature or a slice the rate would be that of its launches, not of its memory.
+    true_size = not design.sample and design.facts["layers"] == design.model.whole_facts["layers"]
+    return Needs(
+        asset=figures.asset,
+        states=figures.state_bytes,
+        growth=figures.growth,
+        resident=figures.resident,
+        machines=tuple(_machine(figures, chip) for chip in CHIPS) if true_size else (),
+        gathers=figures.dense_read > figures.read,
+        published=figures.published if true_size else (),
+        rate_source=f"{100 * EFFICIENCY:.0f} % of the memory's bandwidth, a share taken from {EFFICIENCY_SOURCE}",
+        fit_source=GPU_SHARE_SOURCE,
+    )
+
+
+def _machine(figures: Figures, chip: Chip) -> Machine:
+    rate = tokens_per_second(figures.read, chip.bandwidth, EFFICIENCY)
+    return Machine(chip.name, chip.smallest_memory(figures.resident), rate)

@@ -1,0 +1,221 @@
+"""What a command is asked about, and where its checkpoint is: an entry, a repository on the hub, or a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from coreai_zoo.build.model import config_of_entry
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.catalogue import find_entry, load_entries
+from coreai_zoo.checkpoint.files import CONFIG, INDEX, Checkpoint, TensorInfo, has_weights, read_config, read_index
+from coreai_zoo.checkpoint.hub import HubSource, Repository
+from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin
+from coreai_zoo.checkpoint.readme import read_front_matter
+from coreai_zoo.entry import Entry
+from coreai_zoo.errors import BadInput
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Subject:
+    """What is asked for. One of the three is there.
+
+    Attributes:
+        entry: the entry; None for a checkpoint that is taken as what its config says.
+        repository: the repository on the hub, where it is asked for by its own name.
+        directory: the folder that is asked for.
+    """
+
+    entry: Entry | None = None
+    repository: Repository | None = None
+    directory: Path | None = None
+
+
+def find_subject(text: str, plugins: Plugins) -> Subject:
+    """What `text` names: an entry by its name or file, a folder, or a repository on the hub.
+
+    A folder that is there goes before a repository of the same name, as in transformers; one that is called like an
+    entry is meant where it is written as a path. A repository that an entry names is that entry.
+
+    Raises:
+        BadInput: when it names nothing, with the nearest entries.
+        PluginError: when two plugins bring the entry.
+    """
+    entries = load_entries(plugins)
+    path = Path(text).expanduser()
+    if text in entries or text.endswith(".toml"):
+        return Subject(entry=find_entry(text, plugins)[0])
+    if text and path.is_dir():
+        return Subject(directory=path)
+    repository = Repository.parse(text)
+    if repository is not None:
+        named = [entry for entry, _ in entries.values() if entry.hf_id and entry.hf_id.lower() == repository.id.lower()]
+        if len(named) > 1:
+            names = " and ".join(entry.name for entry in named)
+            raise BadInput(f"{repository.id} is named by the entries {names}.", "Give the name of one of them.")
+        return Subject(entry=named[0] if named else None, repository=repository)
+    if "/" in text or text.startswith((".", "~")):
+        raise BadInput(
+            f"{text} is no folder, and not the name of a repository on the hub.",
+            "Give an entry's name (`zoo list` shows them), a repository 'owner/name', or a folder that is there.",
+        )
+    return Subject(entry=find_entry(text, plugins)[0])
+
+
+def subject_of(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) -> Subject:
+    """What a request is about; `entry` where it is at hand.
+
+    Raises:
+        BadInput: when it names nothing, or two checkpoints.
+        PluginError: when two plugins bring the entry.
+    """
+    if entry is not None:
+        subject = Subject(entry=entry)
+    elif request.model is not None:
+        subject = find_subject(request.model, plugins)
+    elif request.checkpoint is None:
+        raise BadInput("There is nothing to look at.", "Name an entry or a repository, or pass --checkpoint DIR.")
+    else:
+        return Subject(directory=request.checkpoint)
+    if request.checkpoint is not None and subject.entry is None:
+        raise BadInput(f"{request.model} and --checkpoint name two checkpoints.", "Leave one of them out.")
+    if request.sample and subject.entry is None:
+        raise BadInput(f"{request.model} is no entry, and only entries have samples.", "`zoo list` shows them.")
+    return subject
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where its checkpoint is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Source:
+    """The checkpoint of what is asked for.
+
+    Attributes:
+        hf_config: content of its `config.json`.
+        directory: its folder; None where the entry's facts are all there is.
+        origin: where it comes from.
+        licence: of its weights.
+        card: the front matter of its card.
+        hub: fetches its weights; None where there is nothing to fetch.
+    """
+
+    hf_config: Mapping[str, Any]
+    directory: Path | None = None
+    origin: Origin = field(factory=Origin)
+    licence: Licence = field(factory=Licence)
+    card: Mapping[str, Any] = field(factory=dict)
+    hub: HubSource | None = None
+
+    @property
+    def unfetched(self) -> bool:
+        """Whether weights are still to be fetched."""
+        return self.hub is not None and not self.hub.complete
+
+    def open(self, *, need_weights: bool) -> Checkpoint | None:
+        """The checkpoint; None where there are no weights, and none are needed yet."""
+        if self.directory is None or self.unfetched or not (need_weights or has_weights(self.directory)):
+            return None
+        return Checkpoint.open(self.directory)
+
+    def tensors(self, opened: Checkpoint | None) -> Mapping[str, TensorInfo | None] | None:
+        """The checkpoint's tensors; of an index without weights their names; None where neither is there."""
+        if opened is not None:
+            return opened.tensors
+        if self.directory is None or not (self.directory / INDEX).is_file():
+            return None
+        return dict.fromkeys(sorted(read_index(self.directory)))
+
+
+def find_source(subject: Subject, request: BuildRequest, plugins: Plugins, report: Reporter) -> Source:
+    """Where the checkpoint of a request is. Of a repository on the hub, what is small is fetched.
+
+    A dry request for an entry takes the entry's facts, and one for a repository fetches config and index alone.
+
+    Raises:
+        BadInput: when there is no such checkpoint.
+        EnvironmentLacks: when the hub, or what is asked of it, cannot be reached.
+    """
+    entry = subject.entry
+    directory = request.checkpoint or subject.directory
+    if directory is not None:
+        return _of_folder(directory, entry, plugins)
+    if request.sample:
+        assert entry is not None
+        directory = entry.sample_directory()
+        return Source(read_config(directory), directory, Origin("sample"))
+    if request.dry and subject.repository is None:
+        assert entry is not None
+        hint = "Pass --checkpoint DIR with a folder that holds the model's config.json."
+        return Source(config_of_entry(entry, plugins, hint))
+    repository = subject.repository or _repository_of(entry)
+    hub = HubSource.open(repository, report)
+    directory = hub.fetch_small((CONFIG, INDEX) if request.dry else None)
+    # The hub's own is the same, and there also for those who do not fetch the README.
+    card = read_front_matter(directory) or (hub.listing.card if hub.listing else {})
+    return _source(directory, Origin("hub", hub.id, hub.commit), card, entry, hub)
+
+
+def commit_of(source: Source, entry: Entry | None, report: Reporter) -> tuple[str, str] | None:
+    """Repository and commit of what a build would take its weights from; None for a folder that is on no hub.
+
+    Raises:
+        EnvironmentLacks: when the entry names no commit, and the hub cannot be asked for the newest.
+    """
+    if source.directory is None:
+        repository = _repository_of(entry)
+        return repository.id, repository.revision or HubSource.open(repository, report).commit
+    origin = source.origin
+    if origin.kind == "hub" and origin.hf_id and origin.revision:
+        return origin.hf_id, origin.revision
+    return None
+
+
+def _repository_of(entry: Entry | None) -> Repository:
+    assert entry is not None
+    if entry.hf_id is None:
+        raise BadInput(f"Entry {entry.name} names no repository to fetch a checkpoint from.", "Pass --checkpoint DIR.")
+    return Repository(entry.hf_id, entry.hf_revision)
+
+
+def _of_folder(directory: Path, entry: Entry | None, plugins: Plugins) -> Source:
+    card = read_front_matter(directory)
+    commits = {entry.hf_revision: entry.hf_id for entry, _ in load_entries(plugins).values()}
+    known = {commit: hf_id for commit, hf_id in commits.items() if commit and hf_id}
+    return _source(directory, find_origin(directory, read_config(directory), card, known), card, entry)
+
+
+def _source(
+    directory: Path, origin: Origin, card: Mapping[str, Any], entry: Entry | None, hub: HubSource | None = None
+) -> Source:
+    stated = (entry.hf_id, entry.licence) if entry else (None, None)
+    return Source(read_config(directory), directory, origin, find_licence(directory, card, origin, stated), card, hub)
+
+
+def other_model(origin: Origin, entry: Entry, plugins: Plugins) -> str | None:
+    """The evidence that a checkpoint is of another model than an entry's, as a phrase; None where there is none.
+
+    A model that was made from the entry's is not another one. One that was made from a sibling's, or from the base
+    model of a sibling, is.
+    """
+    if entry.hf_id is None:
+        return None
+    own = entry.hf_id.lower()
+    if origin.hf_id is not None:
+        return None if origin.hf_id.lower() == own else f"it is {origin}, the entry is of {entry.hf_id}"
+    bases = [base.lower().removesuffix("-base") for base in origin.made_from]
+    siblings = {other.hf_id.lower() for other, _ in load_entries(plugins).values() if other.hf_id}
+    if own in bases or not siblings & set(bases):
+        return None
+    return f"it is {origin}, the entry is of {entry.hf_id}"

@@ -1,0 +1,182 @@
+"""Where a checkpoint comes from, as far as something shows it: evidence, never assumption.
+
+Models of one family have the same sizes and the same keys, so a config says nothing about which of them a folder holds.
+What does, from the strongest to the weakest: the commit that was fetched, which is in the path of a snapshot in the
+Hugging Face cache; the metadata that `hf download --local-dir` leaves beside the files; the front matter of a
+README.md; and `_name_or_path` in the config. The last two may name the model that this one was made from, and are told
+as that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import frozen
+
+from coreai_zoo.checkpoint.readme import texts
+from coreai_zoo.entry import HF_ID
+
+Kind = Literal["sample", "hub", "download", "readme", "config", "none"]
+
+_PHRASES: Mapping[Kind, str] = {
+    "sample": "the sample that ships with the entry",
+    "hub": "fetched from the Hugging Face hub",
+    "download": "by the metadata that its download left beside it",
+    "readme": "by its model card",
+    "config": "by _name_or_path in its config.json",
+    "none": "not known",
+}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SNAPSHOT = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
+_ON_HUB = re.compile(rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/({HF_ID})(?:/.*)?")
+
+
+@frozen
+class Origin:
+    """Where a checkpoint comes from.
+
+    Attributes:
+        kind: what shows it.
+        hf_id: the repository that it is; None where that is not known.
+        revision: its commit there; None where that is not known.
+        made_from: repositories of which one is this model or the one that it was made from.
+    """
+
+    kind: Kind = "none"
+    hf_id: str | None = None
+    revision: str | None = None
+    made_from: tuple[str, ...] = ()
+
+    @property
+    def proven(self) -> bool:
+        """Whether repository and commit are known from where the files lie, not from what a file says."""
+        return self.kind in ("hub", "download") and None not in (self.hf_id, self.revision)
+
+    @property
+    def how(self) -> str:
+        """What shows it, in words, with the commit."""
+        return _PHRASES[self.kind] + (f" at commit {self.revision}" if self.revision else "")
+
+    def __str__(self) -> str:
+        if self.hf_id is not None:
+            return f"{self.hf_id}, {self.how}"
+        if self.made_from:
+            return f"{' or '.join(self.made_from)}, or a model made from it, {self.how}"
+        return f"of a repository that is not known, {self.how}" if self.revision else self.how
+
+
+def find_origin(
+    directory: Path, config: Mapping[str, Any], card: Mapping[str, Any], commits: Mapping[str, str]
+) -> Origin:
+    """The origin of the checkpoint in a folder.
+
+    Args:
+        directory: the folder.
+        config: its `config.json`.
+        card: the front matter of its README.md, see `read_front_matter`.
+        commits: repositories that are known, by a commit of each.
+    """
+    if inside := _SNAPSHOT.fullmatch(directory.absolute().as_posix()):
+        return Origin("hub", f"{inside[1]}/{inside[2]}", inside[3])
+    revision = _downloaded_commit(directory)
+    if revision is not None and revision in commits:
+        return Origin("download", commits[revision], revision)
+    hf_id, made_from = _named_by_card(card)
+    if hf_id is not None:
+        return Origin("readme", hf_id, revision, made_from)
+    if made_from:
+        return Origin("readme", None, revision, made_from)
+    name = config.get("_name_or_path")
+    if isinstance(name, str) and re.fullmatch(HF_ID, name):
+        return Origin("config", None, revision, (name,))
+    return Origin("download" if revision else "none", None, revision)
+
+
+def _downloaded_commit(directory: Path) -> str | None:
+    """The commit that `hf download --local-dir` fetched `directory` at; None where files are of several, or of none."""
+    folder = directory / ".cache" / "huggingface" / "download"
+    found = set()
+    for path in folder.glob("*.metadata"):
+        if path.name.removesuffix(".metadata") == "config.json" or path.name.endswith(".safetensors.metadata"):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            found.add(lines[0].strip() if lines else "")
+    commit = found.pop() if len(found) == 1 else ""
+    return commit if _COMMIT.fullmatch(commit) else None
+
+
+def _named_by_card(card: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """The repository that a card is of, and those that its model was made from.
+
+    A card rarely names its own repository. Where `license_link` leads to a file in a repository that is not one of
+    those that the model was made from, that is it, as in the cards of Qwen (huggingface.co/Qwen/Qwen3.5-4B-Base).
+    """
+    bases = card.get("base_model")
+    made_from = tuple(dict.fromkeys(text for text in texts(bases) if re.fullmatch(HF_ID, text)))
+    linked = next((match[1] for link in texts(card.get("license_link")) if (match := _ON_HUB.fullmatch(link))), None)
+    if linked is None or linked in made_from or card.get("base_model_relation") is not None:
+        return None, made_from or ((linked,) if linked else ())
+    return (linked, ()) if not made_from else (None, (linked, *made_from))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Licence
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Licence:
+    """The licence of a checkpoint's weights.
+
+    Attributes:
+        id: as the hub spells it, `apache-2.0` for example, or `other`; None where it is not known.
+        name: what an `other` one is called, where that is known.
+        link: where its text is, where that is known.
+        source: what says so, in words; None where it is not known.
+    """
+
+    id: str | None = None
+    name: str | None = None
+    link: str | None = None
+    source: str | None = None
+
+
+# The first words of the texts that nearly all open checkpoints come with.
+_LICENCE_TEXTS = {
+    "apache-2.0": re.compile(r"\s*Apache License\s+Version 2\.0, January 2004"),
+    "mit": re.compile(r"\s*(?:The )?MIT License\b"),
+}
+
+
+def find_licence(
+    directory: Path, card: Mapping[str, Any], origin: Origin, stated: tuple[str | None, str | None]
+) -> Licence:
+    """The licence of the weights in `directory`: what the card says, or the licence's own text, or else the entry.
+
+    Args:
+        directory: the checkpoint's folder.
+        card: its card's front matter.
+        origin: where it comes from.
+        stated: a repository and its licence as an entry has them, which hold if that is where it comes from.
+    """
+    named = next(texts(card.get("license")), None)
+    if named is not None:
+        name, link = (next(texts(card.get(key)), None) for key in ("license_name", "license_link"))
+        return Licence(named, name, _address(link, origin), "the checkpoint's model card")
+    for path in sorted(directory.glob("LICENSE*")):
+        text = path.read_text(encoding="utf-8", errors="replace")[:400] if path.is_file() else ""
+        for licence, beginning in _LICENCE_TEXTS.items():
+            if beginning.match(text):
+                return Licence(licence, source=f"the checkpoint's {path.name}")
+    hf_id, licence_of_entry = stated
+    same = hf_id is not None and hf_id.lower() == (origin.hf_id or "").lower()
+    return Licence(licence_of_entry, source="the zoo's entry") if same and licence_of_entry else Licence()
+
+
+def _address(link: str | None, origin: Origin) -> str | None:
+    """A link as an address: one that is none is the name of a file in the repository."""
+    if link is None or link.startswith(("https://", "http://")):
+        return link
+    return f"https://huggingface.co/{origin.hf_id}/blob/{origin.revision or 'main'}/{link}" if origin.hf_id else None
