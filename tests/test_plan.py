@@ -33,7 +33,9 @@ from coreai_zoo.overlay import LayerRewrite, WeightMap
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.plugins import Plugins, default_plugins
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
 from coreai_zoo_overlays import qwen3_5
+from coreai_zoo_qwen36 import plugin as qwen36_plugin
 from decoders import OVERLAY
 from toy_plugin import ToyOverlay, ToyPlugin
 from toys import host, write_entry
@@ -49,7 +51,7 @@ def planned(plugins: Plugins | None = None, **asked: Any) -> Plan:
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Plan]:
     """Of every entry of the family, with its own recipe."""
-    return {name: planned(entry=name) for name in load_entries(default_plugins())}
+    return {name: planned(model=name) for name in load_entries(default_plugins())}
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_an_entry_for_text_checkpoints_alone_is_planned_from_its_facts(tmp_path:
     path = tmp_path / "text-only.toml"
     text = Path("zoo_entries/qwen3.6-27b.toml").read_text(encoding="utf-8")
     path.write_text(text.replace('["qwen3_5", "qwen3_5_text"]', '["qwen3_5_text"]').replace(DENSE, "text-only"))
-    assert planned(entry=str(path)).roles == plans[DENSE].roles
+    assert planned(model=str(path)).roles == plans[DENSE].roles
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -187,7 +189,7 @@ def test_an_overlay_with_experts_has_to_tell_how_many_are_read(
 
 @pytest.mark.parametrize("context", [8, 1000, 32768])
 def test_states_are_counted_at_the_context(context: int) -> None:
-    plan = planned(entry=DENSE, max_context=context)
+    plan = planned(model=DENSE, max_context=context)
     pair, conv, recurrent = 16 * 4 * 256 * 2, 48 * 10_240 * 3 * 2, 48 * 48 * 128 * 128 * 2
     assert dict(plan.states) == {
         "keyCache": pair * context,
@@ -224,7 +226,7 @@ def test_an_entry_that_states_too_little_says_what_is_lacking(tmp_path: Path) ->
     text = Path("zoo_entries/qwen3.5-2b.toml").read_text(encoding="utf-8")
     path.write_text(text.replace("hidden_size = 2048\n", ""), encoding="utf-8")
     with pytest.raises(BadInput, match=r"qwen3\.5-2b states too little .*hidden_size not known.*--checkpoint DIR"):
-        planned(entry=str(path))
+        planned(model=str(path))
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,49 @@ class OverlayPlugin(ToyPlugin):
     @hookimpl
     def zoo_claim_overlay(self, model_type: str) -> ToyOverlay:
         return self.overlay
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What `zoo show` says of the same
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def with_head_block(size: int) -> Plugins:
+    """The family with another head policy."""
+
+    class Policy:
+        @hookimpl
+        def zoo_head_quantization(self) -> HeadQuantization:
+            return HeadQuantization(QuantizationSpec("int8", "symmetric", size), "as a test wants it")
+
+    plugins = Plugins()
+    plugins.register(builtin, "coreai")
+    plugins.register(Policy(), "policy")
+    plugins.register(qwen36_plugin, "qwen36")
+    return plugins
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("name", [DENSE, MOE])
+def test_show_and_plan_tell_the_same_of_every_role(name: str, size: int) -> None:
+    plugins = with_head_block(size)
+
+    shown = json.loads(zoo("show", name, "--json", plugins=plugins).stdout)["recipe_by_role"]
+
+    made = planned(plugins, model=name)
+    assert shown == {role.role: None if role.spec is None else str(role.spec) for role in made.roles}
+    assert shown["head"] == f"int8 block {size} symmetric"
+
+
+def test_show_claims_no_head_block_for_an_entry_that_states_too_little(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    text = Path("zoo_entries/qwen3.5-2b.toml").read_text(encoding="utf-8")
+    path.write_text(text.replace("hidden_size = 2048\n", ""), encoding="utf-8")
+
+    shown = json.loads(zoo("show", path, "--json", plugins=with_head_block(16)).stdout)["recipe_by_role"]
+
+    assert shown["head"] == "int8, as the overlay decides when it sees a config"
+    assert shown["body"] == "int8 block 32 symmetric_with_clipping"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,7 +487,7 @@ def test_an_entry_whose_facts_contradict_each_other_is_refused(tmp_path: Path) -
     assert "\nlayers = 24\n" in text
     path.write_text(text.replace("\nlayers = 24\n", "\nlayers = 30\n"), encoding="utf-8")
     with pytest.raises(BadInput, match="linear_attention_layers is 18, and the other facts make it 2"):
-        planned(entry=str(path))
+        planned(model=str(path))
 
 
 def test_the_efficiency_is_what_the_published_measurement_reaches(plans: Mapping[str, Plan]) -> None:
