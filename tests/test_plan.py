@@ -327,8 +327,8 @@ def with_head_block(size: int) -> Plugins:
 
     plugins = Plugins()
     plugins.register(builtin, "coreai")
-    plugins.register(Policy(), "policy")
     plugins.register(qwen36_plugin, "qwen36")
+    plugins.register(Policy(), "policy")
     return plugins
 
 
