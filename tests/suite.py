@@ -59,6 +59,7 @@ THOROUGH = frozenset(
         "parity",
         "preflight",
         "publish",
+        "read_only",
         "reproducible",
         "resume",
         "samples",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from attrs import evolve, frozen
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, without_measurements
 from coreai_zoo.bundle.layout import file_digests
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
 from coreai_zoo.cli.gate import show
 from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
@@ -23,6 +26,7 @@ from coreai_zoo.gates.report import damage, markdown, render, totals
 from coreai_zoo.gates.run import failure
 from coreai_zoo.gates.teacher_forced import GateReport, Models, Runner, gate, run_oracle
 from coreai_zoo.gates.transcript import Run, replace, to_json, transcript, write, write_card
+from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 
@@ -136,8 +140,59 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle.open(directory)
 
 
+def text_of(token: int) -> str | None:
+    """Texts that a terminal or a page would obey, or not show."""
+    return None if token == -1 else f" <{token}>\x1b[31m\u202e\n"
+
+
 def record_of(bundle: Bundle, report: GateReport, gates: Sequence[GateResult] = ()) -> dict[str, Any]:
-    return transcript(Run(bundle, "the oracle", "the control", ["toy", "-p", "it's"], {"judge": 1.0}, gates), report)
+    run = Run(bundle, "the oracle", "the control", ["toy", "-p", "it's"], {"judge": 1.0}, gates, text_of)
+    return transcript(run, report)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts of tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flip_is_shown_with_the_texts_of_both_tokens(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    record = record_of(bundle, judged(flip_at=6))
+    (flip,) = (position for position in record["prompts"][0]["positions"] if position["verdict"] == "FLIP")
+    assert (flip["oracle_text"], flip["candidate_text"]) == (text_of(flip["oracle"]), text_of(flip["candidate"]))
+
+    show([record])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "instead of" in line)
+    ours, theirs = (f'{flip[whose]} " <{flip[whose]}>\\u001b[31m\\u202e\\n"' for whose in ("candidate", "oracle"))
+    assert f'after "<6>" {ours} instead of {theirs}, oracle margin' in line
+    page = render(record)
+    assert f"<code>{html.escape(theirs, quote=False)}".replace('"', "&#34;") in page
+    assert f"<code>{html.escape(ours, quote=False)}".replace('"', "&#34;") in page
+    assert not {"\x1b", "\u202e"} & {*line, *page}
+
+
+def test_a_position_without_a_token_and_a_transcript_of_before_are_shown_by_id(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(bundle, judged(flip_at=6))
+    for prompt in record["prompts"]:
+        for position in prompt.get("positions", ()):
+            del position["oracle_text"]
+            position["candidate_text"] = None
+
+    show([record])
+    assert re.search(r'after "<6>" \d+ instead of \d+, oracle margin', capsys.readouterr().out)
+    assert "<code>" in render(record)
+
+
+def test_the_text_of_a_token_is_its_name_where_it_is_a_part_of_a_character() -> None:
+    tokenizer = load_tokenizer(find_entry("qwen3.6-27b", default_plugins())[0].sample_directory())
+    parts = tokenizer.encode("\u4e2d").ids
+
+    assert token_text(tokenizer, tokenizer.encode("def").ids[0]) == "def"
+    assert token_text(tokenizer, 0) == "<|endoftext|>"
+    assert len(parts) > 1 and token_text(tokenizer, parts[0]) == tokenizer.id_to_token(parts[0])
+    assert token_text(tokenizer, -1) is None
+    assert token_text(tokenizer, 10**6) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ from coreai_zoo.overlay import LayerRewrite, WeightMap
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.plugins import Plugins, default_plugins
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
 from coreai_zoo_overlays import qwen3_5
+from coreai_zoo_qwen36 import plugin as qwen36_plugin
 from decoders import OVERLAY
 from toy_plugin import ToyOverlay, ToyPlugin
 from toys import host, write_entry
@@ -308,6 +310,49 @@ class OverlayPlugin(ToyPlugin):
     @hookimpl
     def zoo_claim_overlay(self, model_type: str) -> ToyOverlay:
         return self.overlay
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What `zoo show` says of the same
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def with_head_block(size: int) -> Plugins:
+    """The family with another head policy."""
+
+    class Policy:
+        @hookimpl
+        def zoo_head_quantization(self) -> HeadQuantization:
+            return HeadQuantization(QuantizationSpec("int8", "symmetric", size), "as a test wants it")
+
+    plugins = Plugins()
+    plugins.register(builtin, "coreai")
+    plugins.register(qwen36_plugin, "qwen36")
+    plugins.register(Policy(), "policy")
+    return plugins
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("name", [DENSE, MOE])
+def test_show_and_plan_tell_the_same_of_every_role(name: str, size: int) -> None:
+    plugins = with_head_block(size)
+
+    shown = json.loads(zoo("show", name, "--json", plugins=plugins).stdout)["recipe_by_role"]
+
+    made = planned(plugins, model=name)
+    assert shown == {role.role: None if role.spec is None else str(role.spec) for role in made.roles}
+    assert shown["head"] == f"int8 block {size} symmetric"
+
+
+def test_show_claims_no_head_block_for_an_entry_that_states_too_little(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    text = Path("zoo_entries/qwen3.5-2b.toml").read_text(encoding="utf-8")
+    path.write_text(text.replace("hidden_size = 2048\n", ""), encoding="utf-8")
+
+    shown = json.loads(zoo("show", path, "--json", plugins=with_head_block(16)).stdout)["recipe_by_role"]
+
+    assert shown["head"] == "int8, as the overlay decides when it sees a config"
+    assert shown["body"] == "int8 block 32 symmetric_with_clipping"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from coreai_zoo.build.request import (
     BuildRequest,
 )
 from coreai_zoo.build.source import Source, Subject, find_source, other_model, subject_of
-from coreai_zoo.build.workspace import check_output_folder
 from coreai_zoo.catalogue import find_backend, find_contract, find_recipe
 from coreai_zoo.checkpoint.files import Checkpoint, TensorInfo
 from coreai_zoo.checkpoint.tokenizer import check_tokenizer
@@ -220,7 +219,6 @@ def design(
     recipe = find_recipe(request.recipe or (entry.recipe if entry else DEFAULT_RECIPE), plugins)
     if not request.dry:
         _ = backend.versions  # refuses another version of the toolchain
-        check_output_folder(request.output)
     date = 0 if request.dry else source_date_epoch()
 
     source = source or find_source(subject, request, plugins, report or Reporter())

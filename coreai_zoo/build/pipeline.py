@@ -19,7 +19,7 @@ from coreai_zoo.build.existing import find_existing, remember
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.record import write_records
 from coreai_zoo.build.request import BuildRequest
-from coreai_zoo.build.workspace import Workspace
+from coreai_zoo.build.workspace import Workspace, check_output_folder
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.verify import require, verify
 from coreai_zoo.errors import listing
@@ -74,6 +74,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
     with ExitStack() as stack:
         stack.enter_context(_rare_collections())
         with report.stage("resolve", str(request.model or request.checkpoint)):
+            check_output_folder(request.output)
             designed = design(request, plugins, report=report)
             report.note(f"origin: {designed.source.origin}")
             if designed.standing is not None:

@@ -97,6 +97,15 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str | None:
+    """The text of one token, its name in the vocabulary where it is but a part of a character; None for no token."""
+    name: str | None = tokenizer.id_to_token(token) if token >= 0 else None
+    if name is None:
+        return None
+    text: str = tokenizer.decode([token], skip_special_tokens=False)
+    return name if not text or "\N{REPLACEMENT CHARACTER}" in text else text
+
+
 def copy_tokenizer(checkpoint: Path, destination: Path, classes: Mapping[str, str]) -> None:
     """Copy the checkpoint's tokenizer files to `destination`, its class under the name by which engines know it."""
     destination.mkdir()

@@ -176,14 +176,16 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _show_flips(record: Mapping[str, Any]) -> None:
+    from coreai_zoo.gates.report import quoted, token
+
     for prompt in record["prompts"]:
         flips = [position for position in prompt.get("positions", ()) if position["verdict"] == "FLIP"]
         for position in sorted(flips, key=lambda flip: -flip["margin"])[:_SHOWN_FLIPS]:
             source = position.get("attribution")
-            click.echo(
-                f"  {prompt['name']} position {position['index']}: after {prompt['pieces'][position['index']]!r} "
-                f"{position['candidate']} instead of {position['oracle']}, oracle margin {position['margin']:.3f}"
-                + (f", from {source}" if source else "")
+            print_text(
+                f"  {prompt['name']} position {position['index']}: after {quoted(prompt['pieces'][position['index']])} "
+                f"{token(position, 'candidate')} instead of {token(position, 'oracle')}, oracle margin "
+                f"{position['margin']:.3f}" + (f", from {source}" if source else "")
             )
         if len(flips) > _SHOWN_FLIPS:
             click.echo(f"  {prompt['name']}: {len(flips) - _SHOWN_FLIPS} more flips, of smaller margins, in the report")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -18,7 +16,6 @@ from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
-from coreai_zoo.recipes import QuantizationSpec
 
 
 @click.command("show")
@@ -41,10 +38,10 @@ def show(ctx: click.Context, model: str, as_json: bool) -> None:
     entry = find_subject(model, plugins).entry
     if entry is None:
         found = design(BuildRequest(model, dry=True), plugins, report=Reporter(silent=as_json))
-        known, rows, facts, recipe = _of_checkpoint(found), _rows_of_checkpoint(found), found.facts, found.stored_roles
+        known, rows, facts, stored = _of_checkpoint(found), _rows_of_checkpoint(found), found.facts, _stored(found)
         title, name = found.label, found.recipe.name
     else:
-        recipe = _recipe_by_role(entry, plugins)
+        stored = _recipe_by_role(entry, plugins)
         plugin = find_entry(model, plugins)[1] if model.endswith(".toml") else find_entry(entry.name, plugins)[1]
         known, rows, facts = (
             {**attrs.asdict(entry), "plugin": plugin},
@@ -52,7 +49,6 @@ def show(ctx: click.Context, model: str, as_json: bool) -> None:
             entry.facts.stated,
         )
         title, name = entry.name, entry.recipe
-    stored = {role: None if spec is None else str(spec) for role, spec in recipe.items()}
     if as_json:
         print_json({**known, "facts": dict(facts), "recipe_by_role": stored})
         return
@@ -61,12 +57,20 @@ def show(ctx: click.Context, model: str, as_json: bool) -> None:
     print_rows([(role, spec or "not quantized") for role, spec in stored.items()], title=f"recipe {name}")
 
 
-def _recipe_by_role(entry: Entry, plugins: Plugins) -> Mapping[str, QuantizationSpec | None]:
+def _recipe_by_role(entry: Entry, plugins: Plugins) -> dict[str, str | None]:
     """How a weight of each role is stored; of an entry that states too little to know its roles, of each kind."""
-    specs: Mapping[str, QuantizationSpec | None] = find_recipe(entry.recipe, plugins).specs
-    with contextlib.suppress(BadInput):
-        specs = design(BuildRequest(entry.name, dry=True), plugins, entry).stored_roles
-    return specs
+    recipe = find_recipe(entry.recipe, plugins)
+    try:
+        return _stored(design(BuildRequest(entry.name, dry=True), plugins, entry))
+    except BadInput:
+        stored = {kind: None if spec is None else str(spec) for kind, spec in recipe.specs.items()}
+    if (head := recipe.specs["head"]) is not None:  # the recipe says whether, the overlay how, and that by a config
+        stored["head"] = f"{head.dtype}, as the overlay decides when it sees a config"
+    return stored
+
+
+def _stored(found: Design) -> dict[str, str | None]:
+    return {role: None if spec is None else str(spec) for role, spec in found.stored_roles.items()}
 
 
 def _rows_of_entry(entry: Entry, plugin: str) -> list[tuple[str, object]]:

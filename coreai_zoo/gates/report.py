@@ -7,7 +7,6 @@ import math
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from coreai_zoo.gates.charts import Chart, Line, Mark, Rule, decades
@@ -37,7 +36,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
     environment.filters |= {
         "bytes": "{:,}".format,
         "significant": significant,
-        "quoted": partial(json.dumps, ensure_ascii=False),  # shows a token's white space; the page escapes it
+        "quoted": quoted,  # shows a token's white space; the page escapes it
     }
     judged = [prompt for prompt in record["prompts"] if prompt["judged"]]
     return environment.get_template("report.html.j2").render(
@@ -55,6 +54,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         role_names={name: role["meaning"] for name, role in (record["bundle"].get("roles") or {}).items()},
         routed=any(position["router_margin"] is not None for prompt in judged for position in prompt["positions"]),
         command=command(record),
+        token=token,
     )
 
 
@@ -150,6 +150,20 @@ def damage(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"layer": worst - 1, "share": added[worst] / (sum(added) or 1.0), "last": errors[-1]}
 
 
+def quoted(text: str) -> str:
+    """Text of a token in quotes, in which nothing is left that a terminal or a page would obey, or not show."""
+    return "".join(
+        character if character.isprintable() else json.dumps(character)[1:-1]
+        for character in json.dumps(text, ensure_ascii=False)
+    )
+
+
+def token(position: Mapping[str, Any], whose: str) -> str:
+    """The token that `oracle` or `candidate` chose at a position: its id, and its text where the transcript has one."""
+    text = position.get(f"{whose}_text")
+    return str(position[whose]) if text is None else f"{position[whose]} {quoted(text)}"
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """A measure as text: three significant digits, "not finite" for null."""
     if value is None:
@@ -185,7 +199,10 @@ def _roles(weights: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
 
 def _describe(prompt: Mapping[str, Any], position: Mapping[str, Any]) -> str:
     piece = prompt["pieces"][position["index"]]
-    text = f"position {position['index']}, after {piece!r}: {position['verdict']}, margin {position['margin']:.3f}"
+    text = f"position {position['index']}, after {quoted(piece)}: {position['verdict']}, "
+    if position["verdict"] != "match":
+        text += f"{token(position, 'candidate')} instead of {token(position, 'oracle')}, "
+    text += f"margin {position['margin']:.3f}"
     if position["max_abs_logit_error"] is not None:
         text += f", largest logit error {position['max_abs_logit_error']:.3f}"
     if position.get("attribution"):

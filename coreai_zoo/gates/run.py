@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,7 @@ from coreai_zoo.bundle.verify import backend_of, require_unchanged
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.files import Checkpoint, read_config
 from coreai_zoo.checkpoint.hub import find_cached
-from coreai_zoo.checkpoint.tokenizer import load_tokenizer
+from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
 from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing
 from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates import prompts, report, transcript
@@ -142,6 +143,7 @@ def run_gate(
             [subject.bundle.directory.name, *options.arguments],
             progress.seconds,
             _run_plugin_gates(subject, plugins, checkpoint),
+            partial(token_text, load_tokenizer(subject.bundle.tokenizer)),
         )
         records.append(transcript.transcript(run, judged))
     return records

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Run:
         command: arguments of `zoo gate` that repeat it, without the machine's paths.
         seconds: time that each stage took.
         gates: what plugins' gates found.
+        text_of: the text of a token by its id, None where there is none.
     """
 
     bundle: Bundle
@@ -53,6 +54,7 @@ class Run:
     command: Sequence[str]
     seconds: Mapping[str, float]
     gates: Sequence[GateResult] = ()
+    text_of: Callable[[int], str | None] = lambda _token: None
 
 
 def transcript(run: Run, report: GateReport) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def transcript(run: Run, report: GateReport) -> dict[str, Any]:
             "weak_fraction": WEAK_FRACTION,
             "command": list(run.command),
         },
-        "prompts": [_prompt(result, quantized=report.quantized) for result in report.results],
+        "prompts": [_prompt(result, run.text_of, quantized=report.quantized) for result in report.results],
         "gates": [attrs.asdict(gate) for gate in run.gates],
         "environment": _environment(run),
     }
@@ -122,7 +124,7 @@ def _environment(run: Run) -> dict[str, Any]:
     }
 
 
-def _prompt(result: PromptResult, *, quantized: bool) -> dict[str, Any]:
+def _prompt(result: PromptResult, text_of: Callable[[int], str | None], *, quantized: bool) -> dict[str, Any]:
     prompt = result.prompt
     record = {
         "name": prompt.name,
@@ -142,7 +144,7 @@ def _prompt(result: PromptResult, *, quantized: bool) -> dict[str, Any]:
         "bounds": None if result.bounds is None else attrs.asdict(result.bounds),
         "checks": [attrs.asdict(check) | {"passed": check.passed} for check in result.checks],
         "stop": None if result.stop is None else {"token": prompt.stop, **attrs.asdict(result.stop)},
-        "positions": _positions(result.verdict, result.control, result.bounds, quantized=quantized),
+        "positions": _positions(result.verdict, result.control, result.bounds, text_of, quantized=quantized),
         "hidden_error": result.verdict.hidden_error,
         "control": None
         if result.control is None
@@ -155,12 +157,18 @@ def _prompt(result: PromptResult, *, quantized: bool) -> dict[str, Any]:
 
 
 def _positions(
-    verdict: Verdict, control: Verdict | None, bounds: Bounds | None, *, quantized: bool
+    verdict: Verdict,
+    control: Verdict | None,
+    bounds: Bounds | None,
+    text_of: Callable[[int], str | None],
+    *,
+    quantized: bool,
 ) -> list[dict[str, Any]]:
     rows = []
     gap = (bounds and bounds.router_gap) or 0.0
     for position in verdict.positions:
         row = attrs.asdict(position) | {"verdict": position.verdict, "near_tie": position.near_tie(gap)}
+        row |= {"oracle_text": text_of(position.oracle), "candidate_text": text_of(position.candidate)}
         if control is not None:
             theirs = control.positions[position.index]
             row["attribution"] = attribution(position, control, quantized=quantized)
