@@ -315,7 +315,7 @@ def _differences(
     if request.sample:  # another size on purpose
         return ()
     differences = compare_facts(entry, model.whole_facts)  # of a slice, the whole is compared
-    if other := other_model(source.origin, entry, plugins):
+    if other := other_model(source, entry, plugins):
         differences = (*differences, other)
     if differences and not request.custom:
         raise BadInput(

@@ -15,6 +15,7 @@ from coreai_zoo.checkpoint.files import CONFIG, INDEX, Checkpoint, TensorInfo, h
 from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin
 from coreai_zoo.checkpoint.readme import read_front_matter
+from coreai_zoo.checkpoint.tokenizer import chat_templates
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, ZooError
 from coreai_zoo.plugins import Plugins
@@ -220,19 +221,32 @@ def _entries(plugins: Plugins) -> list[Entry]:
         return []
 
 
-def other_model(origin: Origin, entry: Entry, plugins: Plugins) -> str | None:
+def other_model(source: Source, entry: Entry, plugins: Plugins) -> str | None:
     """The evidence that a checkpoint is of another model than an entry's, as a phrase; None where there is none.
 
     A model that was made from the entry's is not another one. One that was made from a sibling's, or from the base
-    model of a sibling, is.
+    model of a sibling, is. Where nothing says what it was made from, its chat template may.
     """
     if entry.hf_id is None:
         return None
-    own = entry.hf_id.lower()
+    origin, own = source.origin, entry.hf_id.lower()
     if origin.hf_id is not None:
         return None if origin.hf_id.lower() == own else f"it is {origin}, the entry is of {entry.hf_id}"
+    if not origin.made_from:
+        return _other_template(source, entry, plugins)
     bases = [base.lower().removesuffix("-base") for base in origin.made_from]
     siblings = {other.hf_id.lower() for other in _entries(plugins) if other.hf_id}
     if own in bases or not siblings & set(bases):
         return None
     return f"it is {origin}, the entry is of {entry.hf_id}"
+
+
+def _other_template(source: Source, entry: Entry, plugins: Plugins) -> str | None:
+    """The evidence of a chat template: it lacks what the entry's has, or has what only that of a sibling has."""
+    template = "" if source.directory is None else chat_templates(source.directory)
+    if not template or (entry.chat_template is not None and entry.chat_template in template):
+        return None
+    for other in _entries(plugins):
+        if other.facts == entry.facts and other.chat_template is not None and other.chat_template in template:
+            return f"its chat template has {other.chat_template!r}, as that of {other.hf_id} has"
+    return None if entry.chat_template is None else f"its chat template has no {entry.chat_template!r}"

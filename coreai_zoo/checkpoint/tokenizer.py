@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -80,6 +81,19 @@ def highest_token_id(directory: Path) -> int:
         BadInput: when there is no tokenizer, or it cannot be read.
     """
     return max(load_tokenizer(directory).get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def chat_templates(directory: Path) -> str:
+    """The text of every chat template in `directory`, wherever it is kept; empty where there is none to be read."""
+    path = directory / "chat_template.jinja"
+    found = [path.read_text(encoding="utf-8", errors="replace")] if path.is_file() else []
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        with contextlib.suppress(BadInput):
+            template = read_object(directory / name).get("chat_template")
+            found.append(
+                json.dumps(template, ensure_ascii=False) if isinstance(template, list) else str(template or "")
+            )
+    return "\n".join(found).strip()
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
