@@ -32,8 +32,20 @@ from coreai_zoo.progress import Reporter
 
 # What of build.json a design without weights does not say, or what is said of the checkpoint, which is compared apart.
 _NOT_COMPARED = frozenset(
-    ("schema", "request", "command", "source", "files", "dropped", "facts")
-    + ("origin", "licence", "language", "compared", "title")
+    [
+        "schema",
+        "request",
+        "command",
+        "source",
+        "files",
+        "dropped",
+        "facts",
+        "origin",
+        "licence",
+        "language",
+        "compared",
+        "title",
+    ]
 )
 
 _WORDS = {

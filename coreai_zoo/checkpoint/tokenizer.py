@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -90,9 +89,8 @@ def chat_templates(directory: Path) -> str:
     for name in ("chat_template.json", "tokenizer_config.json"):
         with contextlib.suppress(BadInput):
             template = read_object(directory / name).get("chat_template")
-            found.append(
-                json.dumps(template, ensure_ascii=False) if isinstance(template, list) else str(template or "")
-            )
+            named = template if isinstance(template, list) else [{"template": template}]
+            found += [str(item.get("template") or "") for item in named if isinstance(item, dict)]
     return "\n".join(found).strip()
 
 
