@@ -31,3 +31,10 @@ def packed_bytes(shape: Sequence[int], dtype: str) -> int:
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a tensor seen as a matrix along its last axis; a vector or scalar is one row."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def size(count: int) -> str:
+    """A number of bytes as text, in the largest binary unit of which there is one or more."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = min(max((count.bit_length() - 1) // 10, 0), len(units) - 1)
+    return f"{count / 1024**power:,.1f} {units[power]}" if power else f"{count:,} bytes"

@@ -6,9 +6,13 @@ The command line prints `str(error)` and exits with `error.exit_code`; anything 
 from __future__ import annotations
 
 import difflib
+import errno
 import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The numbers of an OSError that say that a disk or a quota is full."""
 
 
 class ZooError(Exception):

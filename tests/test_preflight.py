@@ -16,9 +16,10 @@ from attrs import evolve
 from checkpoints import tiny_checkpoint
 from command import zoo
 from coreai_zoo.build.design import design
-from coreai_zoo.build.preflight import LEAST_MEMORY, preflight, size
+from coreai_zoo.build.preflight import LEAST_MEMORY, preflight
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.workspace import Workspace
+from coreai_zoo.dtypes import size
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import EventReporter

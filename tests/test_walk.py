@@ -17,6 +17,7 @@ import toy_plugin
 from coreai_zoo.backends import builtin
 from coreai_zoo.cli.app import cli
 from coreai_zoo.plugins import Plugins
+from hub import Hub
 from test_architecture import FLOORS, HOST, room, walk
 from test_toy_plugin import CONFIG, ENTRY, checkpoint_tensors, write_tokenizer
 
@@ -68,19 +69,26 @@ class Watch:
 
 
 @pytest.mark.slow
-def test_a_build_goes_down_but_for_what_it_hands_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_goes_down_but_for_what_it_hands_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
+) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    save_file(checkpoint_tensors(), checkpoint / "model.safetensors")
+    shard, tensors = "model-00001-of-00001.safetensors", checkpoint_tensors()
+    save_file(tensors, checkpoint / shard)
+    index = json.dumps({"weight_map": dict.fromkeys(tensors, shard)})
+    (checkpoint / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     write_tokenizer(checkpoint)
     entry = tmp_path / "toy.toml"
     entry.write_text(ENTRY, encoding="utf-8")
     plugins = Plugins()
     plugins.register(builtin, "coreai")
     plugins.register(toy_plugin.ToyPlugin(entry), "toys")
-    command = ["build", "toy-mean", "--checkpoint", "checkpoint", "--json"]
+    hub.add("toys/Toy-Mean", checkpoint)
+    # What is there already is looked for by a design of its own, which would be seen before that of the build.
+    command = ["build", "toys/Toy-Mean", "--force", "--json"]
 
     with Watch() as watch:
         done = CliRunner().invoke(cli, command, obj=plugins)

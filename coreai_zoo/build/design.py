@@ -335,7 +335,7 @@ def _max_context(request: BuildRequest, entry: Entry | None, contract: Contract,
     if request.max_context is not None and not MINIMUM_CONTEXT <= request.max_context <= limit:
         raise BadInput(
             f"A context of {request.max_context} is not between {MINIMUM_CONTEXT} and {limit}, the model's own limit.",
-            "Choose another with --context N." if request.dry else "Choose another with --max-context N.",
+            "Choose another with --max-context N.",
         )
     chosen = request.max_context or usual_context(entry, contract, facts)
     if chosen < MINIMUM_CONTEXT:

@@ -54,9 +54,11 @@ def find_existing(request: BuildRequest, plugins: Plugins, report: Reporter) -> 
     Raises:
         BadInput: when there is one that would differ, with everything that differs.
     """
+    if request.force:
+        return None
     planned = design(evolve(request, dry=True), plugins, report=report)
     directory = request.output / planned.name
-    if request.force or not directory.is_dir() or directory.is_symlink():
+    if not directory.is_dir() or directory.is_symlink():
         return None
     try:
         bundle = Bundle.open(directory)

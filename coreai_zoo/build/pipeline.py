@@ -69,12 +69,12 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         ZooError: for anything that the user can mend; see errors.
     """
     report = report or Reporter(silent=True)
-    if (existing := find_existing(request, plugins, report)) is not None:
-        return BuildResult.of_existing(existing)
     with ExitStack() as stack:
         stack.enter_context(_rare_collections())
         with report.stage("resolve", str(request.model or request.checkpoint)):
             check_output_folder(request.output)
+            if (existing := find_existing(request, plugins, report)) is not None:
+                return BuildResult.of_existing(existing)
             designed = design(request, plugins, report=report)
             report.note(f"origin: {designed.source.origin}")
             if designed.standing is not None:

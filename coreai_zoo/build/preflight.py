@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from coreai_zoo.build.design import Design
 from coreai_zoo.build.machine import available_memory
 from coreai_zoo.build.workspace import Workspace, existing_parent
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
-from coreai_zoo.dtypes import packed_bytes
+from coreai_zoo.dtypes import packed_bytes, size
 from coreai_zoo.errors import EnvironmentLacks, listing
 
 LEAST_MEMORY = 384 * 2**20
@@ -156,10 +155,3 @@ def _bytes_below(folder: Path) -> int:
 def _shown(path: Path) -> Path:
     """`path` relative to the current folder, where it is below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def size(count: int) -> str:
-    """A number of bytes as text, in the largest binary unit of which there is one or more."""
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
-    power = min(len(units) - 1, int(math.log2(count) // 10)) if count else 0
-    return f"{count:,} bytes" if not power else f"{count / 1024**power:,.1f} {units[power]}"

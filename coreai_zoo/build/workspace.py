@@ -12,7 +12,6 @@ The names are fixed, so a build finds whatever a killed one left; see `Workspace
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import tempfile
@@ -22,9 +21,8 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.build.lock import exclusive
-from coreai_zoo.errors import BadInput, EnvironmentLacks
+from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEFAULT_WORK = ".zoo-work"
 
 
@@ -222,7 +220,7 @@ def _space_explained() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise
         file = error.filename2 or error.filename  # of a copy, the second is the one that was written
         raise EnvironmentLacks(

@@ -14,6 +14,7 @@ from typing import Any
 from attrs import frozen
 
 from coreai_zoo.backend import Backend
+from coreai_zoo.dtypes import size
 from coreai_zoo.entry import HF_ID, Published
 
 CARD = "README.md"
@@ -213,13 +214,6 @@ def _listed(items: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _size(count: int) -> str:
-    """Bytes in the largest binary unit of which there is one or more."""
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    power = min(max((count.bit_length() - 1) // 10, 0), len(units) - 1)
-    return f"{count:,} {units[0]}" if not power else f"{count / 1024**power:,.1f} {units[power]}"
-
-
 def _hub_link(hf_id: str, text: str | None = None) -> str:
     return f"[{text or hf_id}](https://huggingface.co/{hf_id})"
 
@@ -300,9 +294,9 @@ def _bundle(record: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -
     for path, file in files.items():
         top = path.partition("/")[0] + "/" * ("/" in path)
         folders[top] = folders.get(top, 0) + file["bytes"]
-    listed = _listed(f"`{name}` ({_size(count)})" for name, count in folders.items())
+    listed = _listed(f"`{name}` ({size(count)})" for name, count in folders.items())
     return (
-        f"## The bundle\n\n{_size(sum(folders.values()))} in {len(files)} files: {listed}. Beside them are this page "
+        f"## The bundle\n\n{size(sum(folders.values()))} in {len(files)} files: {listed}. Beside them are this page "
         "and `build.json`, which records everything that determined these bytes, and the SHA-256 of every file.\n\n"
         f"{_recipe(record)}"
     )
@@ -333,12 +327,12 @@ def _format(spec: Mapping[str, Any] | None) -> str:
 
 
 def _needs(record: Mapping[str, Any], needs: Needs) -> str:
-    growth = f", {_size(needs.growth)} for each position" if needs.growth else ""
+    growth = f", {size(needs.growth)} for each position" if needs.growth else ""
     lines = ["## What it needs"]
     if record["contract"]["prerequisites"]:
         lines.append(f"It needs {', and '.join(record['contract']['prerequisites'])}.")
     lines.append(
-        f"Memory for the asset, {_size(needs.asset)}, and for the states, {_size(needs.states)} when all "
+        f"Memory for the asset, {size(needs.asset)}, and for the states, {size(needs.states)} when all "
         f"{record['max_context']:,} positions are in use{growth}; what the engine takes itself comes on top."
     )
     return "\n\n".join([*lines, *_rates(needs)])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import errno
 import fnmatch
 import hashlib
 import json
@@ -34,7 +33,8 @@ from attrs import define, frozen
 
 from coreai_zoo.checkpoint.files import CONFIG, INDEX, SINGLE
 from coreai_zoo.digest import file_sha256
-from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError, listing
+from coreai_zoo.dtypes import size
+from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError, listing
 from coreai_zoo.progress import CountBytes, Reporter
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ _LONGEST_WAIT = 330.0
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9A-Za-z]{6,64}")  # 40 hexadecimal digits on the real hub
 _REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^-/\s~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]*")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PAGE = "https://huggingface.co"
 
 
@@ -277,7 +276,7 @@ class HubSource:
         bad = 0
         if unknown:
             total = sum(file.size for file in unknown)
-            report.note(f"comparing {_amount(total)} in the cache with what the hub states")
+            report.note(f"comparing {size(total)} in the cache with what the hub states")
             with report.bytes(total) as count, _explained(self.id, self._revision):
                 for file in unknown:
                     bad += 0 if _matches(self._place(file), file) else file.size
@@ -420,7 +419,7 @@ class HubSource:
                 self._stream(file, partial, start, count)
             except (HTTPError, _BrokeOff) as error:
                 come = _size(partial) or 0
-                patience.after(error, f"going on from {_amount(come)}" if come else "trying again", come - start)
+                patience.after(error, f"going on from {size(come)}" if come else "trying again", come - start)
 
     def _stream(self, file: RemoteFile, partial: Path, start: int, count: CountBytes) -> None:
         """Append what one answer holds from byte `start` on, each piece as it comes."""
@@ -745,7 +744,7 @@ def _disk(error: OSError) -> EnvironmentLacks:
     """What it means that the cache cannot be read or written."""
     from huggingface_hub import constants
 
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return EnvironmentLacks(
             f"The disk is full at {constants.HF_HUB_CACHE}, where checkpoints are fetched to.",
             "Free some space there, or set HF_HOME to a folder on another disk; what has come is kept.",
@@ -894,10 +893,6 @@ def _size(path: Path) -> int | None:
     except OSError:
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def _amount(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _ignore(_what: str, _count: int) -> None:

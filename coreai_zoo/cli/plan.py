@@ -10,7 +10,6 @@ import click
 from attrs import asdict, evolve, frozen
 
 from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
-from coreai_zoo.build.preflight import size
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.commands import (
     Column,
@@ -23,6 +22,7 @@ from coreai_zoo.commands import (
     print_text,
 )
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
+from coreai_zoo.dtypes import size
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import COMMON_ROLES
 from coreai_zoo.planning.plan import Plan
@@ -55,7 +55,7 @@ class _Machines:
 )
 @click.option("--recipe", "recipes", metavar="R", multiple=True, help=f"{', '.join(RECIPES)}. Default: the entry's.")
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
-@click.option("--context", type=click.IntRange(MINIMUM_CONTEXT), metavar="N", help="Positions to count states at.")
+@click.option("--context", "--max-context", type=click.IntRange(MINIMUM_CONTEXT), metavar="N", help="Positions to count states at.")
 @click.option("--bandwidth", type=click.FloatRange(0, min_open=True), metavar="GB/s", help="Of another machine.")
 @click.option(
     "--efficiency",

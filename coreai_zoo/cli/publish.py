@@ -13,10 +13,10 @@ import attrs
 import click
 
 from coreai_zoo.backend import Check
-from coreai_zoo.build.preflight import size
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.publish import Publication, Target
 from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.dtypes import size
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.progress import Reporter
 

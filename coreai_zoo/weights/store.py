@@ -14,7 +14,6 @@ hashed again, without computing anything, when it has not (or when a full check 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, get_args
 from attrs import asdict, define, field, frozen
 
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.errors import BadInput, EnvironmentLacks
+from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, convert_chunk, effect_digest, run_in_order
 from coreai_zoo.weights.formats import ArrayKind, Format, pack_int4
@@ -58,7 +57,6 @@ EVICT_BYTES = 128 * 2**20
 
 _KINDS: tuple[str, ...] = get_args(ArrayKind)
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[PlannedTensor, int], None]
 
@@ -244,7 +242,7 @@ def _explained(directory: Path) -> Iterator[None]:
     except BrokenPipeError:
         raise  # of the terminal that shows the progress, not of the store
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             free = shutil.disk_usage(directory).free if directory.exists() else 0
             raise EnvironmentLacks(
                 f"There is no space left for the weight store {directory} ({error.strerror}; {free:,} bytes are free).",
