@@ -6,6 +6,7 @@ Oracle and margin rule are the gate's; what runs the package is the reference in
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import json
@@ -32,6 +33,7 @@ from checkpoints import tiny_checkpoint
 from coreai_zoo.backend import drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreml.backend import _REQUIRED, CoreMLBackend
+from coreai_zoo.backends.native import write_error
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
@@ -652,11 +654,57 @@ def test_a_full_disk_is_said_and_nothing_is_left(tiny: Built, tmp_path: Path) ->
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        with pytest.raises(EnvironmentLacks, match="cannot be written"):
+        with pytest.raises(
+            EnvironmentLacks, match=r"cannot be written: (No space left|File too large).*Free some space"
+        ):
             traced.save(constants, tmp_path / "small.mlpackage")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not any(tmp_path.iterdir())
+
+
+def test_what_fails_otherwise_is_told_as_the_toolchain_tells_it(tiny: Built, tmp_path: Path) -> None:
+    resolved = design(tiny.resolved.request, default_plugins())
+    formats = {tensor.name: tensor.format for tensor in resolved.weights.tensors}
+    lowering_module.allocate(resolved.modules["main"], formats)
+    constants = dict(lowering_module.constants(tiny.store, (tensor.name for tensor in resolved.weights.tensors)))
+    traced = BACKEND.trace(resolved.modules, resolved.signatures)
+    # Names that the writer cannot make a file of, and a folder that is none: neither is a full disk.
+    with pytest.raises(EnvironmentLacks, match=r"cannot be written: File name too long\. Choose another output folder"):
+        traced.save(constants, tmp_path / ("x" * 300))
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentLacks, match="cannot be written: Not a directory"):
+        traced.save(constants, tmp_path / "file" / "small.mlpackage")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Error in declaring network. Unable to open blob", "saying: Error in declaring network. Unable to open blob."),
+        ("a line\nThe op add has no type.\n", "saying: The op add has no type."),
+        ("", "saying: RuntimeError"),
+        (f"{'A long sentence of it. ' * 40}The last one.", "saying: The last one."),
+    ],
+)
+def test_a_native_error_is_no_full_disk_while_there_is_room(tmp_path: Path, said: str, told: str) -> None:
+    error = write_error(tmp_path, RuntimeError(said), 1000)
+
+    assert isinstance(error, CheckFailed)
+    assert told in str(error) and "space" not in str(error)
+
+
+def test_a_native_error_is_a_full_disk_where_there_is_no_room(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        assert isinstance(write_error(tmp_path, RuntimeError("failed"), 9_000), CheckFailed)
+        full = write_error(tmp_path, RuntimeError("failed"), 11_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert isinstance(full, EnvironmentLacks) and "cannot be written: File too large. Free some" in str(full)
+    assert "No space left on device. Free some space" in str(
+        write_error(tmp_path, OSError(errno.ENOSPC, "No space left on device"), 0)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import frozen
 
 from coreai_zoo.backend import Signature
+from coreai_zoo.backends.native import write_error
 from coreai_zoo.backends.versions import checked_versions
-from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
+from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import StateSpec, TraceSpec
@@ -191,12 +192,10 @@ class CoreMLTraced:
         try:
             save(self.converted, constants, destination)
         except (OSError, RuntimeError) as error:  # the latter from coremltools' writer
+            size = sum(memoryview(constant.data).nbytes for constant in constants.values())
+            explained = write_error(destination, error, size)
             shutil.rmtree(destination, ignore_errors=True)
-            raise EnvironmentLacks(
-                f"{destination} cannot be written: {str(error).strip()[:300]}.",
-                "Free some space or choose another output folder, then run the same command again: finished tensors "
-                "are kept.",
-            ) from error
+            raise explained from error
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
         """See `Traced.lowered`."""
