@@ -30,9 +30,12 @@ from torch import nn
 
 from attack import ENTRIES
 from checkpoints import tiny_checkpoint
+from command import zoo
 from coreai_zoo.backend import drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreml.backend import _REQUIRED, CoreMLBackend
+from coreai_zoo.backends.coreml.package import Package
+from coreai_zoo.backends.coreml.reference import Interpreter, memory
 from coreai_zoo.backends.native import write_error
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.design import Design, design
@@ -49,6 +52,7 @@ from coreai_zoo.gates import rule
 from coreai_zoo.gates.bounds import check_bounds
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
+from coreai_zoo.gates.run import judges_asset
 from coreai_zoo.lowering import module as lowering_module
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.signature import Axis, KVCache, StateSpec, TraceSpec
@@ -637,6 +641,72 @@ def test_a_result_of_another_shape_than_declared_is_an_error(built: Samples, tmp
         BACKEND.stepper(package, built["dense"].bundle.functions, 8) as stepper,
     ):
         stepper.step(5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bundles that the interpreter is not for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("candidate", "size", "native", "asset"),
+    [
+        ("auto", 1_000, False, True),
+        ("auto", 27 * 10**9, False, False),
+        ("auto", 27 * 10**9, True, True),
+        ("mil", 27 * 10**9, False, True),
+        ("torch", 1_000, True, False),
+    ],
+)
+def test_a_gate_runs_the_asset_where_that_is_asked_for_or_ends_in_time(
+    candidate: str, size: int, native: bool, asset: bool
+) -> None:
+    assert judges_asset(candidate, "mil", size, native=native) is asset
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_that_the_interpreter_takes_is_known_before_it_takes_it(kind: str, built: Samples) -> None:
+    package = Package.open(built[kind].package)
+    held = [value for value in Interpreter(package)._constants.values() if isinstance(value, torch.Tensor)]
+    constants = sum(value.numel() * value.element_size() for value in held)
+
+    assert memory(package) == constants + 4 * max(value.numel() * value.element_size() for value in held)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "-p", "def", "-n", "1"),
+        ("gate", "--candidate", "mil", "--prompts", "code", "--positions", "8"),
+        ("gate", "--prompts", "code", "--positions", "8"),
+    ],
+    ids=" ".join,
+)
+def test_a_bundle_that_takes_more_memory_than_there_is_is_refused_with_the_numbers(
+    arguments: tuple[str, ...], built: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coreai_zoo.backends.coreml.backend.available_memory", lambda: 2**20)
+    command, *options = arguments
+    output = ("-o", tmp_path) if command == "gate" else ()
+
+    result = zoo(command, built["dense"].bundle.directory, *options, *output)
+
+    assert result.exit_code == 3
+    assert "takes 0.0 GiB in the reference interpreter of ML Programs" in result.stderr
+    assert "0.0 GiB are available" in result.stderr and "--candidate torch" in result.stderr
+    assert "oracle" not in result.stderr, "it is said before anything runs"
+
+
+def test_on_a_mac_the_gate_of_a_large_bundle_does_not_choose_the_interpreter(
+    built: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coreai_zoo.gates.run._MAC", True)
+    monkeypatch.setattr("coreai_zoo.gates.run._INTERPRETED_BYTES", 1_000)
+    options = ("--prompts", "code", "--positions", "8", "--no-control", "--json", "-o", tmp_path)
+
+    record = json.loads(zoo("gate", built["dense"].bundle.directory, *options).stdout)
+
+    assert "PyTorch" in record["prompts"][0]["candidate"]
 
 
 def test_more_positions_than_the_package_allows_are_refused(built: Samples) -> None:

@@ -21,7 +21,8 @@ from attrs import frozen
 from coreai_zoo.backend import Signature
 from coreai_zoo.backends.native import write_error
 from coreai_zoo.backends.versions import checked_versions
-from coreai_zoo.errors import BadInput, CheckFailed, listing
+from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
+from coreai_zoo.machine import available_memory, physical_memory
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import StateSpec, TraceSpec
@@ -152,14 +153,33 @@ class CoreMLBackend:
         with _opened(asset) as package:
             return _program(package)
 
+    def require_memory(self, asset: Path) -> None:
+        """See `Interpreting.require_memory`."""
+        from coreai_zoo.backends.coreml.reference import memory
+
+        with _opened(asset) as package:
+            needed = memory(package)
+        room = available_memory() or physical_memory()
+        if room is not None and needed > room:
+            raise EnvironmentLacks(
+                f"{asset.name} takes {_gib(needed)} in the reference interpreter of ML Programs, which holds every "
+                f"weight in memory, and {_gib(room)} are available.",
+                "It is for small bundles; a large one is judged by `zoo gate` with --candidate torch.",
+            )
+
     @contextlib.contextmanager
     def stepper(self, asset: Path, functions: Mapping[str, TraceSpec], capacity: int) -> Iterator[MILStepper]:
         """See `Backend.stepper`."""
         from coreai_zoo.backends.coreml.reference import Interpreter
 
+        self.require_memory(asset)
         with _opened(asset) as package:
             interpreter = Interpreter(package)
         yield MILStepper(interpreter, functions[FUNCTION], capacity)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def _state_problems(state: StateSpec) -> Iterator[str]:
