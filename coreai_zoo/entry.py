@@ -183,6 +183,8 @@ class Entry:
         bundle: defaults of the bundle.
         hf_id: repository on the Hugging Face hub, or None for a checkpoint that is on no hub.
         hf_revision: commit that a build fetches, or None where it is not known.
+        chat_template: a piece of text that the published chat template has and those of its siblings have not, by which
+            a checkpoint of the same sizes is told from theirs; None where no such piece is known.
         licence: SPDX expression of the weights' licence, or None where it is not known.
         recipe: default recipe.
         contract: default engine contract.
@@ -203,6 +205,7 @@ class Entry:
     hf_revision: str | None = field(
         default=None, validator=optional(_pattern(r"[0-9a-f]{40}", "a commit of 40 hexadecimal digits"))
     )
+    chat_template: str | None = field(default=None, validator=optional(min_len(1)))
     licence: str | None = field(default=None, validator=optional(min_len(1)))
     recipe: str = field(default="int8hu", validator=min_len(1))
     contract: str = field(default="static-s1", validator=min_len(1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import hashlib
 import json
 import socket
@@ -43,6 +44,7 @@ class Fault:
         drop: reset the connection after so many bytes of the content.
         stall: send nothing after so many bytes of the content, and keep the connection.
         truncate: the content ends after so many bytes, and the headers say so.
+        end: the content ends after so many bytes, and the headers say no length.
         content: is sent in the place of the file's.
         close: no answer: the connection is closed.
     """
@@ -57,6 +59,7 @@ class Fault:
     drop: int | None = None
     stall: int | None = None
     truncate: int | None = None
+    end: int | None = None
     content: bytes | None = None
     close: bool = False
 
@@ -64,7 +67,7 @@ class Fault:
     def concerns_content(self) -> bool:
         """Whether it strikes where the bytes are, behind the redirect."""
         return bool(self.flip) or any(
-            value is not None for value in (self.drop, self.stall, self.truncate, self.content, self.page)
+            value is not None for value in (self.drop, self.stall, self.truncate, self.end, self.content, self.page)
         )
 
 
@@ -353,6 +356,7 @@ class _Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # the body does not wait until the headers are acknowledged
 
     # -----------------------------------------------------------------------------------------------------------------
     # From a request to its answer
@@ -644,6 +648,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault is not None:
             content = _changed(content, fault)
+        if not is_large(self.route) and "gzip" in self.headers.get("accept-encoding", ""):
+            packed = gzip.compress(content)
+            self._answer(200, packed, {**headers, "Content-Encoding": "gzip"}, fault)
+            return
         ranged = self.headers.get("range") if self.hub.ranges else None
         start = int(ranged.removeprefix("bytes=").split("-")[0]) if ranged else 0
         headers = {"Content-Type": "application/octet-stream", **headers}
@@ -662,13 +670,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        if fault is not None and fault.end is not None:
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
             return
         end = len(body)
         if fault is not None:
-            end = next((stop for stop in (fault.drop, fault.stall) if stop is not None), end)
+            end = next((stop for stop in (fault.drop, fault.stall, fault.end) if stop is not None), end)
         for start in range(0, min(end, len(body)), _BLOCK):
             self.wfile.write(body[start : min(start + _BLOCK, end)])
         if fault is not None and fault.stall is not None:

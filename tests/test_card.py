@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.build.design import design
 from coreai_zoo.build.figures import needs
+from coreai_zoo.build.record import describe
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import Needs, render, with_measurements, without_measurements
+from coreai_zoo.checkpoint.origin import Origin
 from coreai_zoo.checkpoint.readme import read_front_matter
 from coreai_zoo.planning.plan import plan
 from coreai_zoo.plugins import default_plugins
@@ -26,18 +29,18 @@ from coreai_zoo.plugins import default_plugins
 COMMIT = "6a9e13bd6fc8f0983b9b99948120bc37f49c13e9"
 HF_ID = "Qwen/Qwen3.6-27B"
 FETCHED = {
-    "kind": "fetched",
+    "kind": "hub",
     "hf_id": HF_ID,
     "revision": COMMIT,
     "made_from": [],
-    "text": f"fetched from the hub at commit {COMMIT}",
+    "text": f"fetched from the Hugging Face hub at commit {COMMIT}",
 }
-UNKNOWN = {"kind": "none", "hf_id": None, "revision": None, "made_from": [], "text": "a folder; origin not known"}
+UNKNOWN = {"kind": "none", "hf_id": None, "revision": None, "made_from": [], "text": "not known"}
 APACHE = {"id": "apache-2.0", "name": None, "link": None, "source": "the page of the checkpoint"}
 NO_LICENCE = dict.fromkeys(("id", "name", "link", "source"))
 
-DENSE = design(BuildRequest(entry="qwen3.6-27b", dry=True), default_plugins())
-MOE = design(BuildRequest(entry="qwen3.6-35b-a3b", dry=True), default_plugins())
+DENSE = design(BuildRequest("qwen3.6-27b", dry=True), default_plugins())
+MOE = design(BuildRequest("qwen3.6-35b-a3b", dry=True), default_plugins())
 NEEDS = needs(DENSE)
 FILES = {
     "metadata.json": {"bytes": 700, "sha256": "a" * 64},
@@ -230,7 +233,7 @@ def test_the_bundle_is_told_with_its_files_and_its_recipe() -> None:
 
 
 def test_the_card_and_the_plan_say_the_same_numbers() -> None:
-    planned = plan(BuildRequest(entry="qwen3.6-27b", dry=True), default_plugins())
+    planned = plan(BuildRequest("qwen3.6-27b", dry=True), default_plugins())
     text = section(rendered(), "What it needs")
     assert (NEEDS.asset, NEEDS.states, NEEDS.resident) == (planned.asset, planned.state_bytes, planned.resident)
     assert "| M4 Max | 48 GB | 15.8 |" in text and "| M4 |" not in text
@@ -246,8 +249,8 @@ def test_the_rate_of_experts_is_a_bound_and_what_fits_nowhere_says_so() -> None:
 
 def test_no_rate_is_predicted_of_a_miniature_or_a_slice() -> None:
     for request in (
-        BuildRequest(entry="qwen3.6-27b", sample=True, dry=True),
-        BuildRequest(entry="qwen3.6-27b", layers=4, dry=True),
+        BuildRequest("qwen3.6-27b", sample=True, dry=True),
+        BuildRequest("qwen3.6-27b", layers=4, dry=True),
     ):
         needed = needs(design(request, default_plugins()))
         assert (needed.machines, needed.published) == ((), ())
@@ -288,7 +291,7 @@ def test_the_licence_is_told_with_its_source_or_as_not_known() -> None:
 
 def test_measurements_take_the_place_of_the_note_and_give_it_back() -> None:
     card = rendered().encode()
-    assert b"Not gated yet: `zoo gate toy --checkpoint CHECKPOINT`" in card
+    assert b"Not gated yet: `zoo gate toy`" in card
     once = with_measurements(card, "**Passed.**\n\nnumbers")
     twice = with_measurements(once, "again and again")
 
@@ -340,3 +343,37 @@ def test_a_checkpoint_needs_no_page_and_a_page_no_text(tmp_path: Path) -> None:
     assert read_front_matter(tmp_path) == {}
     (tmp_path / "README.md").write_bytes(b"\xff\xfe")
     assert read_front_matter(tmp_path) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a build records for it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_licence_and_languages_are_taken_from_the_page_of_the_checkpoint(tmp_path: Path) -> None:
+    assert DENSE.entry is not None
+    folder = tmp_path / "fine-tune"
+    shutil.copytree(DENSE.entry.sample_directory(), folder)
+    request = BuildRequest("qwen3.6-27b", checkpoint=folder, custom=True, dry=True, recipe="int4lin", max_context=512)
+    assert describe(design(request, default_plugins()))["licence"] == NO_LICENCE, "the entry's is of another model"
+    page = "---\nlicense: other\nlicense_name: acme\nlicense_link: LICENSE\nlanguage: [en, 3]\n---\n"
+    (folder / "README.md").write_text(page)
+
+    described = describe(design(request, default_plugins()))
+    licence = {"id": "other", "name": "acme", "link": None, "source": "the checkpoint's model card"}
+    assert (described["licence"], described["language"]) == (licence, ["en"])
+    words = ["--checkpoint", "CHECKPOINT", "--custom", "--recipe", "int4lin", "--max-context", "512"]
+    assert described["command"] == ["zoo", "build", "qwen3.6-27b", *words]
+
+
+def test_the_command_of_a_build_that_asked_for_nothing_special_is_bare(tmp_path: Path) -> None:
+    sample = design(BuildRequest("qwen3.6-27b", sample=True, dry=True), default_plugins())
+    assert describe(sample)["command"] == ["zoo", "build", "qwen3.6-27b", "--sample"]
+    fetched = describe(evolve(DENSE, source=evolve(DENSE.source, origin=Origin("hub", HF_ID, COMMIT))))
+    assert (fetched["command"], fetched["compared"]) == (["zoo", "build", "qwen3.6-27b"], True)
+    assert fetched["origin"] == {**FETCHED, "made_from": ()}
+    text = Path("zoo_entries/qwen3.6-27b.toml").read_text(encoding="utf-8")
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace('name = "qwen3.6-27b"', 'name = "mine"'), encoding="utf-8")
+    loose = describe(design(BuildRequest(str(path), layers=4, dry=True), default_plugins()))
+    assert loose["command"][2:] == ["mine.toml", "--checkpoint", "CHECKPOINT", "--layers", "4"]

@@ -241,7 +241,8 @@ def test_flipped_bits_are_found_and_the_file_is_fetched_once_more(hub: Hub, repo
     source.fetch_weights(report)
     assert (source.directory / name).read_bytes() == FILES[name]
     assert hub.asked(name) == [None, None]
-    assert report.notes == [f"what came as {name} has another hash than the hub states; fetching it once more"]
+    kind = "git hash" if name == "config.json" else "SHA-256"
+    assert report.notes == [f"what came as {name} has another {kind} than the hub states; fetching it once more"]
     assert report.done == report.bars
 
 
@@ -249,7 +250,7 @@ def test_a_file_that_is_bad_twice_is_an_error_and_leaves_nothing_in_the_cache(hu
     hub.add(ID, FILES)
     hub.inject(FIRST, flip=2048, times=-1)
     source = opened(report)
-    with pytest.raises(EnvironmentLacks, match=f"{FIRST} of {ID} cannot be had: twice, .* another hash"):
+    with pytest.raises(EnvironmentLacks, match=f"{FIRST} of {ID} cannot be fetched: twice, .* another SHA-256"):
         source.fetch_weights(report)
     digest = hashlib.sha256(FILES[FIRST]).hexdigest()
     assert not list(hub.cache.rglob(f"blobs/{digest}*")) and not (source.directory / FIRST).exists()
@@ -356,6 +357,25 @@ def test_a_broken_download_goes_on_from_what_has_come(hub: Hub, report: Notes, f
         "the connection broke; going on from 1.5 MiB",
     ]
     assert report.done == [2 * SIZE]
+
+
+def test_an_answer_that_ends_early_without_an_error_goes_on(hub: Hub, report: Notes) -> None:
+    hub.add(ID, FILES)
+    hub.inject(FIRST, end=2**20)
+    source = opened(report)
+    assert source.shard(FIRST).read_bytes() == FILES[FIRST]
+    assert report.notes == ["the connection broke (it ended early); going on from 1.0 MiB"]
+    hub.inject(SECOND, end=0, times=-1)
+    with pytest.raises(EnvironmentLacks, match=r"the connection to .* fails"):
+        source.shard(SECOND)
+    assert len(hub.asked(SECOND)) == client._FILE_TRIES
+
+
+def test_a_small_file_is_asked_for_as_it_is_so_that_a_part_of_it_is_one(hub: Hub, report: Notes) -> None:
+    hub.add(ID, FILES)
+    hub.inject("config.json", drop=10)
+    opened(report).fetch_small()
+    assert hub.asked("config.json") == [None, "bytes=10-"] and len(report.notes) == 1
 
 
 def test_a_connection_that_never_answers_or_closes_is_tried_again(hub: Hub, report: Notes) -> None:
@@ -840,9 +860,13 @@ def test_an_upload_arrives(hub: Hub, report: Notes, tmp_path: Path, monkeypatch:
     for _ in range(2):
         assert api.create_repo(ID, private=True, exist_ok=True) == f"{hub.endpoint}/{ID}"
         info = api.upload_folder(repo_id=ID, folder_path=folder, commit_message="A bundle")
+    api.create_branch(ID, branch="v1")
+    (folder / "NEWS.md").write_text("New.", encoding="utf-8")
+    api.upload_folder(repo_id=ID, folder_path=folder, revision="v1", commit_message="News")
     stored = hub.repositories[ID]
+    assert stored.commits[stored.revisions["v1"]]["NEWS.md"] == b"New."
     assert {name: data for name, data in stored.files.items() if name != ".gitattributes"} == FILES
-    assert stored.private and stored.messages == ["A bundle"] and info.oid == stored.revisions["main"]
+    assert stored.private and stored.messages == ["A bundle", "News"] and info.oid == stored.revisions["main"]
     assert [request.method for request in hub.requests].count("PUT") == 4
     opened(report).fetch_weights(report)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from coreai_zoo.build.source import other_model
+from checkpoints import write_json
+from coreai_zoo.build.source import Source, other_model
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin
 from coreai_zoo.checkpoint.readme import read_front_matter
@@ -127,10 +128,39 @@ def test_a_card_goes_before_the_name_in_the_config(tmp_path: Path) -> None:
 def test_evidence_for_a_sibling_speaks_against_an_entry(found: Origin, refused: bool) -> None:
     plugins = default_plugins()
     entry, _ = find_entry("qwen3.6-27b", plugins)
-    phrase = other_model(found, entry, plugins)
+    phrase = other_model(Source({}, origin=found), entry, plugins)
     assert (phrase is not None) == refused
     if phrase is not None:
         assert phrase.startswith(f"it is {found.hf_id or found.made_from[0]}") and phrase.endswith(OURS)
+
+
+OURS_HAS = "{{ preserve_thinking is defined and preserve_thinking is true }}"
+
+
+@pytest.mark.parametrize("keep", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "a list"])
+def test_a_chat_template_tells_siblings_apart_wherever_it_is_kept(tmp_path: Path, keep: str) -> None:
+    def phrase(entry_name: str, template: str, found: Origin | None = None) -> str | None:
+        if keep.endswith(".jinja"):
+            (tmp_path / keep).write_text(template, encoding="utf-8")
+        else:
+            value: Any = [{"name": "default", "template": template}] if keep == "a list" else template
+            write_json(tmp_path / keep.replace("a list", "tokenizer_config.json"), {"chat_template": value})
+        plugins = default_plugins()
+        source = Source({}, tmp_path, found or Origin())
+        return other_model(source, find_entry(entry_name, plugins)[0], plugins)
+
+    assert phrase("qwen3.6-27b", OURS_HAS) is None
+    assert phrase("qwen3.5-27b", OURS_HAS) == (
+        "its chat template has 'preserve_thinking is defined and preserve_thinking is true', "
+        "as that of Qwen/Qwen3.6-27B has"
+    )
+    assert "has no 'preserve_thinking" in str(phrase("qwen3.6-27b", "{{ messages }}"))
+    assert phrase("qwen3.5-27b", "{{ messages }}") is None
+    assert phrase("qwen3.5-9b", OURS_HAS) is None, "no sibling of these sizes has it"
+    # Who was made from the entry's model may have a template of its own; and the hub's word is better.
+    assert phrase("qwen3.6-27b", "{{ messages }}", Origin("readme", None, None, (OURS,))) is None
+    assert phrase("qwen3.6-27b", "{{ messages }}", Origin("hub", OURS, COMMIT)) is None
+    assert phrase("qwen3.6-27b", "") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

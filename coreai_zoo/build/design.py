@@ -261,6 +261,17 @@ def design(
     return made
 
 
+def fetched(designed: Design, plugins: Plugins, report: Reporter) -> Design:
+    """The same design when its weights have been fetched: now it knows their shapes as well.
+
+    Raises:
+        EnvironmentLacks: when they cannot be fetched.
+        BadInput: when they do not fit the model.
+    """
+    designed.source.fetch(report)
+    return design(designed.request, plugins, source=designed.source)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Before anything is read
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +315,7 @@ def _differences(
     if request.sample:  # another size on purpose
         return ()
     differences = compare_facts(entry, model.whole_facts)  # of a slice, the whole is compared
-    if other := other_model(source.origin, entry, plugins):
+    if other := other_model(source, entry, plugins):
         differences = (*differences, other)
     if differences and not request.custom:
         raise BadInput(

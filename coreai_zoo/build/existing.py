@@ -30,11 +30,9 @@ from coreai_zoo.json_files import read_object, write_json
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
-# What of build.json a design without weights does not say, or what is said of the checkpoint, which is compared apart.
-_NOT_COMPARED = frozenset(
-    ("schema", "request", "command", "source", "files", "dropped", "facts")
-    + ("origin", "licence", "language", "compared", "title")
-)
+# What of build.json a design without weights does not say, and what is said of the checkpoint, which is compared apart.
+_NOT_COMPARED = {"schema", "request", "command", "source", "files", "dropped", "facts"}
+_OF_CHECKPOINT = {"origin", "licence", "language", "compared", "title"}
 
 _WORDS = {
     "zoo": "the version of the zoo",
@@ -90,7 +88,7 @@ def _differences(bundle: Bundle, planned: Design, report: Reporter) -> Iterator[
     """What a build of the design would do otherwise than the one that made a bundle, one phrase each."""
     recorded = bundle.build
     today = json.loads(json.dumps({**describe(planned), "source_date_epoch": source_date_epoch()}))
-    for key in sorted((set(today) | set(recorded)) - _NOT_COMPARED):
+    for key in sorted((set(today) | set(recorded)) - _NOT_COMPARED - _OF_CHECKPOINT):
         if today.get(key) != recorded.get(key):
             yield _WORDS.get(key, key)
     yield from _changed_files(bundle)

@@ -14,7 +14,7 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.backend import Check, Traced
-from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.design import Design, design, fetched
 from coreai_zoo.build.existing import find_existing, remember
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.record import write_records
@@ -88,8 +88,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             needs.require()
         if (hub := designed.source.hub) is not None:
             with report.stage("fetch", f"{len(hub.weights)} files of {hub.id} at {hub.commit}"):
-                hub.fetch_weights(report)
-                designed = design(request, plugins, source=designed.source)
+                designed = fetched(designed, plugins, report)
         with report.stage("trace", f"{designed.backend.name}, contract {designed.contract.name}"):
             traced = designed.trace()
         store, partial = WeightStore(workspace.work), workspace.partial

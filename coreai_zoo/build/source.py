@@ -15,8 +15,9 @@ from coreai_zoo.checkpoint.files import CONFIG, INDEX, Checkpoint, TensorInfo, h
 from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin
 from coreai_zoo.checkpoint.readme import read_front_matter
+from coreai_zoo.checkpoint.tokenizer import chat_templates
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, ZooError
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
@@ -129,6 +130,15 @@ class Source:
             return None
         return Checkpoint.open(self.directory)
 
+    def fetch(self, report: Reporter) -> None:
+        """Fetch the weights that are not on this machine, and compare all with what the hub states.
+
+        Raises:
+            EnvironmentLacks: when that cannot be done.
+        """
+        if self.hub is not None:
+            self.hub.fetch_weights(report)
+
     def tensors(self, opened: Checkpoint | None) -> Mapping[str, TensorInfo | None] | None:
         """The checkpoint's tensors; of an index without weights their names; None where neither is there."""
         if opened is not None:
@@ -191,8 +201,8 @@ def _repository_of(entry: Entry | None) -> Repository:
 
 def _of_folder(directory: Path, entry: Entry | None, plugins: Plugins) -> Source:
     card = read_front_matter(directory)
-    commits = {entry.hf_revision: entry.hf_id for entry, _ in load_entries(plugins).values()}
-    known = {commit: hf_id for commit, hf_id in commits.items() if commit and hf_id}
+    pins = {entry.hf_revision: entry.hf_id for entry in _entries(plugins)}
+    known = {commit: hf_id for commit, hf_id in pins.items() if commit and hf_id}
     return _source(directory, find_origin(directory, read_config(directory), card, known), card, entry)
 
 
@@ -203,19 +213,40 @@ def _source(
     return Source(read_config(directory), directory, origin, find_licence(directory, card, origin, stated), card, hub)
 
 
-def other_model(origin: Origin, entry: Entry, plugins: Plugins) -> str | None:
+def _entries(plugins: Plugins) -> list[Entry]:
+    """The entries to look for evidence in; none where a file is bad, which is told to those who ask for an entry."""
+    try:
+        return [entry for entry, _ in load_entries(plugins).values()]
+    except ZooError:
+        return []
+
+
+def other_model(source: Source, entry: Entry, plugins: Plugins) -> str | None:
     """The evidence that a checkpoint is of another model than an entry's, as a phrase; None where there is none.
 
     A model that was made from the entry's is not another one. One that was made from a sibling's, or from the base
-    model of a sibling, is.
+    model of a sibling, is. Where nothing says what it was made from, its chat template may.
     """
     if entry.hf_id is None:
         return None
-    own = entry.hf_id.lower()
+    origin, own = source.origin, entry.hf_id.lower()
     if origin.hf_id is not None:
         return None if origin.hf_id.lower() == own else f"it is {origin}, the entry is of {entry.hf_id}"
+    if not origin.made_from:
+        return _other_template(source, entry, plugins)
     bases = [base.lower().removesuffix("-base") for base in origin.made_from]
-    siblings = {other.hf_id.lower() for other, _ in load_entries(plugins).values() if other.hf_id}
+    siblings = {other.hf_id.lower() for other in _entries(plugins) if other.hf_id}
     if own in bases or not siblings & set(bases):
         return None
     return f"it is {origin}, the entry is of {entry.hf_id}"
+
+
+def _other_template(source: Source, entry: Entry, plugins: Plugins) -> str | None:
+    """The evidence of a chat template: it lacks what the entry's has, or has what only that of a sibling has."""
+    template = "" if source.directory is None else chat_templates(source.directory)
+    if not template or (entry.chat_template is not None and entry.chat_template in template):
+        return None
+    for other in _entries(plugins):
+        if other.facts == entry.facts and other.chat_template is not None and other.chat_template in template:
+            return f"its chat template has {other.chat_template!r}, as that of {other.hf_id} has"
+    return None if entry.chat_template is None else f"its chat template has no {entry.chat_template!r}"

@@ -392,13 +392,14 @@ class HubSource:
                     return
                 partial.unlink()
                 count(file.name, -file.size)
-                problem = f"what came as {file.name} has another hash than the hub states"
+                kind = "SHA-256" if file.sha256 else "git hash"
+                problem = f"what came as {file.name} has another {kind} than the hub states"
             except _Differs as error:
                 problem = str(error)
             if again:
                 self._report.note(problem + again)
         raise EnvironmentLacks(
-            f"{file.name} of {self.id} cannot be had: twice, {problem}.",
+            f"{file.name} of {self.id} cannot be fetched: twice, {problem}.",
             "A proxy or a mirror may be at fault (HF_ENDPOINT, HTTPS_PROXY), or the hub itself; try again later.",
         )
 
@@ -427,7 +428,7 @@ class HubSource:
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         url = hf_hub_url(self.id, file.name, revision=self.commit)
-        headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
+        headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # a range is one of what is sent
         if start:
             headers["Range"] = f"bytes={start}-"
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -451,7 +452,7 @@ class HubSource:
                 if come == file.size:
                     os.fsync(out.fileno())
         if come < file.size:
-            raise _BrokeOff
+            raise _BrokeOff("it ended early")
 
 
 def find_cached(hf_id: str, commit: str) -> Path | None:
@@ -639,8 +640,6 @@ def _happened(error: Exception) -> str:
 
     if isinstance(error, HfHubHTTPError):
         return f"{_host()} answers {_status(error)}"
-    if isinstance(error, _BrokeOff):
-        return "the connection broke"
     return f"the connection broke ({_said(error)})"
 
 

@@ -110,8 +110,8 @@ def _downloaded_commit(directory: Path) -> str | None:
 def _named_by_card(card: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     """The repository that a card is of, and those that its model was made from.
 
-    A card rarely names its own repository. Where `license_link` leads to a file in a repository that is not one of
-    those that the model was made from, that is it, as in the cards of Qwen (huggingface.co/Qwen/Qwen3.5-4B-Base).
+    A card rarely names its own repository. Where it names no model that this one was made from, and `license_link`
+    leads to a file in a repository, that is it: makers who publish a licence of their own link to it so.
     """
     bases = card.get("base_model")
     made_from = tuple(dict.fromkeys(text for text in texts(bases) if re.fullmatch(HF_ID, text)))

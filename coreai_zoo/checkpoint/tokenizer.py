@@ -82,6 +82,18 @@ def highest_token_id(directory: Path) -> int:
     return max(load_tokenizer(directory).get_vocab(with_added_tokens=True).values(), default=-1)
 
 
+def chat_templates(directory: Path) -> str:
+    """The text of every chat template in `directory`, wherever it is kept; empty where there is none to be read."""
+    path = directory / "chat_template.jinja"
+    found = [path.read_text(encoding="utf-8", errors="replace")] if path.is_file() else []
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        with contextlib.suppress(BadInput):
+            template = read_object(directory / name).get("chat_template")
+            named = template if isinstance(template, list) else [{"template": template}]
+            found += [str(item.get("template") or "") for item in named if isinstance(item, dict)]
+    return "\n".join(found).strip()
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer in `directory`.
 

@@ -22,7 +22,7 @@ from coreai_zoo.plugins import Plugins
 COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
     {
         "list": ("coreai_zoo.cli.list:list_entries", "What there is to build."),
-        "show": ("coreai_zoo.cli.show:show", "Everything that is known of an entry."),
+        "show": ("coreai_zoo.cli.show:show", "Everything that is known of a model."),
         "build": ("coreai_zoo.cli.build:build", "Build a bundle."),
         "plan": ("coreai_zoo.cli.plan:plan", "What a bundle would hold, need and run at, from a config alone."),
         "new": ("coreai_zoo.cli.new:new", "Write an entry for a checkpoint."),
