@@ -23,8 +23,12 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-from coreai_zoo.catalogue import find_entry
+from coreai_zoo.build.model import config_of_entry
+from coreai_zoo.catalogue import find_entry, load_entries
+from coreai_zoo.cli.app import exit_with
 from coreai_zoo.contracts import STATIC_S1
+from coreai_zoo.errors import BadInput, ZooError
+from coreai_zoo.json_files import read_object
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.overlay import WeightMap
 from coreai_zoo.plugins import Plugins, default_plugins
@@ -144,25 +148,36 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output.exists():
         parser.error(f"{arguments.output} exists")
-    plugins = default_plugins()
-    tokenizer = find_entry(arguments.entry or "qwen3.6-27b", plugins)[0].sample_directory()
-    if arguments.config:
-        file = arguments.config / "config.json" if arguments.config.is_dir() else arguments.config
-        hf_config = json.loads(file.read_text())
-    elif arguments.entry:
-        entry, _ = find_entry(arguments.entry, plugins)
-        facts = evolve(entry.facts, vocab_size=arguments.vocab or entry.facts.vocab_size).stated
-        overlay, _ = plugins.claim_overlay(entry.model_type[0], {})
-        hf_config = overlay.config_of_facts(facts)
-    else:
+    if not arguments.config and not arguments.entry:
         parser.error("name an entry, or give --config")
+    try:
+        hf_config, tokenizer = shapes(arguments, default_plugins())
+        total = write_checkpoint(hf_config, tokenizer, arguments.fill, arguments.output, default_plugins())
+    except ZooError as error:
+        exit_with(error)
+    print(f"{arguments.output}: {total:,} bytes of tensors")
+
+
+def shapes(arguments: argparse.Namespace, plugins: Plugins) -> tuple[dict[str, Any], Path]:
+    """The config of what is asked for, and the folder of a tokenizer for it."""
+    entry = find_entry(arguments.entry, plugins)[0] if arguments.entry else None
+    if arguments.config:
+        hf_config = read_object(arguments.config / "config.json" if arguments.config.is_dir() else arguments.config)
+    else:
+        assert entry is not None
+        facts = evolve(entry.facts, vocab_size=arguments.vocab or entry.facts.vocab_size)
+        hf_config = dict(config_of_entry(evolve(entry, facts=facts), plugins))
     if arguments.layers:
-        overlay, _ = plugins.claim_overlay(str(hf_config["model_type"]), hf_config)
+        overlay, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
         hf_config = overlay.with_layers(hf_config, arguments.layers)
         # The result is a checkpoint of its own, not a slice of a larger one.
         hf_config.get("text_config", hf_config).pop("zoo_sliced_from", None)
-    total = write_checkpoint(hf_config, tokenizer, arguments.fill, arguments.output, plugins)
-    print(f"{arguments.output}: {total:,} bytes of tensors")
+    # A miniature's vocabulary is part of any. An entry without one borrows another's: what is measured reads no text.
+    candidates = [*([] if entry is None else [entry]), *(each for each, _ in load_entries(plugins).values())]
+    lender = next((each for each in candidates if each.sample is not None), None)
+    if lender is None:
+        raise BadInput("No installed entry has a sample, whose tokenizer the checkpoint would get.")
+    return hf_config, lender.sample_directory()
 
 
 if __name__ == "__main__":

@@ -199,6 +199,18 @@ class Backend(Protocol):
         """
 
 
+@runtime_checkable
+class Interpreting(Protocol):
+    """A backend whose runtime is an interpreter in this process, on a Mac too: slow, every weight in memory."""
+
+    def require_memory(self, asset: Path) -> None:
+        """Refuse an asset that the interpreter has no room for, before anything else of a command runs.
+
+        Raises:
+            EnvironmentLacks: with the numbers.
+        """
+
+
 def drain(stepper: Stepper, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
     """Step through `tokens` from position 0; the logits after each."""
     stepper.reset()

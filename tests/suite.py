@@ -14,6 +14,7 @@ QUICK = frozenset(
         "checkpoint",
         "cli",
         "compare_builds",
+        "completion",
         "digest",
         "docs",
         "entry",

@@ -45,6 +45,36 @@ def test_a_synthetic_checkpoint_has_no_two_equal_tensors_but_gains(
     assert seen
 
 
+def test_an_entry_without_a_sample_borrows_a_tokenizer(root: Path, tmp_path: Path) -> None:
+    options = ("--layers", "4", "--vocab", "2048", "--fill", "sparse", "-o", str(tmp_path / "made"))
+
+    run(root, "synthetic_checkpoint.py", "qwen3.5-2b", *options)
+
+    made = {path.name for path in (tmp_path / "made").iterdir()}
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"} <= made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("qwen3.6-27",), "error: no entry is called 'qwen3.6-27'. Did you mean qwen3.6-27b"),
+        (("qwen3.5-2b", "--layers", "3"), "error: "),
+        (("--config", "nowhere.json"), "error: nowhere.json cannot be read"),
+        ((), "error: name an entry, or give --config"),
+    ],
+    ids=" ".join,
+)
+def test_a_synthetic_checkpoint_of_what_is_none_is_refused_in_words(
+    root: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    command = [sys.executable, str(root / "benchmarks" / "synthetic_checkpoint.py"), *arguments]
+    result = subprocess.run([*command, "-o", tmp_path / "made"], capture_output=True, text=True, check=False)
+
+    assert result.returncode == 2
+    assert words in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.slow
 def test_the_baseline_writes_the_constants_that_a_build_writes(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.json"

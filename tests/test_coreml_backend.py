@@ -6,6 +6,7 @@ Oracle and margin rule are the gate's; what runs the package is the reference in
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import json
@@ -29,9 +30,13 @@ from torch import nn
 
 from attack import ENTRIES
 from checkpoints import tiny_checkpoint
+from command import zoo
 from coreai_zoo.backend import drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreml.backend import _REQUIRED, CoreMLBackend
+from coreai_zoo.backends.coreml.package import Package
+from coreai_zoo.backends.coreml.reference import Interpreter, memory
+from coreai_zoo.backends.native import write_error
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
@@ -47,6 +52,7 @@ from coreai_zoo.gates import rule
 from coreai_zoo.gates.bounds import check_bounds
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
+from coreai_zoo.gates.run import judges_asset
 from coreai_zoo.lowering import module as lowering_module
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.signature import Axis, KVCache, StateSpec, TraceSpec
@@ -637,6 +643,72 @@ def test_a_result_of_another_shape_than_declared_is_an_error(built: Samples, tmp
         stepper.step(5)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Bundles that the interpreter is not for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("candidate", "size", "native", "asset"),
+    [
+        ("auto", 1_000, False, True),
+        ("auto", 27 * 10**9, False, False),
+        ("auto", 27 * 10**9, True, True),
+        ("mil", 27 * 10**9, False, True),
+        ("torch", 1_000, True, False),
+    ],
+)
+def test_a_gate_runs_the_asset_where_that_is_asked_for_or_ends_in_time(
+    candidate: str, size: int, native: bool, asset: bool
+) -> None:
+    assert judges_asset(candidate, "mil", size, native=native) is asset
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_that_the_interpreter_takes_is_known_before_it_takes_it(kind: str, built: Samples) -> None:
+    package = Package.open(built[kind].package)
+    held = [value for value in Interpreter(package)._constants.values() if isinstance(value, torch.Tensor)]
+    constants = sum(value.numel() * value.element_size() for value in held)
+
+    assert memory(package) == constants + 4 * max(value.numel() * value.element_size() for value in held)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "-p", "def", "-n", "1"),
+        ("gate", "--candidate", "mil", "--prompts", "code", "--positions", "8"),
+        ("gate", "--prompts", "code", "--positions", "8"),
+    ],
+    ids=" ".join,
+)
+def test_a_bundle_that_takes_more_memory_than_there_is_is_refused_with_the_numbers(
+    arguments: tuple[str, ...], built: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coreai_zoo.backends.coreml.backend.available_memory", lambda: 2**20)
+    command, *options = arguments
+    output = ("-o", tmp_path) if command == "gate" else ()
+
+    result = zoo(command, built["dense"].bundle.directory, *options, *output)
+
+    assert result.exit_code == 3
+    assert "takes 0.0 GiB in the reference interpreter of ML Programs" in result.stderr
+    assert "0.0 GiB are available" in result.stderr and "--candidate torch" in result.stderr
+    assert "oracle" not in result.stderr, "it is said before anything runs"
+
+
+def test_on_a_mac_the_gate_of_a_large_bundle_does_not_choose_the_interpreter(
+    built: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coreai_zoo.gates.run._MAC", True)
+    monkeypatch.setattr("coreai_zoo.gates.run._INTERPRETED_BYTES", 1_000)
+    options = ("--prompts", "code", "--positions", "8", "--no-control", "--json", "-o", tmp_path)
+
+    record = json.loads(zoo("gate", built["dense"].bundle.directory, *options).stdout)
+
+    assert "PyTorch" in record["prompts"][0]["candidate"]
+
+
 def test_more_positions_than_the_package_allows_are_refused(built: Samples) -> None:
     signature = built["dense"].bundle.signature
     with pytest.raises(BadInput, match=f"the package allows {CONTEXT}"), contextlib.ExitStack() as stack:
@@ -652,11 +724,57 @@ def test_a_full_disk_is_said_and_nothing_is_left(tiny: Built, tmp_path: Path) ->
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        with pytest.raises(EnvironmentLacks, match="cannot be written"):
+        with pytest.raises(
+            EnvironmentLacks, match=r"cannot be written: (No space left|File too large).*Free some space"
+        ):
             traced.save(constants, tmp_path / "small.mlpackage")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not any(tmp_path.iterdir())
+
+
+def test_what_fails_otherwise_is_told_as_the_toolchain_tells_it(tiny: Built, tmp_path: Path) -> None:
+    resolved = design(tiny.resolved.request, default_plugins())
+    formats = {tensor.name: tensor.format for tensor in resolved.weights.tensors}
+    lowering_module.allocate(resolved.modules["main"], formats)
+    constants = dict(lowering_module.constants(tiny.store, (tensor.name for tensor in resolved.weights.tensors)))
+    traced = BACKEND.trace(resolved.modules, resolved.signatures)
+    # Names that the writer cannot make a file of, and a folder that is none: neither is a full disk.
+    with pytest.raises(EnvironmentLacks, match=r"cannot be written: File name too long\. Choose another output folder"):
+        traced.save(constants, tmp_path / ("x" * 300))
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentLacks, match="cannot be written: Not a directory"):
+        traced.save(constants, tmp_path / "file" / "small.mlpackage")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Error in declaring network. Unable to open blob", "saying: Error in declaring network. Unable to open blob."),
+        ("a line\nThe op add has no type.\n", "saying: The op add has no type."),
+        ("", "saying: RuntimeError"),
+        (f"{'A long sentence of it. ' * 40}The last one.", "saying: The last one."),
+    ],
+)
+def test_a_native_error_is_no_full_disk_while_there_is_room(tmp_path: Path, said: str, told: str) -> None:
+    error = write_error(tmp_path, RuntimeError(said), 1000)
+
+    assert isinstance(error, CheckFailed)
+    assert told in str(error) and "space" not in str(error)
+
+
+def test_a_native_error_is_a_full_disk_where_there_is_no_room(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        assert isinstance(write_error(tmp_path, RuntimeError("failed"), 9_000), CheckFailed)
+        full = write_error(tmp_path, RuntimeError("failed"), 11_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert isinstance(full, EnvironmentLacks) and "cannot be written: File too large. Free some" in str(full)
+    assert "No space left on device. Free some space" in str(
+        write_error(tmp_path, OSError(errno.ENOSPC, "No space left on device"), 0)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

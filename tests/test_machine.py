@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coreai_zoo.build.machine import available_memory
+from coreai_zoo.machine import available_memory
 
 MIB = 2**20
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,7 +20,13 @@ from typing import BinaryIO
 
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks, ZooError, failure_line
 
+_NO_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
+
+_WHEN_FULL = (
+    "Free some space or choose another output folder, then run the same command again: finished tensors are kept."
+)
+_SHOWN = 300  # characters of what a library says
 
 
 @contextlib.contextmanager
@@ -92,12 +100,55 @@ def _at_exit(explain: Callable[[object], None]) -> Iterator[None]:
         library.__cxa_finalize(owner)  # runs it once more
 
 
+def write_error(destination: Path, error: OSError | RuntimeError, size: int) -> ZooError:
+    """The error of a `destination` that could not be written, before what there is of it is removed.
+
+    A native writer tells nothing but that it failed. Whether there was no space is seen by asking for it once more.
+
+    Args:
+        destination: a folder, what was written of it still in it.
+        error: of Python, which knows why, or of a native writer.
+        size: bytes that it has when it is whole.
+    """
+    said = str(error).strip()
+    cause = error if isinstance(error, OSError) else _refused_space(destination, size)
+    if cause is not None:
+        full = cause.errno in _NO_SPACE_ERRORS
+        hint = _WHEN_FULL if full else "Choose another output folder with -o DIR."
+        return EnvironmentLacks(f"{destination} cannot be written: {cause.strerror or cause}.", hint)
+    return CheckFailed(
+        f"The toolchain could not write {destination}, saying: {_last_sentence(said) or type(error).__name__}",
+        "Finished tensors are kept; --debug shows where it failed.",
+    )
+
+
+def _refused_space(folder: Path, size: int) -> OSError | None:
+    """What the system says to the rest of `size` bytes in a folder that holds a part; None when it has the room."""
+    names = (Path(parent) / name for parent, _folders, files in os.walk(folder) for name in files)
+    size -= sum(name.stat().st_size for name in names)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            elif shutil.disk_usage(folder).free < size:
+                return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        return error
+    return None
+
+
+def _last_sentence(text: str) -> str:
+    """The last line of a text, from its last sentence on where it is long; ends with a full stop unless it is empty."""
+    line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    if len(line) > _SHOWN:
+        line = re.split(r"(?<=[.!?]) ", line)[-1][-_SHOWN:]
+    return line if not line or line[-1] in ".!?" else f"{line}."
+
+
 def _error(destination: Path, said: str) -> ZooError:
     """The error that a native library's last words stand for."""
     if any(words in said for words in _NO_SPACE):
         return EnvironmentLacks(
-            f"There is no space left to write {destination}; what was written of it is removed.",
-            "Free some space or choose another output folder, then run the same command again: finished tensors are "
-            "kept.",
+            f"There is no space left to write {destination}; what was written of it is removed.", _WHEN_FULL
         )
     return CheckFailed(f"The toolchain ended the process while it wrote {destination}, saying: {said[-500:]}.")

@@ -14,11 +14,11 @@ import attrs
 from attrs import frozen
 
 from coreai_zoo.build.design import Design
-from coreai_zoo.build.machine import available_memory
 from coreai_zoo.build.workspace import Workspace, existing_parent
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dtypes import packed_bytes, size
 from coreai_zoo.errors import EnvironmentLacks, listing
+from coreai_zoo.machine import available_memory
 
 LEAST_MEMORY = 384 * 2**20
 """Bytes that torch and the toolchain take, imported and idle: no build gets by with less."""

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import io
+import os
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from coreai_zoo import __version__, interruption
 from coreai_zoo.commands import plugins_of
@@ -47,6 +50,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
     }
 )
 """The host's commands in the order of `zoo --help`: where each is, and its first line of help."""
+
+_COMPLETE = "_ZOO_COMPLETE"  # where click's scripts for shells say what they ask for
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Frame
@@ -85,6 +90,14 @@ class ZooGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands that begin with `incomplete`, without importing them, and the options before a command."""
+        self._add_plugin_commands(ctx)
+        lines = {name: help_line for name, (_target, help_line) in COMMANDS.items()}
+        lines |= {name: self.commands[name].get_short_help_str(limit=80) for name in sorted(self.commands)}
+        found = [CompletionItem(name, help=line) for name, line in lines.items() if name.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def _add_plugin_commands(self, ctx: click.Context) -> None:
         # The host's commands are not in `self.commands`, so that holds plugins' only, from this run on.
         self.commands.clear()
@@ -104,6 +117,8 @@ class ZooGroup(click.Group):
         """
         self.debug = False
         tell_failure_as(None)
+        if os.environ.get(_COMPLETE, "").endswith("_complete"):
+            sys.stderr = io.StringIO()  # a shell that completes shows it in the middle of the line
         try:
             result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except (ZooError, click.ClickException, click.Abort) as error:

@@ -13,6 +13,7 @@ import click
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.pipeline import BuildResult
 from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_OUTPUT, BuildRequest
+from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.commands import json_option, plugins_of, print_json
 from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.errors import BadInput, tell_failure_as
@@ -23,7 +24,7 @@ _EXISTING = click.Path(path_type=Path)
 
 
 @click.command("build")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_entry)
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local copy of the entry's checkpoint.")
 @click.option("--sample", is_flag=True, help="The miniature trained checkpoint that ships with the entry.")
 @click.option("--recipe", metavar="R", help=f"Quantization: {', '.join(RECIPES)}. Default: the entry's.")

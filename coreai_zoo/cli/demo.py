@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -36,6 +38,28 @@ def demo(entry: str, output: Path) -> None:
     click.echo(f"\nWhat the bundle wrote:\n\n{found.text}\n")
     if not found.record["verdict"]["passed"]:
         sys.exit(1)
+    click.echo("\n".join(next_steps(found.built.path, entry)))
+
+
+def next_steps(bundle: Path, entry: str) -> list[str]:
+    """The lines that say what to type next, for a shell in this folder."""
+    zoo = _installed_zoo()
+    commands = [(zoo, "run", bundle, "-p", "class Stack:", "-n", "40"), (zoo, "plan", entry), (zoo, "--help")]
+    lines = ["What to type next:", "", *(f"    {shlex.join(map(str, words))}" for words in commands)]
+    if zoo == "zoo":
+        return lines
+    folder = Path(zoo).parent
+    where = str(folder if folder.is_absolute() else Path("$PWD") / folder)
+    return [*lines, "", f'To type `zoo` alone: export PATH="{where}:$PATH"']
+
+
+def _installed_zoo() -> str:
+    """What to type for `zoo`: the name where the shell finds this very one by it, else the path, from here."""
+    beside = Path(sys.executable).with_name("zoo")
+    found = shutil.which("zoo")
+    if found is not None and beside.exists() and Path(found).samefile(beside):
+        return "zoo"
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def _print_table(found: Demonstration, seconds: float) -> None:

@@ -17,6 +17,7 @@ from attrs import frozen
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_rows, print_table
 from coreai_zoo.errors import EnvironmentLacks, listing
+from coreai_zoo.machine import physical_memory
 from coreai_zoo.plugins import Plugins
 
 
@@ -82,18 +83,13 @@ def _plugin_finding(ctx: click.Context) -> Finding:
     return Finding("plugins", names, "all load", ok=not problems, note=problems)
 
 
-def _memory_gib() -> float | None:
-    if not hasattr(os, "sysconf"):  # Windows
-        return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB, 1)
-
-
 def _machine() -> dict[str, Any]:
+    memory = physical_memory()
     return {
         "platform": platform.platform(),
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": None if memory is None else round(memory / _GIB, 1),
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / _GIB, 1),
     }
 

@@ -11,6 +11,7 @@ from attrs import asdict, evolve, frozen
 
 from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.commands import (
     Column,
     json_option,
@@ -44,7 +45,7 @@ class _Machines:
 
 
 @click.command("plan")
-@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=complete_entry)
 @click.option(
     "--checkpoint",
     "checkpoints",

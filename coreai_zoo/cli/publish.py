@@ -6,7 +6,6 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,7 +13,9 @@ import click
 
 from coreai_zoo.backend import Check
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.find import find_bundle
 from coreai_zoo.bundle.publish import Publication, Target
+from coreai_zoo.cli.completion import complete_bundle
 from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
@@ -22,7 +23,7 @@ from coreai_zoo.progress import Reporter
 
 
 @click.command("publish")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", metavar="BUNDLE", shell_complete=complete_bundle)
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make the repository private.")
 @click.option("--revision", metavar="R", help="Branch to upload to; made if it is not there. Default: main.")
@@ -33,7 +34,7 @@ from coreai_zoo.progress import Reporter
 def publish(
     ctx: click.Context,
     /,
-    bundle: Path,
+    bundle: str,
     repo: str,
     private: bool,
     revision: str | None,
@@ -43,9 +44,10 @@ def publish(
 ) -> None:
     """Upload a bundle to the Hugging Face hub, with its card.
 
-    REPO is owner/name; it is made where it is not there. The bundle is verified first, and refused unless `zoo gate`
-    has passed these very bytes. The files that its record names are uploaded, and the gate's report, and nothing else
-    that lies in the folder. An upload that broke off goes on when it is run again.
+    BUNDLE is a path or a name, as for `zoo gate`. REPO is owner/name; it is made where it is not there. The bundle is
+    verified first, and refused unless `zoo gate` has passed these very bytes. The files that its record names are
+    uploaded, and the gate's report, and nothing else that lies in the folder. An upload that broke off goes on when it
+    is run again.
 
     \b
     Example:
@@ -55,7 +57,7 @@ def publish(
     from coreai_zoo.bundle import publish as publishing
 
     target = Target.parse(repo, revision)
-    publication = Publication(Bundle.open(bundle))
+    publication = Publication(Bundle.open(find_bundle(bundle, plugins_of(ctx))))
     if dry_run:
         _try(ctx, publication, target, ungated=ungated, private=private, as_json=as_json)
         return
@@ -63,7 +65,7 @@ def publish(
         publication.require_passed()
     publishing.require_access(target)  # before gigabytes are hashed
     report = Reporter(silent=as_json)
-    with report.stage("verify", bundle.name):
+    with report.stage("verify", publication.bundle.directory.name):
         _require(_checks(ctx, publication))
     if publication.skipped:
         report.note(f"not uploaded: {', '.join(publication.skipped)}")

@@ -11,6 +11,7 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.source import find_subject
 from coreai_zoo.catalogue import find_entry, find_recipe
+from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.commands import json_option, plugins_of, print_json, print_rows
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
@@ -19,7 +20,7 @@ from coreai_zoo.progress import Reporter
 
 
 @click.command("show")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_entry)
 @json_option
 @click.pass_context
 def show(ctx: click.Context, model: str, as_json: bool) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import evolve, frozen
 
+from coreai_zoo.backend import Interpreting
 from coreai_zoo.bounds import Kind, MeasuredBounds
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.model import Model, read_model
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 # Up to this size the CPU interpreter takes some tokens a second; beyond it a token takes minutes.
 _INTERPRETED_BYTES = 64 * 2**20
+_MAC = sys.platform == "darwin"  # which has a runtime of its own for what it can load
 
 _SHOWN_REASONS = 5  # of a bundle that fails badly
 
@@ -332,11 +334,25 @@ def _models(bundle: Bundle, shipped: Design, options: GateOptions, keep_in: Path
             plain = shipped.with_recipe(PLAIN)
             control = _overlay_runner(plain, CheckpointWeights("unquantized weights", plain.checkpoint, plain.weights))
     size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
-    in_time = sys.platform == "darwin" or size <= _INTERPRETED_BYTES  # a Mac has the OS runtime
-    runs_asset = options.candidate == backend.runtime or (options.candidate == "auto" and in_time)
+    native = _MAC and not isinstance(backend, Interpreting)
+    runs_asset = overlay is None or judges_asset(options.candidate, backend.runtime, size, native=native)
+    if runs_asset and isinstance(backend, Interpreting):
+        backend.require_memory(bundle.asset)
     # The overlay takes the long prompts, unless the asset was asked for by name.
     long_candidate = asset if options.candidate == backend.runtime else overlay
-    return Models(asset if overlay is None or runs_asset else overlay, long_candidate, control)
+    return Models(asset if runs_asset or overlay is None else overlay, long_candidate, control)
+
+
+def judges_asset(candidate: str, runtime: str, size: int, *, native: bool) -> bool:
+    """Whether a gate runs the asset itself, and not the overlay on the asset's weights.
+
+    Args:
+        candidate: what was asked for; `auto` for the asset where it is run in time.
+        runtime: the runtime of the asset's backend.
+        size: bytes of the asset.
+        native: whether that runtime is the operating system's own, on this machine.
+    """
+    return candidate == runtime or (candidate == "auto" and (native or size <= _INTERPRETED_BYTES))
 
 
 def _design_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Design:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import frozen
 
 from coreai_zoo.backend import Signature
+from coreai_zoo.backends.native import write_error
 from coreai_zoo.backends.versions import checked_versions
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
+from coreai_zoo.machine import available_memory, physical_memory
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import StateSpec, TraceSpec
@@ -151,14 +153,33 @@ class CoreMLBackend:
         with _opened(asset) as package:
             return _program(package)
 
+    def require_memory(self, asset: Path) -> None:
+        """See `Interpreting.require_memory`."""
+        from coreai_zoo.backends.coreml.reference import memory
+
+        with _opened(asset) as package:
+            needed = memory(package)
+        room = available_memory() or physical_memory()
+        if room is not None and needed > room:
+            raise EnvironmentLacks(
+                f"{asset.name} takes {_gib(needed)} in the reference interpreter of ML Programs, which holds every "
+                f"weight in memory, and {_gib(room)} are available.",
+                "It is for small bundles; a large one is judged by `zoo gate` with --candidate torch.",
+            )
+
     @contextlib.contextmanager
     def stepper(self, asset: Path, functions: Mapping[str, TraceSpec], capacity: int) -> Iterator[MILStepper]:
         """See `Backend.stepper`."""
         from coreai_zoo.backends.coreml.reference import Interpreter
 
+        self.require_memory(asset)
         with _opened(asset) as package:
             interpreter = Interpreter(package)
         yield MILStepper(interpreter, functions[FUNCTION], capacity)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def _state_problems(state: StateSpec) -> Iterator[str]:
@@ -191,12 +212,10 @@ class CoreMLTraced:
         try:
             save(self.converted, constants, destination)
         except (OSError, RuntimeError) as error:  # the latter from coremltools' writer
+            size = sum(memoryview(constant.data).nbytes for constant in constants.values())
+            explained = write_error(destination, error, size)
             shutil.rmtree(destination, ignore_errors=True)
-            raise EnvironmentLacks(
-                f"{destination} cannot be written: {str(error).strip()[:300]}.",
-                "Free some space or choose another output folder, then run the same command again: finished tensors "
-                "are kept.",
-            ) from error
+            raise explained from error
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
         """See `Traced.lowered`."""

@@ -9,6 +9,7 @@ An operation that is not in the table is an error, never skipped.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coreai_zoo.backends.coreml.package import Damaged, Package, tensor_type
+from coreai_zoo.dtypes import packed_bytes
 
 Arguments = Mapping[str, Any]
 """Inputs of an operation by name: tensors, lists of tensors, or text."""
+
+
+def memory(package: Package) -> int:
+    """Bytes that an `Interpreter` of a package takes: its constants, and the largest one while that is unpacked."""
+    constants = [0]
+    for operation in package.block.operations:
+        if operation.type in {"const", "constexpr_blockwise_shift_scale"}:
+            for output in operation.outputs:
+                with contextlib.suppress(Damaged):  # a text
+                    kind = tensor_type(output.type)
+                    constants.append(packed_bytes(kind.shape, kind.dtype))
+    # Unpacked in float32, of which there are two at a time: the product and one of its factors.
+    return sum(constants) + 4 * max(constants)
 
 
 class Interpreter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,13 @@ def available_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None
     """
     rooms = [*_free(proc), *_room_in_groups(proc, cgroups)]
     return max(0, min(rooms)) if rooms else None
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory that this machine was built with; None where the system does not say."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _free(proc: Path) -> Iterator[int]:
