@@ -56,7 +56,13 @@ class _Machines:
 )
 @click.option("--recipe", "recipes", metavar="R", multiple=True, help=f"{', '.join(RECIPES)}. Default: the entry's.")
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
-@click.option("--context", "--max-context", type=click.IntRange(MINIMUM_CONTEXT), metavar="N", help="Positions to count states at.")
+@click.option(
+    "--context",
+    "--max-context",
+    type=click.IntRange(MINIMUM_CONTEXT),
+    metavar="N",
+    help="Positions to count states at.",
+)
 @click.option("--bandwidth", type=click.FloatRange(0, min_open=True), metavar="GB/s", help="Of another machine.")
 @click.option(
     "--efficiency",
