@@ -144,24 +144,41 @@ def test_what_names_nothing_is_told_with_what_there_is(plugins: Plugins, text: s
 
 
 @pytest.mark.slow
-def test_an_entry_is_fetched_built_gated_and_verified_by_its_name_alone(
-    zoo: Callable[..., Result], hub: Hub, commit: str
+def test_an_entry_is_fetched_built_gated_verified_and_published_by_its_name_alone(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_plugin: Callable[..., Any]
 ) -> None:
-    result = zoo("build", NAME)
+    monkeypatch.chdir(tmp_path)
+    miniature = find_entry("qwen3.6-27b", default_plugins())[0].sample_directory()
+    commit = hub.add(ID, miniature, licence="apache-2.0", card={"language": ["en"]})
+    command.zoo("new", NAME, "--from", ID)
+    plugins = Plugins.discover()
+    plugins.register(make_plugin(zoo_entries=lambda: [Path(f"{NAME}.toml")]), "acme")
 
+    def zoo(*arguments: object) -> Result:
+        result = command.zoo(*arguments, plugins=plugins)
+        assert result.exit_code == 0, result.output
+        return result
+
+    result = zoo("build", NAME)
     bundle = built()
     assert f"The facts of entry {NAME} agree with {ID} at {commit}." in result.stderr
-    assert source(bundle) == (ID, commit)
-    assert bundle.build["compared"] is True
+    assert (source(bundle), bundle.build["compared"]) == ((ID, commit), True)
     card = front_matter(bundle)
     assert (card["license"], card["base_model"], card["language"]) == ("apache-2.0", [ID], ["en"])
-
     asked = len(hub.requests)
     assert "is there already, and up to date" in zoo("build", NAME).stdout
     assert len(hub.requests) == asked
-    assert zoo("verify", NAME)
-    gate = zoo("gate", NAME, "--positions", "8", "--allow-weak-prompt", "--prompts", "code", "--json")
-    assert json.loads(gate.stdout)["verdict"]["passed"]
+
+    zoo("gate", NAME, "--positions", "16", "--prompts", "code")
+    zoo("verify", NAME)
+    hub.tokens.add("hf_a_token")
+    monkeypatch.setenv("HF_TOKEN", "hf_a_token")
+    zoo("publish", NAME, "acme/tiny-on-device", "--dry-run")
+    assert "acme/tiny-on-device" not in hub.repositories
+    assert f"{hub.endpoint}/acme/tiny-on-device" in zoo("publish", NAME, "acme/tiny-on-device").stdout
+    files = hub.repositories["acme/tiny-on-device"].files
+    assert files["build.json"] == (bundle.directory / "build.json").read_bytes()
+    assert b"Not gated yet" not in re.sub(rb"<!--.*?-->", b"", files["README.md"], flags=re.DOTALL)
 
 
 @pytest.mark.slow
