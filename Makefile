@@ -31,7 +31,7 @@ quick: $(stamp)  ## Run the tests that tell in a minute whether a change is sane
 test: $(stamp)  ## Run the whole test suite, its longest runs at a small size
 	$(pytest) $(ARGS)
 
-nightly: $(stamp)  ## The same with those at full size: 50 random architectures, 7 chains of killed builds
+nightly: $(stamp)  ## The same with those at full size: 50 random architectures, 7 chains of killed builds, 20 interruptions
 	ZOO_NIGHTLY=1 $(pytest) $(ARGS)
 
 bench: $(stamp)  ## Measure quantizer, build and baseline side by side, some three minutes (RUNS=3 for medians)

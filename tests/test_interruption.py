@@ -21,10 +21,11 @@ from coreai_zoo.build.design import BuildRequest, design
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.verify import verify
 from coreai_zoo.plugins import default_plugins
+from suite import NIGHTLY
 
 ENTRY = "qwen3.6-27b"
 ZOO = (sys.executable, "-m", "coreai_zoo")
-TRIES = int(os.environ.get("ZOO_INTERRUPTIONS", "6"))
+TRIES = int(os.environ.get("ZOO_INTERRUPTIONS", "20" if NIGHTLY else "3"))
 """Of each command; more in a run that looks for what is rare."""
 
 RESUME = "Finished weights are kept. To resume, run:"

@@ -25,7 +25,7 @@ from coreai_zoo.cache import cache_folder
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dates import source_date_epoch
-from coreai_zoo.errors import BadInput, ZooError, listing
+from coreai_zoo.errors import BadInput, PluginError, ZooError, listing
 from coreai_zoo.json_files import read_object, write_json
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -56,7 +56,10 @@ def find_existing(request: BuildRequest, plugins: Plugins, report: Reporter) -> 
     """
     if request.force:
         return None
-    planned = design(evolve(request, dry=True), plugins, report=report)
+    try:
+        planned = design(evolve(request, dry=True), plugins, report=report)
+    except (BadInput, PluginError):  # the build itself tells it better
+        return None
     directory = request.output / planned.name
     if not directory.is_dir() or directory.is_symlink():
         return None

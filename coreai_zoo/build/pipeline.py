@@ -76,7 +76,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             if (existing := find_existing(request, plugins, report)) is not None:
                 return BuildResult.of_existing(existing)
             designed = design(request, plugins, report=report)
-            report.note(f"origin: {designed.source.origin}")
+            report.note(f"origin: {designed.source.origin}; licence: {designed.source.licence.id or 'not known'}")
             if designed.standing is not None:
                 report.note(designed.standing)
             for difference in designed.differences:

@@ -110,7 +110,7 @@ class Bundle:
         build = _of_today(read_object(directory / "build.json"))
         if build.get("schema") not in (1, BUILD_SCHEMA):
             raise BadInput(f"{directory / 'build.json'} has schema {build.get('schema')!r}, not {BUILD_SCHEMA}.")
-        wrong = [key for key, kind in _RECORDED.items() if not isinstance(build.get(key), kind)]
+        wrong = [key for key, kind in _RECORDED.items() if key not in build or not isinstance(build[key], kind)]
         if wrong:
             raise BadInput(
                 f"{directory / 'build.json'} is damaged: {listing(wrong)} missing or of another type.",
