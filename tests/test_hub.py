@@ -820,13 +820,13 @@ def test_files_that_would_lie_elsewhere_are_not_fetched(hub: Hub, report: Notes)
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        (b"{}", "is not the index"),
-        (b"[]", "is not the index"),
-        (b"\xff", "is not the index"),
-        (b'{"weight_map": {}}', "no file"),
-        (b'{"weight_map": {"a": "../../../x"}}', "cannot be files"),
-        (b'{"weight_map": {"a": 3}}', "cannot be files"),
-        (b'{"weight_map": {"a": ["x"]}}', "is not the index"),
+        (b"{}", "has no weight_map"),
+        (b"[]", "must hold a JSON object"),
+        (b"\xff", "is not UTF-8 text"),
+        (b'{"weight_map": {}}', "has no weight_map"),
+        (b'{"weight_map": {"a": "../../../x"}}', "leads outside of"),
+        (b'{"weight_map": {"a": 3}}', "is not a file name"),
+        (b'{"weight_map": {"a": ["x"]}}', "is not a file name"),
         (b'{"weight_map": {"a": "model-00003-of-00003.safetensors"}}', "which the repository does not have"),
     ],
 )

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import define, frozen
 
-from coreai_zoo.checkpoint.files import CONFIG, INDEX, SINGLE
+from coreai_zoo.checkpoint.files import CONFIG, INDEX, SINGLE, read_index
 from coreai_zoo.digest import file_sha256
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError, listing
@@ -233,7 +233,8 @@ class HubSource:
         """
         names = self._names()
         if INDEX in names:
-            shards = _shards(self._obtain(self._file(INDEX), _ignore))
+            self._obtain(self._file(INDEX), _ignore)
+            shards = sorted(set(read_index(self.directory).values()))
         elif SINGLE in names:
             shards = [SINGLE]
         else:
@@ -862,18 +863,6 @@ def _remote_file(name: str, size: object, etag: object) -> RemoteFile | None:
     if _SHA256.fullmatch(etag):
         return RemoteFile(name, size, etag, None)
     return RemoteFile(name, size, None, etag) if _SHA1.fullmatch(etag) else None
-
-
-def _shards(index: Path) -> list[str]:
-    """The files that an index names."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{index} is not the index of a checkpoint in safetensors files.") from error
-    strange = [repr(name) for name in names if not isinstance(name, str) or not _is_plain(name)]
-    if strange or not names:
-        raise BadInput(f"{index} names {listing(strange) or 'no file'}, which cannot be files of a checkpoint.")
-    return sorted(names)
 
 
 def _is_plain(name: str) -> bool:
