@@ -1035,6 +1035,11 @@ def edit_metadata(bundle: Path, **changes: Any) -> None:
     write_json(path, json.loads(path.read_text()) | changes)
 
 
+def edit_language(bundle: Path, **changes: object) -> None:
+    language = json.loads((bundle / "metadata.json").read_text())["language"]
+    edit_metadata(bundle, language={**language, **changes})
+
+
 def give_ids(bundle: Path, change: Callable[[dict[str, int]], dict[str, int]], **parts: Any) -> None:
     """Give the tokens of a bundle's vocabulary other ids."""
     path = bundle / "tokenizer" / "tokenizer.json"
@@ -1080,6 +1085,7 @@ def test_a_token_id_beyond_the_logits_does_not_verify(
         (lambda bundle: edit_metadata(bundle, assets={}), "metadata.json"),
         (lambda bundle: edit_metadata(bundle, user_data=["a"]), "metadata.json was changed"),
         (lambda bundle: edit_metadata(bundle, language="C"), "metadata.json was changed"),
+        (lambda bundle: edit_language(bundle, prefill_chunk_size=2048), "prefill_chunk_size is 2048, not 1"),
         (lambda bundle: shutil.rmtree(bundle / f"{NAME}.aimodel"), f"{NAME}.aimodel/main.mlirb is missing"),
     ],
     ids=[
@@ -1093,6 +1099,7 @@ def test_a_token_id_beyond_the_logits_does_not_verify(
         "assets",
         "data",
         "language",
+        "chunks",
         "asset",
     ],
 )

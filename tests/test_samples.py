@@ -195,6 +195,8 @@ def test_the_bundle_says_that_it_is_a_sample_and_writes_readable_text(
     bundle = built(entry, "int8hu")
     assert "_sample_" in bundle.directory.name
     assert bundle.metadata["user_data"]["sample"] == "true"
+    # By these a current engine sends a prompt token by token, which is all that the function takes.
+    assert [bundle.metadata["language"][f"prefill_chunk_{key}"] for key in ("size", "threshold")] == [1, 1]
     assert "A sample, not Qwen3.6" in (bundle.directory / "README.md").read_text()
     text = "".join(generate(bundle, backend_of(bundle, plugins.backends()), "def main(", 24))
     words = [word for word in text.replace("(", " ").replace(".", " ").split() if word.isidentifier()]

@@ -49,6 +49,7 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
             decode=design.decode,
             vocab_size=design.facts["vocab_size"],
             max_context_length=design.max_context,
+            query_length=design.signatures[design.decode].query_length,
             hf_id=design.source.origin.hf_id,
             hf_revision=design.source.origin.revision,
             compression=design.recipe.published_name,

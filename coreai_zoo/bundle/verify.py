@@ -8,7 +8,7 @@ from typing import Any
 from coreai_zoo.backend import Backend, Check, Signature
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import file_digests
-from coreai_zoo.bundle.metadata import METADATA_VERSION
+from coreai_zoo.bundle.metadata import CHUNKS, METADATA_VERSION
 from coreai_zoo.checkpoint.tokenizer import highest_token_id, tokenizer_class
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.json_files import read_object
@@ -132,6 +132,7 @@ def _metadata(bundle: Bundle) -> Check:
         "language.max_context_length": (language.get("max_context_length"), bundle.build.get("max_context")),
         "language.function_map": (language.get("function_map"), {"main": [bundle.decode]}),
         "language.states": (language.get("states"), {state.name: state.kind for state in spec.states}),
+        **{f"language.{key}": (language.get(key), spec.query_length) for key in CHUNKS},
     }
     problems = [f"{key} is {found!r}, not {wanted!r}" for key, (found, wanted) in expected.items() if found != wanted]
     if not isinstance(language.get("tokenizer"), str):
