@@ -8,7 +8,8 @@ an import: a half-imported extension module may crash the process at its end, an
 an import swallows the interruption.
 
 What is left then is the end of the interpreter. A thread that comes back to it is unwound, and a runtime in Swift
-aborts the process when that happens to one of its threads. So an interrupted process ends without it, see `_end`.
+aborts the process when that happens to one of its threads, now and then after a command that was not interrupted, too.
+So every command ends without it, see `_end`.
 """
 
 from __future__ import annotations
@@ -73,15 +74,20 @@ def answered() -> Iterator[None]:
         handler = _WhereSafe()
         signal.signal(signal.SIGALRM, handler)
         signal.signal(signal.SIGINT, handler)
+    code = 0
     try:
         yield
     except KeyboardInterrupt:
         leave()
     except SystemExit as end:
-        _ignore()
-        if end.code == EXIT_CODE:
-            _end()
-        raise
+        if not isinstance(end.code, int):
+            raise
+        code = end.code
+    except Exception:  # noqa: BLE001  # told as the end of the interpreter would tell it
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    _ignore()
+    _end(code)
 
 
 def _ignore() -> None:
@@ -90,8 +96,8 @@ def _ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end() -> NoReturn:
-    """End the process as interrupted, without the end of the interpreter.
+def _end(code: int) -> NoReturn:
+    """End the process without the end of the interpreter.
 
     A thread of the runtime that still lets go of what it was given would come back to the interpreter while that ends.
     What Python would do that matters is done: exit handlers remove temporary folders, and what was printed goes out.
@@ -100,7 +106,7 @@ def _end() -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(EXIT_CODE)
+    os._exit(code)
 
 
 class _WhereSafe:

@@ -254,6 +254,26 @@ def test_a_second_interruption_does_not_wait(tmp_path: Path, where: str, presses
         assert done.returncode == (-signal.SIGINT if where == "native call" else 130)
 
 
+@pytest.mark.parametrize(
+    ("last", "status", "said"),
+    [("pass", 0, ""), ("sys.exit(3)", 3, ""), ("raise ValueError('of the command')", 1, "ValueError: of the command")],
+)
+def test_a_command_ends_without_the_end_of_the_interpreter(tmp_path: Path, last: str, status: int, said: str) -> None:
+    (tmp_path / "script.py").write_text(
+        "import atexit, os, sys\n"
+        "from coreai_zoo import interruption\n"
+        "class Held:\n    def __del__(self):\n        os.write(1, b'the end of the interpreter')\n"
+        "held = Held()\n"
+        "atexit.register(print, 'exit handlers')\n"
+        "with interruption.answered():\n"
+        f"    print('printed')\n    {last}\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "printed\nexit handlers\n")
+    assert done.stderr.splitlines()[-1:] == ([said] if said else [])
+
+
 def test_the_shell_sees_exit_code_130(tmp_path: Path) -> None:
     script = tmp_path / "interrupts.py"
     script.write_text(
