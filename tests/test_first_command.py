@@ -171,6 +171,7 @@ def test_an_entry_is_fetched_built_gated_verified_and_published_by_its_name_alon
 
     zoo("gate", NAME, "--positions", "16", "--prompts", "code")
     zoo("verify", NAME)
+    assert "is there already, and up to date" in zoo("build", NAME).stdout, "what a gate adds was not built"
     hub.tokens.add("hf_a_token")
     monkeypatch.setenv("HF_TOKEN", "hf_a_token")
     zoo("publish", NAME, "acme/tiny-on-device", "--dry-run")

@@ -21,6 +21,8 @@ from coreai_zoo.build.record import describe
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.source import commit_of
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.card import CARD
+from coreai_zoo.bundle.layout import card_digest
 from coreai_zoo.cache import cache_folder
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
@@ -105,8 +107,13 @@ def _changed_files(bundle: Bundle) -> Iterator[str]:
     """Files of a bundle that are not there, or not as long as they were built."""
     for name, file in bundle.build["files"].items():
         path = bundle.directory / name
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
+        if not path.is_file() or _size(path) != file["bytes"]:
             yield f"{name}, which is damaged"
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file of a bundle; of the card without what a gate has added."""
+    return int(card_digest(path.read_bytes())["bytes"]) if path.name == CARD else path.stat().st_size
 
 
 def _same_checkpoint(bundle: Bundle, planned: Design, report: Reporter) -> bool:
