@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from coreai_zoo.checkpoint import hub as client
+from coreai_zoo.checkpoint import hub_client as client
 from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError
 from coreai_zoo.progress import CountBytes, Reporter
@@ -368,7 +368,7 @@ def test_an_answer_that_ends_early_without_an_error_goes_on(hub: Hub, report: No
     hub.inject(SECOND, end=0, times=-1)
     with pytest.raises(EnvironmentLacks, match=r"the connection to .* fails"):
         source.shard(SECOND)
-    assert len(hub.asked(SECOND)) == client._FILE_TRIES
+    assert len(hub.asked(SECOND)) == client.FILE_TRIES
 
 
 def test_a_small_file_is_asked_for_as_it_is_so_that_a_part_of_it_is_one(hub: Hub, report: Notes) -> None:
@@ -403,7 +403,7 @@ def test_tries_come_to_an_end_and_the_next_run_goes_on(hub: Hub, report: Notes) 
     source = opened(report)
     with pytest.raises(EnvironmentLacks, match=r"the connection to .* fails"):
         source.shard(FIRST)
-    come = client._FILE_TRIES * 2**17
+    come = client.FILE_TRIES * 2**17
     assert source.missing_bytes == 2 * SIZE - come
     hub.heal()
     assert source.shard(FIRST).read_bytes() == FILES[FIRST]
@@ -579,7 +579,7 @@ def test_a_status_that_stays_is_told(hub: Hub, report: Notes, path: str, status:
     if (path, status) != (ID, 404):
         assert str(status) in error.message
     tries = len([request for request in hub.requests if request.path.partition("?")[0].endswith(path)])
-    assert tries == (1 if status < 500 else client._METADATA_TRIES if path == ID else client._FILE_TRIES)
+    assert tries == (1 if status < 500 else client.METADATA_TRIES if path == ID else client.FILE_TRIES)
 
 
 @pytest.mark.parametrize("path", [ID, "config.json", FIRST])

@@ -21,6 +21,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, with_measurements
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT
 from coreai_zoo.checkpoint.hub import Repository
+from coreai_zoo.checkpoint.hub_client import quieten
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, ZooError
 from coreai_zoo.json_files import read_object
 
@@ -188,6 +189,7 @@ def require_access(target: Target) -> None:
     import huggingface_hub
 
     require_token()
+    quieten()
     with _explained(target):
         huggingface_hub.HfApi().whoami()
 

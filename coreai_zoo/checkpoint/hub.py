@@ -14,33 +14,36 @@ same bytes arrive here, are counted as they come, and have the SHA-256 that the 
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import fnmatch
 import hashlib
 import json
-import logging
 import os
 import re
 import stat
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from attrs import define, frozen
 
 from coreai_zoo.checkpoint.files import CONFIG, INDEX, SINGLE, read_index
+from coreai_zoo.checkpoint.hub_client import (
+    FILE_TRIES,
+    METADATA_TRIES,
+    BrokeOff,
+    Patience,
+    explained,
+    host,
+    not_the_hub,
+    quieten,
+    said,
+)
 from coreai_zoo.digest import file_sha256
 from coreai_zoo.dtypes import size
-from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError, listing
+from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError, listing
 from coreai_zoo.progress import CountBytes, Reporter
-
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
-
-_Answer = TypeVar("_Answer")
 
 _SMALL = (
     CONFIG,
@@ -58,20 +61,9 @@ _SMALL = (
     "NOTICE*",
 )
 
-_METADATA_TRIES = 3
-_FILE_TRIES = 8
-"""How often in a row a request is made before its failure is told."""
-_ENOUGH = 64 * 2**20
-"""After so many bytes without a failure the tries count anew."""
-_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
-"""Seconds before the second try; each further pause is twice as long, up to the longest."""
-_LONGEST_WAIT = 330.0
-"""Seconds that a hub may ask to wait for; the limits of the real one start anew every five minutes."""
-
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9A-Za-z]{6,64}")  # 40 hexadecimal digits on the real hub
 _REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^-/\s~^:?*\[\\\x00-\x1f\x7f][^\s~^:?*\[\\\x00-\x1f\x7f]*")
-_PAGE = "https://huggingface.co"
 
 
 @frozen
@@ -190,7 +182,7 @@ class HubSource:
             BadInput: when there is no such repository or revision.
             EnvironmentLacks: when the hub cannot be asked, or refuses; and nothing of the revision is in the cache.
         """
-        _quieten()
+        quieten()
         _check(repository)
         revision = repository.revision or "main"
         folder = _folder(repository.id)
@@ -278,7 +270,7 @@ class HubSource:
         if unknown:
             total = sum(file.size for file in unknown)
             report.note(f"comparing {size(total)} in the cache with what the hub states")
-            with report.bytes(total) as count, _explained(self.id, self._revision):
+            with report.bytes(total) as count, explained(self.id, self._revision):
                 for file in unknown:
                     bad += 0 if _matches(self._place(file), file) else file.size
                     count(file.name, file.size)
@@ -331,7 +323,7 @@ class HubSource:
     def _obtain(self, file: RemoteFile, count: CountBytes) -> Path:
         """The file in the snapshot: what is in the cache if that is as the hub states it, else fetched."""
         path = self.directory / file.name
-        with _explained(self.id, self._revision):
+        with explained(self.id, self._revision):
             if _matches(path, file):
                 return path
             if self._refusal is not None:
@@ -413,12 +405,12 @@ class HubSource:
 
         if (_size(partial) or 0) > file.size:
             partial.unlink()
-        patience = _Patience(self._report, _FILE_TRIES)
+        patience = Patience(self._report, FILE_TRIES)
         while (come := _size(partial)) is None or come < file.size:
             start = come or 0
             try:
                 self._stream(file, partial, start, count)
-            except (HTTPError, _BrokeOff) as error:
+            except (HTTPError, BrokeOff) as error:
                 come = _size(partial) or 0
                 patience.after(error, f"going on from {size(come)}" if come else "trying again", come - start)
 
@@ -452,7 +444,7 @@ class HubSource:
                 if come == file.size:
                     os.fsync(out.fileno())
         if come < file.size:
-            raise _BrokeOff("it ended early")
+            raise BrokeOff("it ended early")
 
 
 def find_cached(hf_id: str, commit: str) -> Path | None:
@@ -470,23 +462,8 @@ def find_cached(hf_id: str, commit: str) -> Path | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _BrokeOff(Exception):
-    """An answer ended before its end without an error."""
-
-
 class _Differs(Exception):
     """What is offered as a file cannot be what the hub states; says why."""
-
-
-def _quieten() -> None:
-    """Have the client print nothing (progress is ours to show) and ask nothing but what it is told to."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils.logging import set_verbosity
-
-    if not constants.HF_DEBUG:
-        set_verbosity(logging.ERROR)
-    # Else it asks each hub for a list of programs that may have started it, to say so in its headers.
-    constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def _check(repository: Repository) -> None:
@@ -501,7 +478,7 @@ def _check(repository: Repository) -> None:
     try:
         validate_repo_id(repository.id)
     except HFValidationError as error:
-        raise BadInput(f"{repository.id!r} is no repository of the hub: {_said(error)}.") from error
+        raise BadInput(f"{repository.id!r} is no repository of the hub: {said(error)}.") from error
     if repository.revision is not None and not _REVISION.fullmatch(repository.revision):
         raise BadInput(f"{repository.revision!r} of {repository.id} is no branch, tag or commit.")
 
@@ -516,9 +493,9 @@ def _ask(repository: Repository, report: Reporter) -> Listing:
             repository.id, revision=repository.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
 
-    with _explained(repository.id, repository.revision or "main"):
+    with explained(repository.id, repository.revision or "main"):
         try:
-            info = _Patience(report, _METADATA_TRIES).ask(ask)
+            info = Patience(report, METADATA_TRIES).ask(ask)
             siblings = [(sibling.rfilename, sibling) for sibling in info.siblings if _is_plain(sibling.rfilename)]
             front = info.card_data
             card = front.to_dict() if isinstance(front, ModelCardData) else {}  # type: ignore[no-untyped-call]
@@ -526,12 +503,12 @@ def _ask(repository: Repository, report: Reporter) -> Listing:
             if not _COMMIT.fullmatch(info.sha):
                 raise TypeError(f"{info.sha} is no commit")
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise _not_the_hub(repository.id) from error
+            raise not_the_hub(repository.id) from error
         except (HTTPError, OSError):
             raise
         except Exception as error:  # of the client, about an address or a proxy that there cannot be
             raise EnvironmentLacks(
-                f"{repository.id} cannot be fetched: {_host()} cannot be asked ({_said(error)}).",
+                f"{repository.id} cannot be fetched: {host()} cannot be asked ({said(error)}).",
                 "Check HF_ENDPOINT and HTTPS_PROXY, if set.",
             ) from error
         found = [_stated(info.id, info.sha, name, sibling, report) for name, sibling in siblings]
@@ -549,7 +526,7 @@ def _stated(repo_id: str, commit: str, name: str, sibling: Any, report: Reporter
         return file
     # The metadata of some mirrors is without; then the file's own headers have it.
     url = hf_hub_url(repo_id, name, revision=commit)
-    found = _Patience(report, _METADATA_TRIES).ask(
+    found = Patience(report, METADATA_TRIES).ask(
         lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     )
     file = _remote_file(name, found.size, found.etag)
@@ -557,90 +534,10 @@ def _stated(repo_id: str, commit: str, name: str, sibling: Any, report: Reporter
         return RemoteFile(name, found.size, None, None)
     if file is None or (file.sha256 is None and not _is_small(name)):
         raise EnvironmentLacks(
-            f"{_host()} does not state size and SHA-256 of {name} of {repo_id}, so what it sends could not be checked.",
+            f"{host()} does not state size and SHA-256 of {name} of {repo_id}, so what it sends could not be checked.",
             "If HF_ENDPOINT names a mirror, use another one.",
         )
     return file
-
-
-class _Patience:
-    """Waits before one more try, for as long as the hub asks for, and not for ever.
-
-    Args:
-        report: told why there is a wait.
-        tries: how often in a row a request may fail, see `_FILE_TRIES`.
-    """
-
-    def __init__(self, report: Reporter, tries: int) -> None:
-        self._report, self._tries = report, tries
-        self._failures, self._gained = 0, 0
-
-    def ask(self, request: Callable[[], _Answer]) -> _Answer:
-        """What `request` gives, in one of the tries."""
-        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-        while True:
-            try:
-                return request()
-            except HTTPError as error:
-                self.after(error, "trying again")
-
-    def after(self, error: Exception, then: str, gained: int = 0) -> None:
-        """Wait, and say so; or raise the error, when waiting does not help or was tried often enough.
-
-        Args:
-            error: of the try.
-            then: what comes after the wait, in words.
-            gained: how many bytes the try brought.
-        """
-        self._gained += gained
-        if self._gained >= _ENOUGH:
-            self._failures, self._gained = 0, 0
-        self._failures += 1
-        asked = _asked_wait(error)
-        if not _may_pass(error) or self._failures >= (self._tries if asked is None else _FILE_TRIES):
-            raise error
-        if asked is not None and asked > _LONGEST_WAIT:
-            raise error
-        seconds = max(asked or 0.0, min(_PAUSE * 2 ** (self._failures - 1), _LONGEST_PAUSE))
-        when = f" in {seconds:.0f} s" if seconds >= 2 else ""
-        self._report.note(f"{_happened(error)}; {then}{when}")
-        time.sleep(seconds)
-
-
-def _asked_wait(error: Exception) -> float | None:
-    """Seconds that the hub asks to wait for, if it does."""
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
-
-    if not isinstance(error, HfHubHTTPError):
-        return None
-    headers = error.response.headers
-    given = headers.get("Retry-After", "").strip()
-    if given.isdecimal():
-        return float(given)
-    with contextlib.suppress(ValueError):
-        return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
-    limit = parse_ratelimit_headers(headers) if error.response.status_code == 429 else None
-    return None if limit is None or limit.remaining else float(limit.reset_in_seconds)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether a failure is one that another try may not meet: of the connection, or of the server."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if not isinstance(error, HfHubHTTPError):
-        return True
-    return error.response.status_code in {408, 425, 429} or error.response.status_code >= 500
-
-
-def _happened(error: Exception) -> str:
-    """What a failure that may pass was, in a few words."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        return f"{_host()} answers {_status(error)}"
-    return f"the connection broke ({_said(error)})"
 
 
 def _first_byte(headers: Mapping[str, str], file: RemoteFile, start: int) -> int:
@@ -651,7 +548,7 @@ def _first_byte(headers: Mapping[str, str], file: RemoteFile, start: int) -> int
         _Differs: when it is not for a file as long as the hub states.
     """
     if headers.get("Content-Type", "").startswith("text/html") and not file.name.endswith((".html", ".htm")):
-        raise _not_the_hub(file.name)
+        raise not_the_hub(file.name)
     ranged = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
     begin, total = (int(ranged[1]), ranged[2]) if ranged else (0, headers.get("Content-Length", "*"))
     if headers.get("Content-Encoding", "identity") != "identity":
@@ -666,111 +563,6 @@ def _first_byte(headers: Mapping[str, str], file: RemoteFile, start: int) -> int
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors, in words
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _explained(repo_id: str, revision: str) -> Iterator[None]:
-    """Within the block what the client, the network and the disk raise becomes an error in one paragraph."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
-
-    try:
-        yield
-    except HfHubHTTPError as error:  # which is an OSError too
-        raise _refusal(error, repo_id, revision) from error
-    except OfflineModeIsEnabled as error:
-        raise EnvironmentLacks(
-            f"{repo_id} is not to be fetched: HF_HUB_OFFLINE is set.", "Unset it, or pass --checkpoint DIR."
-        ) from error
-    except (HTTPError, _BrokeOff, ConnectionError, TimeoutError) as error:
-        raise EnvironmentLacks(
-            f"{repo_id} cannot be fetched: the connection to {_host()} fails ({_said(error)}).",
-            "Check the network, and HF_ENDPOINT or HTTPS_PROXY if set; the same command goes on from what has come.",
-        ) from error
-    except OSError as error:
-        raise _disk(error) from error
-
-
-def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
-    """What an answer with an error status means."""
-    from huggingface_hub import errors
-
-    status, login = error.response.status_code, "log in with `hf auth login`"
-    if os.environ.get("HF_TOKEN"):
-        login += " (HF_TOKEN, which is set, comes before it)"
-    if isinstance(error, errors.GatedRepoError):
-        return EnvironmentLacks(
-            f"{repo_id} is gated: its files are for those who have accepted its terms.",
-            f"Accept them at {_PAGE}/{repo_id} and {login}.",
-        )
-    if (
-        status == 401 and "authorization" in error.response.request.headers
-    ):  # to a token that it knows it says 403 or 404
-        return EnvironmentLacks(f"{_host()} does not accept the token of this machine.", f"To read {repo_id}, {login}.")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return BadInput(
-            f"{repo_id} has no revision {revision}.",
-            f"{_PAGE}/{repo_id}/tree/main lists branches and tags; a commit is given in full.",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError) or (status == 404 and "/api/" in error.response.url.path):
-        return BadInput(
-            f"{_host()} shows no model repository {repo_id}: there is none, or it is private.",
-            f"Check the name at {_PAGE}/models; if it is private, {login}.",
-        )
-    if status in {401, 403}:
-        return EnvironmentLacks(
-            f"{_host()} does not let this machine read {repo_id} ({_status(error)}).",
-            f"Visit {_PAGE}/{repo_id} to see what it asks for, and {login}.",
-        )
-    if status == 429:
-        wait = _asked_wait(error)
-        when = "later" if wait is None else f"in {max(1, round(wait / 60))} minutes"
-        return EnvironmentLacks(
-            f"{repo_id} cannot be fetched: {_host()} has had too many requests from here ({_status(error)}).",
-            f"Try again {when}; who is logged in (`hf auth login`) may ask more often.",
-        )
-    return EnvironmentLacks(
-        f"{repo_id} cannot be fetched: {_host()} answers {_status(error)}.",
-        "Try again later; the same command goes on from what has come.",
-    )
-
-
-def _not_the_hub(what: str) -> EnvironmentLacks:
-    return EnvironmentLacks(
-        f"What answers for {_host()} is not the hub: asked for {what}, it sends a page of its own.",
-        "A proxy or a network that wants a login may be in between: open the address in a browser; check HF_ENDPOINT.",
-    )
-
-
-def _disk(error: OSError) -> EnvironmentLacks:
-    """What it means that the cache cannot be read or written."""
-    from huggingface_hub import constants
-
-    if error.errno in NO_SPACE:
-        return EnvironmentLacks(
-            f"The disk is full at {constants.HF_HUB_CACHE}, where checkpoints are fetched to.",
-            "Free some space there, or set HF_HOME to a folder on another disk; what has come is kept.",
-        )
-    where = error.filename or constants.HF_HUB_CACHE
-    return EnvironmentLacks(
-        f"The Hugging Face cache cannot be used: {where}: {error.strerror or error}.",
-        "Set HF_HOME to a folder that can be written.",
-    )
-
-
-def _host() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT.partition("://")[2] or constants.ENDPOINT
-
-
-def _status(error: HfHubHTTPError) -> str:
-    said = " ".join((error.server_message or "").split())[:200].rstrip(".")
-    return f"{error.response.status_code}{f', {said}' if said else ''}"
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200].rstrip(".") if lines else type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
