@@ -268,7 +268,7 @@ def test_no_checkpoint_and_no_network_is_the_environments_fault_and_says_what_to
     assert process.returncode == 3, process.stderr
     assert [line for line in progress if not PROGRESS.match(line)] == []
     said = {
-        "offline": "Qwen/Qwen3.6-27B is not to be fetched: HF_HUB_OFFLINE is set. Unset it, or pass --checkpoint DIR.",
+        "offline": "Qwen/Qwen3.6-27B is not to be fetched: HF_HUB_OFFLINE is set. Unset it, or give a folder",
         "unreachable": "Qwen/Qwen3.6-27B cannot be fetched: the connection to huggingface.co fails (",
     }[way]
     assert text.startswith(f"error: {said}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ def downloaded(folder: Path, **commits: str) -> Path:
     notes = folder / ".cache" / "huggingface" / "download"
     notes.mkdir(parents=True)
     for name, commit in commits.items():
-        (notes / f"{name.replace('_', '.')}.metadata").write_text(f"{commit}\n{'e' * 40}\n1790000000.0\n")
+        file = folder / name.replace("_", ".")
+        file.write_text("{}")
+        (notes / f"{file.name}.metadata").write_text(f"{commit}\n{'e' * 40}\n{file.stat().st_mtime}\n")
     return folder
 
 
 def origin(folder: Path, config: dict[str, Any] | None = None) -> Origin:
-    return find_origin(folder, config or {}, read_front_matter(folder), {COMMIT: OURS})
+    return find_origin(folder, config or {}, read_front_matter(folder), {OURS: COMMIT, SIBLING: None})
 
 
 def test_a_snapshot_in_the_cache_says_repository_and_commit(tmp_path: Path) -> None:
@@ -62,6 +65,26 @@ def test_a_download_to_a_folder_is_known_by_its_commit(tmp_path: Path) -> None:
     )
 
 
+def test_what_was_changed_after_its_download_is_made_from_it_at_most(tmp_path: Path) -> None:
+    for name, spoil in {
+        "edited": lambda folder: os.utime(folder / "config.json", (2e9, 2e9)),
+        "added to": lambda folder: (folder / "more.safetensors").write_text("of another making"),
+        "without config": lambda folder: (folder / "config.json").unlink(),
+    }.items():
+        folder = downloaded(tmp_path / name, config_json=COMMIT, model_safetensors=COMMIT)
+        assert origin(folder).proven
+        spoil(folder)
+        assert origin(folder) == Origin("download", None, None, (OURS,)), name
+        assert "or a model made from it" in str(origin(folder))
+
+
+def test_a_link_to_a_snapshot_is_the_snapshot(tmp_path: Path) -> None:
+    folder = tmp_path / "models--Qwen--Qwen3.5-27B" / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    assert origin(tmp_path / "link") == origin(folder / ".." / COMMIT) == Origin("hub", SIBLING, COMMIT)
+
+
 def test_files_of_two_commits_show_nothing(tmp_path: Path) -> None:
     assert origin(downloaded(tmp_path / "mixed", config_json=COMMIT, model_safetensors=OTHER)) == Origin()
 
@@ -71,6 +94,7 @@ def test_files_of_two_commits_show_nothing(tmp_path: Path) -> None:
     [
         (f"license: apache-2.0\nlicense_link: {LINK.format(SIBLING)}", SIBLING, ()),
         (f"base_model: {SIBLING}", None, (SIBLING,)),
+        (f"base_model: https://huggingface.co/{SIBLING}", None, (SIBLING,)),
         (f"base_model:\n- {SIBLING}\n- {OURS}", None, (SIBLING, OURS)),
         # A fine-tune keeps the link of the model that it was made from.
         (f"base_model: {SIBLING}\nlicense_link: {LINK.format(SIBLING)}", None, (SIBLING,)),
@@ -94,7 +118,15 @@ def test_a_card_names_its_repository_or_what_the_model_was_made_from(
 
 @pytest.mark.parametrize(
     ("name", "made_from"),
-    [(SIBLING, (SIBLING,)), ("/home/me/checkpoint", ()), ("", ()), (None, ()), (["a/b"], ())],
+    [
+        (SIBLING, (SIBLING,)),
+        (f"{SIBLING}-Base".lower(), (SIBLING,)),
+        ("/home/me/checkpoint", ()),
+        ("output/checkpoint-500", ()),  # of the trainer's usual folders; no repository
+        ("", ()),
+        (None, ()),
+        (["a/b"], ()),
+    ],
 )
 def test_a_name_in_the_config_is_the_model_or_its_base(tmp_path: Path, name: object, made_from: tuple[str]) -> None:
     found = origin(tmp_path, {"_name_or_path": name})
@@ -117,6 +149,7 @@ def test_a_card_goes_before_the_name_in_the_config(tmp_path: Path) -> None:
         (Origin("readme", SIBLING), True),
         (Origin("readme", None, None, (SIBLING,)), True),
         (Origin("readme", None, None, (f"{SIBLING}-Base",)), True),
+        (Origin("readme", None, None, (f"{SIBLING}-FP8",)), True),
         (Origin("readme", None, None, (f"{OURS}-Base",)), False),
         (Origin("readme", None, None, (OURS, "acme/adapter")), False),
         (Origin("readme", None, None, ("acme/unheard-of",)), False),

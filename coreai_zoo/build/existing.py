@@ -47,6 +47,9 @@ _WORDS = {
     "roles": "how the weights are stored",
     "recipe": "the recipe",
     "functions": "the signature",
+    "origin": "what is known of the checkpoint's origin",
+    "licence": "what is known of the licence",
+    "language": "the languages that its card names",
 }
 
 
@@ -69,9 +72,18 @@ def find_existing(request: BuildRequest, plugins: Plugins, report: Reporter) -> 
         bundle = Bundle.open(directory)
     except ZooError as error:
         raise BadInput(f"{directory} exists and is no bundle: {error.message}", _HINT) from error
-    differing = [*dict.fromkeys(_differences(bundle, planned, report))]
+    differing = [*dict.fromkeys(_differences(bundle, planned))]
+    same = _same_checkpoint(bundle, planned, report)
+    if same is False:
+        differing.append("the checkpoint")
     if differing:
         raise BadInput(f"{directory} is there already, and a build would differ in {listing(differing)}.", _HINT)
+    if same is None:
+        raise BadInput(
+            f"{directory} is there already; whether it was built from these weights is not known, for it was built "
+            "elsewhere or what was remembered of it is gone.",
+            _HINT,
+        )
     return bundle
 
 
@@ -91,16 +103,16 @@ def remember(bundle: Path, checkpoint: Checkpoint) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _differences(bundle: Bundle, planned: Design, report: Reporter) -> Iterator[str]:
+def _differences(bundle: Bundle, planned: Design) -> Iterator[str]:
     """What a build of the design would do otherwise than the one that made a bundle, one phrase each."""
     recorded = bundle.build
     today = json.loads(json.dumps({**describe(planned), "source_date_epoch": source_date_epoch()}))
-    for key in sorted((set(today) | set(recorded)) - _NOT_COMPARED - _OF_CHECKPOINT):
+    # Of a commit on the hub nothing can have changed, and the entry alone does not say it.
+    of_folder = planned.source.directory is not None and planned.source.hub is None
+    for key in sorted((set(today) | set(recorded)) - _NOT_COMPARED - (set() if of_folder else _OF_CHECKPOINT)):
         if today.get(key) != recorded.get(key):
             yield _WORDS.get(key, key)
     yield from _changed_files(bundle)
-    if not _same_checkpoint(bundle, planned, report):
-        yield "the checkpoint"
 
 
 def _changed_files(bundle: Bundle) -> Iterator[str]:
@@ -116,19 +128,23 @@ def _size(path: Path) -> int:
     return int(card_digest(path.read_bytes())["bytes"]) if path.name == CARD else path.stat().st_size
 
 
-def _same_checkpoint(bundle: Bundle, planned: Design, report: Reporter) -> bool:
-    """Whether a bundle was built from the checkpoint that a build would take."""
+def _same_checkpoint(bundle: Bundle, planned: Design, report: Reporter) -> bool | None:
+    """Whether a bundle was built from the checkpoint that a build would take; None where that is not known."""
     origin, directory = bundle.origin, planned.source.directory
     wanted = commit_of(planned.source, planned.entry, report)
     if wanted is not None:
         return wanted == (origin.get("hf_id"), origin.get("revision"))
     assert directory is not None  # without weights to fetch there is a folder
+    checkpoint = Checkpoint.open(directory)
+    if any(bundle.build["source"].get(key) != value for key, value in checkpoint.identity().items()):
+        return False
     try:
         remembered = read_object(_memory(bundle.directory))
     except BadInput:
-        return False
-    now = {"build": _build_digest(bundle.directory), "stamps": _stamps(Checkpoint.open(directory))}
-    return bool(remembered == json.loads(json.dumps(now)))
+        return None
+    if remembered.get("build") != _build_digest(bundle.directory):
+        return None
+    return bool(remembered.get("stamps") == json.loads(json.dumps(_stamps(checkpoint))))
 
 
 def _memory(bundle: Path) -> Path:

@@ -71,7 +71,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
     report = report or Reporter(silent=True)
     with ExitStack() as stack:
         stack.enter_context(_rare_collections())
-        with report.stage("resolve", str(request.model or request.checkpoint)):
+        with report.stage("resolve", str(request.checkpoint if request.model is None else request.model)):
             check_output_folder(request.output)
             if (existing := find_existing(request, plugins, report)) is not None:
                 return BuildResult.of_existing(existing)

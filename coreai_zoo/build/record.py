@@ -163,10 +163,14 @@ def _command(design: Design) -> list[str]:
     request, entry, origin = design.request, design.entry, design.source.origin
     words = ["zoo", "build"]
     if entry is not None:
-        words.append(f"{entry.name}.toml" if _loose_entry(design) else entry.name)
+        same = origin.kind == "hub" and (origin.hf_id or "").lower() == (entry.hf_id or "").lower()
+        if same and not design.compared:
+            words.append(f"{origin.hf_id}@{origin.revision}")
+        else:
+            words.append(f"{entry.name}.toml" if _loose_entry(design) else entry.name)
         if design.sample:
             words.append("--sample")
-        elif not design.compared:
+        elif not same:
             words += ["--checkpoint", "CHECKPOINT"]
     else:
         words.append(f"{origin.hf_id}@{origin.revision}" if origin.proven else "CHECKPOINT")

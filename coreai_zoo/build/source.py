@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from coreai_zoo.build.model import config_of_entry
 from coreai_zoo.build.request import BuildRequest
@@ -45,25 +46,30 @@ def find_subject(text: str, plugins: Plugins) -> Subject:
     """What `text` names: an entry by its name or file, a folder, or a repository on the hub.
 
     A folder that is there goes before a repository of the same name, as in transformers; one that is called like an
-    entry is meant where it is written as a path. A repository that an entry names is that entry.
+    entry is meant where it is written as a path. A repository that an entry names is that entry, and at the entry's
+    revision where none is given.
 
     Raises:
         BadInput: when it names nothing, with the nearest entries.
         PluginError: when two plugins bring the entry.
     """
     entries = load_entries(plugins)
-    path = Path(text).expanduser()
+    path = os.path.expanduser(text)  # noqa: PTH111  # as the next two, for names that are too long for a path
     if text in entries or text.endswith(".toml"):
         return Subject(entry=find_entry(text, plugins)[0])
-    if text and path.is_dir():
-        return Subject(directory=path)
+    if text and os.path.isdir(path):  # noqa: PTH112
+        return Subject(directory=Path(path))
+    if os.path.isfile(path):  # noqa: PTH113
+        raise BadInput(f"{text} is a file.", "Give the folder that holds the checkpoint, or an entry file (.toml).")
     repository = Repository.parse(text)
     if repository is not None:
         named = [entry for entry, _ in entries.values() if entry.hf_id and entry.hf_id.lower() == repository.id.lower()]
         if len(named) > 1:
             names = " and ".join(entry.name for entry in named)
             raise BadInput(f"{repository.id} is named by the entries {names}.", "Give the name of one of them.")
-        return Subject(entry=named[0] if named else None, repository=repository)
+        if not named:
+            return Subject(repository=repository)
+        return Subject(named[0], evolve(repository, revision=repository.revision or named[0].hf_revision))
     if "/" in text or text.startswith((".", "~")):
         raise BadInput(
             f"{text} is no folder, and not the name of a repository on the hub.",
@@ -201,8 +207,8 @@ def _repository_of(entry: Entry | None) -> Repository:
 
 def _of_folder(directory: Path, entry: Entry | None, plugins: Plugins) -> Source:
     card = read_front_matter(directory)
-    pins = {entry.hf_revision: entry.hf_id for entry in _entries(plugins)}
-    known = {commit: hf_id for commit, hf_id in pins.items() if commit and hf_id}
+    entries = [*_entries(plugins), *([entry] if entry else [])]
+    known = {each.hf_id: each.hf_revision for each in entries if each.hf_id}
     return _source(directory, find_origin(directory, read_config(directory), card, known), card, entry)
 
 
@@ -234,11 +240,16 @@ def other_model(source: Source, entry: Entry, plugins: Plugins) -> str | None:
         return None if origin.hf_id.lower() == own else f"it is {origin}, the entry is of {entry.hf_id}"
     if not origin.made_from:
         return _other_template(source, entry, plugins)
-    bases = [base.lower().removesuffix("-base") for base in origin.made_from]
-    siblings = {other.hf_id.lower() for other in _entries(plugins) if other.hf_id}
-    if own in bases or not siblings & set(bases):
+    siblings = [other.hf_id for other in _entries(plugins) if other.hf_id]
+    if _names(origin.made_from, own) or not any(_names(origin.made_from, sibling) for sibling in siblings):
         return None
     return f"it is {origin}, the entry is of {entry.hf_id}"
+
+
+def _names(made_from: Sequence[str], hf_id: str) -> bool:
+    """Whether one of these is a repository, or another form of its model: `-Base` or `-FP8` of it, for example."""
+    own = hf_id.lower()
+    return any(base.lower() == own or base.lower().startswith(f"{own}-") for base in made_from)
 
 
 def _other_template(source: Source, entry: Entry, plugins: Plugins) -> str | None:

@@ -40,7 +40,8 @@ def named_bundle(text: str) -> Path | None:
     Raises:
         BadInput: when several bundles have that name, listing them.
     """
-    if os.path.exists(text):  # noqa: PTH110  # false where a name is too long to be one, which pathlib raises for
+    exists = os.path.exists(text)  # noqa: PTH110  # false where a name is too long to be one, which pathlib raises for
+    if exists and (os.sep in text or text.startswith(".") or (Path(text) / "metadata.json").is_file()):
         return Path(text)
     there = list(_folders())
     found = [folder for folder in there if folder.name == text] or [
@@ -51,7 +52,8 @@ def named_bundle(text: str) -> Path | None:
             f"{text!r} fits {len(found)} bundles: {listing([str(folder) for folder in found], _SHOWN)}.",
             "Give the path of one.",
         )
-    return found[0] if found else None
+    # A checkpoint's folder that a bundle is named after is not what is meant, unless nothing else can be.
+    return found[0] if found else Path(text) if exists else None
 
 
 def bundle_names() -> list[str]:
@@ -91,4 +93,5 @@ def _hint(text: str, plugins: Plugins) -> str:
     for entry in entries:
         if slug(entry) == slug(text):
             return f"Make one: `zoo build {entry}`."
-    return f"{did_you_mean(text, [*bundle_names(), *entries], 3)} `zoo build NAME` makes a bundle of an entry."
+    names = bundle_names()
+    return f"{did_you_mean(text, names, 3)} " * bool(names) + "`zoo build NAME` makes a bundle of an entry."

@@ -146,7 +146,7 @@ def explained(repo_id: str, revision: str) -> Iterator[None]:
         raise _refusal(error, repo_id, revision) from error
     except OfflineModeIsEnabled as error:
         raise EnvironmentLacks(
-            f"{repo_id} is not to be fetched: HF_HUB_OFFLINE is set.", "Unset it, or pass --checkpoint DIR."
+            f"{repo_id} is not to be fetched: HF_HUB_OFFLINE is set.", "Unset it, or give a folder with the checkpoint."
         ) from error
     except (HTTPError, BrokeOff, ConnectionError, TimeoutError) as error:
         raise EnvironmentLacks(

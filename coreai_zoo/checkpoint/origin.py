@@ -69,7 +69,7 @@ class Origin:
 
 
 def find_origin(
-    directory: Path, config: Mapping[str, Any], card: Mapping[str, Any], commits: Mapping[str, str]
+    directory: Path, config: Mapping[str, Any], card: Mapping[str, Any], known: Mapping[str, str | None]
 ) -> Origin:
     """The origin of the checkpoint in a folder.
 
@@ -77,34 +77,42 @@ def find_origin(
         directory: the folder.
         config: its `config.json`.
         card: the front matter of its README.md, see `read_front_matter`.
-        commits: repositories that are known, by a commit of each.
+        known: repositories of models that are known, each with a commit or None.
     """
-    if inside := _SNAPSHOT.fullmatch(directory.absolute().as_posix()):
+    if inside := _SNAPSHOT.fullmatch(directory.resolve().as_posix()):
         return Origin("hub", f"{inside[1]}/{inside[2]}", inside[3])
-    revision = _downloaded_commit(directory)
-    if revision is not None and revision in commits:
-        return Origin("download", commits[revision], revision)
+    commit, changed = _downloaded(directory)
+    revision = None if changed else commit
+    downloaded = next((hf_id for hf_id, pinned in known.items() if commit is not None and pinned == commit), None)
+    if downloaded is not None:
+        return Origin("download", None, None, (downloaded,)) if changed else Origin("download", downloaded, commit)
     hf_id, made_from = _named_by_card(card)
-    if hf_id is not None:
+    if hf_id is not None or made_from:
         return Origin("readme", hf_id, revision, made_from)
-    if made_from:
-        return Origin("readme", None, revision, made_from)
-    name = config.get("_name_or_path")
-    if isinstance(name, str) and re.fullmatch(HF_ID, name):
-        return Origin("config", None, revision, (name,))
+    # A path of whoever trained it looks like a repository, too: only those that are known count.
+    name = str(config.get("_name_or_path", "")).lower()
+    if named := tuple(hf_id for hf_id in known if name == hf_id.lower() or name.startswith(f"{hf_id.lower()}-")):
+        return Origin("config", None, revision, named)
     return Origin("download" if revision else "none", None, revision)
 
 
-def _downloaded_commit(directory: Path) -> str | None:
-    """The commit that `hf download --local-dir` fetched `directory` at; None where files are of several, or of none."""
-    folder = directory / ".cache" / "huggingface" / "download"
-    found = set()
-    for path in folder.glob("*.metadata"):
-        if path.name.removesuffix(".metadata") == "config.json" or path.name.endswith(".safetensors.metadata"):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            found.add(lines[0].strip() if lines else "")
-    commit = found.pop() if len(found) == 1 else ""
-    return commit if _COMMIT.fullmatch(commit) else None
+def _downloaded(directory: Path) -> tuple[str | None, bool]:
+    """The commit that `hf download --local-dir` fetched `directory` at, and whether files were changed since.
+
+    None where they are of several commits, or of none. Beside each file the download leaves three lines: commit, hash,
+    and the time at which the file was complete (huggingface_hub's `_local_folder.py`, which tells changes alike).
+    """
+    commits, changed = set(), False
+    for path in (directory / "config.json", *directory.glob("*.safetensors")):
+        note = directory / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+        try:
+            commit, _, complete = note.read_text(encoding="utf-8").split()
+            commits.add(commit)
+            changed = changed or path.stat().st_mtime - 1 > float(complete)
+        except (OSError, ValueError):
+            changed = True  # a file of another making, or none
+    commit = commits.pop() if len(commits) == 1 else ""
+    return (commit, changed) if _COMMIT.fullmatch(commit) else (None, True)
 
 
 def _named_by_card(card: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
@@ -113,8 +121,8 @@ def _named_by_card(card: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]
     A card rarely names its own repository. Where it names no model that this one was made from, and `license_link`
     leads to a file in a repository, that is it: makers who publish a licence of their own link to it so.
     """
-    bases = card.get("base_model")
-    made_from = tuple(dict.fromkeys(text for text in texts(bases) if re.fullmatch(HF_ID, text)))
+    named = [match[1] if (match := _ON_HUB.fullmatch(text)) else text for text in texts(card.get("base_model"))]
+    made_from = tuple(dict.fromkeys(text for text in named if re.fullmatch(HF_ID, text)))
     linked = next((match[1] for link in texts(card.get("license_link")) if (match := _ON_HUB.fullmatch(link))), None)
     if linked is None or linked in made_from or card.get("base_model_relation") is not None:
         return None, made_from or ((linked,) if linked else ())

@@ -54,10 +54,10 @@ def new(ctx: click.Context, name: str, source: str, output: Path | None, force: 
         zoo build ./my-finetune.toml --checkpoint ~/my-finetune
     """
     plugins = plugins_of(ctx)
-    found = locate(source, plugins, Reporter(silent=as_json))
+    found, like = locate(source, plugins, Reporter(silent=as_json))
     if not is_claimed(found.hf_config, plugins):
         _explain_unclaimed(str(found.hf_config.get("model_type")), as_json=as_json)
-    made = draft(name, found, plugins)
+    made = draft(name, found, plugins, like)
     path = write_draft(made, output, force=force)
     if as_json:
         print_json(

@@ -110,7 +110,9 @@ def plan(
     several = len(models) + len(checkpoints) > 1
     chosen: Sequence[str | None] = recipes or ((*plugins.recipes(),) if compare and not several else (None,))
     if not compare and (several or len(chosen) > 1):
-        raise BadInput("This asks for several plans.", "Pass --compare to see them side by side.")
+        raise BadInput(
+            "This asks for several plans.", "Name one model (--checkpoint DIR is one by itself), or pass --compare."
+        )
     subjects = [BuildRequest(name) for name in models] + [BuildRequest(checkpoint=path) for path in checkpoints]
     plans = [
         make_plan(evolve(subject, recipe=recipe, contract=contract, max_context=context, dry=True), plugins)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,15 @@ ENTRIES = Path("zoo_entries")
 _NOT_A_VALUE = "?"  # stands for a field's value to see whether anything reads it
 
 
-def locate(text: str, plugins: Plugins, report: Reporter) -> Source:
-    """The checkpoint that `text` names, see `find_subject`; of a repository on the hub config and index are fetched.
+def locate(text: str, plugins: Plugins, report: Reporter) -> tuple[Source, Entry | None]:
+    """The checkpoint that `text` names, and its entry if it has one; of a repository config and index are fetched.
 
     Raises:
         BadInput: when it names none.
         EnvironmentLacks: when the hub cannot be reached.
     """
-    return find_source(find_subject(text, plugins), BuildRequest(text, dry=True), plugins, report)
+    subject = find_subject(text, plugins)
+    return find_source(subject, BuildRequest(text, dry=True), plugins, report), subject.entry
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,19 +69,30 @@ class Draft:
     unknown: tuple[str, ...]
 
 
-def draft(name: str, source: Source, plugins: Plugins) -> Draft:
+def draft(name: str, source: Source, plugins: Plugins, like: Entry | None = None) -> Draft:
     """The draft of the entry `name` for a checkpoint.
 
+    Args:
+        name: of the entry.
+        source: the checkpoint.
+        plugins: for overlays and entries.
+        like: the entry that the checkpoint is of, where that is known.
+
     Raises:
-        BadInput: when there is such an entry, nobody claims the architecture, or its overlay cannot use the config.
+        BadInput: when there is such an entry, the name is that of a file, nobody claims the architecture, or its
+            overlay cannot use the config.
     """
     entries = load_entries(plugins)
     if name in entries:
         raise BadInput(f"There is an entry {name!r} already, from plugin {entries[name][1]!r}.", "Choose another name.")
+    if name.endswith(".toml"):
+        raise BadInput(f"{name!r} would always be taken for a file.", "Choose a name without .toml.")
     model = read_model(source.hf_config, plugins)
-    twin = next((entry for entry, _ in entries.values() if _is_twin(entry, model)), None)
+    twin = like or next((entry for entry, _ in entries.values() if _is_twin(entry, model)), None)
     weights, fits = _weights(source, plugins)
     stated = {"hf_id": source.origin.hf_id, "hf_revision": source.origin.revision, "licence": source.licence.id}
+    if like is not None and source.directory is None:  # nothing was looked at but the entry
+        stated = {key: getattr(like, key) for key in stated}
     return Draft(
         name=name,
         text=_toml(name, source, model, stated, twin.sample if twin else None),
@@ -159,7 +173,7 @@ def write_draft(draft: Draft, folder: Path | None, *, force: bool) -> Path:
     if folder is None:
         folder = ENTRIES if ENTRIES.is_dir() else Path()
     path = folder / f"{draft.name}.toml"
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:  # noqa: PTH110  # false where the name is too long
         raise BadInput(f"{path} exists.", "Pass --force to replace it, or another folder with -o DIR.")
     if Path(draft.name).name != draft.name:
         raise BadInput(f"{draft.name!r} is not a name but a path.", "Choose the folder with -o DIR.")
@@ -176,7 +190,8 @@ def write_draft(draft: Draft, folder: Path | None, *, force: bool) -> Path:
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror}.", "Choose another folder with -o DIR.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or its name was too long for one
+            partial.unlink()
     return path
 
 
