@@ -254,7 +254,8 @@ def test_a_name_that_is_none_or_is_taken_is_refused(
 
 @pytest.mark.parametrize("source", ["no/such/folder", "nothing", "file.txt"])
 def test_a_source_that_is_neither_folder_nor_repository_is_refused(tmp_path: Path, source: str) -> None:
-    assert "neither a folder nor a repository" in error_of(zoo("new", "x", "--from", source, "-o", tmp_path))
+    said = "is no folder, and not the name of a repository" if "/" in source else f"no entry is called {source!r}"
+    assert said in error_of(zoo("new", "x", "--from", source, "-o", tmp_path))
 
 
 def test_a_repository_without_network_is_the_environments_fault_and_says_what_to_pass(tmp_path: Path) -> None:
@@ -278,8 +279,8 @@ def test_a_repository_without_network_is_the_environments_fault_and_says_what_to
     )
 
     assert process.returncode == 3, process.stderr
-    assert process.stderr.startswith("error: The checkpoint lab/model is not on this machine and cannot be fetched")
-    assert "--from DIR" in process.stderr and len(process.stderr.splitlines()) == 1
+    assert process.stderr.startswith("error: lab/model is not to be fetched: HF_HUB_OFFLINE is set.")
+    assert "give a folder with the checkpoint" in process.stderr and len(process.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("*.toml"))
 
 

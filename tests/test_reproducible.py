@@ -101,7 +101,8 @@ def test_source_date_epoch_changes_the_dates_and_nothing_else(dense: Path, dated
     one, other = contents(plain), contents(dated)
     asset = f"{plain.name}.aimodel/metadata.json"
     assert sorted(one) == sorted(other)
-    assert {name for name in one if one[name] != other[name]} == {asset, "metadata.json", "build.json"}
+    # The card has the date in the command that reproduces it, and so its hash is in build.json.
+    assert {name for name in one if one[name] != other[name]} == {asset, "metadata.json", "build.json", "README.md"}
     texts = {name: (json.loads(one[name]), json.loads(other[name])) for name in (asset, "metadata.json", "build.json")}
     assert changed(*texts[asset]) == {"creationDate"}
     assert changed(*texts["metadata.json"]) == {"compilation.date"}
@@ -110,6 +111,8 @@ def test_source_date_epoch_changes_the_dates_and_nothing_else(dense: Path, dated
         "source_date_epoch",
         f"files.{asset}.sha256",
         "files.metadata.json.sha256",
+        "files.README.md.sha256",
+        "files.README.md.bytes",
     }
     assert texts["build.json"][1]["source_date_epoch"] == EPOCH
 
@@ -163,6 +166,7 @@ def test_a_rebuild_from_other_weights_names_the_files_that_differ(dense: Path, d
     check = next(check for check in json.loads(result.stdout) if check["name"] == "rebuild")
     assert not check["passed"]
     assert set(check["detail"].split(", ")) == {
+        "README.md",
         "build.json",
         f"{dated.name}.aimodel/main.hash",
         f"{dated.name}.aimodel/main.mlirb",

@@ -226,7 +226,7 @@ def test_the_other_head_policy_is_in_record_card_and_name(clamped: Bundle) -> No
     assert clamped.build["recipe"]["head_reason"].startswith("Outliers of this head come in narrow groups")
     assert "Outliers of this head come in narrow groups" in " ".join(card.split())
     assert clamped.directory.name == "acme_mini_clamped_decode_int8hu_block32_sym_head_int8_block16_sym"
-    assert clamped.metadata["source"]["hf_model_id"] == "acme/Acme-Mini-Clamped"
+    assert (clamped.entry, clamped.build["compared"]) == ("acme-mini-clamped", False)
 
 
 def test_the_changed_layer_changes_the_logits_of_the_bundle_as_it_changes_those_of_transformers(

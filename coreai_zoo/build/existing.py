@@ -90,9 +90,9 @@ def find_existing(request: BuildRequest, plugins: Plugins, report: Reporter) -> 
 _HINT = "Pass --force to build it anew, or another folder with -o DIR."
 
 
-def remember(bundle: Path, checkpoint: Checkpoint) -> None:
-    """Remember how the files of a checkpoint looked from which the bundle at a path was built."""
-    path = _memory(bundle)
+def remember(destination: Path, bundle: Path, checkpoint: Checkpoint) -> None:
+    """Remember how the files of a checkpoint looked from which a bundle was built that will be at a path."""
+    path = _memory(destination)
     with contextlib.suppress(OSError):  # a cache that cannot be written to costs a build later, not this one
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"build": _build_digest(bundle), "stamps": _stamps(checkpoint)})

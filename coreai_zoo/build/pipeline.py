@@ -74,6 +74,8 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         with report.stage("resolve", str(request.checkpoint if request.model is None else request.model)):
             check_output_folder(request.output)
             if (existing := find_existing(request, plugins, report)) is not None:
+                name = existing.directory.name
+                Workspace.of(request.output, name, request.work_dir, keep=request.keep_weights).tidy()
                 return BuildResult.of_existing(existing)
             designed = design(request, plugins, report=report)
             report.note(f"origin: {designed.source.origin}; licence: {designed.source.licence.id or 'not known'}")
@@ -109,9 +111,10 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         with report.stage("verify"):
             checks = verify(Bundle.open(partial), {designed.backend.name: designed.backend}, classes)
             require(checks)
+        # Before the bundle is in place, so that one that is there is known even if the build is killed right then.
+        remember(workspace.destination, partial, designed.checkpoint)
         workspace.publish()
     path = workspace.destination
-    remember(path, designed.checkpoint)
     return BuildResult(
         path, designed.name, _size(path), filled.computed, filled.reused, dict(report.seconds), tuple(checks), needs
     )

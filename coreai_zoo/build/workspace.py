@@ -21,7 +21,7 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.build.lock import exclusive
-from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks
+from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError
 
 _DEFAULT_WORK = ".zoo-work"
 
@@ -136,6 +136,15 @@ class Workspace:
         _sync(self.destination.parent)
         shutil.rmtree(self._aside, ignore_errors=True)
         self._remove_work()
+
+    def tidy(self) -> None:
+        """Finish what a build left half-done that was killed when its bundle was in place.
+
+        Nothing depends on it: where another build uses the folders, or they cannot be written to, they stay as they
+        are.
+        """
+        with contextlib.suppress(ZooError, OSError), self._locked():
+            self._recover()
 
     def _recover(self) -> None:
         """Undo or finish what a killed build left half-done."""
