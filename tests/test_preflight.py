@@ -161,7 +161,13 @@ def test_progress_as_json_tells_a_failure_outside_of_every_stage(checkpoint: Pat
 def test_an_interrupted_build_says_as_an_event_how_to_resume(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("build", "qwen3.6-27b", "--checkpoint", checkpoint, "--custom", "-o", tmp_path, "--progress", "json")
     command = [sys.executable, "-m", "coreai_zoo", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignore Ctrl-C, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509  # no threads
+    ) as process:
         assert process.stderr is not None
         first = process.stderr.readline()
         process.send_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,4 +95,7 @@ def _hint(text: str, plugins: Plugins) -> str:
         if slug(entry) == slug(text):
             return f"Make one: `zoo build {entry}`."
     names = bundle_names()
-    return f"{did_you_mean(text, names, 3)} " * bool(names) + "`zoo build NAME` makes a bundle of an entry."
+    near = difflib.get_close_matches(text, entries, n=3)
+    # Entries are no bundles: only those are named that may be meant.
+    hint = f"{did_you_mean(text, [*names, *near], 3)} " if names or near else ""
+    return f"{hint}`zoo build NAME` makes a bundle of an entry."

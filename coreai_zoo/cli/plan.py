@@ -111,7 +111,8 @@ def plan(
     chosen: Sequence[str | None] = recipes or ((*plugins.recipes(),) if compare and not several else (None,))
     if not compare and (several or len(chosen) > 1):
         raise BadInput(
-            "This asks for several plans.", "Name one model (--checkpoint DIR is one by itself), or pass --compare."
+            "This asks for several plans.",
+            "Pass --compare to see them side by side, or name one: --checkpoint DIR is one by itself.",
         )
     subjects = [BuildRequest(name) for name in models] + [BuildRequest(checkpoint=path) for path in checkpoints]
     plans = [
