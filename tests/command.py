@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from click.testing import CliRunner, Result
 
 from coreai_zoo.cli.app import cli
@@ -11,3 +13,8 @@ from coreai_zoo.plugins import Plugins
 def zoo(*arguments: object, plugins: Plugins | None = None) -> Result:
     """`zoo` with these arguments; with the installed plugins, or with those that are given."""
     return CliRunner().invoke(cli, [str(argument) for argument in arguments], obj=plugins, prog_name="zoo")
+
+
+def hear_interruptions() -> None:
+    """For `preexec_fn`: a shell that starts the tests in the background has them ignore Ctrl-C, which is inherited."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from attrs import frozen
 
+from command import hear_interruptions
 from coreai_zoo import interruption
 from coreai_zoo.build.design import BuildRequest, design
 from coreai_zoo.bundle.bundle import Bundle
@@ -54,8 +55,7 @@ def started(command: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that starts the tests in the background has them ignore Ctrl-C, and a child would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509  # no threads
+        preexec_fn=hear_interruptions,  # noqa: PLW1509  # no threads
     )
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:

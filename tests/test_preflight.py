@@ -14,7 +14,7 @@ import pytest
 from attrs import evolve
 
 from checkpoints import tiny_checkpoint
-from command import zoo
+from command import hear_interruptions, zoo
 from coreai_zoo.build.design import design
 from coreai_zoo.build.preflight import LEAST_MEMORY, preflight
 from coreai_zoo.build.request import BuildRequest
@@ -165,8 +165,7 @@ def test_an_interrupted_build_says_as_an_event_how_to_resume(checkpoint: Path, t
         command,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that starts the tests in the background has them ignore Ctrl-C, and a child would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509  # no threads
+        preexec_fn=hear_interruptions,  # noqa: PLW1509  # no threads
     ) as process:
         assert process.stderr is not None
         first = process.stderr.readline()

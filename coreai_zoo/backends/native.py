@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from coreai_zoo.errors import CheckFailed, EnvironmentLacks, ZooError, failure_line
+from coreai_zoo.errors import NO_SPACE, CheckFailed, EnvironmentLacks, ZooError, failure_line
 
-_NO_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
 
 _WHEN_FULL = (
@@ -113,7 +112,7 @@ def write_error(destination: Path, error: OSError | RuntimeError, size: int) -> 
     said = str(error).strip()
     cause = error if isinstance(error, OSError) else _refused_space(destination, size)
     if cause is not None:
-        full = cause.errno in _NO_SPACE_ERRORS
+        full = cause.errno in NO_SPACE
         hint = _WHEN_FULL if full else "Choose another output folder with -o DIR."
         return EnvironmentLacks(f"{destination} cannot be written: {cause.strerror or cause}.", hint)
     return CheckFailed(

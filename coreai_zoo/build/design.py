@@ -149,8 +149,7 @@ class Design:
         if self.entry is None or self.sample or self.differences:
             return None
         origin = self.source.origin
-        same = origin.proven and (origin.hf_id or "").lower() == (self.entry.hf_id or "").lower()
-        return same and self.entry.hf_revision in (None, origin.revision)
+        return origin.proven and origin.is_of(self.entry.hf_id) and self.entry.hf_revision in (None, origin.revision)
 
     @property
     def standing(self) -> str | None:

@@ -163,7 +163,7 @@ def _command(design: Design) -> list[str]:
     request, entry, origin = design.request, design.entry, design.source.origin
     words = ["zoo", "build"]
     if entry is not None:
-        same = origin.kind == "hub" and (origin.hf_id or "").lower() == (entry.hf_id or "").lower()
+        same = origin.kind == "hub" and origin.is_of(entry.hf_id)
         if same and not design.compared:
             words.append(f"{origin.hf_id}@{origin.revision}")
         else:

@@ -235,13 +235,13 @@ def other_model(source: Source, entry: Entry, plugins: Plugins) -> str | None:
     """
     if entry.hf_id is None:
         return None
-    origin, own = source.origin, entry.hf_id.lower()
+    origin = source.origin
     if origin.hf_id is not None:
-        return None if origin.hf_id.lower() == own else f"it is {origin}, the entry is of {entry.hf_id}"
+        return None if origin.is_of(entry.hf_id) else f"it is {origin}, the entry is of {entry.hf_id}"
     if not origin.made_from:
         return _other_template(source, entry, plugins)
     siblings = [other.hf_id for other in _entries(plugins) if other.hf_id]
-    if _names(origin.made_from, own) or not any(_names(origin.made_from, sibling) for sibling in siblings):
+    if _names(origin.made_from, entry.hf_id) or not any(_names(origin.made_from, sibling) for sibling in siblings):
         return None
     return f"it is {origin}, the entry is of {entry.hf_id}"
 

@@ -55,6 +55,10 @@ class Origin:
         """Whether repository and commit are known from where the files lie, not from what a file says."""
         return self.kind in ("hub", "download") and None not in (self.hf_id, self.revision)
 
+    def is_of(self, hf_id: str | None) -> bool:
+        """Whether it is known that the checkpoint is that of a repository; case does not tell two apart on the hub."""
+        return None not in (self.hf_id, hf_id) and str(self.hf_id).lower() == str(hf_id).lower()
+
     @property
     def how(self) -> str:
         """What shows it, in words, with the commit."""
@@ -179,8 +183,9 @@ def find_licence(
             if beginning.match(text):
                 return Licence(licence, source=f"the checkpoint's {path.name}")
     hf_id, licence_of_entry = stated
-    same = hf_id is not None and hf_id.lower() == (origin.hf_id or "").lower()
-    return Licence(licence_of_entry, source="the zoo's entry") if same and licence_of_entry else Licence()
+    if licence_of_entry is not None and origin.is_of(hf_id):
+        return Licence(licence_of_entry, source="the zoo's entry")
+    return Licence()
 
 
 def _address(link: str | None, origin: Origin) -> str | None:
