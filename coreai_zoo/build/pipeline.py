@@ -21,6 +21,7 @@ from coreai_zoo.build.record import write_records
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.workspace import Workspace, check_output_folder
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.layout import bytes_below
 from coreai_zoo.bundle.verify import require, verify
 from coreai_zoo.errors import listing
 from coreai_zoo.plugins import Plugins
@@ -57,7 +58,7 @@ class BuildResult:
     def of_existing(cls, bundle: Bundle) -> BuildResult:
         """The result of a build that had nothing to do."""
         path = bundle.directory
-        return cls(path, path.name, _size(path), 0, 0, {}, (), None)
+        return cls(path, path.name, bytes_below(path), 0, 0, {}, (), None)
 
 
 def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = None) -> BuildResult:
@@ -116,12 +117,15 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         workspace.publish()
     path = workspace.destination
     return BuildResult(
-        path, designed.name, _size(path), filled.computed, filled.reused, dict(report.seconds), tuple(checks), needs
+        path,
+        designed.name,
+        bytes_below(path),
+        filled.computed,
+        filled.reused,
+        dict(report.seconds),
+        tuple(checks),
+        needs,
     )
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from attrs import frozen
 
 from coreai_zoo.build.design import Design
 from coreai_zoo.build.workspace import Workspace, existing_parent
+from coreai_zoo.bundle.layout import bytes_below
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dtypes import packed_bytes, size
 from coreai_zoo.errors import EnvironmentLacks, listing
@@ -105,7 +106,7 @@ class Preflight:
 def preflight(design: Design, workspace: Workspace) -> Preflight:
     """The preflight of building a design in `workspace` on this machine."""
     written = asset_bytes(design) + tokenizer_bytes(design)
-    scratch = max(0, design.weights.stored_bytes - _bytes_below(workspace.work))
+    scratch = max(0, design.weights.stored_bytes - bytes_below(workspace.work))
     needs: dict[int, Disk] = {}
     places = [(workspace.destination, written), (workspace.work, scratch)]
     fetched = 0
@@ -146,10 +147,6 @@ def bytes_read(design: Design) -> int:
         for planned in design.weights.tensors
         for source in planned.sources
     )
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
 
 
 def _shown(path: Path) -> Path:

@@ -41,6 +41,11 @@ def file_digests(bundle: Path, within: str = "") -> dict[str, dict[str, Any]]:
     return digests
 
 
+def bytes_below(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def card_digest(card: bytes) -> dict[str, Any]:
     """Size and SHA-256 of a card as the build wrote it."""
     built = without_measurements(card)

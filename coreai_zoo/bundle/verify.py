@@ -7,7 +7,7 @@ from typing import Any
 
 from coreai_zoo.backend import Backend, Check, Signature
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.layout import file_digests
+from coreai_zoo.bundle.layout import bytes_below, file_digests
 from coreai_zoo.bundle.metadata import CHUNKS, METADATA_VERSION
 from coreai_zoo.checkpoint.tokenizer import highest_token_id, tokenizer_class
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
@@ -170,7 +170,7 @@ def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
         for name, spec in bundle.functions.items()
     )
     checks.append(Check("signature", not problems, listing(problems) or summary))
-    size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
+    size = bytes_below(bundle.asset)
     if not problems and size <= SMOKE_STEP_BYTES:
         checks.append(_smoke_step(bundle, backend))
     return checks

@@ -19,7 +19,7 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.model import Model, read_model
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT
+from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, bytes_below
 from coreai_zoo.bundle.verify import backend_of, require_unchanged
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.files import Checkpoint, read_config
@@ -333,7 +333,7 @@ def _models(bundle: Bundle, shipped: Design, options: GateOptions, keep_in: Path
         if options.control:
             plain = shipped.with_recipe(PLAIN)
             control = _overlay_runner(plain, CheckpointWeights("unquantized weights", plain.checkpoint, plain.weights))
-    size = sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
+    size = bytes_below(bundle.asset)
     native = _MAC and not isinstance(backend, Interpreting)
     runs_asset = overlay is None or judges_asset(options.candidate, backend.runtime, size, native=native)
     if runs_asset and isinstance(backend, Interpreting):
