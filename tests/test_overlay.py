@@ -202,14 +202,6 @@ def test_every_bad_field_of_a_config_is_reported_at_once() -> None:
         assert word in str(caught.value)
 
 
-def test_null_in_a_config_is_silence() -> None:
-    config = text_config("dense")
-    nulls = {"head_dim": None, "rms_norm_eps": None, "attention_bias": None, "tie_word_embeddings": None}
-    spoken = {"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    assert OVERLAY.read_config(config | nulls) == OVERLAY.read_config(config | spoken)
-    assert OVERLAY.read_config(config | {"text_config": None}) == OVERLAY.read_config(config)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -32,6 +32,7 @@ class RoleSum:
         routed: whether it holds experts of which a token reads a few.
         spec: how they are quantized, or None.
         bytes: what they take in the bundle.
+        stored_with: the role whose bytes they share, None where they have their own.
         read: bytes of them that one decoded token reads.
     """
 
@@ -42,12 +43,13 @@ class RoleSum:
     parameters: int
     spec: QuantizationSpec | None
     bytes: int
+    stored_with: str | None
     read: int
 
     @property
-    def bits(self) -> float:
-        """Bits per parameter, scales included."""
-        return 8 * self.bytes / self.parameters
+    def bits(self) -> float | None:
+        """Bits per parameter, scales included; None where the parameters are another role's."""
+        return 8 * self.bytes / self.parameters if self.parameters else None
 
 
 @frozen
@@ -72,16 +74,18 @@ class Figures:
         return tuple(self._sum(weights.roles[name], tensors) for name, tensors in weights.by_role().items())
 
     def _sum(self, role: Role, tensors: Sequence[PlannedTensor]) -> RoleSum:
-        stored = sum(tensor.format.bytes for tensor in tensors)
+        total = self.design.weights.totals()[role.name]
+        read = sum(tensor.format.bytes for tensor in tensors)
         return RoleSum(
             role=role.name,
             meaning=role.meaning,
             routed=role.routed,
-            tensors=len(tensors),
-            parameters=sum(tensor.parameters for tensor in tensors),
+            tensors=total.tensors,
+            parameters=total.parameters,
             spec=self.design.recipe.spec(role),
-            bytes=stored,
-            read=round(stored * self._share_read(role)),
+            bytes=total.bytes,
+            stored_with=total.stored_with,
+            read=round(read * self._share_read(role)),
         )
 
     def _share_read(self, role: Role) -> float:

@@ -95,7 +95,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         with report.stage("trace", f"{designed.backend.name}, contract {designed.contract.name}"):
             traced = designed.trace()
         store, partial = WeightStore(workspace.work), workspace.partial
-        with report.stage("weights", f"{len(designed.weights.tensors)} tensors as {designed.recipe.name}"):
+        with report.stage("weights", f"{len(designed.weights.stored)} tensors as {designed.recipe.name}"):
             filled = _fill(store, designed, report)
             report.note(f"{filled.computed} computed, {filled.reused} reused")
             if filled.repaired:

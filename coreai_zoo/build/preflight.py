@@ -144,7 +144,7 @@ def bytes_read(design: Design) -> int:
     tensors = design.checkpoint.tensors
     return sum(
         packed_bytes((source.stop - source.start, tensors[source.key].columns), tensors[source.key].dtype)
-        for planned in design.weights.tensors
+        for planned in design.weights.stored
         for source in planned.sources
     )
 

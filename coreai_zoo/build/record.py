@@ -26,6 +26,7 @@ from coreai_zoo.checkpoint.tokenizer import copy_tokenizer
 from coreai_zoo.dates import build_date
 from coreai_zoo.json_files import write_json
 from coreai_zoo.overlay import LayerRewrite
+from coreai_zoo.weights.plan import RoleTotal
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION
 from coreai_zoo.weights.store import WeightStore
 
@@ -82,10 +83,7 @@ def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
 def describe(design: Design) -> dict[str, Any]:
     """`build_record` as far as it follows from the design alone: the same for a design whose weights are not there."""
     made_with = versions(design.backend)
-    roles: dict[str, Counter[str]] = {}
-    for tensor in design.weights.tensors:
-        counts = roles.setdefault(tensor.role, Counter())
-        counts.update(tensors=1, parameters=tensor.parameters, bytes=tensor.format.bytes)
+    totals = design.weights.totals()
     return {
         "schema": BUILD_SCHEMA,
         "name": design.name,
@@ -139,8 +137,8 @@ def describe(design: Design) -> dict[str, Any]:
             },
             "head_reason": design.head.reason if design.head else None,
         },
-        "roles": {role.name: attrs.asdict(role) for role in map(design.weights.roles.__getitem__, sorted(roles))},
-        "weights": {role: dict(counts) for role, counts in sorted(roles.items())},
+        "roles": {role: attrs.asdict(design.weights.roles[role]) for role in sorted(totals)},
+        "weights": {role: _total(total) for role, total in sorted(totals.items())},
         "max_context": design.max_context,
         "functions": {name: signature_record(signature) for name, signature in design.signatures.items()},
     }
@@ -198,9 +196,14 @@ def _rewrites(design: Design) -> list[tuple[str, LayerRewrite]]:
     return [found for at, found in enumerate(rewrites) if found not in rewrites[:at]]
 
 
+def _total(total: RoleTotal) -> dict[str, Any]:
+    fields = attrs.asdict(total)
+    return fields if total.stored_with else {key: fields[key] for key in ("tensors", "parameters", "bytes")}
+
+
 def _values_digest(design: Design, store: WeightStore) -> str:
     """SHA-256 over the digests of all source values: what tells two fine-tunes of one model apart."""
-    digests = [f"{tensor.name} {store[tensor.name].source_digest}\n" for tensor in design.weights.tensors]
+    digests = [f"{tensor.name} {store[tensor.name].source_digest}\n" for tensor in design.weights.stored]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

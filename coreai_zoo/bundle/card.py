@@ -410,10 +410,12 @@ def _architecture(record: Mapping[str, Any]) -> str:
 
 def _role(record: Mapping[str, Any], role: str) -> str:
     counts = record["weights"][role]
-    return (
-        f"- `{role}`, {record['roles'][role]['meaning']}: {counts['parameters']:,} parameters in "
-        f"{counts['bytes']:,} bytes"
+    held = (
+        f"stored once, with `{counts['stored_with']}`"
+        if "stored_with" in counts
+        else f"{counts['parameters']:,} parameters in {counts['bytes']:,} bytes"
     )
+    return f"- `{role}`, {record['roles'][role]['meaning']}: {held}"
 
 
 def _function(name: str, function: Mapping[str, Any]) -> str:

@@ -176,7 +176,9 @@ def _print_roles(plan: Plan) -> None:
     )
     for role in plan.roles:
         stored = str(role.spec) if role.spec else "not quantized"
-        numbers = (f"{role.bits:.2f}", f"{role.bytes:,}", f"{role.read:,}")
+        stored = f"with the {role.stored_with}" if role.stored_with else stored
+        bits = "" if role.bits is None else f"{role.bits:.2f}"
+        numbers = (bits, f"{role.bytes:,}", f"{role.read:,}")
         table.add_row(role.role, str(role.tensors), f"{role.parameters:,}", stored, *numbers)
     table.add_row(
         "all",
@@ -310,6 +312,7 @@ def _described(plan: Plan, machines: _Machines) -> Mapping[str, Any]:
                 "stored_as": asdict(role.spec) if role.spec else None,
                 "bits": role.bits,
                 "bytes": role.bytes,
+                "stored_with": role.stored_with,
                 "read_per_token": role.read,
             }
             for role in plan.roles

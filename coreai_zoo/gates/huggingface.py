@@ -175,11 +175,18 @@ def _laid_out(hf_config: Mapping[str, Any], dtype: torch.dtype, reference: Refer
 
 
 def _by_config(hf_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The model of the class that transformers has for the model type."""
+    """The language model of the class that transformers has for the model type.
+
+    A multimodal wrapper's class ties its head by the wrapper's flag, where the causal class that is taken out of it
+    goes by the text config's. The architecture that the config names decides.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = {key: value for key, value in hf_config.items() if key != "model_type"}
     config = AutoConfig.for_model(str(hf_config.get("model_type")), **fields)
+    text = config.get_text_config()
+    if text is not config and not any(name.endswith("ForCausalLM") for name in config.architectures or ()):
+        text.tie_word_embeddings = config.tie_word_embeddings
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

@@ -197,7 +197,10 @@ class Subject:
         chosen = {} if part is None else dict.fromkeys(part.tensors, part.spec)
         plan = evolve(
             self.plan,
-            tensors=tuple(evolve(tensor, quantization=chosen.get(tensor.name)) for tensor in self.plan.tensors),
+            tensors=tuple(
+                evolve(tensor, quantization=chosen.get(tensor.name), stored_as=tensor.name)
+                for tensor in self.plan.tensors
+            ),
         )
         weights = CheckpointWeights("nothing quantized" if part is None else str(part), self.checkpoint, plan)
         return TorchCandidate(self.module, plan, self.signature, weights, on_layer)

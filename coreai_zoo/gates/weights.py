@@ -92,7 +92,7 @@ class AssetWeights:
     def _rows(self, tensor: PlannedTensor, kind: ArrayKind, start: int, stop: int) -> Tensor:
         """Rows of one of a weight's arrays, as a matrix."""
         array = tensor.format.arrays[kind]
-        memory = self.state[tensor.format.state_names(tensor.name)[kind]].view(getattr(torch, array.memory_dtype))
+        memory = self.state[tensor.format.state_names(tensor.stored_as)[kind]].view(getattr(torch, array.memory_dtype))
         if not array.packed:
             return memory.view(tensor.format.rows, -1)[start:stop]
         signed = not array.dtype.startswith("u")

@@ -130,6 +130,10 @@ class Stored(Protocol):
     """A parameter with its bytes, for example a `store.StoredTensor`."""
 
     @property
+    def name(self) -> str:
+        """The parameter that it is stored as: several may share their bytes."""
+
+    @property
     def format(self) -> Format:
         """How it is stored."""
 
@@ -183,23 +187,30 @@ def _put(module: nn.Module, name: str, format_: Format, values: Mapping[ArrayKin
 
 
 def constants(store: WeightStore | Mapping[str, Stored], names: Iterable[str]) -> dict[str, Constant]:
-    """The stored bytes of the parameters `names`, by the names that they have in the state of a bound module."""
+    """The stored bytes of the parameters `names`, by the names that they have in the state of a bound module.
+
+    Where two parameters share their bytes, theirs is one `Constant` under both names.
+    """
     found: dict[str, Constant] = {}
+    shared: dict[tuple[str, ArrayKind], Constant] = {}
     for name in names:
         stored = store[name]
         for kind, state in stored.format.state_names(name).items():
             array = stored.format.arrays[kind]
-            found[state] = Constant(stored.array(kind), array.shape, array.dtype)
+            if (stored.name, kind) not in shared:
+                shared[stored.name, kind] = Constant(stored.array(kind), array.shape, array.dtype)
+            found[state] = shared[stored.name, kind]
     return found
 
 
 def state_of(module: nn.Module, plan: WeightPlan) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and logical dtype of each state of `module` once `plan` is bound to it, buffers included.
 
-    The names are those of `constants`, and the order is that of the plan, then of the buffers.
+    The names are those of `constants`, each of state that is stored once, and the order is that of the plan, then of
+    the buffers.
     """
     state: dict[str, tuple[tuple[int, ...], str]] = {}
-    for tensor in plan.tensors:
+    for tensor in plan.stored:
         for kind, name in tensor.format.state_names(tensor.name).items():
             array = tensor.format.arrays[kind]
             state[name] = (array.shape, array.dtype)

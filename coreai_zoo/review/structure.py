@@ -219,7 +219,7 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
         graphs=_repeated(count(program), names),
         program=program,
         traced=None if part is whole else part.request.layers,
-        stored={name: weight for tensor in whole.weights.tensors for name, weight in _stored(tensor)},
+        stored={name: weight for tensor in whole.weights.stored for name, weight in _stored(tensor)},
         roles=_roles(whole.weights),
         metadata={},
     )
@@ -282,7 +282,8 @@ def _lowered(traced: Traced, plan: WeightPlan) -> Program:
     """Lower what was traced, every weight empty but for a number of its own."""
     from coreai_zoo.lowering.module import constants
 
-    store = {tensor.name: _Empty(tensor, number) for number, tensor in enumerate(plan.tensors, start=1)}
+    stored = {tensor.name: _Empty(tensor, number) for number, tensor in enumerate(plan.stored, start=1)}
+    store = {tensor.name: stored[tensor.stored_as] for tensor in plan.tensors}
     return traced.lowered(constants(store, store))
 
 
@@ -294,6 +295,10 @@ class _Empty:
 
     planned: PlannedTensor
     number: int
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
 
     @property
     def format(self) -> Format:
@@ -318,12 +323,13 @@ def _stored(tensor: PlannedTensor) -> list[tuple[str, StoredWeight]]:
 
 
 def _roles(plan: WeightPlan) -> dict[str, RoleWeights]:
+    totals = plan.totals()
     return {
         name: RoleWeights(
             str(tensors[0].quantization or "not quantized"),
-            len(tensors),
-            sum(tensor.parameters for tensor in tensors),
-            sum(tensor.format.bytes for tensor in tensors),
+            totals[name].tensors,
+            totals[name].parameters,
+            totals[name].bytes,
             plan.roles[name],
         )
         for name, tensors in sorted(plan.by_role().items())

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from coreai_zoo.checkpoint.files import TensorInfo
 from coreai_zoo.errors import BadInput, listing
@@ -51,6 +51,8 @@ class PlannedTensor:
         quantization: how it is stored, or None for plain values.
         transform: change of values on the way, or None.
         sources: what fills it, in the order of its rows, without gap or overlap; none while there is no checkpoint.
+        stored_as: name of the parameter under which its bytes are stored: its own, or that of an earlier one which has
+            the same values in the same format, as the embedding table of a tied head.
     """
 
     name: str
@@ -60,6 +62,16 @@ class PlannedTensor:
     quantization: QuantizationSpec | None
     transform: Transform | None
     sources: tuple[Source, ...]
+    stored_as: str = field()
+
+    @stored_as.default
+    def _by_itself(self) -> str:
+        return self.name
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it has bytes of its own."""
+        return self.stored_as == self.name
 
     @cached_property
     def format(self) -> Format:
@@ -70,6 +82,23 @@ class PlannedTensor:
     def parameters(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+@frozen
+class RoleTotal:
+    """What the tensors of one role take.
+
+    Attributes:
+        tensors: how many there are.
+        parameters: number of elements of those that have bytes of their own.
+        bytes: what these take.
+        stored_with: the role whose bytes the others share; None where all have their own.
+    """
+
+    tensors: int
+    parameters: int
+    bytes: int
+    stored_with: str | None
 
 
 @frozen
@@ -97,10 +126,27 @@ class WeightPlan:
             members.setdefault(tensor.role, []).append(tensor)
         return {name: tuple(members[name]) for name in (*self.roles, *members) if name in members}
 
+    def totals(self) -> Mapping[str, RoleTotal]:
+        """What each role of `by_role` takes."""
+        role_of = {tensor.name: tensor.role for tensor in self.tensors}
+        totals = {}
+        for role, tensors in self.by_role().items():
+            stored = [tensor for tensor in tensors if tensor.is_stored]
+            others = (role_of[tensor.stored_as] for tensor in tensors if not tensor.is_stored)
+            parameters = sum(tensor.parameters for tensor in stored)
+            size = sum(tensor.format.bytes for tensor in stored)
+            totals[role] = RoleTotal(len(tensors), parameters, size, next(others, None))
+        return totals
+
+    @cached_property
+    def stored(self) -> tuple[PlannedTensor, ...]:
+        """The tensors that have bytes of their own."""
+        return tuple(tensor for tensor in self.tensors if tensor.is_stored)
+
     @property
     def parameters(self) -> int:
-        """Number of elements of all tensors."""
-        return sum(tensor.parameters for tensor in self.tensors)
+        """Number of elements of all tensors, those that share their bytes counted once."""
+        return sum(tensor.parameters for tensor in self.stored)
 
     @property
     def quantizations(self) -> frozenset[QuantizationSpec]:
@@ -110,7 +156,7 @@ class WeightPlan:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors in the weight store."""
-        return sum(tensor.format.bytes for tensor in self.tensors)
+        return sum(tensor.format.bytes for tensor in self.stored)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,6 +443,18 @@ class _Planner:
             raise ValueError(f"no weight rule fills {target.name}")
         return self._planned(target, rules[0], recipe, ())
 
+    def assumed_keys(self) -> Iterator[str]:
+        """The key that fills each parameter in a checkpoint that stores values once: one of an earlier parameter's
+        where that stands in for its own, else its own.
+        """
+        taken: set[str] = set()
+        for target in self.targets.values():
+            rules = sorted(self._rules_for(target), key=lambda found: found[0].rule.fallback)
+            keys = [rule.source.fill(values) for rule, values in rules]
+            key = next((key for key in keys if key in taken), keys[0])
+            taken.add(key)
+            yield key
+
     def _planned(self, target: _Target, rule: WeightRule, recipe: Recipe, sources: tuple[Source, ...]) -> PlannedTensor:
         spec = recipe.spec(self.roles[rule.role])
         planned = PlannedTensor(
@@ -498,8 +556,21 @@ def plan_weights(
     planner.drop_fallbacks()
     planned = [planner.plan(target, recipe) for target in planner.targets.values()]
     planner.problems.raise_if_any()
-    found = tuple(tensor for tensor in planned if tensor is not None)
+    found = _stored_once((tensor, tensor.sources) for tensor in planned if tensor is not None)
     return WeightPlan(found, tuple(planner.dropped), planner.roles)
+
+
+def _stored_once(tensors: Iterable[tuple[PlannedTensor, object]]) -> tuple[PlannedTensor, ...]:
+    """The tensors, each of which shares the bytes of the first one with the same values in the same format.
+
+    Args:
+        tensors: each with what fills it.
+    """
+    first: dict[object, str] = {}
+    return tuple(
+        evolve(tensor, stored_as=first.setdefault((filled_by, tensor.transform, tensor.format), tensor.name))
+        for tensor, filled_by in tensors
+    )
 
 
 def active_share(role: Role, facts: Mapping[str, Any]) -> float | None:
@@ -528,6 +599,6 @@ def plan_without_checkpoint(
         ValueError: when the table fills a parameter by no rule.
     """
     planner = _Planner(weight_map, parameters, {})
-    planned = tuple(planner.plan_without_sources(target, recipe) for target in planner.targets.values())
+    planned = [planner.plan_without_sources(target, recipe) for target in planner.targets.values()]
     planner.problems.raise_if_any()
-    return WeightPlan(planned, (), planner.roles)
+    return WeightPlan(_stored_once(zip(planned, planner.assumed_keys(), strict=True)), (), planner.roles)

@@ -504,7 +504,7 @@ class WeightStore:
         check: Literal["quick", "full"] = "quick",
         keep_others: bool = False,
     ) -> FillReport:
-        """Make every tensor of `plan` present, computing only those that are not.
+        """Make every tensor that `plan` stores present, computing only those that are not.
 
         Args:
             plan: what to store.
@@ -529,14 +529,15 @@ class WeightStore:
             self.journal.compact()
             work = _Work(self, checkpoint, progress or (lambda _tensor, _count: None), full=check == "full")
             work.run(plan)
+            self._note_shared(plan)
         return FillReport(
-            work.computed, len(plan.tensors) - work.computed, work.bytes_written, tuple(work.repaired), removed
+            work.computed, len(plan.stored) - work.computed, work.bytes_written, tuple(work.repaired), removed
         )
 
     def _remove_others(self, plan: WeightPlan) -> tuple[str, ...]:
         """Remove what is stored under names that `plan` does not have; these names."""
-        planned = {tensor.name for tensor in plan.tensors}
-        others = sorted(set(self.journal.entries) - planned)
+        planned = {tensor.name for tensor in plan.stored}
+        others = sorted(set(self.journal.entries) - {tensor.name for tensor in plan.tensors})
         self.journal.forget(*others)
         # Not only the files of `others`: a crash leaves files that the journal does not know.
         for path in self.directory.iterdir():
@@ -545,13 +546,22 @@ class WeightStore:
                 path.unlink()
         return tuple(others)
 
+    def _note_shared(self, plan: WeightPlan) -> None:
+        """Note for each tensor without bytes of its own where they are."""
+        for tensor in plan.tensors:
+            entry = {"name": tensor.name, "stored_as": tensor.stored_as}
+            if not tensor.is_stored and self.journal.entries.get(tensor.name) != entry:
+                self.journal.append(entry)
+
     def __getitem__(self, name: str) -> StoredTensor:
-        """The finished tensor called `name`.
+        """The finished tensor called `name`, or that whose bytes it shares, under the name of that.
 
         Raises:
             KeyError: when the store does not hold it.
         """
         entry = self.journal.entries[name]
+        if "stored_as" in entry:
+            return self[entry["stored_as"]]
         spec = entry["quantization"]
         return StoredTensor(
             name,
@@ -626,7 +636,7 @@ class _Work:
 
     def run(self, plan: WeightPlan) -> None:
         """Compute what is not current, chunk by chunk and without a pause between tensors."""
-        chunks = (chunk for planned in plan.tensors if not self._is_current(planned) for chunk in chunks_of(planned))
+        chunks = (chunk for planned in plan.stored if not self._is_current(planned) for chunk in chunks_of(planned))
         results = run_in_order(partial(convert_chunk, self.checkpoint, chunk) for chunk in chunks)
         eviction = _Eviction(self.checkpoint)
         with _Committer(self.store.directory, self.store.journal) as committer, closing(results):
@@ -681,7 +691,7 @@ class _Work:
     def _is_current(self, planned: PlannedTensor) -> bool:
         """Whether the store holds what computing `planned` would give."""
         entry = self.store.journal.entries.get(planned.name)
-        if entry is None or entry["fingerprint"] != _fingerprint(planned, self.checkpoint):
+        if entry is None or entry.get("fingerprint") != _fingerprint(planned, self.checkpoint):
             return False
         if not self.store.intact(planned.name) or (self.full and self.store.damaged(planned.name)):
             self.repaired.append(planned.name)

@@ -363,6 +363,8 @@ def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) ->
 
     A weight that was traced plain and is given quantized is several constants.
 
+    Where two parameters share their bytes, both are called as the first of them, so that these are stored once.
+
     State that is not stored, such as an overlay's buffers and literals, is small and handed over by name all the same:
     whatever goes the toolchain's own way is named by a hash that differs from process to process.
     """
@@ -376,9 +378,11 @@ def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) ->
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
+    first = {id(constant): name for name, constant in reversed(list(constants.items()))}
     named: dict[str, State] = {}
     for placeholder, name in placeholders.items():
-        found = {each: constants[each] for each in (name, *quantized_names(name)) if each in constants}
+        states = [each for each in (name, *quantized_names(name)) if each in constants]
+        found = {first[id(constants[each])]: constants[each] for each in states}
         if not found:
             tensor = tensors[name].detach().contiguous()
             narrow = {"int64": "int32", "float64": "float32"}

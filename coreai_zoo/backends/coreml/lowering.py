@@ -289,6 +289,7 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]  # coremltools ships no
     def __init__(self, converted: Converted, constants: Mapping[str, Constant], folder: Path) -> None:
         super().__init__(converted.program, str(folder), TARGET)
         self._weights = {name: constants[path] for name, path in converted.names.items() if path in constants}
+        self._offsets: dict[int, int] = {}  # by identity of what is written: parameters may share it
 
     def get_milproto_value(self, var: Any) -> Any:
         """The value of a constant: from the store for a weight, from the program for any other."""
@@ -300,10 +301,15 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]  # coremltools ships no
             return helper.create_tensor_value(data)
         return helper.create_file_value_tensor(
             file_name=f"@model_path/weights/{Path(WEIGHT_FILE).name}",
-            offset=self._write(var.op, data.reshape(-1)),
+            offset=self._offset(weight, var.op, data),
             dim=data.shape,
             data_type=helper.types_to_proto_primitive(var.sym_type.get_primitive()),
         )
+
+    def _offset(self, weight: Constant, constant: Any, data: np.ndarray[Any, Any]) -> int:
+        if id(weight) not in self._offsets:
+            self._offsets[id(weight)] = self._write(constant, data.reshape(-1))
+        return self._offsets[id(weight)]
 
     def _write(self, constant: Any, data: np.ndarray[Any, Any]) -> int:
         """Append the values of `constant` to the weights; returns the offset of their description."""

@@ -109,7 +109,7 @@ def write(store: Tensor, new: Tensor, length: int) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles of partial RoPE, computed in fp32 from the positions (Su et al. 2021)."""
+    """Angles of partial RoPE, computed in fp32 from the positions (Su et al. 2021), stretched where there is YaRN."""
 
     inverse_frequency: Tensor
 
@@ -117,13 +117,21 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         # Made on the CPU even when the decoder is laid out on the meta device: it is arithmetic, not a weight.
         exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu") / config.rotary_dim
-        self.register_buffer("inverse_frequency", config.rope_theta**-exponent, persistent=False)
+        frequency = config.rope_theta**-exponent
+        self.scale = 1.0
+        if config.yarn is not None:
+            frequency = config.yarn.stretched(frequency, config.rope_theta)
+            self.scale = config.yarn.attention_factor
+        self.register_buffer("inverse_frequency", frequency, persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`positions` [S]; cos and sin [S, R] in `dtype`, the second half repeating the first."""
         angles = positions.float().unsqueeze(-1) * self.inverse_frequency
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.scale != 1.0:
+            cos, sin = cos * self.scale, sin * self.scale
+        return cos.to(dtype), sin.to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

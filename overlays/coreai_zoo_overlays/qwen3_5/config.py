@@ -2,12 +2,11 @@
 
 Differs from transformers' `Qwen3_5TextConfig` and `Qwen3_5MoeTextConfig` in that it is one class for both, since the
 models differ in nothing but `feed_forward`. Nothing is assumed about sizes; where `config.json` is silent, the defaults
-are those of transformers' configuration classes.
+are those of transformers' configuration classes. tests/test_config.py holds every spelling against them.
 """
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,8 @@ from attrs import frozen
 from coreai_zoo.errors import BadInput, listing
 
 from .dense_or_moe import FeedForward, kind_of
-from .reader import Reader, text_fields
+from .reader import Reader, shown, text_fields
+from .yarn import Yarn, read_yarn
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -37,6 +37,7 @@ class Qwen35Config:
     head_dim: int
     rope_theta: float
     rotary_dim: int
+    yarn: Yarn | None
 
     linear_num_key_heads: int
     linear_num_value_heads: int
@@ -90,10 +91,10 @@ def read_config(hf_config: Mapping[str, Any]) -> Qwen35Config:
     read.only("attention_bias", False)
     read.only("attn_output_gate", True)
     if not isinstance(fields["tie_word_embeddings"], bool):
-        read.problems.append(f"tie_word_embeddings is {reprlib.repr(fields['tie_word_embeddings'])}, not true or false")
+        read.problems.append(f"tie_word_embeddings is {shown(fields['tie_word_embeddings'])}, not true or false")
     read.divides("num_key_value_heads", "num_attention_heads")
     read.divides("linear_num_key_heads", "linear_num_value_heads")
-    head_dim = read.size("head_dim", 256)
+    head_dim, rope = read.size("head_dim", 256), _rope(read)
     config = Qwen35Config(
         vocab_size=read.size("vocab_size"),
         hidden_size=read.size("hidden_size"),
@@ -104,8 +105,9 @@ def read_config(hf_config: Mapping[str, Any]) -> Qwen35Config:
         num_attention_heads=read.size("num_attention_heads"),
         num_key_value_heads=read.size("num_key_value_heads"),
         head_dim=head_dim,
-        rope_theta=read.number("rope_theta", 10_000.0, _rope_fields(read)),
-        rotary_dim=_rotary_dim(read, head_dim),
+        rope_theta=read.number("rope_theta", 10_000.0, rope),
+        rotary_dim=_rotary_dim(read, head_dim, rope),
+        yarn=read_yarn(read, rope) if rope["rope_type"] == "yarn" else None,
         linear_num_key_heads=read.size("linear_num_key_heads"),
         linear_num_value_heads=read.size("linear_num_value_heads"),
         linear_key_head_dim=read.size("linear_key_head_dim", 128),
@@ -141,24 +143,32 @@ def _layer_types(read: Reader) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _rope_fields(read: Reader) -> Mapping[str, Any]:
-    """RoPE settings: `rope_parameters`, or the older flat keys."""
-    rope = read.fields.get("rope_parameters") or read.fields.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        read.problems.append("rope_parameters is not an object")
-        return {}
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        read.problems.append("rope_parameters differ by layer type, which is not implemented")
-        return {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        read.problems.append(f"rope_type is {reprlib.repr(kind)}; only 'default' is implemented")
-    return {**read.fields, **rope}
+def _rope(read: Reader) -> Mapping[str, Any]:
+    """The settings of the rotary embedding, as transformers' `convert_rope_params_to_dict` leaves them.
+
+    The older `rope_scaling` replaces all of `rope_parameters`; keys beside them stand in for what it does not say.
+    """
+    name = "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
+    given = read.fields.get(name) or {}
+    silent: dict[str, Any] = {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25, "rope_type": "default"}
+    if not isinstance(given, Mapping):
+        read.problems.append(f"{name} is not an object")
+        return silent
+    if {LINEAR, FULL} & set(given) or any(isinstance(value, Mapping) for value in given.values()):
+        read.problems.append(f"{name} differs by layer type, which is not implemented")
+        return silent
+    beside = {key: read.fields[key] for key in ("rope_theta", "partial_rotary_factor") if key in read.fields}
+    if beside.get("partial_rotary_factor", 1.0) is None:  # null: transformers then rotates whole heads
+        beside["partial_rotary_factor"] = 1.0
+    rope = {**silent, **beside, "rope_type": given.get("type", "default"), **given}
+    if rope["rope_type"] not in ("default", "yarn"):
+        read.problems.append(f"rope_type is {shown(rope['rope_type'])}; only 'default' and 'yarn' are implemented")
+    return rope
 
 
-def _rotary_dim(read: Reader, head_dim: int) -> int:
+def _rotary_dim(read: Reader, head_dim: int, rope: Mapping[str, Any]) -> int:
     """How many leading dimensions of a head are rotated: `partial_rotary_factor` of them."""
-    rotary_dim = int(head_dim * read.number("partial_rotary_factor", 0.25, _rope_fields(read), largest=1.0))
+    rotary_dim = int(head_dim * read.number("partial_rotary_factor", 0.25, rope, largest=1.0))
     if rotary_dim < 2 or rotary_dim % 2:
         read.problems.append(f"partial_rotary_factor rotates {rotary_dim} of {head_dim} dimensions")
     return rotary_dim
@@ -187,10 +197,11 @@ def with_layers(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
             f"A slice of {layers} layers is not possible: this checkpoint has {total} layers, and a slice has fewer, "
             f"with at least one {LINEAR} and one {FULL} layer among them (possible here: {sizes})."
         )
-    text = {
-        **text_fields(hf_config),
+    cut = {
         "num_hidden_layers": layers,
         "layer_types": list(config.layer_types[:layers]),
         "zoo_sliced_from": total,
     }
-    return {**hf_config, "text_config": text} if "text_config" in hf_config else text
+    if "text_config" in hf_config:
+        return {**hf_config, "text_config": {**hf_config["text_config"], **cut}}
+    return {**hf_config, **cut}

@@ -1,7 +1,8 @@
 """The decoder: one function from token and states to logits.
 
 Differs from transformers' `Qwen3_5ForCausalLM` in that every state is an argument and is mutated in place, and that the
-head is always a matrix of its own (a tied one is cloned when the checkpoint is read, so that it can be quantized).
+head is always a matrix of its own, so that it can be quantized by itself. A tied one is filled from the embedding's
+tensor, and the host stores it once where both are stored alike.
 Module and parameter names are transformers' own.
 
 Shapes: S new tokens of T so far, D hidden, V vocabulary. Batch is always 1.

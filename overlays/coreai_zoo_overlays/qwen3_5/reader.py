@@ -1,8 +1,9 @@
 """Fields of a `config.json`, each checked as it is read.
 
-Differs from transformers' configuration classes in that a field is never taken as it comes: a wrong size would show as
-an error inside a layer, a variant that is not implemented as text that is almost right. Complaints are collected, so
-that all of them are reported at once, before anything is built.
+Values are those that transformers' configuration classes end up with, whatever the spelling; a null is refused where
+they refuse it. Differs from them in that a field is never taken as it comes: a wrong size would show as an error inside
+a layer, a variant that is not implemented as text that is almost right. Complaints are collected, so that all of them
+are reported at once, before anything is built.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ class Reader:
     def size(self, name: str, default: int | None = None) -> int:
         """A positive integer; `default` where the config is silent, required if there is none."""
         value = self.fields.get(name, default)
-        value = default if value is None else value
-        if value is None:
+        if name not in self.fields and default is None:
             self.problems.append(f"{name} is missing")
         elif not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            self.problems.append(f"{name} is {reprlib.repr(value)}, not a positive integer")
+            self.problems.append(f"{name} is {shown(value)}, not a positive integer")
         else:
             return value
         return 1
@@ -38,11 +38,10 @@ class Reader:
         self, name: str, default: float, fields: Mapping[str, Any] | None = None, largest: float = sys.float_info.max
     ) -> float:
         """A positive number, at most `largest`."""
-        value = (self.fields if fields is None else fields).get(name)
-        value = default if value is None else value
+        value = (self.fields if fields is None else fields).get(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= largest:
             limit = "" if largest == sys.float_info.max else f" of at most {largest:g}"
-            self.problems.append(f"{name} is {reprlib.repr(value)}, not a positive number{limit}")
+            self.problems.append(f"{name} is {shown(value)}, not a positive number{limit}")
             return default
         return float(value)
 
@@ -54,18 +53,34 @@ class Reader:
 
     def only(self, name: str, allowed: Any) -> None:
         """Refuse a variant that the overlay does not implement."""
-        if self.fields.get(name) not in (allowed, None):
-            self.problems.append(f"{name} is {reprlib.repr(self.fields[name])}; only {allowed!r} is implemented")
+        if self.fields.get(name, allowed) != allowed:
+            self.problems.append(f"{name} is {shown(self.fields[name])}; only {allowed!r} is implemented")
+
+
+def shown(value: object) -> str:
+    """A value as a complaint quotes it."""
+    return "null" if value is None else reprlib.repr(value)
 
 
 def text_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text config, whether wrapped (`text_config`) or flat."""
-    text = hf_config.get("text_config")
-    if text is None and ("text_config" not in hf_config or "hidden_size" in hf_config):
-        text = hf_config
+    """The text config, with the tie flag that counts; in a multimodal wrapper it is under `text_config`.
+
+    Raises:
+        BadInput: when it is not there.
+    """
+    if str(hf_config.get("model_type")).endswith("_text"):
+        return {"tie_word_embeddings": False, **hf_config}
+    text, model_type = hf_config.get("text_config"), hf_config.get("model_type")
     if not isinstance(text, Mapping):
-        raise BadInput("text_config in config.json is not an object.")
-    # Released wrappers carry the tie flag at the top; a text config's own wins. Null is silence.
-    tied = text.get("tie_word_embeddings")
-    tied = hf_config.get("tie_word_embeddings") if tied is None else tied
-    return {**text, "tie_word_embeddings": False if tied is None else tied}
+        raise BadInput(
+            f"text_config in config.json is {'not an object' if 'text_config' in hf_config else 'missing'}, and "
+            f"model_type {model_type!r} is that of a wrapper: transformers would take default sizes.",
+            f'If the text model\'s fields stand beside model_type, write "model_type": "{model_type}_text" there.',
+        )
+    # The head is the wrapper's and goes by its flag, unless the text model is to be taken out of the wrapper.
+    taken_out = "ForCausalLM" in str(hf_config.get("architectures"))
+    flags = [
+        fields.get("tie_word_embeddings", False) for fields in ((text, hf_config) if taken_out else (hf_config, text))
+    ]
+    tied = next((flag for flag in flags if not isinstance(flag, bool)), flags[0])  # a bad one is complained about
+    return {**text, "tie_word_embeddings": tied}
