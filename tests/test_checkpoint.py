@@ -18,7 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
-from coreai_zoo.checkpoint.files import INDEX, SINGLE, Checkpoint, read_config, read_header
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.folder import INDEX, SINGLE, read_config
+from coreai_zoo.checkpoint.headers import read_header
 from coreai_zoo.errors import BadInput
 
 

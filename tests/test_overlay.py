@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from checkpoints import TEXT_CONFIGS, read_weights, text_config, tiny_checkpoint, write_weights
-from coreai_zoo.checkpoint.files import read_config
+from coreai_zoo.checkpoint.folder import read_config
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.module import build_module, parameters_of

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from coreai_zoo.checkpoint.files import TensorInfo
+from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Drop, Part, Transform, WeightMap, WeightRule
 from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe

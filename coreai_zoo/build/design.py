@@ -25,7 +25,8 @@ from coreai_zoo.build.request import (
 )
 from coreai_zoo.build.source import Source, Subject, find_source, other_model, subject_of
 from coreai_zoo.catalogue import find_backend, find_contract, find_recipe
-from coreai_zoo.checkpoint.files import Checkpoint, TensorInfo
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.checkpoint.tokenizer import check_tokenizer
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract
 from coreai_zoo.dates import source_date_epoch

@@ -12,7 +12,9 @@ from attrs import evolve, field, frozen
 from coreai_zoo.build.model import config_of_entry
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry, load_entries
-from coreai_zoo.checkpoint.files import CONFIG, INDEX, Checkpoint, TensorInfo, has_weights, read_config, read_index
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.folder import CONFIG, INDEX, has_weights, read_config, read_index
+from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin
 from coreai_zoo.checkpoint.readme import read_front_matter

@@ -28,7 +28,7 @@ from typing import Any
 
 from attrs import define, frozen
 
-from coreai_zoo.checkpoint.files import CONFIG, INDEX, SINGLE, read_index
+from coreai_zoo.checkpoint.folder import CONFIG, INDEX, SINGLE, read_index
 from coreai_zoo.checkpoint.hub_client import (
     FILE_TRIES,
     METADATA_TRIES,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coreai_zoo.checkpoint.files import member
+from coreai_zoo.checkpoint.folder import member
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.json_files import read_object, write_json
 

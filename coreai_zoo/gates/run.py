@@ -22,7 +22,8 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, bytes_below
 from coreai_zoo.bundle.verify import backend_of, require_unchanged
 from coreai_zoo.catalogue import find_entry, load_entries
-from coreai_zoo.checkpoint.files import Checkpoint, read_config
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.folder import read_config
 from coreai_zoo.checkpoint.hub import find_cached
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
 from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing

@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from coreai_zoo.checkpoint.files import TensorInfo
+from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.overlay import Drop, ParameterInfo, Part, Role, RoleKind, Transform, WeightMap, WeightRule
 from coreai_zoo.recipes import QuantizationSpec, Recipe
