@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
-from coreai_zoo.checkpoint.folder import CONFIG, open_headers, read_config
-from coreai_zoo.checkpoint.headers import Header, Stamp, TensorInfo
-from coreai_zoo.checkpoint.originals import refuse_quantized
+from coreai_zoo.checkpoint.adapters import refuse_unmerged
+from coreai_zoo.checkpoint.folder import CONFIG, WeightFiles, find_weights, read_config
+from coreai_zoo.checkpoint.headers import Header, Stamp, TensorInfo, read_header
+from coreai_zoo.checkpoint.index import check_index
+from coreai_zoo.checkpoint.originals import check_original
 from coreai_zoo.errors import BadInput
 
 if TYPE_CHECKING:
@@ -37,12 +39,16 @@ class Checkpoint:
         config: `config.json`.
         tensors: every tensor, sorted by key.
         headers: one per safetensors file, sorted by name.
+        weight_map: of its index, key to file name; empty without one.
+        notes: what a build notes about its files and its config, one phrase each.
     """
 
     directory: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     headers: tuple[Header, ...]
+    weight_map: Mapping[str, str] = field(factory=dict)
+    notes: tuple[str, ...] = ()
     _files: dict[Path, Any] = field(factory=dict, init=False, repr=False)
 
     @cached_property
@@ -53,14 +59,28 @@ class Checkpoint:
     def open(cls, directory: Path) -> Checkpoint:
         """Open the checkpoint in `directory`, reading its config and headers.
 
+        What an index says is compared by `check_index`, for which one has to know what is left out.
+
         Raises:
-            BadInput: for anything missing, unreadable, inconsistent, outside of the directory, or quantized already.
+            BadInput: for anything missing, unreadable, inconsistent, outside of the directory, not merged, or quantized
+                already.
         """
         config = read_config(directory)
-        headers = tuple(open_headers(directory))
+        files = find_weights(directory)
+        headers = _read_headers(directory, files)
         tensors = {key: tensor for header in headers for key, tensor in header.tensors.items()}
-        refuse_quantized(directory, config, tensors.values())
-        return cls(directory, config, MappingProxyType(dict(sorted(tensors.items()))), headers)
+        refuse_unmerged(str(directory), tensors)
+        notes = check_original(str(directory), config, {key: tensor.dtype for key, tensor in tensors.items()})
+        by_key = MappingProxyType(dict(sorted(tensors.items())))
+        return cls(directory, config, by_key, headers, files.weight_map, (*files.notes, *notes))
+
+    def check_index(self, left_out: Callable[[str], bool] = lambda _key: False) -> tuple[str, ...]:
+        """Refuse what index and files disagree about, but for keys that are left out; what to note of those.
+
+        Raises:
+            BadInput: naming files and tensors.
+        """
+        return check_index(self.directory, self.weight_map, self.headers, left_out)
 
     def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Read rows of a tensor seen as a matrix (see `TensorInfo.rows`).
@@ -148,6 +168,15 @@ class Checkpoint:
         }
         config = (self.directory / CONFIG).read_bytes()
         return {"config_sha256": hashlib.sha256(config).hexdigest(), "files": files}
+
+
+def _read_headers(directory: Path, files: WeightFiles) -> tuple[Header, ...]:
+    """The headers of the files that are there. Whether one that is missing matters, the index tells."""
+    there = [name for name in files.names if (directory / name).is_file()]
+    headers = tuple(read_header(directory / name) for name in there)
+    if not headers:
+        check_index(directory, files.weight_map, headers, lambda _key: False)
+    return headers
 
 
 def _row_blocks(tensor: Any, shape: tuple[int, ...], start: int, stop: int) -> list[torch.Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from coreai_zoo.checkpoint.headers import Header, read_header
+from attrs import field, frozen
+
+from coreai_zoo.checkpoint.adapters import ADAPTER_CONFIG, adapter_alone, adapter_files, adapter_note
 from coreai_zoo.checkpoint.strict_json import read_object
 from coreai_zoo.errors import BadInput, listing
 
@@ -29,10 +31,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read `config.json` of a checkpoint and nothing else.
 
     Raises:
-        BadInput: when the directory or the file is missing, unreadable, or not a JSON object in UTF-8.
+        BadInput: when the directory or the file is missing, unreadable, or not a JSON object in UTF-8; when there is
+            an adapter in the place of a model.
     """
     _check_directory(directory)
     path = directory / CONFIG
+    names = _file_names(directory)
+    if (adapter := adapter_files(names)) and not has_model(names):
+        raise adapter_alone(str(directory), adapter, directory / ADAPTER_CONFIG)
     if not path.is_file():
         raise BadInput(
             f"{directory} has no {CONFIG}.", "A Hugging Face checkpoint has one beside its weights; check the path."
@@ -55,8 +61,10 @@ def member(directory: Path, name: object, where: str) -> Path:
     target = path.resolve()
     outside = not any(target.is_relative_to(folder) for folder in inside)
     if Path(name).is_absolute() or ".." in Path(name).parts or outside:
+        link = f", a link to {target}" if path.is_symlink() else ""
         raise BadInput(
-            f"{where} names {name!r}, which leads outside of {directory}.", "Only files of the checkpoint are read."
+            f"{where} names {name!r}{link}, which leads outside of {directory}.",
+            "Only files of the checkpoint are read: " + ("put the file itself there." if link else "correct the name."),
         )
     return path
 
@@ -68,11 +76,29 @@ def member(directory: Path, name: object, where: str) -> Path:
 
 def has_weights(directory: Path) -> bool:
     """Whether there are weights beside the config that could be opened, complete or not."""
-    return any(directory.glob("*.safetensors"))
+    return bool(_safetensors(directory))
+
+
+def _file_names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.is_file())
+
+
+def _safetensors(directory: Path) -> list[str]:
+    """The safetensors files of a folder but for an adapter's."""
+    names = _file_names(directory)
+    return [name for name in names if name.endswith(".safetensors") and name not in adapter_files(names)]
+
+
+def has_model(names: Collection[str]) -> bool:
+    """Whether there are the weights of a model among files, in a format that we read or in another."""
+    others = set(names) - set(adapter_files(names))
+    return any(
+        name == INDEX or name.endswith((".safetensors", ".gguf")) or name.startswith("pytorch_model") for name in others
+    )
 
 
 def _no_weights(directory: Path) -> BadInput:
-    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    names = _file_names(directory)
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return BadInput(
@@ -86,10 +112,11 @@ def _no_weights(directory: Path) -> BadInput:
             f"{directory} has {listing(gguf, 4)} only: GGUF weights are quantized already and cannot be used.",
             "Use the original Hugging Face checkpoint in bf16.",
         )
-    stray = [name for name in names if name.endswith(".safetensors")]
-    if stray:
+    if stray := _safetensors(directory):
         return BadInput(
-            f"{directory} has {listing(stray, 4)} but neither {SINGLE} nor {INDEX}.", f"Download {INDEX} as well."
+            f"{directory} has {listing(stray, 4)} but neither {SINGLE} nor {INDEX}.",
+            f"Download {INDEX} as well"
+            + (f", or rename {stray[0]} to {SINGLE} if it holds the whole model." if len(stray) == 1 else "."),
         )
     return BadInput(
         f"{directory} has no weights: neither {SINGLE} nor {INDEX}.", "Check the path, or download the checkpoint."
@@ -118,55 +145,58 @@ def read_index(directory: Path) -> dict[str, str]:
     return weight_map
 
 
-def _require_shards(directory: Path, names: Collection[str]) -> None:
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise BadInput(
-            f"{directory} lacks {len(missing)} of the {len(names)} files that {INDEX} names: {listing(missing, 200)}.",
-            "Download them.",
-        )
+@frozen
+class WeightFiles:
+    """The files that hold the weights of a checkpoint.
+
+    Attributes:
+        names: of the files, sorted.
+        weight_map: of the index, key to file name; empty where no index says what is in them.
+        notes: what to note of other files in the folder.
+    """
+
+    names: tuple[str, ...]
+    weight_map: Mapping[str, str] = field(factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def _check_index(directory: Path, weight_map: Mapping[str, str], headers: Iterable[Header]) -> None:
-    """Compare the index with the headers of the files that it names.
+def uses_index(names: Collection[str], weight_map: Mapping[str, str]) -> bool:
+    """Whether an index says which files are read. Beside a single file that it does not name it says nothing.
+
+    transformers takes the single file where there is one, and does not look at an index.
+
+    Args:
+        names: of the files that there are.
+        weight_map: of the index; empty where there is none.
+    """
+    return bool(weight_map) and (SINGLE not in names or SINGLE in weight_map.values())
+
+
+def find_weights(directory: Path) -> WeightFiles:
+    """The files that hold the weights of the checkpoint in a folder.
 
     Raises:
-        BadInput: for a tensor in two files, in another file than the index says, in none, or in no index.
+        BadInput: when there are none, or an index cannot be used.
     """
-    found: dict[str, list[str]] = {}
-    for header in headers:
-        for key in header.tensors:
-            found.setdefault(key, []).append(header.file.relative_to(directory).as_posix())
-    twice = [f"{key} (in {' and '.join(files)})" for key, files in sorted(found.items()) if len(files) > 1]
-    if twice:
-        raise BadInput(f"{directory} holds tensors more than once: {listing(twice, 6)}.", "Keep one shard of each.")
-    absent = [f"{key} (not in {name})" for key, name in sorted(weight_map.items()) if found.get(key) != [name]]
-    extra = [f"{key} (in {found[key][0]} only)" for key in sorted(set(found) - set(weight_map))]
-    if absent or extra:
-        raise BadInput(
-            f"{directory / INDEX} and the shards disagree: {listing(absent + extra, 6)}.",
-            "The files are of different downloads or were edited; download the checkpoint again.",
-        )
-
-
-def open_headers(directory: Path) -> list[Header]:
-    """The headers of the files that hold the weights.
-
-    Raises:
-        BadInput: when it is not clear which files those are, or they do not agree with the index.
-    """
-    single, index = (directory / SINGLE).is_file(), (directory / INDEX).is_file()
-    if single and index:
-        raise BadInput(
-            f"{directory} has both {SINGLE} and {INDEX}: it is not clear which one is meant.", "Keep one of them."
-        )
-    if single:
-        return [read_header(member(directory, SINGLE, str(directory)))]
-    if not index:
+    there = _file_names(directory)
+    weight_map = read_index(directory) if INDEX in there else {}
+    if uses_index(there, weight_map):
+        names = tuple(sorted(set(weight_map.values())))
+    elif SINGLE in there:
+        member(directory, SINGLE, str(directory))
+        names = (SINGLE,)
+    else:
         raise _no_weights(directory)
-    weight_map = read_index(directory)
-    names = sorted(set(weight_map.values()))
-    _require_shards(directory, names)
-    headers = [read_header(directory / name) for name in names]
-    _check_index(directory, weight_map, headers)
-    return headers
+    notes = _notes_on_others(directory, names, ignored=bool(weight_map) and not uses_index(there, weight_map))
+    return WeightFiles(names, weight_map if uses_index(there, weight_map) else {}, notes)
+
+
+def _notes_on_others(directory: Path, names: Collection[str], *, ignored: bool) -> tuple[str, ...]:
+    """What to note of an index that is ignored, of files that nothing names, and of an adapter."""
+    others = [name for name in _safetensors(directory) if name not in names]
+    notes = [f"{SINGLE} is read, as transformers does, and {INDEX} is not: it does not name that file"] * ignored
+    if others:
+        why = f"{SINGLE} is the whole model" if SINGLE in names else f"{INDEX} does not name them"
+        notes.append(f"not read: {listing(others, 6)}; {why}")
+    adapter = adapter_files(_file_names(directory))
+    return (*notes, *(adapter_note(adapter) if adapter else ()))

@@ -11,6 +11,8 @@ from typing import Any
 
 from attrs import frozen
 
+from coreai_zoo.checkpoint.originals import NotOriginal
+from coreai_zoo.checkpoint.pointers import refuse_pointer
 from coreai_zoo.checkpoint.strict_json import parse_object
 from coreai_zoo.dtypes import as_matrix
 from coreai_zoo.errors import BadInput, listing
@@ -147,6 +149,10 @@ def _read_header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
+            if status.st_size == 0:
+                raise BadInput(f"{path} is empty.", "Download it again.")
+            refuse_pointer(path, file.read(64))
+            file.seek(0)
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) == 8 and length > MAX_HEADER_BYTES:
@@ -172,10 +178,7 @@ def read_header(path: Path) -> Header:
     entries = parse_object(raw[8:], f"The header of {path}")
     metadata = entries.pop("__metadata__", None) or {}
     if isinstance(metadata, dict) and metadata.get("format") == "mlx":
-        raise BadInput(
-            f"{path} was converted for MLX, which keeps the names but changes layouts and values.",
-            "Use the original Hugging Face checkpoint.",
-        )
+        raise NotOriginal(f"{path} was converted for MLX, which keeps the names but changes layouts and values.")
     problems = [f"{key} {problem}" for key, entry in entries.items() if (problem := _check_entry(entry))]
     if problems:
         raise BadInput(f"{path} is corrupt: {listing(problems, 4)}.", "Download it again.")

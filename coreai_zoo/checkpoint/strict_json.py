@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from coreai_zoo.checkpoint.pointers import refuse_pointer
 from coreai_zoo.errors import BadInput, listing
 
 MAX_JSON_BYTES = 256_000_000
@@ -50,4 +51,5 @@ def read_object(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
+    refuse_pointer(path, data[:64])
     return parse_object(data, str(path))

@@ -17,6 +17,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from coreai_zoo.checkpoint.headers import TensorInfo
+from coreai_zoo.checkpoint.originals import NotOriginal
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.overlay import Drop, ParameterInfo, Part, Role, RoleKind, Transform, WeightMap, WeightRule
 from coreai_zoo.recipes import QuantizationSpec, Recipe
@@ -257,6 +258,7 @@ class _Problems:
     doubled: list[str] = field(factory=list)
     dtypes: list[str] = field(factory=list)
     blocks: list[str] = field(factory=list)
+    is_mlx: bool = False
 
     def raise_if_any(self) -> None:
         kinds = {
@@ -272,6 +274,11 @@ class _Problems:
             return
         count = sum(map(len, found.values()))
         text = "; ".join(f"{title}: {listing(_grouped(items), 20)}" for title, items in found.items())
+        if self.is_mlx:
+            raise NotOriginal(
+                "The checkpoint was converted for MLX, which stores convolutions with their last axes exchanged. "
+                f"{text}."
+            )
         subject = "recipe" if self.blocks and len(found) == 1 else "checkpoint"  # there may be none
         raise BadInput(
             f"The {subject} does not fit the model ({count} problem{'s' if count > 1 else ''}). {text}.", self._hint()
@@ -405,6 +412,7 @@ class _Planner:
                 self.problems.misshapen.append(
                     f"{match.key} is {_shape(info.shape)}, expected {_shape(expected)} for {target.name}"
                 )
+                self.problems.is_mlx = self.problems.is_mlx or _is_mlx_convolution(info.shape, expected)
             if info is not None and info.dtype not in FLOATS:
                 self.problems.dtypes.append(f"{match.key} ({info.dtype})")
             sources.append(Source(match.key, rows.start, rows.stop))
@@ -453,6 +461,11 @@ class _Planner:
                 if (rows.start, rows.stop) not in present:
                     missing.append((rows.start, rule.source.fill(filled)))
         return [key for _, key in sorted(missing)]
+
+
+def _is_mlx_convolution(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a depthwise convolution [C, 1, K] is stored as [C, K, 1]."""
+    return len(expected) == 3 and expected[1] == 1 != expected[2] and found == (expected[0], expected[2], expected[1])
 
 
 def _shape(shape: tuple[int, ...]) -> str:
