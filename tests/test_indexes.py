@@ -104,12 +104,12 @@ def test_a_file_whose_name_differs_in_case_is_named(tmp_path: Path) -> None:
 
 def test_an_index_of_tensors_that_are_left_out_and_nowhere_is_noted(tmp_path: Path) -> None:
     _, notes = opened(write(tmp_path, {"a": ONE, "b": ONE, "extra.a": ONE}, **{ONE[:-12]: MODEL}))
-    assert f"{INDEX} names 1 tensor that no such file has, all of a part that is left out: extra.a" in notes
+    assert f"{INDEX} names 1 tensor that the files lack, all of a part that is left out: extra.a" in notes
 
 
 def test_a_file_of_nothing_but_what_is_left_out_may_be_missing(tmp_path: Path) -> None:
     _, notes = opened(write(tmp_path, {"a": ONE, "b": ONE, "extra.a": TWO}, **{ONE[:-12]: MODEL}))
-    assert "names 1 tensor that no such file has" in notes
+    assert "names 1 tensor that the files lack" in notes
 
 
 def test_tensors_that_are_left_out_and_that_no_index_names_are_noted(tmp_path: Path) -> None:

@@ -179,24 +179,30 @@ def find_weights(directory: Path) -> WeightFiles:
         BadInput: when there are none, or an index cannot be used.
     """
     there = _file_names(directory)
-    weight_map = read_index(directory) if INDEX in there else {}
-    if uses_index(there, weight_map):
+    index = read_index(directory) if INDEX in there else {}
+    weight_map = index if uses_index(there, index) else {}
+    if weight_map:
         names = tuple(sorted(set(weight_map.values())))
     elif SINGLE in there:
         member(directory, SINGLE, str(directory))
         names = (SINGLE,)
     else:
         raise _no_weights(directory)
-    notes = _notes_on_others(directory, names, ignored=bool(weight_map) and not uses_index(there, weight_map))
-    return WeightFiles(names, weight_map if uses_index(there, weight_map) else {}, notes)
+    adapter = adapter_files(there)
+    notes = (
+        *_note_on_index(ignored=bool(index) and not weight_map),
+        *_note_on_others(directory, names, INDEX if weight_map else SINGLE),
+        *(adapter_note(adapter) if adapter else ()),
+    )
+    return WeightFiles(names, weight_map, notes)
 
 
-def _notes_on_others(directory: Path, names: Collection[str], *, ignored: bool) -> tuple[str, ...]:
-    """What to note of an index that is ignored, of files that nothing names, and of an adapter."""
+def _note_on_index(*, ignored: bool) -> tuple[str, ...]:
+    return (f"{SINGLE} is read, as transformers does, and {INDEX} is not: it does not name that file",) * ignored
+
+
+def _note_on_others(directory: Path, names: Collection[str], decides: str) -> tuple[str, ...]:
+    """What to note of files beside those that are read; `decides` is the file that says which are."""
     others = [name for name in _safetensors(directory) if name not in names]
-    notes = [f"{SINGLE} is read, as transformers does, and {INDEX} is not: it does not name that file"] * ignored
-    if others:
-        why = f"{SINGLE} is the whole model" if SINGLE in names else f"{INDEX} does not name them"
-        notes.append(f"not read: {listing(others, 6)}; {why}")
-    adapter = adapter_files(_file_names(directory))
-    return (*notes, *(adapter_note(adapter) if adapter else ()))
+    why = "is the whole model" if decides == SINGLE else "does not name them"
+    return (f"not read: {listing(others, 6)}; {decides} {why}",) if others else ()

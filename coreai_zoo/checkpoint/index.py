@@ -52,7 +52,7 @@ def check_index(
             f"{directory / INDEX} and the shards disagree: {listing(mattering, 6)}.",
             "The files are of different downloads or were edited; download the checkpoint again.",
         )
-    differing = (("names", absent, "no such file has"), ("lacks", extra, "the files have"))
+    differing = (("names", absent, "the files lack"), ("lacks", extra, "the files have"))
     disagreed = [
         f"{INDEX} {verb} {len(keys)} tensor{'s' * (len(keys) > 1)} that {where}, all of a part that is left out: "
         f"{listing(list(keys), 3)}"
@@ -72,8 +72,8 @@ def _require_files(
     """Refuse an index whose files are not all there, but for those of which a bundle takes nothing."""
     there = {header.file for header in headers}
     named = sorted(set(weight_map.values()))
-    wanted = {name for key, name in weight_map.items() if not left_out(key)}
-    missing = [name for name in named if directory / name not in there and name in wanted]
+    absent = {name for name in named if directory / name not in there}
+    missing = sorted({name for key, name in weight_map.items() if name in absent and not left_out(key)})
     if not missing:
         return
     present = {path.relative_to(directory).as_posix().lower(): path for path in directory.rglob("*.safetensors")}

@@ -21,6 +21,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, bytes_below
 from coreai_zoo.bundle.verify import backend_of, require_unchanged
 from coreai_zoo.catalogue import find_entry, load_entries
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.hub import find_cached
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
 from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing
@@ -282,7 +283,8 @@ def oracle_of(
     designed = _design_of(bundle, plugins, checkpoint)
     config, respelled = designed.model.hf_config, designed.weights.respelled
     reference = plugins.oracle(designed.model.overlay, config)
-    return Oracle(designed.checkpoint, config, dtype, cache, on_layer, reference, respelled)
+    opened = designed.opened or Checkpoint.open(checkpoint)  # which says what is missing
+    return Oracle(opened, config, dtype, cache, on_layer, reference, respelled)
 
 
 def _require_cached(oracle: Oracle, asked: Sequence[prompts.TokenizedPrompt]) -> None:
