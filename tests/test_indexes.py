@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,10 @@ from safetensors.torch import save_file
 from checkpoints import write_json
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.folder import INDEX, SINGLE
+from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.errors import BadInput
+from coreai_zoo.progress import Reporter
+from hub import Hub
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 MODEL = {"a": torch.arange(8.0).view(2, 4), "b": torch.ones(3)}
@@ -63,6 +67,15 @@ def test_a_single_file_goes_before_an_index_of_other_files_as_in_transformers(tm
     assert list(checkpoint.tensors) == ["a"]
     assert f"{SINGLE} is read, as transformers does, and {INDEX} is not" in notes
     assert f"not read: {ONE}, {TWO}" in notes
+
+
+@pytest.mark.parametrize(("named", "fetched"), [(ONE, [SINGLE]), (SINGLE, [SINGLE])])
+def test_of_a_repository_the_same_files_are_fetched(hub: Hub, named: str, fetched: list[str]) -> None:
+    index = json.dumps({"weight_map": {"a": named}}).encode()
+    files = {"config.json": b"{}", INDEX: index, SINGLE: b"x" * 64, ONE: b"y" * 64}
+    hub.add("toys/Both", files)
+    source = HubSource.open(Repository("toys/Both"), Reporter(silent=True))
+    assert [file.name for file in source.weights] == fetched
 
 
 @pytest.mark.parametrize("beside", ["model-mtp", "model.fp16", "consolidated"])
