@@ -30,7 +30,7 @@ from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput, ZooError
 from coreai_zoo.json_files import read_object
 from coreai_zoo.lowering.module import build_module, parameters_of
-from coreai_zoo.overlay import WeightMap
+from coreai_zoo.overlay import Prefix, WeightMap
 from coreai_zoo.plugins import Plugins, default_plugins
 
 SHARD_BYTES = 4 * 2**30
@@ -71,9 +71,10 @@ def _sources(name: str, shape: tuple[int, ...], table: WeightMap) -> Iterator[Te
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(rule.target))
         match = re.fullmatch(pattern, name)
         if match and rule.part is None:
-            found, spelled = table.prefixes[0] if table.prefixes else ("", "")
+            released = table.prefixes[0] if table.prefixes else Prefix("", "")
             key = rule.source.format(**match.groupdict())
-            key = found + key.removeprefix(spelled) if spelled and key.startswith(spelled) else key
+            if released.meant and key.startswith(released.meant):
+                key = released.found + key.removeprefix(released.meant)
             stored = rule.source_shape(shape) if rule.source_shape else shape
             yield Tensor(key, stored, random=rule.role != "norm")
             return

@@ -116,10 +116,14 @@ class Transform:
         name: what it does, for reports.
         apply: maps a block of rows, float32 [rows, columns], to float32 [rows, columns]; must not look across rows, and
             must take any finite values: the weight store tells a changed transform by what it makes of some.
+        usual_mean: between what two numbers the mean of a stored tensor lies as a rule, where it can show that the
+            change was made already. It is looked at in small tensors only. A build notes it when most are outside, and
+            does nothing else about it: values alone never decide.
     """
 
     name: str
     apply: Callable[[torch.Tensor], torch.Tensor]
+    usual_mean: tuple[float, float] | None = None
 
 
 @frozen
@@ -169,10 +173,28 @@ class Drop:
     Attributes:
         source: pattern of the key; `{name}` stands for a number and a trailing `**` for the rest of the key.
         reason: one phrase, printed in the build report.
+        noted: whether a build notes it, too: for keys that released checkpoints do not have.
     """
 
     source: str
     reason: str = field(validator=min_len(1))
+    noted: bool = False
+
+
+@frozen
+class Prefix:
+    """Another spelling of the start of a key.
+
+    Attributes:
+        found: as it is in a checkpoint; empty where `meant` is missing.
+        meant: as the rules and drops have it.
+        written_by: what names keys so, for a build to note; None for the released checkpoints, of which there is
+            nothing to note.
+    """
+
+    found: str
+    meant: str
+    written_by: str | None = None
 
 
 @frozen
@@ -182,7 +204,8 @@ class WeightMap:
     Attributes:
         rules: keys to parameters. One key may fill several parameters.
         drops: keys to leave out.
-        prefixes: alternative spellings of the start of a key, rewritten before matching: (as found, as in the rules).
+        prefixes: other spellings of the start of a key, tried in this order after the key as it is. What a wrapper of
+            any model adds (`module.`, `_orig_mod.`) is taken off before, and is not among them.
         roles: what the weights do, in the order in which reports name them.
 
     Raises:
@@ -191,7 +214,7 @@ class WeightMap:
 
     rules: tuple[WeightRule, ...]
     drops: tuple[Drop, ...] = ()
-    prefixes: tuple[tuple[str, str], ...] = ()
+    prefixes: tuple[Prefix, ...] = ()
     roles: tuple[Role, ...] = field(default=COMMON_ROLES, kw_only=True)
 
     def __attrs_post_init__(self) -> None:

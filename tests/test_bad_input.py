@@ -449,7 +449,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, checkpoint: Path, kept: int) 
 
     text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
 
-    assert f"{path} is truncated" in text
+    assert f"{path} is {'truncated' if kept else 'empty'}" in text
     assert "Download it again" in text
 
 
@@ -516,7 +516,7 @@ def test_a_convolution_in_the_layout_of_mlx_is_misshapen(tmp_path: Path, checkpo
     text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
 
     assert f"misshapen: {key} is [128, 4, 1], expected [128, 1, 4]" in text
-    assert "Use the original checkpoint" in text
+    assert "Use the original in its place: Qwen/Qwen3.6-27B." in text
 
 
 def test_a_checkpoint_that_says_it_was_converted_for_mlx_is_refused(tmp_path: Path, checkpoint: Path) -> None:
@@ -525,7 +525,7 @@ def test_a_checkpoint_that_says_it_was_converted_for_mlx_is_refused(tmp_path: Pa
     text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
 
     assert "converted for MLX" in text
-    assert "original Hugging Face checkpoint" in text
+    assert "Use the original in its place: Qwen/Qwen3.6-27B." in text
 
 
 def test_fp8_weights_are_refused(tmp_path: Path, checkpoint: Path) -> None:
@@ -533,20 +533,8 @@ def test_fp8_weights_are_refused(tmp_path: Path, checkpoint: Path) -> None:
 
     text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
 
-    assert f"{GATE_PROJ} (float8_e4m3fn)" in text
-    assert "use the original bf16 checkpoint" in text
-
-
-@pytest.mark.parametrize("where", ["", "text_config"])
-def test_a_config_with_a_quantization_is_refused(tmp_path: Path, checkpoint: Path, where: str) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    (config[where] if where else config)["quantization_config"] = {"quant_method": "fp8"}
-    write_json(checkpoint / "config.json", config)
-
-    text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
-
-    assert f"has a {where}{'.' if where else ''}quantization_config (fp8)" in text
-    assert "use the original bf16 checkpoint" in text
+    assert f"quantized already (FP8): {GATE_PROJ} (float8_e4m3fn)" in text
+    assert "Use the original in its place: Qwen/Qwen3.6-27B." in text
 
 
 def test_integers_where_weights_should_be_are_refused(tmp_path: Path, checkpoint: Path) -> None:
@@ -626,7 +614,19 @@ def test_a_tokenizer_file_that_is_a_link_out_of_the_checkpoint_is_refused(
 
     text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
 
-    assert f"names '{name}', which leads outside of {checkpoint}" in text
+    assert f"names '{name}', a link to {secret}, which leads outside of {checkpoint}" in text
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_file_that_is_a_git_lfs_pointer_is_said_to_be_one(
+    tmp_path: Path, checkpoint: Path, name: str
+) -> None:
+    (checkpoint / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+
+    text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
+
+    assert f"{checkpoint / name} is a Git-LFS pointer" in text
+    assert "git lfs pull" in text
 
 
 def test_a_file_name_that_a_tokenizer_config_gives_is_never_followed(tmp_path: Path, checkpoint: Path) -> None:

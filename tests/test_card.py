@@ -73,6 +73,7 @@ def record(**changed: Any) -> dict[str, Any]:
             "usage": DENSE.contract.usage,
         },
         "remarks": [],
+        "notes": [],
         "recipe": {"name": "int8hu", "roles": {"mlp": INT8, "norm": None}, "head_reason": "Heads are fat-tailed."},
         "roles": {"mlp": {"meaning": "feed-forward"}, "norm": {"meaning": "gains"}},
         "weights": {"mlp": {"parameters": 1000, "bytes": 1062}, "norm": {"parameters": 10, "bytes": 20}},

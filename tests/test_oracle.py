@@ -15,7 +15,8 @@ import torch
 from attrs import evolve
 
 from checkpoints import read_weights, tiny_checkpoint, write_weights
-from coreai_zoo.checkpoint.files import Checkpoint, read_config
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.folder import read_config
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations, ReferenceModel

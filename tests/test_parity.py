@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoints import tiny_checkpoint
-from coreai_zoo.checkpoint.files import read_config
+from coreai_zoo.checkpoint.folder import read_config
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.contracts import FIXED_S1
 from decoders import feed, feed_by_position, fresh_states, load_decoder

@@ -19,7 +19,7 @@ from coreai_zoo.build.code import code_digest
 from coreai_zoo.catalogue import find_backend, find_contract, find_recipe
 from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError
 from coreai_zoo.gate import ReferenceModel
-from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, WeightMap
+from coreai_zoo.overlay import LayerRewrite, Overlay, Prefix, TokenizerClass, WeightMap
 from coreai_zoo.plugins import HOOKS, LISTS, Plugins
 from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, Recipe
 from coreai_zoo.signature import KVCache, StateSpec
@@ -578,7 +578,7 @@ def test_one_state_from_two_plugins_names_both(make_plugin: MakePlugin) -> None:
 
 
 def test_the_last_registered_weight_map_wins(make_plugin: MakePlugin) -> None:
-    ours, theirs = WeightMap(()), WeightMap((), prefixes=(("a", "b"),))
+    ours, theirs = WeightMap(()), WeightMap((), prefixes=(Prefix("a", "b"),))
     plugins = host(
         ours=make_plugin(zoo_weight_map=lambda: ours),
         theirs=make_plugin(zoo_weight_map=lambda: theirs),

@@ -12,7 +12,7 @@ from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.catalogue import find_entry
-from coreai_zoo.checkpoint.files import TensorInfo
+from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.plugins import default_plugins

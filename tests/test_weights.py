@@ -11,9 +11,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from coreai_zoo.checkpoint.files import TensorInfo
+from coreai_zoo.checkpoint.headers import TensorInfo
+from coreai_zoo.checkpoint.originals import NotOriginal
 from coreai_zoo.errors import BadInput
-from coreai_zoo.overlay import Drop, Part, Transform, WeightMap, WeightRule
+from coreai_zoo.overlay import Drop, Part, Prefix, Transform, WeightMap, WeightRule
 from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
 from coreai_zoo.weights.plan import (
     ParameterInfo,
@@ -52,7 +53,7 @@ def plan(
     *,
     recipe: Recipe = FP16,
     drops: tuple[Drop, ...] = (),
-    prefixes: tuple[tuple[str, str], ...] = (),
+    prefixes: tuple[Prefix, ...] = (),
 ) -> WeightPlan:
     return plan_weights(WeightMap(rules, drops, prefixes, roles=ROLES), floats(**parameters), tensors(**found), recipe)
 
@@ -118,7 +119,7 @@ def test_sources_cover_every_row_once_for_any_experts_and_pieces(
 
 
 def test_a_prefix_is_another_spelling_and_does_not_touch_keys_spelled_in_full() -> None:
-    prefixes = (("model.", "model.language_model."),)
+    prefixes = (Prefix("model.", "model.language_model."),)
     rules = (rule("model.language_model.w", "w"),)
     for key in ("model.w", "model.language_model.w"):
         assert plan(rules, {"w": (2, 4)}, {key: (2, 4)}, prefixes=prefixes).tensors[0].sources[0].key == key
@@ -132,7 +133,7 @@ def test_drops_are_reported_with_their_reason_in_every_spelling() -> None:
         {"w": (4,)},
         {"m.w": (4,), "m.visual.blocks.0.w": (1,), "lm.m.visual.x": (1,), "mtp.3.bias": (1,)},
         drops=(Drop("m.visual.**", "vision tower"), Drop("mtp.{i}.bias", "extra head")),
-        prefixes=(("lm.", ""),),
+        prefixes=(Prefix("lm.", ""),),
     )
     assert result.dropped == (
         ("m.visual.blocks.0.w", "vision tower"),
@@ -169,7 +170,10 @@ def test_numbers_have_one_spelling() -> None:
 def test_a_source_may_hold_the_same_rows_in_another_shape() -> None:
     conv = WeightRule("conv", "conv", "gdn.conv", source_shape=lambda shape: (shape[0], 1, shape[1]))
     assert plan((conv,), {"conv": (6, 4)}, {"conv": (6, 1, 4)}).tensors[0].sources == (Source("conv", 0, 6),)
-    with pytest.raises(BadInput, match=r"misshapen: conv is \[6, 4, 1\], expected \[6, 1, 4\] for conv"):
+    with pytest.raises(
+        NotOriginal,
+        match=r"converted for MLX.*misshapen: conv is \[6, 4, 1\], expected \[6, 1, 4\] for conv\. Use the or",
+    ):
         plan((conv,), {"conv": (6, 4)}, {"conv": (6, 4, 1)})  # as MLX stores it
 
 

@@ -7,8 +7,8 @@ here, so they cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from coreai_zoo.build.request import (
 )
 from coreai_zoo.build.source import Source, Subject, find_source, other_model, subject_of
 from coreai_zoo.catalogue import find_backend, find_contract, find_recipe
-from coreai_zoo.checkpoint.files import Checkpoint, TensorInfo
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import check_tokenizer
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract
 from coreai_zoo.dates import source_date_epoch
@@ -37,6 +37,7 @@ from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
 from coreai_zoo.signature import TraceSpec
+from coreai_zoo.weights.names import Names
 from coreai_zoo.weights.plan import WeightPlan, plan_weights, plan_without_checkpoint
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Design:
         functions: the bundle's functions by name; the first one decodes.
         decoders: the functions' modules.
         weights: where every parameter comes from and how it is stored.
+        notes: what is odd about the checkpoint and was dealt with, one phrase each.
         max_context: positions that the bundle allows.
         source_date_epoch: the date that the bundle carries, in seconds since 1970.
     """
@@ -96,6 +98,7 @@ class Design:
     functions: Mapping[str, FunctionDesign]
     decoders: Decoders
     weights: WeightPlan
+    notes: tuple[str, ...]
     max_context: int
     source_date_epoch: int
 
@@ -188,7 +191,7 @@ class Design:
         """
         plugins = self.decoders.plugins
         recipe, head = _with_head(find_recipe(name, plugins), self.model, self.entry, plugins)
-        weights = _weights(self.decoders, self.entry, self.source.tensors(self.opened), recipe)
+        weights, _ = _weights(self.decoders, self.entry, self.source, self.opened, recipe)
         return evolve(self, recipe=recipe, head=head, weights=weights)
 
 
@@ -234,7 +237,7 @@ def design(
     decoders = Decoders(model, contract, functions, plugins)
     if not request.dry:
         _ = decoders.modules  # a mistake in the decoder itself is told before anything about its weights
-    weights = _weights(decoders, entry, source.tensors(checkpoint), recipe)
+    weights, notes = _weights(decoders, entry, source, checkpoint, recipe)
     label = _label(request, subject, source)
     made = Design(
         name=_bundle_name(request, label, recipe, functions, differences),
@@ -252,6 +255,7 @@ def design(
         functions=functions,
         decoders=decoders,
         weights=weights,
+        notes=notes,
         max_context=max_context,
         source_date_epoch=date,
     )
@@ -453,19 +457,38 @@ def _with_head(
 
 
 def _weights(
-    decoders: Decoders, entry: Entry | None, tensors: Mapping[str, TensorInfo | None] | None, recipe: Recipe
-) -> WeightPlan:
-    """The plan of every parameter. Where it is not known which tensors there are, parameters have no sources."""
+    decoders: Decoders, entry: Entry | None, source: Source, checkpoint: Checkpoint | None, recipe: Recipe
+) -> tuple[WeightPlan, tuple[str, ...]]:
+    """The plan of every parameter, and what is to be noted of the checkpoint.
+
+    Where it is not known which tensors there are, parameters have no sources.
+    """
     model, plugins = decoders.model, decoders.plugins
     plugin, table = plugins.weight_map(model.overlay, entry, model.config)
     parameters = decoders.parameters
-    with plugins.attribute_errors(plugin, "the weight map", except_input=True):
+    notes = [*source.notes, *(checkpoint.notes if checkpoint else ())]
+    with plugins.attribute_errors(plugin, "the weight map", except_input=True), source.naming_the_original():
+        tensors = source.tensors(checkpoint)
+        if checkpoint is not None:
+            notes += checkpoint.check_index(Names(table).is_left_out)
         if tensors is None:
             weights = plan_without_checkpoint(table, parameters, recipe)
         else:
-            weights = plan_weights(table, parameters, tensors, recipe)
+            with _telling(notes):
+                weights = plan_weights(table, parameters, tensors, recipe)
     _check_routed(model, table, weights)
-    return weights
+    return weights, (*dict.fromkeys((*notes, *weights.notes)),)
+
+
+@contextmanager
+def _telling(notes: Sequence[str]) -> Iterator[None]:
+    """Within the block, an error about the weights also says what was noted of their files: it may be the cause."""
+    try:
+        yield
+    except BadInput as error:
+        for note in notes:
+            error.add_note(f"Note: {note}.")
+        raise
 
 
 def _check_routed(model: Model, table: WeightMap, weights: WeightPlan) -> None:

@@ -33,7 +33,7 @@ from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
 # What of build.json a design without weights does not say, and what is said of the checkpoint, which is compared apart.
-_NOT_COMPARED = {"schema", "request", "command", "source", "files", "dropped", "facts"}
+_NOT_COMPARED = {"schema", "request", "command", "source", "files", "dropped", "notes", "facts"}
 _OF_CHECKPOINT = {"origin", "licence", "language", "compared", "title"}
 
 _WORDS = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from coreai_zoo.backend import Check, Traced
 from coreai_zoo.build.design import Design, design, fetched
@@ -26,6 +26,7 @@ from coreai_zoo.bundle.verify import require, verify
 from coreai_zoo.errors import listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.weights.means import unusual_means
 from coreai_zoo.weights.plan import PlannedTensor
 from coreai_zoo.weights.store import FillReport, WeightStore
 
@@ -92,6 +93,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         if (hub := designed.source.hub) is not None:
             with report.stage("fetch", f"{len(hub.weights)} files of {hub.id} at {hub.commit}"):
                 designed = fetched(designed, plugins, report)
+        designed = _with_notes(designed, report)
         with report.stage("trace", f"{designed.backend.name}, contract {designed.contract.name}"):
             traced = designed.trace()
         store, partial = WeightStore(workspace.work), workspace.partial
@@ -142,6 +144,14 @@ def _rare_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
+
+
+def _with_notes(designed: Design, report: Reporter) -> Design:
+    """The design with what its values show, once there are any; all notes are told."""
+    notes = (*designed.notes, *unusual_means(designed.checkpoint, designed.weights))
+    for note in notes:
+        report.note(f"note: {note}")
+    return evolve(designed, notes=notes)
 
 
 def _fill(store: WeightStore, designed: Design, report: Reporter) -> FillReport:

@@ -102,6 +102,7 @@ def describe(design: Design) -> dict[str, Any]:
         # What was asked for beside the names above: a rebuild asks for the same.
         "request": {"layers": design.request.layers, "max_context": design.max_context},
         "source_date_epoch": design.source_date_epoch,
+        "notes": list(design.notes),
         "dropped": dict(Counter(reason for _, reason in design.weights.dropped)),
         "overlay": {
             "name": design.model.overlay.name,

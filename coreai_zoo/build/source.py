@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from attrs import evolve, field, frozen
 from coreai_zoo.build.model import config_of_entry
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry, load_entries
-from coreai_zoo.checkpoint.files import CONFIG, INDEX, Checkpoint, TensorInfo, has_weights, read_config, read_index
+from coreai_zoo.checkpoint.adapters import refuse_unmerged
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.folder import CONFIG, INDEX, has_weights, read_config, read_index, uses_index
+from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.checkpoint.hub import HubSource, Repository
-from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin
+from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin, original_of
+from coreai_zoo.checkpoint.originals import NotOriginal, check_original
 from coreai_zoo.checkpoint.readme import read_front_matter
 from coreai_zoo.checkpoint.tokenizer import chat_templates
 from coreai_zoo.entry import Entry
@@ -115,6 +120,7 @@ class Source:
         origin: where it comes from.
         licence: of its weights.
         card: the front matter of its card.
+        original: the repository that it was made from, or its entry's, for one that cannot be used itself.
         hub: fetches its weights; None where there is nothing to fetch.
     """
 
@@ -123,7 +129,22 @@ class Source:
     origin: Origin = field(factory=Origin)
     licence: Licence = field(factory=Licence)
     card: Mapping[str, Any] = field(factory=dict)
+    original: str | None = None
     hub: HubSource | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a build notes of files that are not fetched."""
+        return () if self.hub is None else self.hub.notes
+
+    @contextmanager
+    def naming_the_original(self) -> Iterator[None]:
+        """Within the block, the error for what is no original checkpoint names the one to use instead."""
+        try:
+            yield
+        except NotOriginal as error:
+            error.instead(self.original)
+            raise
 
     @property
     def unfetched(self) -> bool:
@@ -134,7 +155,8 @@ class Source:
         """The checkpoint; None where there are no weights, and none are needed yet."""
         if self.directory is None or self.unfetched or not (need_weights or has_weights(self.directory)):
             return None
-        return Checkpoint.open(self.directory)
+        with self.naming_the_original():
+            return Checkpoint.open(self.directory)
 
     def fetch(self, report: Reporter) -> None:
         """Fetch the weights that are not on this machine, and compare all with what the hub states.
@@ -151,7 +173,14 @@ class Source:
             return opened.tensors
         if self.directory is None or not (self.directory / INDEX).is_file():
             return None
-        return dict.fromkeys(sorted(read_index(self.directory)))
+        weight_map = read_index(self.directory)
+        if self.hub is not None and not uses_index([file.name for file in self.hub.weights], weight_map):
+            return None
+        names = dict.fromkeys(sorted(weight_map))
+        with self.naming_the_original():
+            refuse_unmerged(str(self.directory), names)
+            check_original(str(self.directory), self.hf_config, names)
+        return names
 
 
 def find_source(subject: Subject, request: BuildRequest, plugins: Plugins, report: Reporter) -> Source:
@@ -216,7 +245,9 @@ def _source(
     directory: Path, origin: Origin, card: Mapping[str, Any], entry: Entry | None, hub: HubSource | None = None
 ) -> Source:
     stated = (entry.hf_id, entry.licence) if entry else (None, None)
-    return Source(read_config(directory), directory, origin, find_licence(directory, card, origin, stated), card, hub)
+    licence = find_licence(directory, card, origin, stated)
+    original = original_of(origin, card) or stated[0]
+    return Source(read_config(directory), directory, origin, licence, card, original, hub)
 
 
 def _entries(plugins: Plugins) -> list[Entry]:

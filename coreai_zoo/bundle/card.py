@@ -447,7 +447,7 @@ def _left_out(record: Mapping[str, Any]) -> str:
 def _reproduce(record: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> str:
     versions = _listed(f"{name} {version}" for name, version in {ZOO: record["zoo"], **record["versions"]}.items())
     asset, digest = max(files.items(), key=lambda file: file[1]["bytes"])
-    remarks = "".join(f"\n\nNote: {remark}." for remark in record["remarks"])
+    remarks = "".join(f"\n\nNote: {remark}." for remark in (*record["remarks"], *map(_text, record["notes"])))
     checkpoint = "\n".join(
         f"- {_code(name)}: {file['size']:,} bytes" for name, file in record["source"].get("files", {}).items()
     )

@@ -28,7 +28,8 @@ from typing import Any
 
 from attrs import define, frozen
 
-from coreai_zoo.checkpoint.files import CONFIG, INDEX, SINGLE, read_index
+from coreai_zoo.checkpoint.adapters import ADAPTER_CONFIG, adapter_alone, adapter_files, adapter_note
+from coreai_zoo.checkpoint.folder import CONFIG, INDEX, SINGLE, has_model, read_index, uses_index
 from coreai_zoo.checkpoint.hub_client import (
     FILE_TRIES,
     METADATA_TRIES,
@@ -206,14 +207,30 @@ class HubSource:
             `directory`. What the repository does not have is not there.
 
         Raises:
+            BadInput: when the repository holds an adapter and no model.
             EnvironmentLacks: when something cannot be fetched, or is twice not what the hub states.
         """
+        self._require_model()
         for name in self._names():
             if _is_small(name) and (names is None or name in names):
                 self._obtain(self._file(name), _ignore)
         with contextlib.suppress(OSError):  # in a cache that is only read there is nothing to write down
             self._note_revision()
         return self.directory
+
+    def _require_model(self) -> None:
+        """Refuse a repository with an adapter in the place of a model."""
+        names = self._names()
+        if (adapter := adapter_files(names)) and not has_model(names):
+            if ADAPTER_CONFIG in adapter:
+                self._obtain(self._file(ADAPTER_CONFIG), _ignore)
+            raise adapter_alone(self.id, adapter, self.directory / ADAPTER_CONFIG)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to note of files that are not fetched: those of an adapter."""
+        adapter = adapter_files(self._names())
+        return adapter_note(adapter) if adapter else ()
 
     @cached_property
     def weights(self) -> tuple[RemoteFile, ...]:
@@ -224,9 +241,12 @@ class HubSource:
             EnvironmentLacks: when the index cannot be fetched.
         """
         names = self._names()
+        weight_map: Mapping[str, str] = {}
         if INDEX in names:
             self._obtain(self._file(INDEX), _ignore)
-            shards = sorted(set(read_index(self.directory).values()))
+            weight_map = read_index(self.directory)
+        if uses_index(names, weight_map):
+            shards = sorted(set(weight_map.values()))
         elif SINGLE in names:
             shards = [SINGLE]
         else:

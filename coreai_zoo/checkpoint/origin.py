@@ -119,6 +119,16 @@ def _downloaded(directory: Path) -> tuple[str | None, bool]:
     return (commit, changed) if _COMMIT.fullmatch(commit) else (None, True)
 
 
+def original_of(origin: Origin, card: Mapping[str, Any]) -> str | None:
+    """The repository of the model that a checkpoint was made from, as far as origin and card tell; else None.
+
+    A card that names the checkpoint's own repository as the base of a conversion names no other one.
+    """
+    _, made_from = _named_by_card(card)
+    named = (*origin.made_from, *made_from)
+    return next((hf_id for hf_id in named if not origin.is_of(hf_id)), None)
+
+
 def _named_by_card(card: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     """The repository that a card is of, and those that its model was made from.
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coreai_zoo.checkpoint.files import member
+from coreai_zoo.checkpoint.folder import member
+from coreai_zoo.checkpoint.pointers import refuse_pointer_at
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.json_files import read_object, write_json
 
@@ -54,7 +55,8 @@ def check_tokenizer(checkpoint: Path, vocab_size: int, classes: Mapping[str, str
     missing = [name for name, required in _TOKENIZER_FILES.items() if required and not (checkpoint / name).is_file()]
     if missing:
         raise BadInput(f"{checkpoint} has no {' and no '.join(missing)}.", "A bundle needs the checkpoint's tokenizer.")
-    tokenizer_files(checkpoint)
+    for path in tokenizer_files(checkpoint):
+        refuse_pointer_at(path)
     config = read_object(checkpoint / "tokenizer_config.json")
     if tokenizer_class(config) not in classes:
         raise BadInput(

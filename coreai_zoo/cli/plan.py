@@ -151,6 +151,8 @@ def _print(plan: Plan, machines: _Machines) -> None:
     click.echo()
     _print_rates(plan, machines)
     click.echo()
+    for note in plan.design.notes:
+        print_text(f"Note: {note}.")
     for measured in plan.published:
         special = f" ({measured.note})" if measured.note else ""
         print_text(f"Published: {measured.decode:g} tokens/s on {measured.machine}{special}; {measured.source}.")
@@ -303,6 +305,7 @@ def _described(plan: Plan, machines: _Machines) -> Mapping[str, Any]:
         "published_name": plan.design.recipe.published_name,
         "contract": plan.design.contract.name,
         "facts": dict(plan.design.model.facts),
+        "notes": list(plan.design.notes),
         "parameters": plan.design.weights.parameters,
         "roles": {
             role.role: {

@@ -100,6 +100,7 @@ def _of_checkpoint(found: Design) -> dict[str, Any]:
         "contract": found.contract.name,
         "overlay": found.model.overlay.name,
         "plugin": found.model.plugin,
+        "notes": list(found.notes),
     }
 
 
@@ -112,6 +113,7 @@ def _rows_of_checkpoint(found: Design) -> list[tuple[str, object]]:
         ("contract", found.contract.name),
         ("max context", found.max_context),
         ("overlay", f"{found.model.overlay.name} of plugin {found.model.plugin}"),
+        *(("note", note) for note in found.notes),
     ]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.originals import without_quantization
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError, listing
 from coreai_zoo.gate import Activations, ReferenceModel
@@ -35,6 +37,7 @@ class StreamedCausalLM:
         hf_config: its config, or the config of a slice of it.
         dtype: the precision of weights and computation, apart from what transformers always keeps in float32.
         reference: how the model is made; None for transformers' own class for the config.
+        respelled: checkpoint keys that the class does not know as they are written, as it knows them.
 
     Raises:
         BadInput: when transformers has no such model, finds a parameter that the checkpoint does not fill, or one of
@@ -48,11 +51,12 @@ class StreamedCausalLM:
         hf_config: Mapping[str, Any],
         dtype: torch.dtype,
         reference: ReferenceModel | None = None,
+        respelled: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
         with quiet_transformers():
             self.model = _laid_out(hf_config, dtype, reference or ReferenceModel("transformers", _by_config))
-            self._loader = _Loader(self.model, checkpoint, dtype)
+            self._loader = _Loader(self.model, checkpoint, dtype, respelled)
             self._loader.check()
         self.layers = _decoder_layers(self.model)
         held = [f"{name}." for name in self.layers]
@@ -164,10 +168,10 @@ def _array(tensor: Tensor) -> Any:
 
 
 def _laid_out(hf_config: Mapping[str, Any], dtype: torch.dtype, reference: ReferenceModel) -> Any:
-    """The model on the meta device."""
+    """The model on the meta device. Its weights are not quantized, whatever the config has left over of that."""
     try:
         with torch.device("meta"):
-            return reference.make(hf_config, dtype).eval()
+            return reference.make(without_quantization(hf_config), dtype).eval()
     except ZooError:
         raise
     except Exception as error:  # whatever its configuration classes make of a field
@@ -206,7 +210,7 @@ class _Loader:
         sources: the checkpoint keys that fill each parameter (the first one, where a key fills several).
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, respelled: Mapping[str, str]) -> None:
         try:
             from transformers import conversion_mapping, core_model_loading
             from transformers.modeling_utils import LoadStateDictConfig
@@ -228,12 +232,17 @@ class _Loader:
         renamings, converters = ([rule for rule in mapping if isinstance(rule, kind)] for kind in kinds)
         names, prefix = model.state_dict(), model.base_model_prefix
         self.sources: dict[str, list[str]] = {}
+        self._spelled: dict[str, str] = {}
         for key in checkpoint.tensors:
-            target, _ = rename(key, renamings, converters, prefix, names)
-            if target not in names and key in names:
-                target, _ = rename(key, [], [], prefix, names)
-            if target in names:
-                self.sources.setdefault(target, []).append(key)
+            # transformers' own reading comes first: the respelling is ours, and what the oracle is there to check.
+            for spelled in dict.fromkeys((key, respelled.get(key, key))):
+                target, _ = rename(spelled, renamings, converters, prefix, names)
+                if target not in names and spelled in names:
+                    target, _ = rename(spelled, [], [], prefix, names)
+                if target in names:
+                    self.sources.setdefault(target, []).append(key)
+                    self._spelled[key] = spelled
+                    break
 
     def check(self) -> None:
         """Let transformers load the whole checkpoint without its values, and report as `from_pretrained` does.
@@ -242,7 +251,7 @@ class _Loader:
         """
         config = self._config(device_map={"": "meta"}, **self._options)
         values = {
-            key: torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta")
+            self._spelled.get(key, key): torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta")
             for key, info in self._checkpoint.tensors.items()
         }
         info, _ = self._fill(self._model, values, config)
@@ -275,6 +284,6 @@ class _Loader:
             for key in self.sources[name]:
                 info = self._checkpoint.tensors[key]
                 # Views of the mapped files: what reads them is their conversion, on several threads of transformers.
-                values[key] = self._checkpoint.read_rows(key, 0, info.rows).reshape(info.shape)
+                values[self._spelled[key]] = self._checkpoint.read_rows(key, 0, info.rows).reshape(info.shape)
         with quiet_transformers():
             self._fill(self._model, values, self._config(device_map={"": "cpu"}, **self._options))

@@ -49,6 +49,7 @@ class Oracle:
         cache: folder of kept results; None to compute always and keep nothing.
         on_layer: called after each layer that is computed; never when the result was kept.
         reference: how the model is made; None for transformers' own class for the config.
+        respelled: checkpoint keys that the class does not know as they are written, as it knows them.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +58,7 @@ class Oracle:
     cache: Path | None = None
     on_layer: Callable[[], None] = lambda: None
     reference: ReferenceModel | None = None
+    respelled: Mapping[str, str] = field(factory=dict)
 
     @property
     def name(self) -> str:
@@ -79,7 +81,8 @@ class Oracle:
 
         from coreai_zoo.gates.huggingface import StreamedCausalLM
 
-        model = StreamedCausalLM(self.checkpoint, self.hf_config, getattr(torch, self.dtype), self.reference)
+        dtype = getattr(torch, self.dtype)
+        model = StreamedCausalLM(self.checkpoint, self.hf_config, dtype, self.reference, self.respelled)
         result = model.run(tokens, self.on_layer)
         if path is not None:
             _write(path, identity, result)
@@ -105,6 +108,7 @@ class Oracle:
             "dtype": self.dtype,
             "versions": {name: metadata.version(name) for name in ("transformers", "torch")},
             **({"reference": made_by} if made_by else {}),
+            **({"respelled": dict(self.respelled)} if self.respelled else {}),
         }
 
 

@@ -104,6 +104,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         parts.append(f"Not judged, because the reference is unsure of itself there: {', '.join(refused)}.")
     if verdict["weak_prompts_allowed"]:
         parts.append(f"Judged although the reference is unsure there: {', '.join(verdict['weak_prompts_allowed'])}.")
+    parts += [f"Note on the checkpoint: {note}." for note in record["bundle"].get("notes", ())]
     if verdict["reasons"]:
         parts.append("\n".join(f"- {reason}" for reason in verdict["reasons"]))
     parts.append("`gate/report.html` shows every position, `gate/transcript.json` holds every number.")

@@ -16,13 +16,12 @@ from attrs import evolve, frozen
 from coreai_zoo.backend import Interpreting
 from coreai_zoo.bounds import Kind, MeasuredBounds
 from coreai_zoo.build.design import Design, design
-from coreai_zoo.build.model import Model, read_model
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, bytes_below
 from coreai_zoo.bundle.verify import backend_of, require_unchanged
 from coreai_zoo.catalogue import find_entry, load_entries
-from coreai_zoo.checkpoint.files import Checkpoint, read_config
+from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.hub import find_cached
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
 from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing
@@ -281,16 +280,11 @@ def oracle_of(
     on_layer: Callable[[], None] = lambda: None,
 ) -> Oracle:
     """The oracle on the checkpoint of `bundle`, or on the slice of it that was built; see `Oracle` for the rest."""
-    model = _model_of(bundle, plugins, checkpoint)
-    reference = plugins.oracle(model.overlay, model.hf_config)
-    return Oracle(Checkpoint.open(checkpoint), model.hf_config, dtype, cache, on_layer, reference)
-
-
-def _model_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Model:
-    """The model of the checkpoint, cut to the layers that were built."""
-    model = read_model(read_config(checkpoint), plugins)
-    layers = bundle.build["layers"]
-    return model if layers == model.facts["layers"] else read_model(model.hf_config, plugins, layers)
+    designed = _design_of(bundle, plugins, checkpoint)
+    config, respelled = designed.model.hf_config, designed.weights.respelled
+    reference = plugins.oracle(designed.model.overlay, config)
+    opened = designed.opened or Checkpoint.open(checkpoint)  # which says what is missing
+    return Oracle(opened, config, dtype, cache, on_layer, reference, respelled)
 
 
 def _require_cached(oracle: Oracle, asked: Sequence[prompts.TokenizedPrompt]) -> None:

@@ -96,6 +96,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "hf_id": bundle.origin.get("hf_id"),
         "hf_revision": bundle.origin.get("revision"),
         "sample": build.get("sample"),
+        "notes": build.get("notes", []),
         "layers": build["layers"],
         "contract": build.get("contract", {}).get("name"),
         "recipe": build.get("recipe"),

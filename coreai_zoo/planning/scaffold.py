@@ -16,7 +16,7 @@ from coreai_zoo.build.model import Model, compare_facts, read_model
 from coreai_zoo.build.request import DEFAULT_CONTEXT, DEFAULT_CONTRACT, DEFAULT_RECIPE, BuildRequest
 from coreai_zoo.build.source import Source, find_source, find_subject
 from coreai_zoo.catalogue import load_entries
-from coreai_zoo.checkpoint.files import CONFIG
+from coreai_zoo.checkpoint.folder import CONFIG
 from coreai_zoo.entry import Entry, Sample, load_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins

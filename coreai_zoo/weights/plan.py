@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 from attrs import define, evolve, field, frozen
 
-from coreai_zoo.checkpoint.files import TensorInfo
+from coreai_zoo.checkpoint.headers import TensorInfo
+from coreai_zoo.checkpoint.originals import NotOriginal
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.overlay import Drop, ParameterInfo, Part, Role, RoleKind, Transform, WeightMap, WeightRule
 from coreai_zoo.recipes import QuantizationSpec, Recipe
 from coreai_zoo.weights.formats import Format
+from coreai_zoo.weights.names import Names, Spelling, notes_on
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -109,11 +112,15 @@ class WeightPlan:
         tensors: the parameters.
         dropped: (key, reason) of what is left out.
         roles: what its tensors do, by name, in the order in which reports name them.
+        respelled: keys that are not written as a released checkpoint has them, each as the rules have it.
+        notes: what a build notes about the names, one phrase each.
     """
 
     tensors: tuple[PlannedTensor, ...]
     dropped: tuple[tuple[str, str], ...]
     roles: Mapping[str, Role] = field(factory=dict)
+    respelled: Mapping[str, str] = field(factory=dict)
+    notes: tuple[str, ...] = ()
 
     def of_kind(self, kind: RoleKind) -> tuple[PlannedTensor, ...]:
         """The tensors whose role is of a kind."""
@@ -236,22 +243,6 @@ class _Rule:
         return parsed
 
 
-def _dropped_keys(drop: Drop) -> re.Pattern[str]:
-    """The expression that matches the keys which `drop` leaves out."""
-    source = drop.source
-    head, rest = (source[:-2], r"[\s\S]*") if source.endswith("**") else (source, "")
-    names: set[str] = set()
-
-    def group(name: str) -> str:
-        if name in names:
-            return f"(?P={name})"
-        names.add(name)
-        return rf"(?P<{name}>0|[1-9][0-9]*)"
-
-    parts = re.split(r"\{(\w+)\}", head)
-    return re.compile("".join(group(part) if index % 2 else re.escape(part) for index, part in enumerate(parts)) + rest)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Matching one target
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,6 +304,7 @@ class _Problems:
     doubled: list[str] = field(factory=list)
     dtypes: list[str] = field(factory=list)
     blocks: list[str] = field(factory=list)
+    is_mlx: bool = False
 
     def raise_if_any(self) -> None:
         kinds = {
@@ -328,6 +320,11 @@ class _Problems:
             return
         count = sum(map(len, found.values()))
         text = "; ".join(f"{title}: {listing(_grouped(items), 20)}" for title, items in found.items())
+        if self.is_mlx:
+            raise NotOriginal(
+                "The checkpoint was converted for MLX, which stores convolutions with their last axes exchanged. "
+                f"{text}."
+            )
         subject = "recipe" if self.blocks and len(found) == 1 else "checkpoint"  # there may be none
         raise BadInput(
             f"The {subject} does not fit the model ({count} problem{'s' if count > 1 else ''}). {text}.", self._hint()
@@ -370,15 +367,15 @@ class _Planner:
         self.tensors = tensors
         self.targets = {name: _Target(name, info) for name, info in parameters.items()}
         self.problems = _Problems()
-        self.dropped: list[tuple[str, str]] = []
+        self.dropped: list[tuple[str, Drop]] = []
         self._rules = [_Rule.parse(rule) for rule in weight_map.rules]
         self._by_source: dict[str, list[_Rule]] = {}
         self._by_target: dict[str, list[_Rule]] = {}
         for rule in self._rules:
             self._by_source.setdefault(rule.source.template, []).append(rule)
             self._by_target.setdefault(rule.target.template, []).append(rule)
-        self._drops = [(_dropped_keys(drop), drop.reason) for drop in weight_map.drops]
-        self._prefixes = weight_map.prefixes
+        self.spellings: dict[str, Spelling] = {}
+        self._names = Names(weight_map)
         self.roles = {role.name: role for role in weight_map.roles}
 
     # -- keys to targets
@@ -386,22 +383,20 @@ class _Planner:
     def place_keys(self) -> None:
         """Give every checkpoint key to its targets, or drop it, or report it."""
         for key in self.tensors:
-            spellings = list(self._spellings(key))
-            if any(self._place(key, spelling) for spelling in spellings):
-                continue
-            reasons = [reason for text in spellings for keys, reason in self._drops if keys.fullmatch(text)]
-            if reasons:
-                self.dropped.append((key, reasons[0]))
+            placed = next((found for found in self._names.spellings(key) if self._place(key, found.text)), None)
+            if placed is not None:
+                self.spellings[key] = placed
+            elif (drop := self._names.drop_of(key)) is not None:
+                self.dropped.append((key, drop))
             else:
                 self.problems.unknown.append(key)
 
-    def _spellings(self, key: str) -> Iterator[str]:
-        # The key as it is comes first: a prefix such as ("model.", "model.language_model.") must not touch a key that
-        # is spelled in full already.
-        yield key
-        for found, canonical in self._prefixes:
-            if key.startswith(found):
-                yield canonical + key[len(found) :]
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a build notes about the names."""
+        noted = Counter(drop.reason for _, drop in self.dropped if drop.noted)
+        left_out = (f"{count} tensor{'s' * (count > 1)} left out: {reason}" for reason, count in noted.items())
+        return (*notes_on(self.spellings.values()), *left_out)
 
     def _place(self, key: str, spelling: str) -> bool:
         """Hand `key` to every parameter that a rule sends it to; whether there was one."""
@@ -475,6 +470,7 @@ class _Planner:
                 self.problems.misshapen.append(
                     f"{match.key} is {_shape(info.shape)}, expected {_shape(expected)} for {target.name}"
                 )
+                self.problems.is_mlx = self.problems.is_mlx or _is_mlx_convolution(info.shape, expected)
             if info is not None and info.dtype not in FLOATS:
                 self.problems.dtypes.append(f"{match.key} ({info.dtype})")
             sources.append(Source(match.key, rows.start, rows.stop))
@@ -525,6 +521,11 @@ class _Planner:
         return [key for _, key in sorted(missing)]
 
 
+def _is_mlx_convolution(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a depthwise convolution [C, 1, K] is stored as [C, K, 1]."""
+    return len(expected) == 3 and expected[1] == 1 != expected[2] and found == (expected[0], expected[2], expected[1])
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
@@ -557,7 +558,9 @@ def plan_weights(
     planned = [planner.plan(target, recipe) for target in planner.targets.values()]
     planner.problems.raise_if_any()
     found = _stored_once((tensor, tensor.sources) for tensor in planned if tensor is not None)
-    return WeightPlan(found, tuple(planner.dropped), planner.roles)
+    dropped = tuple((key, drop.reason) for key, drop in planner.dropped)
+    respelled = {key: spelling.text for key, spelling in planner.spellings.items() if spelling.notes}
+    return WeightPlan(found, dropped, planner.roles, respelled, planner.notes)
 
 
 def _stored_once(tensors: Iterable[tuple[PlannedTensor, object]]) -> tuple[PlannedTensor, ...]:

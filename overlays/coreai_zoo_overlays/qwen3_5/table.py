@@ -97,5 +97,6 @@ def _minus_exp(logarithm: Tensor) -> Tensor:
     return -logarithm.exp()
 
 
-ONE_PLUS = Transform("1 + weight", _one_plus)
+# A conversion for MLX stores gains with the one added: their mean is then near one.
+ONE_PLUS = Transform("1 + weight", _one_plus, usual_mean=(-0.7, 0.7))
 MINUS_EXP = Transform("-exp(weight)", _minus_exp)

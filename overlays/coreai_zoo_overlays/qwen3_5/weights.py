@@ -15,15 +15,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from coreai_zoo.overlay import Drop, ParameterInfo, WeightMap, WeightRule
+from coreai_zoo.overlay import Drop, ParameterInfo, Prefix, WeightMap, WeightRule
 
 from .config import FULL, LINEAR, Qwen35Config
 from .table import MINUS_EXP, ONE_PLUS, ROLES, Row, below
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Wrapped checkpoints put the text model under model.language_model.
-PREFIXES = (("model.language_model.", "model."),)
+# The released checkpoints put the text model under model.language_model. The others come from saving a part of a model,
+# or a model inside of another one. transformers adds or takes off one `model.` (its `base_model_prefix`) by itself.
+PREFIXES = (
+    Prefix("model.language_model.", "model."),
+    Prefix("model.model.language_model.", "model.", "a wrapper around the multimodal model"),
+    Prefix("model.language_model.model.", "model.", "a wrapper of the multimodal model around the causal one"),
+    Prefix("model.model.", "model.", "a wrapper around the causal model"),
+    Prefix("language_model.model.", "model.", "a multimodal wrapper around the causal model"),
+    Prefix("language_model.", "model.", "the multimodal model without its head"),
+    Prefix("language_model.lm_head.", "lm_head.", "a multimodal wrapper around the causal model"),
+    Prefix("model.language_model.lm_head.", "lm_head.", "a wrapper of the multimodal model around the causal one"),
+    Prefix("", "model.", "the text model without its head"),
+    Prefix("model.", "", "a wrapper around the causal model"),
+)
 
 
 def parameters(config: Qwen35Config, dtype: str) -> dict[str, ParameterInfo]:
@@ -108,10 +120,21 @@ _TIED = (
 )
 
 
+# Parts of a released checkpoint that a bundle does not have, under each name of the multimodal model's class.
+_EXTRAS = {
+    "model.visual.**": "vision tower: the bundle is text only",
+    "mtp.**": "multi-token-prediction head: the contract decodes one token per step",
+    "model.mtp.**": "multi-token-prediction head: the contract decodes one token per step",
+}
+
+# Older versions of transformers, and other trainers, store these buffers; transformers ignores them.
+_ROTARY = ("model.rotary_emb.**", "model.layers.{layer}.self_attn.rotary_emb.**", "model.layers.{layer}.rotary_emb.**")
+
+
 def _drops(config: Qwen35Config) -> tuple[Drop, ...]:
     beyond = range(config.num_hidden_layers, config.sliced_from or 0)
     return (
-        Drop("model.visual.**", "vision tower: the bundle is text only"),
-        Drop("mtp.**", "multi-token-prediction head: the contract decodes one token per step"),
+        *(Drop(source, reason) for source, reason in _EXTRAS.items()),
+        *(Drop(source, "rotary embedding: its frequencies follow from the config", noted=True) for source in _ROTARY),
         *(Drop(f"model.layers.{layer}.**", "layer beyond the slice") for layer in beyond),
     )

@@ -1,0 +1,208 @@
+"""The folder of a checkpoint: its config, its index, and which of its files are its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from coreai_zoo.checkpoint.adapters import ADAPTER_CONFIG, adapter_alone, adapter_files, adapter_note
+from coreai_zoo.checkpoint.strict_json import read_object
+from coreai_zoo.errors import BadInput, listing
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.exists():
+        raise BadInput(f"The checkpoint directory {directory} does not exist.", "Check the path.")
+    if not directory.is_dir():
+        raise BadInput(
+            f"The checkpoint {directory} is not a directory.", "Give the folder that holds config.json and the weights."
+        )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read `config.json` of a checkpoint and nothing else.
+
+    Raises:
+        BadInput: when the directory or the file is missing, unreadable, or not a JSON object in UTF-8; when there is
+            an adapter in the place of a model.
+    """
+    _check_directory(directory)
+    path = directory / CONFIG
+    names = _file_names(directory)
+    if (adapter := adapter_files(names)) and not has_model(names):
+        raise adapter_alone(str(directory), adapter, directory / ADAPTER_CONFIG)
+    if not path.is_file():
+        raise BadInput(
+            f"{directory} has no {CONFIG}.", "A Hugging Face checkpoint has one beside its weights; check the path."
+        )
+    return read_object(path)
+
+
+def member(directory: Path, name: object, where: str) -> Path:
+    """The file called `name` in `directory`.
+
+    Raises:
+        BadInput: when `name` is not a plain relative name, or leads out of the directory. The `blobs` folder of a
+            Hugging Face cache counts as inside, since its snapshots consist of links into it.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        raise BadInput(f"{where} names {name!r}, which is not a file name.")
+    root = directory.resolve()
+    inside = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    path = directory / name
+    target = path.resolve()
+    outside = not any(target.is_relative_to(folder) for folder in inside)
+    if Path(name).is_absolute() or ".." in Path(name).parts or outside:
+        link = f", a link to {target}" if path.is_symlink() else ""
+        raise BadInput(
+            f"{where} names {name!r}{link}, which leads outside of {directory}.",
+            "Only files of the checkpoint are read: " + ("put the file itself there." if link else "correct the name."),
+        )
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether there are weights beside the config that could be opened, complete or not."""
+    return bool(_safetensors(directory))
+
+
+def _file_names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.is_file())
+
+
+def _safetensors(directory: Path) -> list[str]:
+    """The safetensors files of a folder but for an adapter's."""
+    names = _file_names(directory)
+    return [name for name in names if name.endswith(".safetensors") and name not in adapter_files(names)]
+
+
+def has_model(names: Collection[str]) -> bool:
+    """Whether there are the weights of a model among files, in a format that we read or in another."""
+    others = set(names) - set(adapter_files(names))
+    return any(
+        name == INDEX or name.endswith((".safetensors", ".gguf")) or name.startswith("pytorch_model") for name in others
+    )
+
+
+def _no_weights(directory: Path) -> BadInput:
+    names = _file_names(directory)
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        return BadInput(
+            f"{directory} has no safetensors weights, only {listing(pickles, 4)}: pickles can run code and are never "
+            "loaded.",
+            "Use a revision with safetensors, or convert the checkpoint where you trust it.",
+        )
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return BadInput(
+            f"{directory} has {listing(gguf, 4)} only: GGUF weights are quantized already and cannot be used.",
+            "Use the original Hugging Face checkpoint in bf16.",
+        )
+    if stray := _safetensors(directory):
+        return BadInput(
+            f"{directory} has {listing(stray, 4)} but neither {SINGLE} nor {INDEX}.",
+            f"Download {INDEX} as well"
+            + (f", or rename {stray[0]} to {SINGLE} if it holds the whole model." if len(stray) == 1 else "."),
+        )
+    return BadInput(
+        f"{directory} has no weights: neither {SINGLE} nor {INDEX}.", "Check the path, or download the checkpoint."
+    )
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """`weight_map` of the index: key to file name, every name checked. The files themselves may be missing.
+
+    Raises:
+        BadInput: when the index cannot be read, or names what is no safetensors file of the checkpoint.
+    """
+    path = directory / INDEX
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{path} has no weight_map from tensors to files.", "Download it again.")
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            member(directory, name, str(path))  # which says so
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        member(directory, name, str(path))
+    wrong = [name for name in names if not name.endswith(".safetensors")]
+    if wrong:
+        raise BadInput(f"{path} names {listing(wrong)}: only .safetensors files are read.")
+    return weight_map
+
+
+@frozen
+class WeightFiles:
+    """The files that hold the weights of a checkpoint.
+
+    Attributes:
+        names: of the files, sorted.
+        weight_map: of the index, key to file name; empty where no index says what is in them.
+        notes: what to note of other files in the folder.
+    """
+
+    names: tuple[str, ...]
+    weight_map: Mapping[str, str] = field(factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def uses_index(names: Collection[str], weight_map: Mapping[str, str]) -> bool:
+    """Whether an index says which files are read. Beside a single file that it does not name it says nothing.
+
+    transformers takes the single file where there is one, and does not look at an index.
+
+    Args:
+        names: of the files that there are.
+        weight_map: of the index; empty where there is none.
+    """
+    return bool(weight_map) and (SINGLE not in names or SINGLE in weight_map.values())
+
+
+def find_weights(directory: Path) -> WeightFiles:
+    """The files that hold the weights of the checkpoint in a folder.
+
+    Raises:
+        BadInput: when there are none, or an index cannot be used.
+    """
+    there = _file_names(directory)
+    index = read_index(directory) if INDEX in there else {}
+    weight_map = index if uses_index(there, index) else {}
+    if weight_map:
+        names = tuple(sorted(set(weight_map.values())))
+    elif SINGLE in there:
+        member(directory, SINGLE, str(directory))
+        names = (SINGLE,)
+    else:
+        raise _no_weights(directory)
+    adapter = adapter_files(there)
+    notes = (
+        *_note_on_index(ignored=bool(index) and not weight_map),
+        *_note_on_others(directory, names, INDEX if weight_map else SINGLE),
+        *(adapter_note(adapter) if adapter else ()),
+    )
+    return WeightFiles(names, weight_map, notes)
+
+
+def _note_on_index(*, ignored: bool) -> tuple[str, ...]:
+    return (f"{SINGLE} is read, as transformers does, and {INDEX} is not: it does not name that file",) * ignored
+
+
+def _note_on_others(directory: Path, names: Collection[str], decides: str) -> tuple[str, ...]:
+    """What to note of files beside those that are read; `decides` is the file that says which are."""
+    others = [name for name in _safetensors(directory) if name not in names]
+    why = "is the whole model" if decides == SINGLE else "does not name them"
+    return (f"not read: {listing(others, 6)}; {decides} {why}",) if others else ()
