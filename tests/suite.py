@@ -51,6 +51,7 @@ THOROUGH = frozenset(
         "coreml_backend",
         "diff",
         "first_command",
+        "fp8",
         "gate",
         "hub",
         "interruption",

@@ -17,7 +17,7 @@ from coreai_zoo.build.design import Design
 from coreai_zoo.build.workspace import Workspace, existing_parent
 from coreai_zoo.bundle.layout import bytes_below
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
-from coreai_zoo.dtypes import packed_bytes, size
+from coreai_zoo.dtypes import size
 from coreai_zoo.errors import EnvironmentLacks, listing
 from coreai_zoo.machine import available_memory
 
@@ -141,12 +141,8 @@ def bytes_read(design: Design) -> int:
     """Bytes of the checkpoint that a build reads; an estimate where no checkpoint is at hand."""
     if design.opened is None:
         return _BYTES_PER_VALUE * design.weights.parameters
-    tensors = design.checkpoint.tensors
-    return sum(
-        packed_bytes((source.stop - source.start, tensors[source.key].columns), tensors[source.key].dtype)
-        for planned in design.weights.stored
-        for source in planned.sources
-    )
+    sources = [source for planned in design.weights.stored for source in planned.sources]
+    return sum(design.checkpoint.tensors[source.key].bytes_of(source.stop - source.start) for source in sources)
 
 
 def _shown(path: Path) -> Path:

@@ -76,7 +76,11 @@ def versions(backend: Backend) -> dict[str, str]:
 def build_record(design: Design, store: WeightStore) -> dict[str, Any]:
     """Everything that determines the bytes of a bundle; `build.json` without the files' hashes."""
     record = describe(design)
-    record["source"] = {**design.checkpoint.identity(), "values_sha256": _values_digest(design, store)}
+    record["source"] = {
+        **design.checkpoint.identity(),
+        "precision": design.checkpoint.precision,
+        "values_sha256": _values_digest(design, store),
+    }
     return record
 
 

@@ -16,6 +16,7 @@ from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.adapters import refuse_unmerged
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.folder import CONFIG, INDEX, has_weights, read_config, read_index, uses_index
+from coreai_zoo.checkpoint.fp8 import names_without_scales
 from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin, original_of
@@ -176,7 +177,7 @@ class Source:
         weight_map = read_index(self.directory)
         if self.hub is not None and not uses_index([file.name for file in self.hub.weights], weight_map):
             return None
-        names = dict.fromkeys(sorted(weight_map))
+        names = dict.fromkeys(names_without_scales(sorted(weight_map)))
         with self.naming_the_original():
             refuse_unmerged(str(self.directory), names)
             check_original(str(self.directory), self.hf_config, names)

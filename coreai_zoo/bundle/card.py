@@ -455,7 +455,8 @@ def _reproduce(record: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
         "## How to reproduce it\n\n```\n"
         f"SOURCE_DATE_EPOCH={record['source_date_epoch']} {shlex.join(record['command'])}\n"
         f"```\n\nWith {versions} and the same checkpoint every byte comes out the same. The SHA-256 of `{asset}` is "
-        f"`{digest['sha256']}`.{remarks}\n\nThe checkpoint's files:\n\n{checkpoint}"
+        f"`{digest['sha256']}`.{remarks}\n\n"
+        f"The checkpoint's files, whose values are {_text(record['source']['precision'])}:\n\n{checkpoint}"
     )
 
 

@@ -21,10 +21,11 @@ from attrs import define, field
 
 from coreai_zoo.checkpoint.adapters import refuse_unmerged
 from coreai_zoo.checkpoint.folder import CONFIG, WeightFiles, find_weights, read_config
+from coreai_zoo.checkpoint.fp8 import BlockScales, described, fold_scales
 from coreai_zoo.checkpoint.headers import Header, Stamp, TensorInfo, read_header
 from coreai_zoo.checkpoint.index import check_index
 from coreai_zoo.checkpoint.originals import check_original
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, listing
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +38,11 @@ class Checkpoint:
     Attributes:
         directory: where it is.
         config: `config.json`.
-        tensors: every tensor, sorted by key.
+        tensors: every tensor, sorted by key; FP8 with block scales as the float32 that it stands for.
         headers: one per safetensors file, sorted by name.
         weight_map: of its index, key to file name; empty without one.
         notes: what a build notes about its files and its config, one phrase each.
+        scales: of FP8 tensors, by their keys.
     """
 
     directory: Path
@@ -49,6 +51,7 @@ class Checkpoint:
     headers: tuple[Header, ...]
     weight_map: Mapping[str, str] = field(factory=dict)
     notes: tuple[str, ...] = ()
+    scales: Mapping[str, BlockScales] = field(factory=dict)
     _files: dict[Path, Any] = field(factory=dict, init=False, repr=False)
 
     @cached_property
@@ -70,9 +73,18 @@ class Checkpoint:
         headers = _read_headers(directory, files)
         tensors = {key: tensor for header in headers for key, tensor in header.tensors.items()}
         refuse_unmerged(str(directory), tensors)
+        tensors, scales = fold_scales(str(directory), config, tensors)
         notes = check_original(str(directory), config, {key: tensor.dtype for key, tensor in tensors.items()})
         by_key = MappingProxyType(dict(sorted(tensors.items())))
-        return cls(directory, config, by_key, headers, files.weight_map, (*files.notes, *notes))
+        if scales:  # which the config is right about
+            notes = (f"{described(scales)}: made floats of while they are read",)
+        return cls(directory, config, by_key, headers, files.weight_map, (*files.notes, *notes), scales)
+
+    @property
+    def precision(self) -> str:
+        """The precision of its values, in words."""
+        plain = [tensor.dtype for key, tensor in self.tensors.items() if key not in self.scales]
+        return listing([*([described(self.scales)] if self.scales else ()), *sorted(set(plain))])
 
     def check_index(self, left_out: Callable[[str], bool] = lambda _key: False) -> tuple[str, ...]:
         """Refuse what index and files disagree about, but for keys that are left out; what to note of those.
@@ -91,17 +103,26 @@ class Checkpoint:
             stop: one past the last row.
 
         Returns:
-            [stop - start, columns] in the stored dtype, on the CPU. It may be a view of the mapped file: do not write.
+            [stop - start, columns] in the dtype of `TensorInfo`, on the CPU. It may be a view of the mapped file: do
+            not write.
 
         Raises:
             KeyError: when there is no such tensor.
             IndexError: when the rows are not all in the tensor.
             BadInput: when the file cannot be read any more, or has changed since it was opened.
         """
+        info = self.tensors[key]
+        rows = self._stored_rows(info, start, stop)
+        if key in self.scales:
+            rows = self.scales[key].applied(rows, start, self._stored_rows)
+        return rows
+
+    def _stored_rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor as its file holds them."""
         import torch
         from safetensors import SafetensorError
 
-        info = self.tensors[key]
+        key = info.key
         if not 0 <= start <= stop <= info.rows:
             raise IndexError(f"rows {start}..{stop} of {key}, which has {info.rows}")
         try:
@@ -151,9 +172,10 @@ class Checkpoint:
             finally:
                 os.close(descriptor)
 
-    def stamp(self, key: str) -> Stamp:
-        """The stamp of the file that holds `key`."""
-        return self._stamps[self.tensors[key].file]
+    def stamps(self, key: str) -> frozenset[Stamp]:
+        """The stamps of the files that hold `key` and its scales."""
+        scales = (self.scales[key].info,) if key in self.scales else ()
+        return frozenset(self._stamps[info.file] for info in (self.tensors[key], *scales))
 
     def identity(self) -> dict[str, Any]:
         """The identity of the checkpoint, as far as it shows without reading weights.

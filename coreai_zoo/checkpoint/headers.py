@@ -82,6 +82,11 @@ class TensorInfo:
         """Size of the last axis, 1 for a scalar."""
         return as_matrix(self.shape)[1]
 
+    def bytes_of(self, rows: int) -> int:
+        """Bytes that some of its rows take in the file."""
+        start, stop = self.span
+        return (stop - start) * rows // max(1, self.rows)
+
 
 @frozen
 class Header:

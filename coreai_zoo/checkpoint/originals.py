@@ -44,7 +44,7 @@ class Scheme:
 
 
 SCHEMES = (
-    # Whoever reads these scales takes this row away, and multiplies where `weights.convert` reads rows.
+    # Of these, what `fp8` makes sense of is floats by now.
     Scheme("FP8 with block scales", "fp8", r"\w+_scale_inv"),
     Scheme("GPTQ", "", "g_idx"),
     Scheme("AWQ", "awq", "qweight|qzeros"),

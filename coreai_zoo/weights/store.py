@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, get_args
 from attrs import asdict, define, field, frozen
 
 from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.headers import Stamp
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, convert_chunk, effect_digest, run_in_order
@@ -464,7 +465,8 @@ def _fingerprint(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
 
 
 def _stamps(planned: PlannedTensor, checkpoint: Checkpoint) -> list[list[Any]]:
-    return [list(stamp) for stamp in sorted({checkpoint.stamp(source.key) for source in planned.sources})]
+    stamps = frozenset[Stamp]().union(*(checkpoint.stamps(source.key) for source in planned.sources))
+    return [list(stamp) for stamp in sorted(stamps)]
 
 
 def _hash_sources(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
