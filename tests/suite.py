@@ -31,6 +31,7 @@ QUICK = frozenset(
         "sensitivity",
         "suite",
         "tables",
+        "tokenizer",
         "weights",
     }
 )

@@ -16,6 +16,8 @@ from coreai_zoo.errors import BadInput
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_CONFIG = "eos_token_id in config.json"
+
 _ANSWER = "Answer"  # of the chat that is rendered to see what follows an answer
 _QUESTION = ("user", "Question")
 _SYSTEM = ("system", "Instruction")
@@ -70,21 +72,23 @@ def end_tokens(directory: Path) -> EndTokens:
     """
     tokenizer = load_tokenizer(directory)
     added = tokenizer.get_added_tokens_decoder()
-    found: dict[int, EndToken] = {}
+    sure: dict[int, EndToken] = {}
+    left_over: dict[int, EndToken] = {}
     ignored = []
     for place, value in _named(directory):
         token = _id(tokenizer, value)
         if token is None:
             ignored.append(f"{place} is {value!r}, which is no token of the tokenizer")
-        elif place.startswith("config.json") and token not in added and found:
-            ignored.append(f"{place} is {value}, which is the ordinary text {tokenizer.id_to_token(token)!r}")
-        else:
-            before = found.get(token, EndToken(token, str(tokenizer.id_to_token(token)), token in added, ()))
-            found[token] = evolve(before, places=(*before.places, place))
-    ends = list(found.values())
-    if (emitted := _emitted(directory, tokenizer, found)) is not None:
+            continue
+        found = left_over if place == _CONFIG and token not in added else sure
+        before = found.get(token, EndToken(token, str(tokenizer.id_to_token(token)), token in added, ()))
+        found[token] = evolve(before, places=(*before.places, place))
+    ends = list(sure.values())
+    if (emitted := _emitted(directory, tokenizer, sure)) is not None:
         ends = [emitted, *(end for end in ends if end.id != emitted.id)]
-    return EndTokens(tuple(ends), tuple(ignored))
+    if ends:
+        ignored += [f"{_CONFIG} is {end.id}, which is the ordinary text {end.text!r}" for end in left_over.values()]
+    return EndTokens(tuple(ends or left_over.values()), tuple(ignored))
 
 
 def _named(directory: Path) -> Iterator[tuple[str, object]]:
