@@ -178,6 +178,33 @@ def test_a_prompt_is_its_whole_text_and_nothing_else(
     assert read_object(copy / "tokenizer.json") == tokenizer_json(post_processor=kept)
 
 
+def test_tokens_are_no_matter_of_chance(folder: Path, copied: Callable[[], tuple[Path, list[str]]]) -> None:
+    content = tokenizer_json()
+    content["model"] |= {"dropout": 0.5}
+    content["model"]["vocab"] |= {"th": 256, "the": 257}
+    content["model"]["merges"] = [["t", "h"], ["th", "e"]]
+    content["added_tokens"] = [{**token, "id": token["id"] + 2} for token in content["added_tokens"]]
+    write_json(folder / "tokenizer.json", content)
+
+    copy, (change,) = copied()
+
+    assert "dropout" in change
+    for directory in (folder, copy):
+        assert encode(load_tokenizer(directory), "the" * 50) == [257] * 50
+
+
+def test_what_the_copy_depends_on_is_among_the_files_that_a_build_looks_at(folder: Path) -> None:
+    for name in ("generation_config.json", "special_tokens_map.json"):
+        write_json(folder / name, {})
+    jinja(folder, CHAT)
+    in_folder(folder, CHAT)
+
+    names = {path.relative_to(folder).as_posix() for path in tokenizer_files(folder)}
+
+    assert {"generation_config.json", "special_tokens_map.json", "chat_template.jinja"} < names
+    assert "additional_chat_templates/default.jinja" in names
+
+
 def test_a_tokenizer_config_adds_no_token(folder: Path, copied: Callable[[], tuple[Path, list[str]]]) -> None:
     write_json(folder / "tokenizer_config.json", tokenizer_config(add_eos_token=True, add_bos_token=False))
 
@@ -205,13 +232,19 @@ def test_a_tokenizer_config_adds_no_token(folder: Path, copied: Callable[[], tup
         ("{% if true %}{{ messages | no_such_filter }}{% endif %}", "No filter named 'no_such_filter'"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}", "an end"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not come to an end"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"),
         ("{% extends 'other' %}", "no loader"),
     ],
 )
 def test_a_template_that_does_not_take_a_chat_says_why_in_one_paragraph(
-    folder: Path, copied: Callable[[], tuple[Path, list[str]]], template: str, words: str
+    folder: Path,
+    copied: Callable[[], tuple[Path, list[str]]],
+    template: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("coreai_zoo.checkpoint.chat_template._MOST_SECONDS", 0.5)
     write_json(folder / "tokenizer_config.json", tokenizer_config(chat_template=template))
 
     copy, changes = copied()

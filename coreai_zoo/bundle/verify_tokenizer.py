@@ -51,6 +51,8 @@ def _encoding(directory: Path) -> Iterator[str]:
     for key, does in (("truncation", "cut"), ("padding", "filled up")):
         if content.get(key) is not None:
             yield f"tokenizer.json has {key}, by which prompts are {does}"
+    if (content.get("model") or {}).get("dropout") is not None:
+        yield "tokenizer.json has a dropout, by which the tokens of a prompt are a matter of chance"
     processor = content.get("post_processor")
     if without_added_tokens(processor) != processor:
         yield "tokenizer.json has a post-processor that adds special tokens to a rendered chat"

@@ -6,9 +6,12 @@ does there ends in one paragraph.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from attrs import frozen
@@ -22,7 +25,7 @@ KEY = "tokenizer_config.json:chat_template"
 """Where most templates are: a file, and a key of a file, as `ChatTemplate.place` says it."""
 
 # No chat of a few turns comes near these; a template that does is stuck in a loop.
-_MOST_CHARACTERS, _MOST_SECONDS = 2**22, 20.0
+_MOST_CHARACTERS, _MOST_SECONDS = 2**22, 10.0
 
 _SHOWN_CHARACTERS = 300  # of what a template says when it fails
 
@@ -140,20 +143,37 @@ def _rendered(
     messages = [{"role": role, "content": content} for role, content in turns]
     variables = {**named, "tools": None, "documents": None, "add_generation_prompt": answer_follows}
     pieces: list[str] = []
-    length, until = 0, time.monotonic() + _MOST_SECONDS
+    length = 0
     try:
-        for piece in compiled.generate(messages=messages, **variables):
-            pieces.append(piece)
-            length += len(piece)
-            if length > _MOST_CHARACTERS or time.monotonic() > until:
-                raise BadInput(
-                    f"The chat template in {template.place} does not come to an end: {length:,} characters so far."
-                )
-    except BadInput:
-        raise
+        with _deadline(_MOST_SECONDS):
+            for piece in compiled.generate(messages=messages, **variables):
+                pieces.append(piece)
+                length += len(piece)
+                if length > _MOST_CHARACTERS:
+                    raise TimeoutError
+    except TimeoutError as error:
+        message = f"The chat template in {template.place} does not come to an end: {length:,} characters so far."
+        raise BadInput(message) from error
     except Exception as error:  # a template can raise anything
         raise BadInput(f"The chat template in {template.place} does not take this chat: {_reason(error)}.") from error
     return "".join(pieces)
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` within the block once it takes longer, between two lines of any Python that it calls."""
+    until, before = time.monotonic() + seconds, sys.gettrace()
+
+    def watch(_frame: FrameType, _event: str, _value: object) -> Any:
+        if time.monotonic() > until:
+            raise TimeoutError
+        return watch
+
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _compiled(template: ChatTemplate) -> Any:

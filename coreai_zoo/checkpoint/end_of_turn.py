@@ -12,6 +12,7 @@ from attrs import evolve, frozen
 from coreai_zoo.checkpoint.chat_template import render_chat
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, optional_object, token_texts
 from coreai_zoo.errors import BadInput
+from coreai_zoo.json_files import read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,7 +69,7 @@ def end_tokens(directory: Path) -> EndTokens:
     names an end.
 
     Raises:
-        BadInput: when the tokenizer cannot be read.
+        BadInput: when the tokenizer or its config cannot be read.
     """
     tokenizer = load_tokenizer(directory)
     added = tokenizer.get_added_tokens_decoder()
@@ -93,8 +94,12 @@ def end_tokens(directory: Path) -> EndTokens:
 
 def _named(directory: Path) -> Iterator[tuple[str, object]]:
     """Every end that a file names, as a text or an id, with the file and the key."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        value = optional_object(directory / name).get("eos_token")
+    contents = {
+        "tokenizer_config.json": read_object(directory / "tokenizer_config.json"),
+        "special_tokens_map.json": optional_object(directory / "special_tokens_map.json"),
+    }
+    for name, content in contents.items():
+        value = content.get("eos_token")
         texts = token_texts(value)
         yield from ((f"eos_token in {name}", text) for text in texts)
         if value is not None and not texts and value != "":

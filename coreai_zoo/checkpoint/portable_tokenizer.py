@@ -170,6 +170,10 @@ def _encoding(folder: Path) -> Iterator[str]:
         if content.get(key) is not None:
             content[key] = None
             yield f"{key} is taken out of tokenizer.json"
+    model = content.get("model")
+    if isinstance(model, dict) and model.get("dropout") is not None:
+        model["dropout"] = None
+        yield "the dropout of merges is taken out of tokenizer.json"
     processor = content.get("post_processor")
     plain = without_added_tokens(processor)
     if plain != processor:

@@ -99,10 +99,10 @@ def chat_templates(directory: Path) -> str:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in `directory`, which neither cuts nor fills up what it encodes, whatever its file says.
+    """The tokenizer in `directory`, which neither cuts nor fills up what it encodes, nor draws lots on the way.
 
-    Truncation and padding are settings of whoever saved the file; transformers switches both off as well where it is
-    not asked for them.
+    Truncation, padding and the dropout of merges are settings of the training run that saved the file; transformers
+    switches the first two off as well where it is not asked for them.
 
     Raises:
         BadInput: when there is none, or it cannot be read.
@@ -114,6 +114,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None) is not None:
+            tokenizer.model.dropout = None
     except Exception as error:  # tokenizers raises nothing more precise
         raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
     return tokenizer

@@ -361,7 +361,7 @@ def tokenize(bundle: Bundle, prompt: Prompt) -> TokenizedPrompt:
     """
     tokenizer = load_tokenizer(bundle.tokenizer)
     _require_vocabulary(bundle, tokenizer)
-    text = chat_text(bundle, prompt.turns) if prompt.text is None else prompt.text
+    text = _rendered(bundle, prompt.turns) if prompt.text is None else prompt.text
     tokens = encode(tokenizer, text)
     if not tokens:
         raise BadInput("The prompt is empty.", 'Give one with -p "...", or leave it out for the built-in ones.')
@@ -381,6 +381,14 @@ def tokenize(bundle: Bundle, prompt: Prompt) -> TokenizedPrompt:
     tokens = tokens[: min(prompt.positions or len(tokens), bundle.max_context)]
     pieces = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in tokens)
     return TokenizedPrompt(prompt, tuple(tokens), pieces, _end_of_turn(bundle) if prompt.turns else None)
+
+
+def _rendered(bundle: Bundle, turns: Sequence[tuple[str, str]]) -> str:
+    try:
+        return chat_text(bundle, turns)
+    except BadInput as error:
+        others = ",".join(name for name, prompt in BUILT_IN.items() if not prompt.turns)
+        raise BadInput(error.message, f"Choose other prompts, as --prompts {others}.") from error
 
 
 def _end_of_turn(bundle: Bundle) -> int | None:
