@@ -555,6 +555,7 @@ def change_tokenizer(**fields: Any) -> Callable[[Path], None]:
         (change_config(tokenizer_class="NoTokenizer"), "do not know the tokenizer_class 'NoTokenizer'"),
         (lambda copy: (copy / "tokenizer_config.json").unlink(), "cannot be loaded"),
         (change_tokenizer(truncation=CUT), "truncation, by which prompts are cut"),
+        (change_tokenizer(model=tokenizer_json()["model"] | {"dropout": 0.1}), "are a matter of chance"),
         (change_tokenizer(padding=FILL), "padding, by which prompts are filled up"),
         (change_tokenizer(post_processor=adding("<|endoftext|>")), "adds special tokens to a rendered chat"),
         (change_config(add_eos_token=True), "has add_eos_token"),
