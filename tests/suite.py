@@ -34,6 +34,7 @@ QUICK = frozenset(
         "sensitivity",
         "suite",
         "tables",
+        "tokenizer",
         "weights",
     }
 )

@@ -255,7 +255,7 @@ def test_every_step_of_the_walk_is_a_call_that_goes_down(step: Step) -> None:
         ("build.pipeline.build", "weights.plan.plan_weights"),  # design's business
         ("build.design.design", "weights.store.WeightStore.fill"),
         ("weights.store.WeightStore.fill", "backends.coreai.backend.CoreAIBackend.trace"),
-        ("bundle.verify.verify", "checkpoint.tokenizer.copy_tokenizer"),
+        ("bundle.verify.verify", "checkpoint.portable_tokenizer.copy_tokenizer"),
     ],
 )
 def test_a_step_that_nobody_takes_is_noticed(caller: str, callee: str) -> None:

@@ -681,10 +681,8 @@ def test_an_index_that_leads_out_of_the_checkpoint_is_refused(tmp_path: Path, ch
     assert "leads outside of" in refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
 
 
-@pytest.mark.parametrize("name", ["LlamaTokenizer", None])
-def test_a_tokenizer_class_that_engines_do_not_know_is_refused(
-    tmp_path: Path, checkpoint: Path, name: str | None
-) -> None:
+@pytest.mark.parametrize("name", ["LlamaTokenizer", 5])
+def test_a_tokenizer_class_that_engines_do_not_know_is_refused(tmp_path: Path, checkpoint: Path, name: object) -> None:
     path = checkpoint / "tokenizer_config.json"
     write_json(path, json.loads(path.read_text()) | {"tokenizer_class": name})
 
@@ -1193,6 +1191,16 @@ def test_a_bundle_whose_tokenizer_config_cannot_be_used_is_not_run(
     path.unlink() if content is None else path.write_text(content)
 
     assert str(path) in paragraph(zoo("run", bundle, "-p", "x", *options))
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('No.') }}", "{% broken", "{{ messages | no_filter }}"])
+def test_a_chat_that_the_template_does_not_take_is_told_in_a_paragraph(bundle: Path, template: str) -> None:
+    (bundle / "tokenizer" / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    text = paragraph(zoo("run", bundle, "-p", "x", "--chat"))
+
+    assert "chat template in chat_template.jinja" in text
+    assert "Leave out --chat, or mend" in text
 
 
 @pytest.mark.parametrize("command", ["run", "gate"])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import CharDelimiterSplit
 
+from coreai_zoo.bundle.bundle import Bundle, signature_record
+from coreai_zoo.catalogue import find_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations
 from coreai_zoo.gates.prompts import (
@@ -15,13 +22,18 @@ from coreai_zoo.gates.prompts import (
     Prompt,
     Strength,
     TokenizedPrompt,
+    at_least,
     cut,
+    default_prompts,
     file_prompt,
     named_prompts,
     strength,
+    tokenize,
 )
 from coreai_zoo.gates.teacher_forced import Reference, require_strong
+from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.signature import KVCache
 
 
 def logits(*margins: float) -> np.ndarray:
@@ -78,6 +90,67 @@ def test_a_prompt_that_is_cut_must_have_the_positions() -> None:
     (asked,) = named_prompts(["digits"])
 
     assert (cut(asked, 40).positions, cut(asked, 40).minimum) == (40, 40)
+
+
+def bundle_of(tokenizer: Path, max_context: int = 256) -> Bundle:
+    """A bundle as far as its prompts go."""
+    signature = default_plugins().contracts()["static-s1"].functions(KVCache(1, 1, 8), (), 1024, max_context)["main"]
+    functions = {"main": signature_record(signature)}
+    return Bundle(tokenizer.parent, {}, {"max_context": max_context, "functions": functions})
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    sample = find_entry("qwen3.6-27b", default_plugins())[0].sample_directory()
+    shutil.copytree(sample, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    return bundle_of(tmp_path / "tokenizer")
+
+
+def test_of_the_default_set_a_chat_that_the_template_does_not_take_is_left_out(bundle: Bundle) -> None:
+    taken, left_out = default_prompts(bundle)
+    assert [prompt.name for prompt in taken] == ["code", "text", "digits", "spanish", "chat"]
+    assert left_out == []
+
+    (bundle.tokenizer / "chat_template.jinja").write_text("{{ raise_exception('No.') }}", encoding="utf-8")
+    taken, (why,) = default_prompts(bundle)
+    assert "chat" not in [prompt.name for prompt in taken]
+    assert "'chat' is left out: The chat template in chat_template.jinja does not take this chat: No." in why
+    with pytest.raises(BadInput, match=r"does not take this chat: No\. Choose other prompts, as --prompts code,text"):
+        tokenize(bundle, BUILT_IN["chat"])
+
+    (bundle.tokenizer / "chat_template.jinja").unlink()
+    _, (why,) = default_prompts(bundle)
+    assert "has no chat template" in why
+
+
+def test_prompts_with_too_few_tokens_do_not_pass(bundle: Bundle) -> None:
+    taken, left_out = default_prompts(bundle, 80)
+
+    assert [len(prompt.tokens) for prompt in taken] == [80] * len(taken)
+    assert "The prompt 'digits' is 68 tokens, and 80 positions were asked for" in left_out[0]
+    with pytest.raises(BadInput, match=r"'code' is \d+ tokens, and 200 positions were asked for"):
+        default_prompts(bundle, 200)
+
+
+def test_a_tokenizer_that_makes_a_handful_of_tokens_is_refused(bundle: Bundle) -> None:
+    words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
+    words.pre_tokenizer = CharDelimiterSplit("\n")
+    words.save(str(bundle.tokenizer / "tokenizer.json"))
+
+    with pytest.raises(BadInput, match=r"'code' is \d+ tokens, and 24 positions are the fewest to judge by"):
+        default_prompts(bundle)
+    with pytest.raises(BadInput, match="are the fewest to judge by"):
+        tokenize(bundle, at_least(BUILT_IN["digits"], bundle))
+
+
+def test_a_chat_without_an_end_of_turn_has_none_to_check(bundle: Bundle) -> None:
+    assert tokenize(bundle, BUILT_IN["chat"]).stop == 2
+
+    config = json.loads((bundle.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (bundle.tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}), encoding="utf-8")
+    (bundle.tokenizer / "config.json").unlink()
+    (bundle.tokenizer / "chat_template.jinja").write_text("{{ messages | tojson }}", encoding="utf-8")
+    assert tokenize(bundle, BUILT_IN["chat"]).stop is None
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
 # What of build.json a design without weights does not say, and what is said of the checkpoint, which is compared apart.
-_NOT_COMPARED = {"schema", "request", "command", "source", "files", "dropped", "notes", "facts"}
+_NOT_COMPARED = {"schema", "request", "command", "source", "files", "dropped", "notes", "facts", "tokenizer"}
 _OF_CHECKPOINT = {"origin", "licence", "language", "compared", "title"}
 
 _WORDS = {
@@ -158,7 +158,8 @@ def _build_digest(bundle: Path) -> str:
 
 def _stamps(checkpoint: Checkpoint) -> Mapping[str, Any]:
     config = hashlib.sha256((checkpoint.directory / "config.json").read_bytes()).hexdigest()
-    others = [(path.name, path.stat()) for path in tokenizer_files(checkpoint.directory)]
+    folder = checkpoint.directory
+    others = [(path.relative_to(folder).as_posix(), path.stat()) for path in tokenizer_files(folder)]
     return {
         "config": config,
         "files": [header.stamp for header in checkpoint.headers],

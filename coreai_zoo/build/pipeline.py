@@ -23,6 +23,7 @@ from coreai_zoo.build.workspace import Workspace, check_output_folder
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import bytes_below
 from coreai_zoo.bundle.verify import require, verify
+from coreai_zoo.checkpoint.portable_tokenizer import tokenizer_changes
 from coreai_zoo.errors import listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -85,6 +86,10 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
                 report.note(designed.standing)
             for difference in designed.differences:
                 report.note(f"differs from the entry: {difference}")
+            classes = plugins.tokenizer_classes()
+            assert designed.source.directory is not None
+            for change in tokenizer_changes(designed.source.directory, classes):
+                report.note(f"tokenizer: {change}")
             workspace = Workspace.of(request.output, designed.name, request.work_dir, keep=request.keep_weights)
             stack.enter_context(workspace.opened(force=request.force))
             needs = preflight(designed, workspace)
@@ -109,7 +114,6 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         with report.stage("lower", designed.asset):
             _lower(traced, designed, store, partial)
         with report.stage("bundle", designed.name):
-            classes = plugins.tokenizer_classes()
             write_records(designed, store, partial, classes)
         with report.stage("verify"):
             checks = verify(Bundle.open(partial), {designed.backend.name: designed.backend}, classes)

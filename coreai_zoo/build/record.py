@@ -21,9 +21,11 @@ from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
 from coreai_zoo.bundle.layout import BUILD_SCHEMA, card_digest, file_digests
 from coreai_zoo.bundle.metadata import metadata
+from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer
 from coreai_zoo.checkpoint.readme import texts
-from coreai_zoo.checkpoint.tokenizer import copy_tokenizer
+from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dates import build_date
+from coreai_zoo.digest import file_sha256
 from coreai_zoo.json_files import write_json
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.weights.plan import RoleTotal
@@ -40,8 +42,8 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
         partial: folder of the bundle.
         tokenizer_classes: see `Plugins.tokenizer_classes`.
     """
-    copy_tokenizer(design.checkpoint.directory, partial / "tokenizer", tokenizer_classes)
-    record = build_record(design, store)
+    changes = copy_tokenizer(design.checkpoint.directory, partial / "tokenizer", tokenizer_classes)
+    record = build_record(design, store) | _tokenizer(design.checkpoint.directory, partial / "tokenizer", changes)
     write_json(
         partial / "metadata.json",
         metadata(
@@ -65,6 +67,20 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
     card = render(record, files, needs(design), design.backend).encode()
     (partial / CARD).write_bytes(card)
     write_json(partial / "build.json", {**record, "files": dict(sorted({**files, CARD: card_digest(card)}.items()))})
+
+
+def _tokenizer(checkpoint: Path, copied: Path, changes: list[str]) -> dict[str, Any]:
+    """What of the checkpoint's tokenizer is not in the bundle byte for byte; empty where all of it is.
+
+    What is in the bundle as it was is among the bundle's own files. A change in `config.json` shows in its digest.
+    """
+    digests = {path.relative_to(checkpoint).as_posix(): file_sha256(path) for path in tokenizer_files(checkpoint)}
+    inputs = {
+        name: digest
+        for name, digest in digests.items()
+        if not (copied / name).is_file() or file_sha256(copied / name) != digest
+    }
+    return {"tokenizer": {"changes": changes, "inputs": inputs}} if changes or inputs else {}
 
 
 def versions(backend: Backend) -> dict[str, str]:

@@ -9,6 +9,7 @@ from coreai_zoo.backend import Backend, Check, Signature
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import bytes_below, file_digests
 from coreai_zoo.bundle.metadata import CHUNKS, METADATA_VERSION
+from coreai_zoo.bundle.verify_tokenizer import tokenizer_problems
 from coreai_zoo.checkpoint.tokenizer import highest_token_id, tokenizer_class
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.json_files import read_object
@@ -148,14 +149,11 @@ def _metadata(bundle: Bundle) -> Check:
 
 
 def _tokenizer(bundle: Bundle, known: Collection[str]) -> Check:
-    try:
-        name = tokenizer_class(read_object(bundle.tokenizer / "tokenizer_config.json"))
-        highest = highest_token_id(bundle.tokenizer)
-    except BadInput as error:
-        return Check("tokenizer", False, f"cannot be loaded: {error}")
     width = int(bundle.signature.outputs[0].shape[-1])
-    ids = f"token ids up to {highest}" if highest >= 0 else "no token"
-    return Check("tokenizer", name in known and 0 <= highest < width, f"{name}, {ids} for {width} logits")
+    if problems := tokenizer_problems(bundle.tokenizer, width, known):
+        return Check("tokenizer", False, listing(problems))
+    name = tokenizer_class(read_object(bundle.tokenizer / "tokenizer_config.json"))
+    return Check("tokenizer", True, f"{name}, token ids up to {highest_token_id(bundle.tokenizer)} for {width} logits")
 
 
 def _asset(bundle: Bundle, backend: Backend) -> list[Check]:

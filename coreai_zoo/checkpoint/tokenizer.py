@@ -1,11 +1,10 @@
-"""A checkpoint's tokenizer: which files it has, whether an engine can use it, how a chat is rendered."""
+"""A tokenizer folder, of a checkpoint or a bundle: which files it has, its tokens, and whether an engine can use it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from coreai_zoo.checkpoint.folder import member
 from coreai_zoo.checkpoint.pointers import refuse_pointer_at
 from coreai_zoo.errors import BadInput, listing
-from coreai_zoo.json_files import read_object, write_json
+from coreai_zoo.json_files import read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,11 +24,16 @@ _TOKENIZER_FILES = {
     "tokenizer_config.json": True,
     "chat_template.jinja": False,
     "chat_template.json": False,
+    "additional_chat_templates/default.jinja": False,
     "special_tokens_map.json": False,
+    "generation_config.json": False,
     "added_tokens.json": False,
     "vocab.json": False,
     "merges.txt": False,
 }
+
+_ANY_READER = "PreTrainedTokenizer"
+"""The class that takes a byte-pair encoding as its `tokenizer.json` describes it."""
 
 
 def tokenizer_files(checkpoint: Path) -> list[Path]:
@@ -58,7 +62,7 @@ def check_tokenizer(checkpoint: Path, vocab_size: int, classes: Mapping[str, str
     for path in tokenizer_files(checkpoint):
         refuse_pointer_at(path)
     config = read_object(checkpoint / "tokenizer_config.json")
-    if tokenizer_class(config) not in classes:
+    if class_for_engines(checkpoint, classes) is None:
         raise BadInput(
             f"tokenizer_class in {checkpoint / 'tokenizer_config.json'} is {config.get('tokenizer_class')!r}, which "
             f"the runtime does not know.",
@@ -97,7 +101,10 @@ def chat_templates(directory: Path) -> str:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in `directory`.
+    """The tokenizer in `directory`, which neither cuts nor fills up what it encodes, nor draws lots on the way.
+
+    Truncation, padding and the dropout of merges are settings of the training run that saved the file; transformers
+    switches the first two off as well where it is not asked for them.
 
     Raises:
         BadInput: when there is none, or it cannot be read.
@@ -106,9 +113,24 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     path = directory / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None) is not None:
+            tokenizer.model.dropout = None
     except Exception as error:  # tokenizers raises nothing more precise
         raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of a prompt: of its text and nothing else.
+
+    A chat template renders every special token that a chat needs, so a post-processor may add none, as in
+    `apply_chat_template` of transformers. Plain text is taken the same way.
+    """
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return tokens
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str | None:
@@ -120,20 +142,77 @@ def token_text(tokenizer: Tokenizer, token: int) -> str | None:
     return name if not text or "\N{REPLACEMENT CHARACTER}" in text else text
 
 
-def copy_tokenizer(checkpoint: Path, destination: Path, classes: Mapping[str, str]) -> None:
-    """Copy the checkpoint's tokenizer files to `destination`, its class under the name by which engines know it."""
-    destination.mkdir()
-    for path in tokenizer_files(checkpoint):
-        shutil.copyfile(path, destination / path.name)
-    config = read_object(destination / "tokenizer_config.json")
-    name = tokenizer_class(config)
-    if classes[name] != name:
-        write_json(destination / "tokenizer_config.json", {**config, "tokenizer_class": classes[name]})
-
-
 def tokenizer_class(config: Mapping[str, Any]) -> str:
     """The class in a `tokenizer_config.json`, which engines look up without the suffix of the fast ones."""
     return str(config.get("tokenizer_class", "")).removesuffix("Fast")
+
+
+def class_for_engines(directory: Path, classes: Mapping[str, str]) -> str | None:
+    """The name by which engines know the class of a tokenizer; None for a class that they do not know.
+
+    Where `tokenizer_config.json` names none, `config.json` may, as in transformers. A byte-pair encoding without any
+    is taken as its `tokenizer.json` describes it.
+
+    Args:
+        directory: folder of the tokenizer.
+        classes: see `Plugins.tokenizer_classes`.
+    """
+    config = read_object(directory / "tokenizer_config.json")
+    if config.get("tokenizer_class"):
+        return classes.get(tokenizer_class(config))
+    named = classes.get(tokenizer_class(optional_object(directory / "config.json")))
+    if named is not None:
+        return named
+    model = read_object(directory / "tokenizer.json").get("model")
+    is_bpe = isinstance(model, dict) and (model.get("type") == "BPE" or "merges" in model)
+    return classes.get(_ANY_READER) if is_bpe else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Special tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_texts(value: object) -> list[str]:
+    """The texts in a field that names tokens: a text, an object with `content`, or a list of such; none of the rest."""
+    if isinstance(value, str):
+        return [value] if value else []
+    if isinstance(value, Mapping):
+        return token_texts(value.get("content")) if isinstance(value.get("content"), str) else []
+    return [text for item in value for text in token_texts(item)] if isinstance(value, list) else []
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """The named special tokens, which transformers hands to a chat template as `eos_token` and so on."""
+    config = read_object(directory / "tokenizer_config.json")
+    named = dict(config)
+    if "added_tokens_decoder" not in config:  # with it, transformers does not read the older file
+        named |= optional_object(directory / "special_tokens_map.json")
+    extra = config.get("extra_special_tokens")
+    found = {key: token_texts(value) for key, value in named.items() if key.endswith("_token")}
+    found |= {key: token_texts(value) for key, value in (extra.items() if isinstance(extra, Mapping) else ())}
+    return {key: texts[0] for key, texts in found.items() if texts}
+
+
+def tokens_engines_know(directory: Path) -> set[str]:
+    """The special tokens that engines read from `tokenizer_config.json`: they end turns, and are cut from text."""
+    config = read_object(directory / "tokenizer_config.json")
+    decoder = config.get("added_tokens_decoder")
+    added = decoder.values() if isinstance(decoder, Mapping) else ()
+    special = [item for item in added if isinstance(item, Mapping) and item.get("special")]
+    return {
+        *token_texts(config.get("eos_token")),
+        *token_texts(config.get("additional_special_tokens")),
+        *token_texts(special),
+    }
+
+
+def optional_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that need not be there; empty where it is not, or cannot be read."""
+    try:
+        return read_object(path) if path.is_file() else {}
+    except BadInput:
+        return {}
 
 
 @contextlib.contextmanager

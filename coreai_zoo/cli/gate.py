@@ -104,6 +104,8 @@ def gate(
     records = run_gate(opened, options, plugins, Reporter(silent=as_json), keep_in=folder)
     page = write_report(opened[0], records, output)
     if as_json:
+        for remark in records[0]["remarks"]:
+            click.echo(f"note: {remark}", err=True)
         click.echo(transcripts.to_json(records[0] | ({"against": records[1]} if against else {})), nl=False)
     else:
         show(records)

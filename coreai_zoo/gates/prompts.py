@@ -15,8 +15,9 @@ import numpy as np
 from attrs import evolve, frozen
 
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.generate import chat_text, end_of_turn, has_chat_template
-from coreai_zoo.checkpoint.tokenizer import load_tokenizer
+from coreai_zoo.bundle.generate import chat_text
+from coreai_zoo.checkpoint.end_of_turn import end_tokens
+from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
 from coreai_zoo.errors import BadInput, did_you_mean
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN
 
@@ -25,6 +26,9 @@ DEFAULT_POSITIONS = 64
 
 LONG_POSITIONS = 512
 """Positions of a long prompt: errors of a recurrent state compound with context."""
+
+FEWEST_POSITIONS = 24
+"""Positions that a built-in prompt has in any tokenizer that reads all of it; one with fewer shows nothing."""
 
 WEAK_FRACTION = 1 / 8
 """A prompt is weak when oracle margins are below `CONFIDENT_MARGIN` at more than this part of its positions."""
@@ -65,7 +69,7 @@ class TokenizedPrompt:
         prompt: the prompt.
         tokens: its P token ids.
         pieces: each token as text.
-        stop: id of the end-of-turn token, for a chat; None otherwise.
+        stop: id of the end-of-turn token, for a chat; None otherwise, or where the bundle names none.
     """
 
     prompt: Prompt
@@ -283,19 +287,35 @@ BUILT_IN: Mapping[str, Prompt] = MappingProxyType(
 """The built-in prompts by name, in the order in which they run."""
 
 
-def default_prompts(bundle: Bundle, positions: int | None = None) -> list[Prompt]:
-    """The built-in prompts that a bundle can take; only the anchor must be strong.
+def default_prompts(bundle: Bundle, positions: int | None = None) -> tuple[list[TokenizedPrompt], list[str]]:
+    """The built-in prompts that a bundle can take, and why others are left out; only the anchor must be strong.
 
     Args:
-        bundle: what is judged; without a chat template there is no chat, and a long prompt needs the context.
-        positions: the length to which all are cut; None for their own.
+        bundle: what is judged; a long prompt needs the context, a chat needs a chat template that takes it.
+        positions: the length to which all are cut, and that all must have; None for their own.
+
+    Raises:
+        BadInput: when the anchor cannot be taken.
     """
     limit = min(bundle.max_context, positions or bundle.max_context)
-    return [
-        evolve(prompt, required=prompt.name == ANCHOR, minimum=1, positions=positions or prompt.positions)
-        for prompt in BUILT_IN.values()
-        if prompt.minimum <= limit and (not prompt.turns or has_chat_template(bundle))
-    ]
+    taken, left_out = [], []
+    for prompt in BUILT_IN.values():
+        if prompt.minimum > limit:
+            continue
+        required = prompt.name == ANCHOR
+        asked = at_least(prompt, bundle) if positions is None else cut(prompt, positions)
+        try:
+            taken.append(tokenize(bundle, evolve(asked, required=required)))
+        except BadInput as error:
+            if required:
+                raise
+            left_out.append(f"prompt {prompt.name!r} is left out: {error.message}")
+    return taken, left_out
+
+
+def at_least(prompt: Prompt, bundle: Bundle) -> Prompt:
+    """A built-in prompt that must have as many positions as a prompt needs to show anything."""
+    return evolve(prompt, minimum=max(prompt.minimum, min(FEWEST_POSITIONS, bundle.max_context)))
 
 
 def cut(prompt: Prompt, positions: int) -> Prompt:
@@ -336,19 +356,20 @@ def tokenize(bundle: Bundle, prompt: Prompt) -> TokenizedPrompt:
     """A prompt in the bundle's own tokens.
 
     Raises:
-        BadInput: when it is empty, shorter than it has to be, or longer than the bundle's context, or when the
-            tokenizer has ids that the model has no logits for.
+        BadInput: when it is empty, shorter than it has to be, or longer than the bundle's context, when the chat
+            template does not take it, or when the tokenizer has ids that the model has no logits for.
     """
     tokenizer = load_tokenizer(bundle.tokenizer)
     _require_vocabulary(bundle, tokenizer)
-    text = chat_text(bundle, prompt.turns) if prompt.text is None else prompt.text
-    tokens = tokenizer.encode(text).ids
+    text = _rendered(bundle, prompt.turns) if prompt.text is None else prompt.text
+    tokens = encode(tokenizer, text)
     if not tokens:
         raise BadInput("The prompt is empty.", 'Give one with -p "...", or leave it out for the built-in ones.')
     if len(tokens) < prompt.minimum:
         name = "" if prompt.name == UNNAMED else f" {prompt.name!r}"
+        asked = "were asked for" if prompt.minimum == prompt.positions else "are the fewest to judge by"
         raise BadInput(
-            f"The prompt{name} is {len(tokens)} tokens, and {prompt.minimum} positions were asked for.",
+            f"The prompt{name} is {len(tokens)} tokens, and {prompt.minimum} positions {asked}.",
             "Give a longer prompt, or fewer --positions.",
         )
     if prompt.minimum > bundle.max_context or (prompt.positions is None and len(tokens) > bundle.max_context):
@@ -359,7 +380,21 @@ def tokenize(bundle: Bundle, prompt: Prompt) -> TokenizedPrompt:
         )
     tokens = tokens[: min(prompt.positions or len(tokens), bundle.max_context)]
     pieces = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in tokens)
-    return TokenizedPrompt(prompt, tuple(tokens), pieces, end_of_turn(bundle, tokenizer) if prompt.turns else None)
+    return TokenizedPrompt(prompt, tuple(tokens), pieces, _end_of_turn(bundle) if prompt.turns else None)
+
+
+def _rendered(bundle: Bundle, turns: Sequence[tuple[str, str]]) -> str:
+    try:
+        return chat_text(bundle, turns)
+    except BadInput as error:
+        others = ",".join(name for name, prompt in BUILT_IN.items() if not prompt.turns)
+        raise BadInput(error.message, f"Choose other prompts, as --prompts {others}.") from error
+
+
+def _end_of_turn(bundle: Bundle) -> int | None:
+    """Id of the token that ends the turns of a chat; None where nothing names one."""
+    ends = end_tokens(bundle.tokenizer).tokens
+    return ends[0].id if ends else None
 
 
 def _require_vocabulary(bundle: Bundle, tokenizer: Any) -> None:

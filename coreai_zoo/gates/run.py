@@ -126,7 +126,9 @@ def run_gate(
         _require_unchanged(bundle)
         _require_same_tokenizer(first, bundle)
         subjects.append(_subject(bundle, options, plugins, checkpoint, keep_in if bundle is first else None))
-    asked = _prompts(first, options)
+    asked, remarks = _prompts(first, options)
+    for remark in remarks:
+        progress.note(remark)
     ticker = Ticker()
     oracle = oracle_of(first, plugins, checkpoint, options.oracle_dtype, options.oracle_cache, ticker)
     if options.cached_only:
@@ -145,6 +147,7 @@ def run_gate(
             progress.seconds,
             _run_plugin_gates(subject, plugins, checkpoint),
             partial(token_text, load_tokenizer(subject.bundle.tokenizer)),
+            remarks,
         )
         records.append(transcript.transcript(run, judged))
     return records
@@ -252,18 +255,28 @@ def _subject(
     return _Subject(bundle, overlay, models, plugins.gate_bounds(overlay), roles, experts)
 
 
-def _prompts(bundle: Bundle, options: GateOptions) -> list[prompts.TokenizedPrompt]:
+def _prompts(bundle: Bundle, options: GateOptions) -> tuple[list[prompts.TokenizedPrompt], list[str]]:
+    """The prompts to judge by, and what has to be said about those that are not, or not wholly, used."""
     if options.prompt is not None:
         asked = [prompts.Prompt(prompts.UNNAMED, options.prompt)]
     elif options.prompt_file:
         asked = [prompts.file_prompt(path) for path in options.prompt_file]
     elif options.prompts is not None:
-        asked = prompts.named_prompts([name.strip() for name in options.prompts.split(",")])
+        named = prompts.named_prompts([name.strip() for name in options.prompts.split(",")])
+        asked = [prompts.at_least(prompt, bundle) for prompt in named]
     else:
-        return [prompts.tokenize(bundle, prompt) for prompt in prompts.default_prompts(bundle, options.positions)]
+        taken, left_out = prompts.default_prompts(bundle, options.positions)
+        return taken, [*left_out, *_endless(taken)]
     if options.positions is not None:
         asked = [prompts.cut(prompt, options.positions) for prompt in asked]
-    return [prompts.tokenize(bundle, prompt) for prompt in asked]
+    taken = [prompts.tokenize(bundle, prompt) for prompt in asked]
+    return taken, _endless(taken)
+
+
+def _endless(taken: Sequence[prompts.TokenizedPrompt]) -> list[str]:
+    """The chats on which no end of turn can be checked."""
+    chats = [prompt.name for prompt in taken if prompt.prompt.turns and prompt.stop is None]
+    return [f"prompt {name!r}: the tokenizer names no end-of-turn token, so none is checked" for name in chats]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import named_bundle
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.checkpoint.tokenizer import load_tokenizer
+from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.prompts import ANCHOR, DEFAULT_POSITIONS, named_prompts
@@ -333,7 +333,7 @@ def _request(subject: str, options: SensitivityOptions, plugins: Plugins) -> Bui
 
 def _tokens(designed: Design, options: SensitivityOptions) -> list[int]:
     text = named_prompts([ANCHOR])[0].text if options.prompt is None else options.prompt
-    tokens: list[int] = load_tokenizer(designed.checkpoint.directory).encode(text).ids
+    tokens = encode(load_tokenizer(designed.checkpoint.directory), text or "")
     positions = options.positions or min(DEFAULT_POSITIONS, len(tokens))
     if not tokens or len(tokens) < positions:
         raise BadInput(

@@ -46,6 +46,7 @@ class Run:
         seconds: time that each stage took.
         gates: what plugins' gates found.
         text_of: the text of a token by its id, None where there is none.
+        remarks: which prompts were left out, and why; what of a prompt could not be checked.
     """
 
     bundle: Bundle
@@ -55,6 +56,7 @@ class Run:
     seconds: Mapping[str, float]
     gates: Sequence[GateResult] = ()
     text_of: Callable[[int], str | None] = lambda _token: None
+    remarks: Sequence[str] = ()
 
 
 def transcript(run: Run, report: GateReport) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def transcript(run: Run, report: GateReport) -> dict[str, Any]:
             "command": list(run.command),
         },
         "prompts": [_prompt(result, run.text_of, quantized=report.quantized) for result in report.results],
+        "remarks": list(run.remarks),
         "gates": [attrs.asdict(gate) for gate in run.gates],
         "environment": _environment(run),
     }
