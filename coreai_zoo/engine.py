@@ -22,6 +22,7 @@ PREFILL = "prefill"
 _INPUTS = ("input_ids", "position_ids")
 _LEAST_STATES, _MOST_STATES = 2, 4
 _CHUNKS = ("prefill_chunk_size", "prefill_chunk_threshold")
+_CACHE = re.compile("cache|kv", re.IGNORECASE)
 _OTHER_MODELS = re.compile(r"extend.*|load_embeddings|image_encode|text_encode|detect|tracker_step")
 
 
@@ -247,7 +248,7 @@ def _static_states(seen: Interface) -> Iterator[Breach]:
 )
 def _state_names(seen: Interface) -> Iterator[Breach]:
     for name in list(seen.decoder.states)[2:]:
-        if re.search("cache|kv", name, re.IGNORECASE):
+        if _CACHE.search(name):
             yield Breach(f"a state beside the key / value pair is called {name}", (name,))
 
 
@@ -256,10 +257,17 @@ def _state_names(seen: Interface) -> Iterator[Breach]:
 )
 def _state_kinds(seen: Interface) -> Iterator[Breach]:
     said = seen.language.get("states")
-    kinds = {name: "kv_cache" if at < 2 else "fixed" for at, name in enumerate(seen.decoder.states)}
+    kinds = {name: _kind(name, shape) for name, (shape, _) in seen.decoder.states.items()}
     for name, kind in said.items() if isinstance(said, Mapping) else ():
         if kinds.get(name) != kind:
             yield Breach(f"`states` calls {name} {kind} and it is {kinds.get(name, 'no state')}", (name,))
+
+
+def _kind(name: str, shape: tuple[int, ...]) -> str:
+    """What an engine takes a state for that it knows nothing else of (`inferKind` of its StateHandlerFactory)."""
+    if any(size < 0 for size in shape):
+        return "kv_cache"
+    return "sliding_cache" if _CACHE.search(name) else "fixed"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
