@@ -11,20 +11,11 @@ from attrs import frozen
 
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.signature import TraceSpec
+from coreai_zoo.signature import Signature, TraceSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
-
-
-@frozen
-class Signature:
-    """A function of a saved asset as its toolchain reads it back: name to (shape, dtype), a dynamic size being -1."""
-
-    inputs: Mapping[str, tuple[tuple[int, ...], str]]
-    states: Mapping[str, tuple[tuple[int, ...], str]]
-    outputs: Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @frozen
@@ -70,8 +61,12 @@ class Stepper(Protocol):
     def call(self, function: str, tokens: Sequence[int]) -> np.ndarray[Any, Any] | None:
         """Feed tokens at the next positions to a function; its logits, float16 [S, V], None where it gives none."""
 
-    def reset(self) -> None:
-        """Zero the states and start at position 0 again."""
+    def reset(self, unwritten: float = 0.0) -> None:
+        """Zero the states and start at position 0 again.
+
+        Args:
+            unwritten: what the key / value caches hold where no token has been, in place of zeros.
+        """
 
     def state(self, name: str) -> np.ndarray[Any, Any]:
         """A copy of a state as it is now."""

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from attrs import field, frozen
 from attrs.validators import ge, optional
 
+from coreai_zoo.engine import COREAI_MODELS, Engine
 from coreai_zoo.signature import Axis, InputSpec, KVCache, StateSpec, TensorSpec, TraceSpec
 
 # The pipelined engine allocates KV at 256 and doubles it; the trace only has to leave the axis free.
@@ -36,6 +37,8 @@ class Contract:
         default_context: positions that a bundle allows unless it is told, or None for what the model allows.
         backends: names of the backends that write such bundles.
         compute_dtype: dtype of states and logits.
+        engine: the engine whose rules designs and bundles are held against; None for one whose rules are not known
+            here, and then there are none.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Contract:
     default_context: int | None = None
     compute_dtype: str = "float16"
     backends: tuple[str, ...] = ("coreai",)
+    engine: Engine | None = COREAI_MODELS
 
     def functions(
         self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int
@@ -150,6 +154,7 @@ FIXED_S1 = Contract(
     fixed_context=True,
     default_context=4096,
     backends=("coreml",),
+    engine=None,
 )
 
 CONTRACTS: Mapping[str, Contract] = MappingProxyType({contract.name: contract for contract in (STATIC_S1, FIXED_S1)})

@@ -397,14 +397,19 @@ class Plugins:
         return self._collect("zoo_layer_rewrites", _instances(LayerRewrite), **arguments)
 
     def extra_states(self, overlay: Overlay, entry: Entry | None, config: Any, contract: Contract) -> list[StateSpec]:
-        """States after the KV pair, in the order of registration.
+        """States after the KV pair, in the order of registration; raises as `extra_states_of_plugins` does."""
+        return [state for _, state in self.extra_states_of_plugins(overlay, entry, config, contract)]
+
+    def extra_states_of_plugins(
+        self, overlay: Overlay, entry: Entry | None, config: Any, contract: Contract
+    ) -> list[tuple[str, StateSpec]]:
+        """States after the KV pair, in the order of registration, each with its plugin.
 
         Raises:
             PluginError: when a name is given twice, naming the plugins.
         """
         arguments = {"overlay": overlay, "entry": entry, "config": config, "contract": contract}
-        states = self._collect_named("zoo_extra_states", "state", _instances(StateSpec), **arguments)
-        return [*_without_plugins(states).values()]
+        return [*self._collect_named("zoo_extra_states", "state", _instances(StateSpec), **arguments).values()]
 
     def weight_map(self, overlay: Overlay, entry: Entry | None, config: Any) -> tuple[str, WeightMap]:
         """The weight map, with its plugin.

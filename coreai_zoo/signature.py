@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -57,14 +56,6 @@ class InputSpec(TensorSpec):
         return {"tokens": list(tokens), "positions": [*range(end)], "new_positions": [*range(start, end)]}[self.holds]
 
 
-def _engine_safe_name(instance: StateSpec, _attribute: Any, name: str) -> None:
-    if not name:
-        raise ValueError("a state needs a name")
-    # Engines take any state with "cache" or "kv" in its name for a truncatable cache (rules of the pipelined engine).
-    if instance.kind == "fixed" and re.search("cache|kv", name, re.IGNORECASE):
-        raise ValueError(f"fixed state {name!r} must not have 'cache' or 'kv' in its name: engines would truncate it")
-
-
 @frozen
 class StateSpec(TensorSpec):
     """A tensor that a step mutates and the engine carries to the next step.
@@ -76,7 +67,7 @@ class StateSpec(TensorSpec):
 
     kind: Literal["kv_cache", "fixed"] = field(default="fixed", validator=in_(("kv_cache", "fixed")))
     dtype: str = field(default="float16", validator=in_(DTYPES))
-    name: str = field(kw_only=True, validator=_engine_safe_name)
+    name: str = field(kw_only=True, validator=min_len(1))
 
     def __attrs_post_init__(self) -> None:
         dynamic = [size for size in self.shape if isinstance(size, str)]
@@ -95,6 +86,15 @@ class Axis:
     def __attrs_post_init__(self) -> None:
         if not self.minimum <= self.example <= self.maximum:
             raise ValueError(f"axis needs minimum <= example <= maximum, got {self}")
+
+
+@frozen
+class Signature:
+    """A function of a saved asset as its toolchain reads it back: name to (shape, dtype), a dynamic size being -1."""
+
+    inputs: Mapping[str, tuple[tuple[int, ...], str]]
+    states: Mapping[str, tuple[tuple[int, ...], str]]
+    outputs: Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @frozen
@@ -133,6 +133,25 @@ class TraceSpec:
         """Tokens that a call takes, None where that is any number."""
         (length,) = (spec.shape[1] for spec in self.inputs if spec.holds == "tokens")
         return length if isinstance(length, int) else None
+
+    @property
+    def positions(self) -> int | None:
+        """The most positions that a call may follow, by the ranges and sizes of the caches; None without a cache."""
+        sizes = [size for state in self.states if state.kind == "kv_cache" for size in state.shape[3:4]]
+        sizes += [size for spec in self.inputs if spec.holds == "positions" for size in spec.shape[1:]]
+        return min((self.axes[size].maximum if isinstance(size, str) else size for size in sizes), default=None)
+
+    @property
+    def declared(self) -> Signature:
+        """What a toolchain reads back from an asset that holds this function."""
+
+        def declared(tensors: Sequence[TensorSpec]) -> dict[str, tuple[tuple[int, ...], str]]:
+            return {
+                tensor.name: (tuple(-1 if isinstance(size, str) else size for size in tensor.shape), tensor.dtype)
+                for tensor in tensors
+            }
+
+        return Signature(declared(self.inputs), declared(self.states), declared(self.outputs))
 
     def step(self, tokens: Sequence[int], start: int) -> dict[str, list[int]]:
         """The inputs of a call that feeds `tokens` behind the first `start` positions: name to the values of [1, n]."""

@@ -17,6 +17,7 @@ QUICK = frozenset(
         "completion",
         "digest",
         "docs",
+        "engine",
         "entry",
         "gate_bounds",
         "gate_prompts",
@@ -78,6 +79,7 @@ THOROUGH = frozenset(
         "toy_vocabulary",
         "tutorial",
         "two_functions",
+        "verify",
         "walk",
         "wiring",
     }

@@ -191,11 +191,13 @@ def test_verify_checks_both_functions(pair: Bundle, plugins: Plugins) -> None:
     result = zoo("verify", pair.directory, "--json", plugins=plugins)
     assert result.exit_code == 0, result.output
     checks = {check["name"]: check for check in json.loads(result.stdout)}
-    assert set(checks) == {"files", "metadata", "tokenizer", "main.hash", "signature", "step"}
+    assert set(checks) == {"files", "metadata", "tokenizer", "main.hash", "signature", "engine", "step"}
     assert all(check["passed"] for check in checks.values())
     assert checks["signature"]["detail"].startswith("step: input_ids")
     assert "; pair: input_ids" in checks["signature"]["detail"]
-    assert checks["step"]["detail"] == "two tokens, pair with 2, logits finite"
+    assert checks["step"]["detail"] == (
+        "two tokens, pair with 2, logits finite, and the same after a reset with nan in the rest of the cache"
+    )
 
 
 @pytest.mark.parametrize(

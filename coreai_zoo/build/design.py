@@ -24,11 +24,13 @@ from coreai_zoo.build.request import (
     BuildRequest,
 )
 from coreai_zoo.build.source import Source, Subject, find_source, other_model, subject_of
+from coreai_zoo.bundle.metadata import language_block
 from coreai_zoo.catalogue import find_backend, find_contract, find_recipe
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import check_tokenizer
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract
 from coreai_zoo.dates import source_date_epoch
+from coreai_zoo.engine import Interface, sentence
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, PluginError, listing, zoo_command
 from coreai_zoo.names import slug
@@ -36,7 +38,7 @@ from coreai_zoo.overlay import HasParameterTable, LayerRewrite, ParameterInfo, W
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
-from coreai_zoo.signature import TraceSpec
+from coreai_zoo.signature import StateSpec, TraceSpec
 from coreai_zoo.weights.names import Names
 from coreai_zoo.weights.plan import WeightPlan, plan_weights, plan_without_checkpoint
 
@@ -364,14 +366,68 @@ def usual_context(entry: Entry | None, contract: Contract, facts: Mapping[str, A
 def _functions(
     model: Model, entry: Entry | None, contract: Contract, max_context: int, plugins: Plugins
 ) -> dict[str, FunctionDesign]:
-    states = plugins.extra_states(model.overlay, entry, model.config, contract)
-    signatures = contract.functions(model.kv_cache, states, model.facts["vocab_size"], max_context)
+    brought = plugins.extra_states_of_plugins(model.overlay, entry, model.config, contract)
+    states, vocab_size = [state for _, state in brought], int(model.facts["vocab_size"])
+    try:
+        signatures = contract.functions(model.kv_cache, states, vocab_size, max_context)
+    except ValueError as error:
+        raise PluginError(
+            f"the contract {contract.name} has no function with these states: {error}. {_origins(brought)}".rstrip()
+        ) from error
+    _require_engine(contract, signatures, language_of(signatures, vocab_size, max_context), brought)
     return {
         name: FunctionDesign(
             signature, tuple(plugins.layer_rewrites(model.overlay, entry, model.config, contract, signature))
         )
         for name, signature in signatures.items()
     }
+
+
+def language_of(signatures: Mapping[str, TraceSpec], vocab_size: int, max_context: int) -> dict[str, Any]:
+    """The block `language` of the bundle's metadata.json, but for the name of its tokenizer."""
+    decode, signature = next(iter(signatures.items()))
+    return language_block(
+        decode=decode,
+        vocab_size=vocab_size,
+        max_context_length=max_context,
+        query_length=signature.query_length,
+        states={state.name: state.kind for state in signature.states},
+    )
+
+
+def _require_engine(
+    contract: Contract,
+    signatures: Mapping[str, TraceSpec],
+    language: Mapping[str, Any],
+    brought: Sequence[tuple[str, StateSpec]],
+) -> None:
+    """Refuse functions that the contract's engine would not run, or would run wrongly.
+
+    Raises:
+        PluginError: with every rule that is broken, and the plugins that brought the states which break one.
+    """
+    if contract.engine is None:
+        return
+    decoder = next(iter(signatures.values()))
+    seen = Interface({name: spec.declared for name, spec in signatures.items()}, language, decoder.positions)
+    broken = contract.engine.breaches(seen)
+    if broken:
+        states = {state for _, breach in broken for state in breach.states}
+        raise PluginError(
+            f"by the contract {contract.name} this bundle would break rules of {contract.engine.title}: "
+            f"{'; '.join(sentence(rule, breach) for rule, breach in broken)}. "
+            f"{_origins([(plugin, state) for plugin, state in brought if state.name in states])}".rstrip(),
+            "docs/contracts.md has the rules; a contract for another engine says so by its `engine`.",
+        )
+
+
+def _origins(brought: Sequence[tuple[str, StateSpec]]) -> str:
+    """A sentence that says which plugin brought which state; empty where none did."""
+    names: dict[str, list[str]] = {}
+    for plugin, state in brought:
+        names.setdefault(plugin, []).append(state.name)
+    told = [f"{' and '.join(states)} from plugin {plugin!r}" for plugin, states in names.items()]
+    return f"Of zoo_extra_states: {listing(told)}." if told else ""
 
 
 @frozen

@@ -14,7 +14,7 @@ import attrs
 
 from coreai_zoo.backend import Backend
 from coreai_zoo.build.code import code_digest
-from coreai_zoo.build.design import Design, usual_context
+from coreai_zoo.build.design import Design, language_of, usual_context
 from coreai_zoo.build.figures import needs
 from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_CONTRACT, DEFAULT_RECIPE
 from coreai_zoo.bundle.bundle import signature_record
@@ -49,14 +49,10 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
         metadata(
             name=design.name,
             asset=design.asset,
-            decode=design.decode,
-            vocab_size=design.facts["vocab_size"],
-            max_context_length=design.max_context,
-            query_length=design.signatures[design.decode].query_length,
+            language=language_of(design.signatures, design.facts["vocab_size"], design.max_context),
             hf_id=design.source.origin.hf_id,
             hf_revision=design.source.origin.revision,
             compression=design.recipe.published_name,
-            states={state.name: state.kind for state in design.signatures[design.decode].states},
             user_data={"sample": "true"} if design.sample else {},
             date=build_date(design.source_date_epoch),
         ),
@@ -146,6 +142,7 @@ def describe(design: Design) -> dict[str, Any]:
             "name": design.contract.name,
             "prerequisites": list(design.contract.prerequisites),
             "usage": design.contract.usage,
+            "engine": design.contract.engine.name if design.contract.engine else None,
         },
         "backend": design.backend.name,
         "remarks": list(design.backend.version_warnings),

@@ -20,6 +20,8 @@ import attrs
 from attrs import frozen
 
 from coreai_zoo.bundle.layout import BUILD_SCHEMA
+from coreai_zoo.contracts import CONTRACTS
+from coreai_zoo.engine import ENGINES, Engine
 from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.json_files import read_object
 from coreai_zoo.signature import Axis, InputSpec, StateSpec, TensorSpec, TraceSpec
@@ -154,6 +156,23 @@ class Bundle:
     def signature(self) -> TraceSpec:
         """The signature of the function that decodes."""
         return self.functions[self.decode]
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine whose rules the bundle is held against; None where its contract is for another one.
+
+        Raises:
+            CheckFailed: when it is one whose rules this zoo does not know.
+        """
+        contract = self.build.get("contract")
+        contract = contract if isinstance(contract, dict) else {}
+        if "engine" not in contract:  # a record of before contracts said so
+            known = CONTRACTS.get(str(contract.get("name")))
+            return known.engine if known else None
+        name = contract["engine"]
+        if name is not None and name not in ENGINES:
+            raise CheckFailed(f"{self.directory} is for the engine {name!r}, whose rules this zoo does not know.")
+        return None if name is None else ENGINES[name]
 
     @property
     def entry(self) -> str | None:

@@ -3,51 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+import cattrs
+from attrs import frozen
 
 METADATA_VERSION = "0.2"
 CHUNKS = ("prefill_chunk_size", "prefill_chunk_threshold")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def metadata(
     *,
     name: str,
     asset: str,
-    decode: str,
-    vocab_size: int,
-    max_context_length: int,
-    query_length: int | None,
+    language: Mapping[str, Any],
     hf_id: str | None,
     hf_revision: str | None,
     compression: str,
-    states: Mapping[str, str],
     date: str,
     user_data: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The content of `metadata.json`.
-
-    `decode` is the function that decodes: engines find it as the role `main`, and every other one by its name. Where it
-    takes a fixed number of tokens, `query_length`, engines are told to send a prompt in chunks of that: they would send
-    2,048 at once otherwise (apple/coreai-models since #240; earlier ones go by the signature).
-    """
-    chunks = () if query_length is None else CHUNKS
+    """The content of `metadata.json`; `language` is what `language_block` gives."""
     source = {"model_definition": "torch", "hf_model_id": hf_id, "hf_revision": hf_revision}
     return {
         "metadata_version": METADATA_VERSION,
         "kind": "llm",
         "name": name,
         "assets": {"main": asset},
-        "language": {
-            "tokenizer": hf_id or name,
-            "vocab_size": vocab_size,
-            "max_context_length": max_context_length,
-            "embedded_tokenizer": True,
-            **dict.fromkeys(chunks, query_length),
-            "function_map": {"main": [decode]},
-            "states": dict(states),
-        },
+        "language": {"tokenizer": hf_id or name, **language},
         "source": {key: value for key, value in source.items() if value is not None},
         "compression": compression,
         "compilation": {"date": date, "targets": []},
         "user_data": dict(user_data),
     }
+
+
+def language_block(
+    *, decode: str, vocab_size: int, max_context_length: int, query_length: int | None, states: Mapping[str, str]
+) -> dict[str, Any]:
+    """The block `language`, but for the name of the tokenizer.
+
+    `decode` is the function that decodes: engines find it as the role `main`, and every other one by its name. Where it
+    takes a fixed number of tokens, `query_length`, engines are told to send a prompt in chunks of that: they would send
+    2,048 at once otherwise (apple/coreai-models since #240; earlier ones go by the signature).
+    """
+    chunks = () if query_length is None else CHUNKS
+    return {
+        "vocab_size": vocab_size,
+        "max_context_length": max_context_length,
+        "embedded_tokenizer": True,
+        **dict.fromkeys(chunks, query_length),
+        "function_map": {"main": [decode]},
+        "states": dict(states),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading, as Apple's loader does: a field of another type than here throws there
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class _Language:
+    tokenizer: str
+    vocab_size: int
+    max_context_length: int
+    embedded_tokenizer: bool | None = None
+    function_map: dict[str, list[str]] | None = None
+    states: dict[str, Literal["kv_cache", "sliding_cache", "fixed"]] | None = None
+    prefill_chunk_size: int | None = None
+    prefill_chunk_threshold: int | None = None
+
+
+@frozen
+class _Metadata:
+    metadata_version: str
+    kind: str
+    name: str
+    assets: dict[str, str]
+    language: _Language
+    user_data: dict[str, str] | None = None
+
+
+def unreadable(data: Mapping[str, Any]) -> list[str]:
+    """Every field of a `metadata.json` that Apple's loader would not take, a phrase each with its path."""
+    try:
+        _CONVERTER.structure(data, _Metadata)
+    except cattrs.BaseValidationError as error:
+        return cattrs.transform_error(error, path="metadata.json", format_exception=_phrase)
+    return []
+
+
+def _phrase(error: BaseException, _type: object) -> str:
+    return "a required field is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _strict(value: object, kind: type) -> object:
+    """The value, if it is of just this type: a boolean is no number, and a number is no text."""
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} is no {_KINDS[kind]}")
+    return value
+
+
+_KINDS = {str: "text", int: "integer", bool: "boolean"}
+_CONVERTER = cattrs.Converter()
+for _kind in _KINDS:
+    _CONVERTER.register_structure_hook(_kind, _strict)

@@ -1,19 +1,22 @@
-"""Whether a bundle holds what it says: files, records, signature, and a real step where the model is small."""
+"""Whether a bundle holds what it says, and what its engine asks: files, records, signature, the engine's rules, and
+real steps where the model is small.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from coreai_zoo.backend import Backend, Check, Signature
+from coreai_zoo.backend import Backend, Check, Stepper
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import bytes_below, file_digests
-from coreai_zoo.bundle.metadata import CHUNKS, METADATA_VERSION
+from coreai_zoo.bundle.metadata import CHUNKS, METADATA_VERSION, unreadable
 from coreai_zoo.bundle.verify_tokenizer import tokenizer_problems
 from coreai_zoo.checkpoint.tokenizer import highest_token_id, tokenizer_class
+from coreai_zoo.engine import Interface, sentence
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.json_files import read_object
-from coreai_zoo.signature import TensorSpec, TraceSpec
+from coreai_zoo.signature import Signature, TraceSpec
 
 # Weights up to this size are run for one step; beyond it the CPU interpreter needs minutes for a token.
 SMOKE_STEP_BYTES = 64 * 2**20
@@ -39,8 +42,12 @@ def verify(
     """
     backend = backend_of(bundle, backends)
     files = check_files(bundle, recorded_only=recorded_only)
-    checks = [files, _metadata(bundle), _tokenizer(bundle, set(tokenizer_classes.values()))]
-    if checks[0].passed:
+    checks = [
+        files,
+        _metadata(bundle),
+        _tokenizer(bundle, set(tokenizer_classes.values())),
+    ]
+    if files.passed:
         checks += _asset(bundle, backend)
     return checks
 
@@ -119,10 +126,8 @@ def _compare_files(bundle: Bundle, found: Mapping[str, Any]) -> Check:
 
 
 def _metadata(bundle: Bundle) -> Check:
-    """The check of the fields that Apple's loader requires: they are there and agree with the signature."""
-    data = bundle.metadata
-    language = data.get("language")
-    language = language if isinstance(language, Mapping) else {}
+    """The check of metadata.json: Apple's loader can read it, and it agrees with the record."""
+    data, language = bundle.metadata, _language(bundle)
     spec = bundle.signature
     expected = {
         "metadata_version": (data.get("metadata_version"), METADATA_VERSION),
@@ -136,16 +141,18 @@ def _metadata(bundle: Bundle) -> Check:
         **{f"language.{key}": (language.get(key), spec.query_length) for key in CHUNKS},
     }
     problems = [f"{key} is {found!r}, not {wanted!r}" for key, (found, wanted) in expected.items() if found != wanted]
-    if not isinstance(language.get("tokenizer"), str):
-        problems.append("language.tokenizer is not text")
-    user_data = data.get("user_data", {})
-    if not isinstance(user_data, Mapping) or any(not isinstance(value, str) for value in user_data.values()):
-        problems.append("user_data holds something other than text")
+    problems += [f"Apple's loader cannot read it: {problem}" for problem in unreadable(data)]
     if not bundle.asset.is_dir():
         problems.append(f"there is no asset {bundle.asset.name}")
     return Check(
         "metadata", not problems, listing(problems) or f"version {METADATA_VERSION}, agrees with the signature"
     )
+
+
+def _language(bundle: Bundle) -> Mapping[str, Any]:
+    """The block `language` of metadata.json; empty where there is none."""
+    language = bundle.metadata.get("language")
+    return language if isinstance(language, Mapping) else {}
 
 
 def _tokenizer(bundle: Bundle, known: Collection[str]) -> Check:
@@ -160,16 +167,18 @@ def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
     integrity = backend.check_integrity(bundle.asset)
     checks = [] if integrity is None else [integrity]
     try:
-        problems = _compare_signatures(backend.signatures(bundle.asset), bundle.functions)
+        found = backend.signatures(bundle.asset)
     except ZooError as error:
         return [*checks, Check("signature", False, str(error))]
+    problems = _compare_signatures(found, bundle.functions)
     summary = "; ".join(
         _shown(spec) if len(bundle.functions) == 1 else f"{name}: {_shown(spec)}"
         for name, spec in bundle.functions.items()
     )
-    checks.append(Check("signature", not problems, listing(problems) or summary))
-    size = bytes_below(bundle.asset)
-    if not problems and size <= SMOKE_STEP_BYTES:
+    compared = [Check("signature", not problems, listing(problems) or summary), _engine(bundle, found)]
+    checks += compared
+    # What is declared otherwise cannot be stepped, and ends in an error of the runtime that says less.
+    if all(check.passed for check in compared) and bytes_below(bundle.asset) <= SMOKE_STEP_BYTES:
         checks.append(_smoke_step(bundle, backend))
     return checks
 
@@ -194,45 +203,82 @@ def _compare_signatures(found: Mapping[str, Signature], functions: Mapping[str, 
 
 def _compare_signature(found: Signature, spec: TraceSpec) -> list[str]:
     """The differences between a saved function and its spec, one phrase each."""
-
-    def shape(tensor: TensorSpec) -> tuple[int, ...]:
-        return tuple(-1 if isinstance(size, str) else size for size in tensor.shape)
-
     problems = []
     groups = (
-        ("input", found.inputs, spec.inputs),
-        ("state", found.states, spec.states),
-        ("output", found.outputs, spec.outputs),
+        ("input", found.inputs, spec.declared.inputs),
+        ("state", found.states, spec.declared.states),
+        ("output", found.outputs, spec.declared.outputs),
     )
     for kind, saved, wanted in groups:
-        if list(saved) != [tensor.name for tensor in wanted]:
-            problems.append(f"{kind}s are {list(saved)}, not {[tensor.name for tensor in wanted]}")
+        if list(saved) != list(wanted):
+            problems.append(f"{kind}s are {list(saved)}, not {list(wanted)}")
             continue
         problems += [
-            f"{kind} {tensor.name} is {saved[tensor.name]}, not {(shape(tensor), tensor.dtype)}"
-            for tensor in wanted
-            if saved[tensor.name] != (shape(tensor), tensor.dtype)
+            f"{kind} {name} is {saved[name]}, not {wanted[name]}" for name in wanted if saved[name] != wanted[name]
         ]
     return problems
+
+
+def _engine(bundle: Bundle, functions: Mapping[str, Signature]) -> Check:
+    """The check of the asset's own functions, and of the metadata beside it, against the rules of the engine."""
+    try:
+        engine = bundle.engine
+    except CheckFailed as error:
+        return Check("engine", False, str(error))
+    if engine is None:
+        return Check("engine", True, "no rules: the contract is for none of the engines that this zoo knows")
+    broken = engine.breaches(Interface(functions, _language(bundle), bundle.signature.positions))
+    problems = [sentence(rule, breach) for rule, breach in broken]
+    return Check(
+        "engine", not problems, listing(problems, separator="; ") or f"{len(engine.rules)} rules of {engine.name} hold"
+    )
+
+
+# What a cache may hold where no token has been: engines grow it into memory that nobody cleared. A cache of full length
+# was cleared once, and keeps what an earlier conversation left.
+_GROWN, _LEFT_OVER = float("nan"), 1.0
 
 
 def _smoke_step(bundle: Bundle, backend: Backend) -> Check:
     import numpy as np
 
     others = {name: spec.query_length or 2 for name, spec in bundle.functions.items() if name != bundle.decode}
+    grows = any(isinstance(size, str) for state in bundle.signature.states for size in state.shape)
+    unwritten = _GROWN if grows else _LEFT_OVER
+    capacity = max([4, *(length + 1 for length in others.values())])
     try:
-        with backend.stepper(bundle.asset, bundle.functions, capacity=max([4, *others.values()])) as stepper:
-            logits = [stepper.step(0), stepper.step(1)]
-            for name, length in others.items():
-                stepper.reset()
-                given = stepper.call(name, [0] * length)
-                logits += [] if given is None else [given]
+        with backend.stepper(bundle.asset, bundle.functions, capacity=capacity) as stepper:
+            logits = _smoke_logits(stepper, others)
+            again = _smoke_logits(stepper, others, unwritten)
     except (CheckFailed, RuntimeError) as error:
         return Check("step", False, str(error))
-    finite = all(bool(np.isfinite(each).all()) for each in logits)
     called = "".join(f", {name} with {length}" for name, length in others.items())
-    return Check(
-        "step",
-        finite and not np.array_equal(logits[0], logits[1]),
-        f"two tokens{called}, logits {'' if finite else 'not '}finite",
-    )
+    if not all(bool(np.isfinite(each).all()) for each in logits):
+        return Check("step", False, f"two tokens{called}, logits not finite")
+    if np.array_equal(logits[0], logits[1]):
+        return Check("step", False, f"two tokens{called}, the same logits after both")
+    if not all(np.array_equal(one, other) for one, other in zip(logits, again, strict=True)):
+        return Check(
+            "step",
+            False,
+            f"after a reset the logits are others where the key / value cache holds {unwritten} beyond the positions "
+            "so far, but no engine clears it there: the function reads what it should mask",
+        )
+    detail = f"two tokens{called}, logits finite, and the same after a reset with {unwritten} in the rest of the cache"
+    return Check("step", True, detail)
+
+
+def _smoke_logits(stepper: Stepper, others: Mapping[str, int], unwritten: float = 0.0) -> list[Any]:
+    """The logits of two steps from position 0; then, of each other function, its own and those of a step behind it.
+
+    Args:
+        stepper: a loaded asset.
+        others: tokens for a call of each function that does not decode.
+        unwritten: see `Stepper.reset`.
+    """
+    stepper.reset(unwritten)
+    logits: list[Any] = [stepper.step(0), stepper.step(1)]
+    for name, length in others.items():
+        stepper.reset(unwritten)
+        logits += [stepper.call(name, [0] * length), stepper.step(1)]
+    return [each for each in logits if each is not None]

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from attrs import frozen
 
 from coreai_zoo import interruption
-from coreai_zoo.backend import Check, Signature
+from coreai_zoo.backend import Check
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.backends.native import exit_explained, output_captured
 from coreai_zoo.backends.versions import checked_versions
@@ -37,7 +37,7 @@ from coreai_zoo.digest import file_sha256, hashed_while_written
 from coreai_zoo.errors import CheckFailed
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.signature import TraceSpec
+from coreai_zoo.signature import Signature, TraceSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -560,15 +560,19 @@ class CoreAIStepper:
         self._decode = next(iter(functions))
         self.reset()
 
-    def reset(self) -> None:
-        """Zero the states and start at position 0 again."""
+    def reset(self, unwritten: float = 0.0) -> None:
+        """See `Stepper.reset`."""
         import numpy as np
         from coreai.runtime import NDArray
 
         self._position = 0
         self._states = {
             state.name: NDArray(
-                np.zeros([self._capacity if isinstance(size, str) else size for size in state.shape], state.dtype)
+                np.full(
+                    [self._capacity if isinstance(size, str) else size for size in state.shape],
+                    unwritten if state.kind == "kv_cache" else 0,
+                    state.dtype,
+                )
             )
             for state in self._functions[self._decode].states
         }

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import frozen
 
-from coreai_zoo.backend import Signature
 from coreai_zoo.backends.native import write_error
 from coreai_zoo.backends.versions import checked_versions
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
 from coreai_zoo.machine import available_memory, physical_memory
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.signature import StateSpec, TraceSpec
+from coreai_zoo.signature import Signature, StateSpec, TraceSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -368,13 +367,17 @@ class MILStepper:
             )
         self.reset()
 
-    def reset(self) -> None:
-        """Zero the states and start at position 0 again."""
+    def reset(self, unwritten: float = 0.0) -> None:
+        """See `Stepper.reset`."""
         import torch
 
         self._position = 0
         self._states = {
-            state.name: torch.zeros([int(size) for size in state.shape], dtype=getattr(torch, state.dtype))
+            state.name: torch.full(
+                [int(size) for size in state.shape],
+                unwritten if state.kind == "kv_cache" else 0.0,
+                dtype=getattr(torch, state.dtype),
+            )
             for state in self._spec.states
         }
 
