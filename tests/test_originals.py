@@ -19,6 +19,7 @@ from coreai_zoo.build.source import Source
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.errors import BadInput
+from coreai_zoo.gate import ReferenceModel
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
@@ -153,6 +154,22 @@ def test_a_config_alone_that_says_quantized_is_a_note(tmp_path: Path, where: str
     assert f"config.json has {name} (fp8), but the tensors are not quantized ({dtype}): it is ignored" in made.notes
     again = Oracle(made.checkpoint, made.model.hf_config).run([5, 80, 17, 3])
     assert (again.logits == expected.logits).all(), "and the oracle does not quantize either"
+
+
+def test_no_reference_is_told_of_a_quantization_that_is_left_over(checkpoint: Path) -> None:
+    # What transformers' own class makes of it depends on its version; that of a plugin may load a quantizer.
+    seen: list[Mapping[str, Any]] = []
+
+    def make(hf_config: Mapping[str, Any], _dtype: torch.dtype) -> Any:
+        seen.append(hf_config)
+        raise LookupError("that will do")
+
+    for where in ("quantization_config", "text_config__quantization_config"):
+        change_config(checkpoint, **{where: {"quant_method": "fp8"}})
+    made = designed(checkpoint)
+    with pytest.raises(BadInput, match="that will do"):
+        Oracle(made.checkpoint, made.model.hf_config, reference=ReferenceModel("acme", make)).run([5, 80])
+    assert "text_config" in seen[0] and "quantization_config" not in json.dumps(seen[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
