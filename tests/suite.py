@@ -46,6 +46,7 @@ THOROUGH = frozenset(
         "bad_input",
         "benchmarks",
         "candidates",
+        "cases",
         "check",
         "code",
         "config",
