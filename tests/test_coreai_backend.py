@@ -476,10 +476,12 @@ def compile_big(directory: Path) -> None:
 
 def run_here(call: str, *, directory: Path, **environment: str) -> subprocess.Popen[str]:
     """Start `call` on this very module in another process whose working directory is `directory`."""
+    # What this process imports may be named by its own path, as in a working tree beside the installed one.
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-c", f"from pathlib import Path; import test_coreai_backend as here; here.{call}"],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -955,6 +957,20 @@ PRIVATE: dict[str, Sequence[str] | None] = {
         "composite_input_names",
         "composite_output_names",
         "source_nodes",
+    ],
+    "coreai_torch.externalize:_PreparedModule": [
+        "name",
+        "op_name",
+        "module_path",
+        "module",
+        "fake_inputs",
+        "dynamic_shapes",
+        "composite_op_name",
+        "composite_decl_attrs",
+        "composite_input_names",
+        "composite_output_names",
+        "source_nodes",
+        "_program_registry",
     ],
     "coreai_torch.externalize:_PreparedModules": ["model", "exported_program"],
     "coreai_torch.externalize:_finalize_module_export": ["prep", "exported_program"],

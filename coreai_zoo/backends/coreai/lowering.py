@@ -33,6 +33,7 @@ from coreai_torch.converter import _StagedEntry
 from coreai_torch.externalize import (
     _ExternalizedExportedProgram,
     _finalize_module_export,
+    _PreparedModule,
     _PreparedModules,
     _torch_export_module,
 )
@@ -191,11 +192,35 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
         )
         if key not in distinct:
             prepared.name = f"{prepared.composite_op_name}_{next(serial)}"
-            exported = _torch_export_module(prepared).run_decompositions()
-            distinct[key] = _finalize_module_export(prepared, exported)
+            distinct[key] = _finalize_module_export(prepared, _exported_composite(prepared))
             distinct[key].source_nodes = []
         distinct[key].source_nodes.extend(prepared.source_nodes)
     return list(distinct.values())
+
+
+# A composite has no weights and is the toolchain's own, so what it is exported to depends on nothing but the key below.
+# To export them all was half of the time of a trace, and a build traces twice: before and after the weights.
+_exported: dict[object, tuple[ExportedProgram, list[str], list[str]]] = {}
+
+
+def _exported_composite(prepared: _PreparedModule) -> ExportedProgram:
+    """A composite's program, exported once in a process. Names of its inputs and outputs are noted in `prepared`."""
+    key = (
+        type(prepared.module),
+        prepared.module.training,
+        repr(sorted(prepared.composite_decl_attrs.items())),
+        tuple(argument is None for argument in prepared.source_nodes[0].args),
+        tuple((tuple(example.shape), example.dtype, example.device) for example in prepared.fake_inputs),
+        tuple(
+            tuple((axis, dim.__name__, dim.min, dim.max) for axis, dim in (dims or {}).items())
+            for dims in prepared.dynamic_shapes
+        ),
+    )
+    if key not in _exported:
+        program = _torch_export_module(prepared).run_decompositions()
+        _exported[key] = (program, prepared.composite_input_names, prepared.composite_output_names)
+    program, prepared.composite_input_names, prepared.composite_output_names = _exported[key]
+    return program
 
 
 def _with_call_sites(

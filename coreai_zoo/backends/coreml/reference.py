@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from attrs import frozen
 from torch import Tensor
 
 from coreai_zoo.backends.coreml.package import Damaged, Package, tensor_type
@@ -54,15 +55,14 @@ class Interpreter:
             raise Damaged(f"the reference interpreter does not know its operations {', '.join(sorted(unknown))}")
         # Constants, and the weights that are made of them, are the same in every step.
         self._constants: dict[str, Any] = {}
-        self._changing = [operation for operation in operations if not self._fold(operation)]
+        self._changing = [self._prepared(operation) for operation in operations if not self._fold(operation)]
 
     def _fold(self, operation: Any) -> bool:
         """Compute a constant or a quantized weight once for all steps; returns whether `operation` is one."""
         if operation.type == "const":
             self._constants[operation.outputs[0].name] = self._value(operation.attributes["val"])
         elif operation.type == "constexpr_blockwise_shift_scale":
-            for name, result in self._results(operation, self._constants):
-                self._constants[name] = result
+            self._constants.update(self._prepared(operation).results(self._constants))
         else:
             return False
         return True
@@ -77,42 +77,75 @@ class Interpreter:
         values: dict[str, Any] = {**self._constants, **inputs}
         for operation in self._changing:
             if operation.type == "read_state":
-                values[operation.outputs[0].name] = states[_bound(operation, "input")]
+                ((name, _, _),) = operation.outputs
+                values[name] = states[operation.name_of("input")]
             elif operation.type == "write_state":
-                written = values[_bound(operation, "data")]
-                name = _bound(operation, "input")
+                written = values[operation.name_of("data")]
+                name = operation.name_of("input")
                 if (written.shape, written.dtype) != (states[name].shape, states[name].dtype):
                     raise Damaged(f"state {name} is written with {tuple(written.shape)} {written.dtype}")
                 states[name] = written
             else:
-                values.update(self._results(operation, values))
+                values.update(operation.results(values))
         return {name: values[name] for name in self._package.block.outputs}
 
-    def _results(self, operation: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each result, in the declared shape and dtype."""
-        arguments = {name: self._argument(argument, values) for name, argument in operation.inputs.items()}
-        computed = _OPERATIONS[operation.type](arguments)
-        results = computed if isinstance(computed, (tuple, list)) else (computed,)
-        for output, result in zip(operation.outputs, results, strict=True):
-            kind = tensor_type(output.type)
-            if tuple(result.shape) != kind.shape:
-                raise Damaged(f"{operation.type} {output.name} gives {tuple(result.shape)}, declared is {kind.shape}")
-            yield output.name, result.to(getattr(torch, kind.dtype))
-
-    def _argument(self, argument: Any, values: Mapping[str, Any]) -> Any:
-        bound = [
-            values[binding.name] if binding.WhichOneof("binding") == "name" else self._value(binding.value)
-            for binding in argument.arguments
-        ]
-        return bound[0] if len(bound) == 1 else bound
+    def _prepared(self, operation: Any) -> _Operation:
+        arguments = {
+            name: [
+                _Bound(binding.name, None)
+                if binding.WhichOneof("binding") == "name"
+                else _Bound("", self._value(binding.value))
+                for binding in argument.arguments
+            ]
+            for name, argument in operation.inputs.items()
+        }
+        kinds = [(output.name, tensor_type(output.type)) for output in operation.outputs]
+        outputs = [(name, kind.shape, getattr(torch, kind.dtype)) for name, kind in kinds]
+        return _Operation(operation.type, arguments, outputs)
 
     def _value(self, value: Any) -> Tensor | str:
         found = self._package.value(value)
         return found if isinstance(found, str) else torch.from_numpy(np.array(found))
 
 
-def _bound(operation: Any, name: str) -> str:
-    return str(operation.inputs[name].arguments[0].name)
+@frozen
+class _Bound:
+    """What one argument of an operation is bound to: a name, or else a value that stands in the program."""
+
+    name: str
+    value: Tensor | str | None
+
+
+@frozen
+class _Operation:
+    """An operation as it is run: what the program says of it is the same in every step, and slow to ask for.
+
+    Attributes:
+        type: which one, as in the table.
+        arguments: what each input is bound to; several where it is a list.
+        outputs: name, declared shape and declared dtype of each result.
+    """
+
+    type: str
+    arguments: Mapping[str, Sequence[_Bound]]
+    outputs: Sequence[tuple[str, tuple[int, ...], torch.dtype]]
+
+    def name_of(self, argument: str) -> str:
+        """The name that an input is bound to."""
+        return self.arguments[argument][0].name
+
+    def results(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each result, in the declared shape and dtype."""
+        arguments: dict[str, Any] = {}
+        for name, argument in self.arguments.items():
+            bound = [values[one.name] if one.value is None else one.value for one in argument]
+            arguments[name] = bound[0] if len(bound) == 1 else bound
+        computed = _OPERATIONS[self.type](arguments)
+        results = computed if isinstance(computed, (tuple, list)) else (computed,)
+        for (name, shape, dtype), result in zip(self.outputs, results, strict=True):
+            if result.shape != shape:
+                raise Damaged(f"{self.type} {name} gives {tuple(result.shape)}, declared is {shape}")
+            yield name, result.to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +176,7 @@ def _reduction(function: Callable[..., Tensor]) -> Callable[[Arguments], Tensor]
 
 
 def _integers(values: Tensor) -> list[int]:
-    return [int(value) for value in values.flatten()]
+    return [int(value) for value in values.flatten().tolist()]
 
 
 def _flag(arguments: Arguments, name: str) -> bool:
