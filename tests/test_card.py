@@ -82,7 +82,7 @@ def record(**changed: Any) -> dict[str, Any]:
         "zoo": "0.1",
         "versions": {"torch": "2.13.0"},
         "source_date_epoch": 0,
-        "source": {"files": {"model.safetensors": {"size": 5}}},
+        "source": {"files": {"model.safetensors": {"size": 5}}, "precision": "bfloat16"},
         "dropped": {"vision tower: the bundle is text only": 333, "a reason of one": 1},
     } | changed
 

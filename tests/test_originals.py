@@ -86,11 +86,8 @@ QUANTIZED: dict[str, tuple[str | None, Tensors, str]] = {
     "bitsandbytes, 8 bits": ("bitsandbytes", ints("weight", dtype=torch.int8) | ints("SCB"), "(bitsandbytes)"),
     "compressed-tensors": ("compressed-tensors", ints("weight_packed", "weight_shape"), "(compressed-tensors)"),
     "torchao": ("torchao", ints("_weight_qdata", dtype=torch.int8), "(torchao)"),
-    "FP8 with block scales": (
-        "fp8",
-        ints("weight", dtype=torch.float8_e4m3fn) | ints("weight_scale_inv", dtype=torch.float32),
-        "(FP8 with block scales)",
-    ),
+    "FP8 whose scales are lost": ("fp8", ints("weight", dtype=torch.float8_e4m3fn), "(FP8)"),
+    "scales whose FP8 is lost": ("fp8", ints("weight_scale_inv", dtype=torch.float32), "(FP8 with block scales)"),
     "ModelOpt": ("modelopt", ints("weight", dtype=torch.uint8) | ints("weight_scale_2"), "(ModelOpt)"),
     "HQQ": ("hqq", ints("W_q", dtype=torch.uint8), "(HQQ)"),
     "quanto": ("quanto", ints("weight._data", "weight._scale", dtype=torch.int8), "(quanto)"),
