@@ -252,3 +252,13 @@ def logits_of(architecture: str, directory: Path) -> tuple[np.ndarray[Any, Any],
         with torch.inference_mode():
             logits = model.eval()(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
     return logits.numpy(), {name for name in report["missing_keys"] if ".visual." not in name}
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_positions_that_are_scaled_beside_the_text_config_are_refused(name: str) -> None:
+    wrapped = {"model_type": "qwen3_5", "text_config": text_config("dense")}
+    with pytest.raises(BadInput, match=f"{name} in config.json stands beside text_config"):
+        read_config({**wrapped, name: YARN})
+    assert read_config({**wrapped, name: {"rope_type": "default"}}) == read_config(
+        wrapped
+    )  # as transformers: no effect

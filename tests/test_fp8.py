@@ -179,12 +179,10 @@ def test_packed_experts_and_one_scale_for_a_whole_matrix_are_read(tmp_path: Path
 
 def test_a_build_says_what_the_weights_were(tmp_path: Path) -> None:
     directory = fp8_checkpoint(tmp_path / "checkpoint")
-    made = zoo(
-        "build", "qwen3.6-27b", "--checkpoint", str(directory), "--custom", "-o", str(tmp_path / "out"), "--json"
-    )
-    assert made.exit_code == 0, made.stderr
-    assert "FP8 with a scale for each block of 128 x 128" in made.stderr
-    bundle = Path(json.loads(made.stdout)["path"])
+    made = zoo("build", "qwen3.6-27b", "--checkpoint", str(directory), "--custom", "-o", str(tmp_path / "out"))
+    assert made.exit_code == 0, made.output
+    assert "FP8 with a scale for each block of 128 x 128" in made.output
+    (bundle,) = (path for path in (tmp_path / "out").iterdir() if not path.name.startswith("."))
     said = "FP8 with a scale for each block of 128 x 128 and bfloat16"
     assert json.loads((bundle / "build.json").read_text())["source"]["precision"] == said
     assert said in (bundle / "README.md").read_text()
@@ -198,13 +196,19 @@ def test_names_alone_are_enough_for_a_plan(tmp_path: Path) -> None:
     assert planned.exit_code == 0, planned.stderr
 
 
-def test_scales_that_leave_a_doubt_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["top", "text_config"])
+def test_scales_that_leave_a_doubt_are_refused(place: str, tmp_path: Path) -> None:
     def cut(weights: dict[str, Tensor]) -> None:
         key = next(key for key in weights if key.endswith("mlp.up_proj.weight_scale_inv"))
         weights[key] = torch.cat([weights[key], weights[key]])  # blocks of 64 rows, where the config says 128
 
+    directory = fp8_checkpoint(tmp_path, change=cut)
+    if place != "top":
+        config = read_config(directory)
+        config[place]["quantization_config"] = config.pop("quantization_config")
+        write_json(directory / "config.json", config)
     with pytest.raises(BadInput, match=r"do not divide them into equal blocks: .*mlp\.up_proj\.weight_scale_inv"):
-        Checkpoint.open(fp8_checkpoint(tmp_path, change=cut))
+        Checkpoint.open(directory)
 
 
 def test_fp8_without_scales_is_refused(tmp_path: Path) -> None:

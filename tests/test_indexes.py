@@ -201,3 +201,23 @@ def test_a_git_lfs_pointer_is_said_to_be_one(tmp_path: Path, name: str) -> None:
     text = refusal(tmp_path)
     assert text.startswith(f"{tmp_path / name} is a Git-LFS pointer")
     assert f"`git lfs pull` in {tmp_path}" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_may_begin_in_the_folder_itself(tmp_path: Path) -> None:
+    files = {ONE.removesuffix(".safetensors"): {"a": MODEL["a"]}, TWO.removesuffix(".safetensors"): {"b": MODEL["b"]}}
+    checkpoint, notes = opened(write(tmp_path, {"a": f"./{ONE}", "b": TWO}, **files))
+    assert (list(checkpoint.tensors), notes) == (["a", "b"], "")
+
+
+@pytest.mark.parametrize("name", ["loop.safetensors", "x" * 300 + ".safetensors", "folder.safetensors", "/ABSOLUTE"])
+def test_a_name_that_leads_to_no_file_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    name = name.replace("/ABSOLUTE", str(tmp_path / ONE))
+    text = refusal(write(tmp_path, {"a": name, "b": ONE}, **{ONE.removesuffix(".safetensors"): MODEL}))
+    assert any(words in text for words in ("lead in a circle", "File name too long", "is a folder", "from the root"))

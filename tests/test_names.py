@@ -152,6 +152,7 @@ def test_the_oracle_reads_the_same_tensors_under_such_names(plain: Path, tmp_pat
         *(f"{front}visual.blocks.0.norm1.weight" for front in ("", "model.", "model.model.", "module.model.")),
         *(f"{front}mtp.layers.0.input_layernorm.weight" for front in ("", "model.", "model.model.", "_orig_mod.")),
         "language_model.mtp.fc.weight",
+        "mtp_layers.0.fc.weight",
     ],
 )
 def test_vision_tower_and_token_prediction_head_are_left_out_wherever_they_are(

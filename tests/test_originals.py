@@ -91,6 +91,11 @@ QUANTIZED: dict[str, tuple[str | None, Tensors, str]] = {
     "ModelOpt": ("modelopt", ints("weight", dtype=torch.uint8) | ints("weight_scale_2"), "(ModelOpt)"),
     "HQQ": ("hqq", ints("W_q", dtype=torch.uint8), "(HQQ)"),
     "quanto": ("quanto", ints("weight._data", "weight._scale", dtype=torch.int8), "(quanto)"),
+    "EXL3, of which the table knows nothing": (
+        "exl3",
+        ints("trellis", dtype=torch.int16),
+        "(exl3)",
+    ),
     "GPTQ, unsaid": (None, ints("qweight", "g_idx"), "(GPTQ)"),
     "bare FP8, unsaid": (None, ints("weight", dtype=torch.float8_e5m2), "(FP8)"),
     "integers, unsaid": (None, ints("weight", dtype=torch.int8), "(integers)"),

@@ -589,3 +589,51 @@ def test_a_vocabulary_beyond_the_logits_is_told(folder: Path, classes: Any) -> N
     (problem,) = tokenizer_problems(folder, 260, set(classes.values()))
 
     assert problem == "token ids up to 260 for 260 logits"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Added tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decoder_of(content: dict[str, Any]) -> dict[str, Any]:
+    """`added_tokens_decoder` of a `tokenizer.json`."""
+    return {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in content["added_tokens"]}
+
+
+@pytest.mark.parametrize("kept", [2, 4])
+def test_tokens_that_the_config_alone_adds_are_added(kept: int, tmp_path: Path, classes: Any) -> None:
+    content = tokenizer_json()
+    write_json(tmp_path / "tokenizer.json", content | {"added_tokens": content["added_tokens"][:kept]})
+    config = tokenizer_config(added_tokens_decoder=decoder_of(content))
+    write_json(tmp_path / "tokenizer_config.json", config)
+    changes = copy_tokenizer(tmp_path, tmp_path / "copy", classes)
+    lost = [token["content"] for token in content["added_tokens"][kept:]]
+    assert any(all(text in change for text in lost) and "alone has" in change for change in changes)
+
+    text = "".join(f"a{text}" for text in SPECIAL)
+    with quiet_transformers():
+        from transformers import PreTrainedTokenizerFast
+
+        expected = PreTrainedTokenizerFast.from_pretrained(str(tmp_path)).encode(text, add_special_tokens=False)
+    for folder in (tmp_path, tmp_path / "copy"):
+        assert encode(load_tokenizer(folder), text) == expected
+    written = Tokenizer.from_file(str(tmp_path / "copy" / "tokenizer.json"))
+    assert written.encode(text, add_special_tokens=False).ids == expected
+
+
+@pytest.mark.parametrize("number", [259, 287, 400, 10**9])
+def test_an_added_token_whose_id_is_not_the_one_that_loading_gives_it_is_refused(number: int, tmp_path: Path) -> None:
+    content = tokenizer_json()
+    content["added_tokens"][2]["id"] = number
+    write_json(tmp_path / "tokenizer.json", content)
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config())
+    with pytest.raises(BadInput, match=f"has the id {number}, and its tokenizer makes it 258"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_chat_template_that_renders_half_a_character_says_so(tmp_path: Path) -> None:
+    write_json(tmp_path / "tokenizer.json", tokenizer_json())
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config(chat_template="{{ '\\ud800' }}" + CHAT))
+    with pytest.raises(BadInput, match="renders half of a character"):
+        render_chat(tmp_path, HELLO)

@@ -10,7 +10,13 @@ from coreai_zoo.checkpoint.strict_json import read_object
 from coreai_zoo.errors import BadInput, listing
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# PEFT's, what LLaVA's trainer saves beside them, and mlx-lm's.
+ADAPTER_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "non_lora_trainables.safetensors",
+    "adapters.safetensors",
+)
 
 # What PEFT puts into the names of a model that it holds together with its adapters.
 _UNMERGED = re.compile(

@@ -156,7 +156,10 @@ def _rendered(
         raise BadInput(message) from error
     except Exception as error:  # a template can raise anything
         raise BadInput(f"The chat template in {template.place} does not take this chat: {_reason(error)}.") from error
-    return "".join(pieces)
+    rendered = "".join(pieces)
+    if not rendered.isascii() and any("\ud800" <= letter <= "\udfff" for letter in rendered):
+        raise BadInput(f"The chat template in {template.place} renders half of a character, which is no text.")
+    return rendered
 
 
 @contextlib.contextmanager

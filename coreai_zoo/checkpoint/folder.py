@@ -58,9 +58,18 @@ def member(directory: Path, name: object, where: str) -> Path:
     root = directory.resolve()
     inside = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     path = directory / name
-    target = path.resolve()
+    try:
+        target = path.resolve()
+        path.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, or links in a circle
+        said = error.strerror if isinstance(error, OSError) and error.strerror else "its links lead in a circle"
+        raise BadInput(f"{where} names {name[:80]!r}, which cannot be opened: {said}.", "Correct the name.") from error
+    if path.is_dir():
+        raise BadInput(f"{where} names {name!r}, which is a folder.", "Put the file there.")
     outside = not any(target.is_relative_to(folder) for folder in inside)
-    if Path(name).is_absolute() or ".." in Path(name).parts or outside:
+    if Path(name).is_absolute() and not outside:
+        raise BadInput(f"{where} names {name!r}, a path from the root.", f"Name it as it is within {directory}.")
+    if ".." in Path(name).parts or outside:
         link = f", a link to {target}" if path.is_symlink() else ""
         raise BadInput(
             f"{where} names {name!r}{link}, which leads outside of {directory}.",
@@ -136,6 +145,7 @@ def read_index(directory: Path) -> dict[str, str]:
     for name in weight_map.values():
         if not isinstance(name, str):
             member(directory, name, str(path))  # which says so
+    weight_map = {key: name.removeprefix("./") for key, name in weight_map.items()}
     names = sorted(set(weight_map.values()))
     for name in names:
         member(directory, name, str(path))

@@ -98,12 +98,13 @@ def fold_scales(
 
 
 def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """`weight_block_size` of a config, where it is two numbers."""
-    section = config.get("quantization_config")
-    size = section.get("weight_block_size") if isinstance(section, Mapping) else None
-    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        return None
-    return size[0], size[1]
+    """`weight_block_size` of a config or of the text config in it, where it is two numbers."""
+    for part in (config, config.get("text_config")):
+        section = part.get("quantization_config") if isinstance(part, Mapping) else None
+        size = section.get("weight_block_size") if isinstance(section, Mapping) else None
+        if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
+            return size[0], size[1]
+    return None
 
 
 def _block(info: TensorInfo, scale: TensorInfo, stated: tuple[int, int] | None) -> tuple[int, int] | None:

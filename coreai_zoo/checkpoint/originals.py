@@ -65,6 +65,9 @@ SCHEMES = (
 )
 """Tried in this order, those first whose method the config names."""
 
+# A model's own tensors are floats: of a method that is not in the table, these are the codes.
+_CODES = frozenset({"int16", "uint16", "int32", "uint32", "int64", "uint64"})
+
 _SECTIONS = ("quantization_config", "compression_config", "quantization")
 
 
@@ -92,15 +95,21 @@ def check_original(where: str, config: Mapping[str, Any], dtypes: Mapping[str, s
     named = [scheme for scheme in SCHEMES if any(re.fullmatch(scheme.method, method) for method in methods)]
     for scheme in (*named, *SCHEMES):
         if found := [_with_dtype(key, dtype) for key, dtype in dtypes.items() if _shows(scheme, key, dtype)]:
-            by = f", and config.json has {listing(_titles(said))}" if said else ""
-            raise NotOriginal(
-                f"{where} holds weights that are quantized already ({scheme.name}): "
-                f"{listing(sorted(found), 4)}{by}. A bundle is quantized from the original weights."
-            )
+            raise _quantized(where, scheme.name, found, said)
     if not said or None in dtypes.values():
         return ()
+    if methods and (codes := [_with_dtype(key, dtype) for key, dtype in dtypes.items() if dtype in _CODES]):
+        raise _quantized(where, listing(methods), codes, said)
     kinds = listing(sorted({str(dtype) for dtype in dtypes.values()}))
     return (f"config.json has {listing(_titles(said))}, but the tensors are not quantized ({kinds}): it is ignored",)
+
+
+def _quantized(where: str, scheme: str, tensors: list[str], said: Mapping[str, Mapping[str, Any]]) -> NotOriginal:
+    by = f", and config.json has {listing(_titles(said))}" if said else ""
+    return NotOriginal(
+        f"{where} holds weights that are quantized already ({scheme}): {listing(sorted(tensors), 4)}{by}. A bundle is "
+        "quantized from the original weights."
+    )
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

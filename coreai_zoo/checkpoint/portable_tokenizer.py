@@ -25,6 +25,7 @@ from coreai_zoo.checkpoint.chat_template import (
 )
 from coreai_zoo.checkpoint.end_of_turn import EndToken, EndTokens, end_tokens
 from coreai_zoo.checkpoint.tokenizer import (
+    added_in_config,
     class_for_engines,
     optional_object,
     token_texts,
@@ -68,6 +69,7 @@ def copy_tokenizer(checkpoint: Path, destination: Path, classes: Mapping[str, st
     ends = end_tokens(checkpoint)
     mends: list[Callable[[Path], Iterator[str]]] = [
         _readable_files,
+        _added_tokens,
         lambda folder: _chat_template(checkpoint, folder),
         _encoding,
         lambda folder: _class(folder, class_for_engines(checkpoint, classes)),
@@ -160,6 +162,16 @@ def _remove_templates(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoding
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _added_tokens(folder: Path) -> Iterator[str]:
+    """Engines find every added token in `tokenizer.json`."""
+    missing = added_in_config(folder)
+    if missing:
+        path = folder / "tokenizer.json"
+        content = read_object(path)
+        _edit(path, content | {"added_tokens": [*(content.get("added_tokens") or []), *missing]})
+        yield f"tokenizer.json is given {listing(token_texts(missing))}, which tokenizer_config.json alone has"
 
 
 def _encoding(folder: Path) -> Iterator[str]:

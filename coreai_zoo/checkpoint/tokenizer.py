@@ -104,12 +104,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer in `directory`, which neither cuts nor fills up what it encodes, nor draws lots on the way.
 
     Truncation, padding and the dropout of merges are settings of the training run that saved the file; transformers
-    switches the first two off as well where it is not asked for them.
+    switches the first two off as well where it is not asked for them. Tokens that `added_tokens_decoder` of
+    `tokenizer_config.json` has and `tokenizer.json` has not are added, as transformers does.
 
     Raises:
-        BadInput: when there is none, or it cannot be read.
+        BadInput: when there is none, it cannot be read, or it is not clear which id an added token has.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
     path = directory / "tokenizer.json"
     try:
@@ -120,7 +121,38 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             tokenizer.model.dropout = None
     except Exception as error:  # tokenizers raises nothing more precise
         raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
+    missing = added_in_config(directory)
+    for token in missing:
+        add = tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens
+        add([AddedToken(**{key: value for key, value in token.items() if key != "id"})])
+    for token in [*_added_tokens(directory), *missing]:
+        if (found := tokenizer.token_to_id(token["content"])) != token["id"]:
+            raise BadInput(
+                f"{directory} says that the token {token['content']!r} has the id {token['id']}, and its tokenizer "
+                f"makes it {found}: who reads the files takes other tokens than who loads them.",
+                "Save the tokenizer again: `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`.",
+            )
     return tokenizer
+
+
+def _added_tokens(directory: Path) -> list[dict[str, Any]]:
+    """The added tokens of `tokenizer.json`, those that have a text and an id."""
+    added = read_object(directory / "tokenizer.json").get("added_tokens") or []
+    return [token for token in added if isinstance(token, dict) and {"content", "id"} <= set(token)]
+
+
+def added_in_config(directory: Path) -> list[dict[str, Any]]:
+    """The tokens that `tokenizer_config.json` adds to `tokenizer.json`, as that would have them, by their ids."""
+    decoder = optional_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
+    if not isinstance(decoder, Mapping):
+        return []
+    known = {token["content"] for token in _added_tokens(directory)}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return [
+        {"id": int(number), "content": token["content"], **{flag: bool(token.get(flag)) for flag in flags}}
+        for number, token in sorted(decoder.items(), key=lambda item: (len(item[0]), item[0]))
+        if isinstance(token, dict) and number.isdecimal() and token.get("content") not in (None, *known)
+    ]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

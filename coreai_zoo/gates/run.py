@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, frozen
 
 from coreai_zoo.backend import Interpreting
-from coreai_zoo.bounds import Kind, MeasuredBounds
+from coreai_zoo.bounds import GENERAL, Kind, MeasuredBounds
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
@@ -252,7 +252,17 @@ def _subject(
     shipped = _design_of(bundle, plugins, checkpoint)
     models = _models(bundle, shipped, options, keep_in)
     overlay = shipped.model.overlay
-    return _Subject(bundle, overlay, models, plugins.gate_bounds(overlay), roles, experts)
+    return _Subject(bundle, overlay, models, _bounds(bundle, overlay, plugins), roles, experts)
+
+
+def _bounds(bundle: Bundle, overlay: Overlay, plugins: Plugins) -> MeasuredBounds:
+    """What the family's plugin measured, for its samples and for the models of its entries; else the general bounds.
+
+    A model of other sizes rounds otherwise than those that were measured, however faithfully it is converted.
+    """
+    entry = bundle.build.get("entry")
+    own = bundle.build.get("sample") or (isinstance(entry, dict) and not entry.get("differences"))
+    return plugins.gate_bounds(overlay) if own else GENERAL
 
 
 def _prompts(bundle: Bundle, options: GateOptions) -> tuple[list[prompts.TokenizedPrompt], list[str]]:

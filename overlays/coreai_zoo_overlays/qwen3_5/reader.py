@@ -77,6 +77,13 @@ def text_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             f"model_type {model_type!r} is that of a wrapper: transformers would take default sizes.",
             f'If the text model\'s fields stand beside model_type, write "model_type": "{model_type}_text" there.',
         )
+    for name in ("rope_scaling", "rope_parameters"):
+        beside = hf_config.get(name)
+        if isinstance(beside, Mapping) and beside.get("rope_type", beside.get("type", "default")) != "default":
+            raise BadInput(
+                f"{name} in config.json stands beside text_config, where no text model reads it.",
+                "Move it into text_config if positions are to be scaled, or take it out.",
+            )
     # The head is the wrapper's and goes by its flag, unless the text model is to be taken out of the wrapper.
     taken_out = "ForCausalLM" in str(hf_config.get("architectures"))
     flags = [

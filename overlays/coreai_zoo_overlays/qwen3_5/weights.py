@@ -123,7 +123,7 @@ _TIED = (
 # Parts of a released checkpoint that a bundle does not have, under each name of the multimodal model's class.
 _EXTRAS = {
     "model.visual.**": "vision tower: the bundle is text only",
-    "mtp.**": "multi-token-prediction head: the contract decodes one token per step",
+    "mtp**": "multi-token-prediction head: the contract decodes one token per step",
     "model.mtp.**": "multi-token-prediction head: the contract decodes one token per step",
 }
 
