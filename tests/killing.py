@@ -1,8 +1,7 @@
 """Runs `zoo` many times, each in a process that is killed at a chosen moment.
 
-This file is run as a program that imports what takes seconds to import, and forks for each run. It reads jobs, one JSON
-object per line (see `Job`), and answers each with the process's status and the number of file operations. The code
-under test is as it is: operations are seen through audit events, which Python raises before it does what they say.
+Processes are those of `forked`, which call `watched_zoo`. The code under test is as it is: operations are seen through
+audit events, which Python raises before it does what they say.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import attrs
+
+import forked
 
 EVENTS = frozenset(
     {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
@@ -31,7 +30,7 @@ class Job:
 
     Attributes:
         arguments: of `zoo`.
-        log: prefix of the files that take stdout (`.out`) and stderr (`.err`).
+        log: prefix of the files that take stdout (`.out`), stderr (`.err`) and the answer (`.answer`).
         folder: file operations below it are counted.
         after: count from the first operation on a path that contains this.
         survive: signal the process at the operation after so many; None: never.
@@ -61,27 +60,31 @@ class Outcome:
     last: str
 
 
-class Zoo:
-    """The program, started."""
+def run(job: Job) -> Outcome:
+    """Run `zoo`; the end of its process."""
+    answer = Path(job.log + ".answer")
+    answer.unlink(missing_ok=True)
+    with forked.Process(json.dumps(attrs.asdict(job)), call="killing:watched_zoo") as process:
+        if job.appears is not None:
+            _signal_when_due(job, process)
+        status = process.wait()
+        for text, suffix in zip(process.communicate(), (".out", ".err"), strict=True):
+            Path(job.log + suffix).write_text(text, encoding="utf-8")
+    answers = answer.read_text(encoding="utf-8").splitlines() or ['{"operations": -1, "last": ""}']
+    return Outcome(status, **json.loads(answers[0]))
 
-    def __enter__(self) -> Self:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
-        self._process.communicate()
-
-    def run(self, job: Job) -> Outcome:
-        assert self._process.stdin and self._process.stdout
-        print(json.dumps(attrs.asdict(job)), file=self._process.stdin, flush=True)
-        return Outcome(**json.loads(self._process.stdout.readline()))
+def _signal_when_due(job: Job, process: forked.Process) -> None:
+    while not Path(str(job.appears)).exists():
+        if process.poll() is not None:
+            return
+        time.sleep(0.0002)
+    time.sleep(job.seconds)
+    process.send_signal(job.signal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the program
+# In the process
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -121,60 +124,16 @@ class _Operations:
         os.write(self._answer, json.dumps({"operations": self._count, "last": last}).encode() + b"\n")
 
 
-def _run_zoo(job: Job, answer: int) -> None:
-    """In the child: be `zoo`."""
-    for descriptor, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(job.log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    operations = _Operations(job, answer)
+def watched_zoo() -> None:
+    """Be `zoo` with the arguments of the job that is this process's only argument."""
+    job = Job(**json.loads(sys.argv[1]))
+    operations = _Operations(job, os.open(job.log + ".answer", os.O_WRONLY | os.O_CREAT | os.O_APPEND))
     sys.addaudithook(operations)
     from coreai_zoo.cli.app import main
 
-    sys.argv[:] = ["zoo", *job.arguments]
+    sys.argv[1:] = job.arguments
     try:
         main()
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    except SystemExit:
         operations.answer()
-        os._exit(int(end.code or 0))
-
-
-def _signal_when_due(job: Job, child: int) -> None:
-    while not Path(str(job.appears)).exists():
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return
-        time.sleep(0.0002)
-    time.sleep(job.seconds)
-    os.kill(child, job.signal)
-
-
-def _serve() -> None:
-    import coreai.authoring
-    import coreai.runtime  # noqa: F401
-    import coreai_torch  # noqa: F401
-    import torch
-
-    import coreai_zoo.cli.build  # noqa: F401
-
-    assert torch.get_num_threads() == 1  # threads would not survive the fork
-    for line in sys.stdin:
-        job = Job(**json.loads(line))
-        reader, writer = os.pipe()
-        # A shell that starts the tests in the background has them ignore Ctrl-C, and a child would inherit that.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        child = os.fork()
-        if not child:
-            _run_zoo(job, writer)
-            os._exit(99)
-        os.close(writer)
-        if job.appears is not None:
-            _signal_when_due(job, child)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        with os.fdopen(reader, "rb") as answer:
-            answers = answer.read().splitlines() or [b'{"operations": -1, "last": ""}']
-        found = json.loads(answers[0])
-        print(json.dumps({"status": status, **found}), flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+        raise

@@ -30,6 +30,7 @@ from attrs import evolve, frozen
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import forked
 import toy_plugin
 from coreai_zoo import composites
 from coreai_zoo.backend import Constant, drain
@@ -488,6 +489,12 @@ def run_here(call: str, *, directory: Path, **environment: str) -> subprocess.Po
     )
 
 
+def run_forked(call: str, *, directory: Path) -> subprocess.CompletedProcess[str]:
+    """The same where the start does not matter; to its end."""
+    code = f"from pathlib import Path; import test_coreai_backend as here; here.{call}"
+    return forked.run(code, cwd=directory, call="forked:execute", timeout=600)
+
+
 def answer(process: subprocess.Popen[str]) -> str:
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
@@ -864,8 +871,8 @@ def test_a_disk_that_fills_in_the_toolchains_own_writer_is_said(
 ) -> None:
     room = (hybrids["dense"].path / "main.mlirb").stat().st_size // 2
     call = f"save_on_a_small_disk(Path({str(hybrids['dense'].store.directory)!r}), {room})"
-    process = run_here(call, directory=tmp_path)
-    _, errors = process.communicate(timeout=600)
+    process = run_forked(call, directory=tmp_path)
+    errors = process.stderr
     assert process.returncode == EnvironmentLacks.exit_code
     assert errors.splitlines()[-1].startswith("error: There is no space left to write small.aimodel; ")
     assert "LLVM" not in errors
@@ -900,7 +907,9 @@ def test_a_damaged_asset_is_an_error_and_not_the_end_of_the_process(toy_asset: C
         (tmp_path / "assets" / f"{name}.aimodel" / "main.mlirb").write_bytes(content)
     shutil.copytree(toy_asset.path, tmp_path / "assets" / "absent.aimodel")
     (tmp_path / "assets" / "absent.aimodel" / "main.mlirb").unlink()
-    said = answer(run_here("load_damaged(Path('assets'))", directory=tmp_path)).splitlines()
+    process = run_forked("load_damaged(Path('assets'))", directory=tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    said = process.stdout.splitlines()
     assert [line.partition(":")[0] for line in said] == [name for name in ("absent", *sorted(damages)) for _ in "12"]
     for read, run in zip(said[::2], said[1::2], strict=True):
         assert "cannot be read" in read

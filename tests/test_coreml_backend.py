@@ -28,6 +28,7 @@ from attrs import evolve, frozen
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import forked
 from attack import ENTRIES
 from checkpoints import tiny_checkpoint
 from command import zoo
@@ -439,18 +440,20 @@ def test_another_process_writes_the_same_bytes(built: Samples, tmp_path: Path) -
 
 
 def test_a_build_that_was_killed_while_it_wrote_the_package_resumes(tiny: Built, tmp_path: Path) -> None:
-    zoo, checkpoint = str(Path(sys.executable).with_name("zoo")), str(tiny.resolved.checkpoint.directory)
-    command = [zoo, "build", ENTRIES["dense"], "--checkpoint", checkpoint, "--custom", "--backend", "coreml"]
+    checkpoint = str(tiny.resolved.checkpoint.directory)
+    command = ["build", ENTRIES["dense"], "--checkpoint", checkpoint, "--custom", "--backend", "coreml"]
     command += ["--max-context", str(CONTEXT), "-o", str(tmp_path), "--json", "--progress", "json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as progress, forked.Process(*command, stderr=writer) as process:
+        os.close(writer)
+        for line in progress:
             if '"stage": "lower", "state": "start"' in line:
                 process.kill()
-    assert process.returncode == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
     model = tiny.bundle.directory
     assert not (tmp_path / model.name).exists()
-    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    again = forked.run(*command)
+    assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["weights"] == {
         "computed": 0,
         "reused": len(tiny.resolved.weights.tensors),
@@ -473,18 +476,18 @@ def test_the_gate_runs_a_package_in_the_interpreter_and_leaves_its_logits(
 ) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(built["dense"].bundle.directory, bundle)
-    zoo = Path(sys.executable).with_name("zoo")
-    command = [zoo, "gate", str(bundle), "--prompts", "code", "--positions", "16", "--no-control"]
-    refused = subprocess.run([*command, "--candidate", "coreai"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "is a coreml bundle, which the candidate coreai cannot run" in refused.stderr
-    subprocess.run([*command, "--candidate", "mil"], capture_output=True, text=True, check=True)
+    command = ["gate", str(bundle), "--prompts", "code", "--positions", "16", "--no-control"]
+    refused = zoo(*command, "--candidate", "coreai")
+    assert refused.exit_code == 2 and "is a coreml bundle, which the candidate coreai cannot run" in refused.stderr
+    judged = zoo(*command, "--candidate", "mil")
+    assert judged.exit_code == 0, judged.output
     (prompt,) = json.loads((bundle / "gate" / "transcript.json").read_text())["prompts"]
     assert prompt["candidate"].endswith(".mlpackage on the mil runtime")
     (stored,) = (bundle / "gate").glob("logits-*.npz")
     kept, tokens = np.load(stored), built["dense"].tokens()[:16]
     assert kept["tokens"].tolist() == prompt["tokens"] == tokens
     assert np.array_equal(kept["logits"], stepped("dense")["logits"][:16])
-    assert subprocess.run([zoo, "verify", str(bundle)], capture_output=True, check=False).returncode == 0
+    assert zoo("verify", bundle).exit_code == 0
 
 
 def test_card_and_record_say_what_was_not_done(built: Samples) -> None:
@@ -576,10 +579,8 @@ def test_a_state_beyond_the_limits_of_core_ml_is_refused(change: dict[str, Any],
     ],
 )
 def test_what_the_backend_cannot_write_leaves_the_output_alone(options: list[str], words: str, tmp_path: Path) -> None:
-    zoo = Path(sys.executable).with_name("zoo")
-    command = [zoo, "build", ENTRIES["dense"], "--sample", "--backend", "coreml", "-o", str(tmp_path / "out"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and words in done.stderr
+    done = zoo("build", ENTRIES["dense"], "--sample", "--backend", "coreml", "-o", tmp_path / "out", *options)
+    assert done.exit_code == 2 and words in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -595,10 +596,9 @@ def test_a_package_edited_by_hand_is_not_run(part: str, built: Samples, tmp_path
     shutil.copytree(built["dense"].bundle.directory, bundle)
     (path,) = bundle.rglob(part)
     edited(path)
-    zoo = Path(sys.executable).with_name("zoo")
     for command, words in ((["verify", str(bundle)], "was changed"), (["run", str(bundle), "-p", "x"], "was changed")):
-        done = subprocess.run([zoo, *command], capture_output=True, text=True, check=False)
-        assert done.returncode == 1 and words in done.stdout + done.stderr
+        done = zoo(*command)
+        assert done.exit_code == 1 and words in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from attrs import frozen
 
+import forked
 from checkpoints import tiny_checkpoint
 from command import hear_interruptions
 from coreai_zoo import interruption
@@ -47,53 +49,66 @@ class Outcome:
     lines: tuple[str, ...]
 
 
-def started(command: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
-    """The command, once it answers Ctrl-C; its temporary files are in `folder`."""
-    process = subprocess.Popen(
-        command,
-        # torch keeps a cache among the temporary files, interrupted or not.
-        env={**os.environ, "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder.with_name("torch"))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_interruptions,  # noqa: PLW1509  # no threads
-    )
+def started(arguments: tuple[str, ...], folder: Path, *, fresh: bool) -> subprocess.Popen[str] | forked.Process:
+    """`zoo`, once it answers Ctrl-C; its temporary files are in `folder`."""
+    # torch keeps a cache among the temporary files, interrupted or not.
+    environment = {**os.environ, "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder.with_name("torch"))}
+    process: subprocess.Popen[str] | forked.Process
+    if fresh:
+        process = subprocess.Popen(
+            (*ZOO, *arguments),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=hear_interruptions,  # noqa: PLW1509  # no threads
+        )
+    else:
+        process = forked.Process(*arguments, env=environment)
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt:"))
-        if int(caught.split()[1], 16) >> (signal.SIGALRM - 1) & 1:  # the last that is installed before all imports
-            break
+        with contextlib.suppress(FileNotFoundError):  # it ended just now, and is no child of ours
+            caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt:"))
+            if int(caught.split()[1], 16) >> (signal.SIGALRM - 1) & 1:  # the last that is installed before all imports
+                break
         time.sleep(0.001)
     return process
 
 
-def interrupted(command: tuple[str, ...], after: float, folder: Path) -> Outcome:
-    """Interrupt `command` after so many seconds."""
-    process = started(command, folder)
-    try:
-        _, said = process.communicate(timeout=after)
-        return Outcome(None, process.returncode, tuple(filter(None, said.splitlines())))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-    try:
-        _, said = process.communicate(timeout=120)
-    finally:
-        process.kill()
+def interrupted(arguments: tuple[str, ...], after: float, folder: Path, *, fresh: bool) -> Outcome:
+    """Interrupt a command after so many seconds."""
+    with started(arguments, folder, fresh=fresh) as process:
+        try:
+            _, said = process.communicate(timeout=after)
+            return Outcome(None, process.returncode or 0, tuple(filter(None, said.splitlines())))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+        try:
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode is not None
     finished = process.returncode == 0  # its work was done, and only the interpreter's own end was left
     return Outcome(None if finished else after, process.returncode, tuple(filter(None, said.splitlines())))
 
 
-def attempts(command: Callable[[int], tuple[str, ...]], folder: Path, tries: int = TRIES) -> list[Outcome]:
-    """Run a command once undisturbed, then interrupt it at moments that are spread over that time."""
+def attempts(
+    command: Callable[[int], tuple[str, ...]], folder: Path, tries: int = TRIES, *, fresh: bool = NIGHTLY
+) -> list[Outcome]:
+    """Run a command once undisturbed, then interrupt it at moments that are spread over that time.
+
+    That begins with the imports where the processes are `fresh`. They take most of the time of any command, and are
+    the same, so by day one command shows what becomes of them, and the others have their moments where they work.
+    """
     folder.mkdir()
     before = time.monotonic()
-    undisturbed = started(command(0), folder)
-    assert undisturbed.communicate()[1] is not None and undisturbed.returncode == 0
+    with started(command(0), folder, fresh=fresh) as undisturbed:
+        assert undisturbed.communicate()[1] is not None and undisturbed.returncode == 0
     seconds = time.monotonic() - before
     dice = random.Random(130)
     moments = [(number, (number + dice.random()) / tries * seconds) for number in range(tries)]
     with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(lambda at: interrupted(command(1 + at[0]), at[1], folder), moments))
+        outcomes = list(pool.map(lambda at: interrupted(command(1 + at[0]), at[1], folder, fresh=fresh), moments))
     assert [path.name for path in folder.iterdir()] == [], "temporary files are left"
     cut_short = [outcome for outcome in outcomes if outcome.after is not None]
     assert len(cut_short) >= tries // 2  # a machine that was busy the first time lets the last ones finish
@@ -125,7 +140,11 @@ def test_a_command_that_reads_a_bundle_can_be_interrupted_anywhere(
     options = ("-p", "def main(", "-n", "40") if command == "run" else ()
     before = files(bundle.directory)
 
-    outcomes = attempts(lambda _: (*ZOO, command, str(bundle.directory), *options), tmp_path / "temporary")
+    outcomes = attempts(
+        lambda _: (command, str(bundle.directory), *options),
+        tmp_path / "temporary",
+        fresh=NIGHTLY or command == "run",
+    )
 
     assert {outcome.lines for outcome in outcomes} == {("interrupted",)}
     assert files(bundle.directory) == before
@@ -138,7 +157,7 @@ def test_a_gate_can_be_interrupted_anywhere(bundle: Bundle, tmp_path: Path) -> N
     before = files(bundle.directory)
 
     outcomes = attempts(
-        lambda number: (*ZOO, "gate", str(bundle.directory), *options, "-o", str(tmp_path / f"gate-{number}")),
+        lambda number: ("gate", str(bundle.directory), *options, "-o", str(tmp_path / f"gate-{number}")),
         tmp_path / "temporary",
     )
 
@@ -155,7 +174,7 @@ def test_a_build_can_be_interrupted_anywhere(tmp_path: Path) -> None:
 
     def command(number: int) -> tuple[str, ...]:
         where = ("--checkpoint", checkpoint, "--custom", "--json", "-o", str(tmp_path / f"output-{number}"))
-        return (*ZOO, "build", ENTRY, *where)
+        return ("build", ENTRY, *where)
 
     outcomes = attempts(command, tmp_path / "temporary")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
+import forked
 from checkpoints import tiny_checkpoint
 from command import hear_interruptions, zoo
 from coreai_zoo.build.design import design
@@ -24,7 +25,6 @@ from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import EventReporter
 
-ZOO = (sys.executable, "-c", "from coreai_zoo.cli.app import main; main()")
 Disk = Callable[[str], Path]
 
 
@@ -56,7 +56,7 @@ def small_disk(tmp_path: Path) -> Iterator[Disk]:
 
 def build(checkpoint: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
     arguments = ("build", "qwen3.6-27b", "--checkpoint", checkpoint, "--custom", "-o", output, *more)
-    return subprocess.run([*ZOO, *map(str, arguments)], capture_output=True, text=True, check=False)
+    return forked.run(*arguments)
 
 
 def test_a_bundle_that_does_not_fit_on_its_disk_is_refused_with_the_numbers(

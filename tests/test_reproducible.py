@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -14,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked
 from checkpoints import read_weights, tiny_checkpoint, write_json, write_weights
 from shared import Shared
 
 ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
-ZOO = (sys.executable, "-c", "from coreai_zoo.cli.app import main; main()")
 EPOCH = 1_700_000_000
 
 # Of the interpreter, of torch, and of everything that a program may ask the system for.
@@ -35,15 +36,9 @@ SURROUNDINGS: tuple[Mapping[str, str], Mapping[str, str]] = (
 
 
 def zoo(*arguments: object, cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
-    return subprocess.run(
-        [*ZOO, *map(str, arguments)],
-        env={**environment, **settings},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """`zoo` in a process of its own."""
+    environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"} | settings
+    return forked.run(*arguments, cwd=cwd, env=environment)
 
 
 def build(kind: str, checkpoint: Path, cwd: Path, **settings: str) -> Path:
@@ -78,19 +73,50 @@ def dated(dense: Path, shared: Shared) -> Path:
     return record.parent
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_two_processes_in_other_surroundings_give_the_same_bytes(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str
-) -> None:
-    checkpoint = request.getfixturevalue(kind)
-    places = (tmp_path / "a", tmp_path / "another place" / "deeper")
+# Commands one after the other, in one process.
+_COMMANDS = """
+import json, sys
+from coreai_zoo.cli.app import cli
+for command in json.loads(sys.argv[1]):
+    cli.main(command, prog_name="zoo", standalone_mode=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def places(dense: Path, moe: Path, shared: Shared) -> list[Path]:
+    """Folders in which a process has built both checkpoints, each in surroundings and in an order of its own."""
+    checkpoints = {"dense": dense, "moe": moe}
+
+    def fill(number: int, folder: Path) -> None:
+        kinds = sorted(checkpoints, reverse=bool(number))
+        options = ("--custom", "--json", "-o")
+        where = ("a", "another place/deeper")[number]
+        commands = [
+            ["build", ENTRIES[kind], "--checkpoint", str(checkpoints[kind]), *options, f"{where}/{kind}"]
+            for kind in kinds
+        ]
+        result = subprocess.run(
+            [sys.executable, "-c", _COMMANDS, json.dumps(commands)],
+            env={key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"} | SURROUNDINGS[number],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(
-            lambda place, settings: contents(build(kind, checkpoint, place, **settings)), places, SURROUNDINGS
+        return list(
+            pool.map(lambda number: shared.folder(f"surroundings-{number}", functools.partial(fill, number)), (0, 1))
         )
 
-    assert sorted(one) == sorted(other)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_two_processes_in_other_surroundings_give_the_same_bytes(places: list[Path], kind: str) -> None:
+    one, other = (contents(next(place.rglob(kind))) for place in places)
+
+    assert one and sorted(one) == sorted(other)
     assert [name for name in one if one[name] != other[name]] == []
 
 

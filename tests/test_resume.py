@@ -20,7 +20,7 @@ import pytest
 
 from checkpoints import tiny_checkpoint
 from coreai_zoo.weights.store import JOURNAL, WeightStore
-from killing import Job, Outcome, Zoo
+from killing import Job, Outcome, run
 from suite import NIGHTLY
 
 NAME = "qwen3_6_27b_custom_decode_int8hu_block32_sym"
@@ -43,7 +43,6 @@ class Undisturbed:
 class Place:
     """Where a chain builds."""
 
-    zoo: Zoo
     checkpoint: Path
     folder: Path
 
@@ -62,7 +61,7 @@ class Place:
 
     def run(self, **kill: object) -> Outcome:
         self.folder.mkdir(exist_ok=True)
-        return self.zoo.run(Job(self.arguments, str(self.folder / "log"), str(self.output), **kill))  # type: ignore[arg-type]
+        return run(Job(self.arguments, str(self.folder / "log"), str(self.output), **kill))  # type: ignore[arg-type]
 
     def log(self, suffix: str) -> str:
         return (self.folder / f"log{suffix}").read_text()
@@ -86,26 +85,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def zoos() -> Iterator[tuple[Zoo, Zoo]]:
-    with Zoo() as first, Zoo() as second:
-        yield first, second
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("resume") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(zoos: tuple[Zoo, Zoo], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    def build(number: int, after: str) -> tuple[Place, int]:
-        place = Place(zoos[number], checkpoint, tmp_path_factory.mktemp("undisturbed"))
+def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    def build(after: str) -> tuple[Place, int]:
+        place = Place(checkpoint, tmp_path_factory.mktemp("undisturbed"))
         outcome = place.run(after=after)
         assert outcome.status == 0, place.log(".err")
         return place, outcome.operations
 
     with ThreadPoolExecutor(2) as pool:
-        (place, total), (again, late) = pool.map(build, (0, 1), ("", ".aimodel"))
+        (place, total), (again, late) = pool.map(build, ("", ".aimodel"))
     assert place.bundle() == again.bundle()
     weights = json.loads(place.log(".out"))["weights"]
     assert weights["reused"] == 0
@@ -155,25 +148,24 @@ def run_chain(chain: int, place: Place, whole: Undisturbed) -> int:
 
 @pytest.mark.slow
 def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(
-    zoos: tuple[Zoo, Zoo], checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed
+    checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     assert undisturbed.before_lowering > 100 and undisturbed.from_lowering > 30
 
-    def run(number: int) -> list[int]:
-        places = {chain: Place(zoos[number], checkpoint, tmp_path / str(chain)) for chain in RUN[number::2]}
-        return [run_chain(chain, place, undisturbed) for chain, place in places.items()]
+    def killed_in(chain: int) -> int:
+        return run_chain(chain, Place(checkpoint, tmp_path / str(chain)), undisturbed)
 
     with ThreadPoolExecutor(2) as pool:
-        killed = sum(sum(part) for part in pool.map(run, (0, 1)))
+        killed = sum(pool.map(killed_in, RUN))
     assert killed >= (30 if NIGHTLY else 9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["weights", "lower"])
 def test_an_interrupted_build_says_how_to_resume_and_does(
-    zoos: tuple[Zoo, Zoo], checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed, stage: str
+    checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed, stage: str
 ) -> None:
-    place = Place(zoos[0], checkpoint, tmp_path / "build")
+    place = Place(checkpoint, tmp_path / "build")
     if stage == "weights":
         outcome = place.run(survive=undisturbed.before_lowering // 2, signal=int(signal.SIGINT))
     else:

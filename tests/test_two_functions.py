@@ -21,6 +21,7 @@ import pytest
 from attrs import evolve
 from torch import Tensor
 
+import forked
 import toys
 from checkpoints import write_json
 from command import zoo
@@ -60,17 +61,18 @@ def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
     return ["build", "toy-mean", "--checkpoint", checkpoint, "-o", str(output), "--json", *more]
 
 
-def built_apart(inputs: Path, output: Path, seed: int) -> None:
-    """Build both functions in a process of its own, its hashes seeded with `seed`."""
-    command = [sys.executable, toys.__file__, str(inputs / "toy.toml"), *arguments(inputs, output)]
-    environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
-    subprocess.run([*command, "--contract", "toy-pair"], check=True, capture_output=True, env=environment)
+def built_apart(inputs: Path, output: Path) -> None:
+    """Build both functions in a process of its own, whose hashes have the seed 1."""
+    command = [str(inputs / "toy.toml"), *arguments(inputs, output), "--contract", "toy-pair"]
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    built = forked.run(*command, env=environment, call="toys:main")
+    assert built.returncode == 0, built.stderr
 
 
 @pytest.fixture(scope="module")
 def pair(inputs: Path, shared: Shared) -> Bundle:
     """The bundle of both functions."""
-    return Bundle.open(shared.folder("toy-pair", lambda folder: built_apart(inputs, folder, seed=1)) / NAME)
+    return Bundle.open(shared.folder("toy-pair", lambda folder: built_apart(inputs, folder)) / NAME)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,9 @@ def test_weights_of_both_functions_are_stored_once(pair: Bundle, step_only: Bund
 def test_builds_in_processes_with_other_hash_seeds_have_the_same_bytes(
     pair: Bundle, inputs: Path, tmp_path: Path
 ) -> None:
-    built_apart(inputs, tmp_path, seed=77)
+    command = [sys.executable, toys.__file__, str(inputs / "toy.toml"), *arguments(inputs, tmp_path)]
+    environment = {**os.environ, "PYTHONHASHSEED": "77"}
+    subprocess.run([*command, "--contract", "toy-pair"], check=True, capture_output=True, env=environment)
     files = sorted(path.relative_to(pair.directory) for path in pair.directory.rglob("*") if path.is_file())
     assert sorted(p.relative_to(tmp_path / NAME) for p in (tmp_path / NAME).rglob("*") if p.is_file()) == files
     assert [

@@ -42,6 +42,11 @@ def host(plugin: toy_plugin.ToyPlugin) -> Plugins:
     return plugins
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`zoo`, with the entry that is the first argument."""
     entry, *arguments = sys.argv[1:]
     cli.main(arguments, prog_name="zoo", obj=host(toy_plugin.ToyPlugin(Path(entry))))
+
+
+if __name__ == "__main__":
+    main()
