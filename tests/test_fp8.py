@@ -183,7 +183,7 @@ def test_a_build_says_what_the_weights_were(tmp_path: Path) -> None:
     assert made.exit_code == 0, made.output
     assert "FP8 with a scale for each block of 128 x 128" in made.output
     (bundle,) = (path for path in (tmp_path / "out").iterdir() if not path.name.startswith("."))
-    said = "FP8 with a scale for each block of 128 x 128 and bfloat16"
+    said = "FP8 with a scale for each block of 128 x 128, bfloat16"
     assert json.loads((bundle / "build.json").read_text())["source"]["precision"] == said
     assert said in (bundle / "README.md").read_text()
 
