@@ -143,6 +143,14 @@ def built(shared: Shared) -> Callable[[str, str], Bundle]:
 
 
 @pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `traces.trace_once`; not for tests of what is traced, nor for those that edit the overlay."""
+    from traces import trace_once  # torch is not for the quick tests
+
+    trace_once(monkeypatch)
+
+
+@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub on this machine, which `huggingface_hub` uses in this process; see `Hub.environment` for others."""
     with Hub(tmp_path / "huggingface") as server:

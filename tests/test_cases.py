@@ -26,6 +26,7 @@ CASES = [case["name"] for case in make_cases.CASES]
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 256, 40)]
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("name", CASES)
 def test_an_odd_checkpoint_comes_out_right(name: str, tmp_path: Path) -> None:
     with quiet_transformers():
