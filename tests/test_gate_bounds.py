@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations
 from coreai_zoo.gates.bounds import check_bounds, check_control
 from coreai_zoo.gates.rule import Position, Verdict, compare, router_swaps
+from coreai_zoo.gates.run import _bounds
+from coreai_zoo.plugins import default_plugins
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 
 BOUNDS = Bounds(
@@ -249,3 +252,19 @@ def test_a_control_that_is_wrong_itself_fails_a_bundle_of_any_recipe() -> None:
     failed = [check.name for check in checks if not check.passed]
     assert "control: median relative error" in failed
     assert all(name.startswith("control: ") for name in failed)
+
+
+@pytest.mark.parametrize(
+    ("record", "own"),
+    [
+        ({"sample": True, "entry": {"name": "it", "differences": ["layers is 8"]}}, True),
+        ({"sample": False, "entry": {"name": "it", "differences": []}}, True),
+        ({"sample": False, "entry": {"name": "it", "differences": ["layers is 8"]}}, False),
+        ({"sample": False, "entry": None}, False),
+    ],
+)
+def test_the_familys_bounds_hold_for_samples_and_models_of_entries_alone(record: dict[str, Any], own: bool) -> None:
+    plugins = default_plugins()
+    overlay, _ = plugins.claim_overlay("qwen3_5", {"model_type": "qwen3_5"})
+    bundle: Any = SimpleNamespace(build=record)
+    assert _bounds(bundle, overlay, plugins) is (plugins.gate_bounds(overlay) if own else GENERAL)
