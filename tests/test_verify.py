@@ -208,18 +208,24 @@ class Sums(nn.Module):
         return tuple((total * torch.ones(output.shape)).to(getattr(torch, output.dtype)) for output in self.outputs)
 
 
-def forwarding(count: int) -> type[Sums]:
-    """`Sums` with so many states by name: torch.export wants a dynamic shape for each argument."""
+def forwarding(count: int, inputs: str) -> type[Sums]:
+    """`Sums` with so many states by name: torch.export wants a dynamic shape for each argument.
+
+    Args:
+        count: how many.
+        inputs: its inputs in the order in which it is given them.
+    """
     names = ", ".join(f"state_{index}" for index in range(count))
     space: dict[str, Any] = {"Sums": Sums}
     exec(  # a signature of a given length
-        f"def forward(self, ids, positions, {names}):\n    return Sums.forward(self, ids, positions, {names})", space
+        f"def forward(self, {inputs}, {names}):\n    return Sums.forward(self, ids, positions, {names})", space
     )
     return type("Sums", (Sums,), {"forward": space["forward"]})
 
 
 def net(spec: TraceSpec, mask: Callable[[Tensor, int], Tensor] | None = None) -> nn.Module:
-    return forwarding(len(spec.states))(spec, mask)
+    swapped = spec.inputs[0].name == "position_ids"
+    return forwarding(len(spec.states), "positions, ids" if swapped else "ids, positions")(spec, mask)
 
 
 def put(bundle: Path, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec], **language: Any) -> None:
@@ -436,7 +442,7 @@ def test_states_that_break_a_rule_are_refused_before_any_work_with_the_plugin(
 
     assert result.exit_code == 2
     said = " ".join(result.stderr.splitlines()[-1].split())
-    assert f"by the contract static-s1 this bundle would break rules of {COREAI_MODELS.title}: {words}." in said
+    assert f"by the contract static-s1 this bundle would break rules of {COREAI_MODELS.title}: {words}" in said
     assert "from plugin 'acme'" in said
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
