@@ -19,7 +19,7 @@ from coreai_zoo.entry import Published
 from coreai_zoo.overlay import Role
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import StateSpec
-from coreai_zoo.weights.plan import PlannedTensor, active_share
+from coreai_zoo.weights.plan import PlannedTensor, RoleTotal, active_share
 
 
 @frozen
@@ -71,10 +71,10 @@ class Figures:
     def roles(self) -> tuple[RoleSum, ...]:
         """The weights by role, in the order of the overlay's roles."""
         weights = self.design.weights
-        return tuple(self._sum(weights.roles[name], tensors) for name, tensors in weights.by_role().items())
+        totals = weights.totals()
+        return tuple(self._sum(weights.roles[name], totals[name], of) for name, of in weights.by_role().items())
 
-    def _sum(self, role: Role, tensors: Sequence[PlannedTensor]) -> RoleSum:
-        total = self.design.weights.totals()[role.name]
+    def _sum(self, role: Role, total: RoleTotal, tensors: Sequence[PlannedTensor]) -> RoleSum:
         read = sum(tensor.format.bytes for tensor in tensors)
         return RoleSum(
             role=role.name,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, frozen
 
 from coreai_zoo.checkpoint.headers import TensorInfo
+from coreai_zoo.checkpoint.originals import quantization_sections
 from coreai_zoo.errors import BadInput, listing
 
 if TYPE_CHECKING:
@@ -98,10 +99,9 @@ def fold_scales(
 
 
 def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """`weight_block_size` of a config or of the text config in it, where it is two numbers."""
-    for part in (config, config.get("text_config")):
-        section = part.get("quantization_config") if isinstance(part, Mapping) else None
-        size = section.get("weight_block_size") if isinstance(section, Mapping) else None
+    """`weight_block_size` of a config, wherever it speaks of quantization, where it is two numbers."""
+    for _, section in quantization_sections(config):
+        size = section.get("weight_block_size")
         if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
             return size[0], size[1]
     return None

@@ -85,7 +85,7 @@ def check_original(where: str, config: Mapping[str, Any], dtypes: Mapping[str, s
     Raises:
         NotOriginal: naming the scheme and some of the tensors.
     """
-    said = dict(_said(config))
+    said = dict(quantization_sections(config))
     if mlx := [name for name, section in said.items() if _is_mlx(name, section)]:
         raise NotOriginal(
             f"{where} was converted for MLX, which keeps the names but changes layouts and values: its config.json "
@@ -118,13 +118,13 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: without_quantization(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _said(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Where a config speaks of quantization, at the top or in the config of a part, and what it says there."""
+def quantization_sections(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where a config speaks of quantization, at the top or in the config of a part, and what each place says."""
     for key, value in config.items():
         if key in _SECTIONS and value:
             yield f"{path}{key}", value if isinstance(value, dict) else {}
         elif isinstance(value, dict) and not path:
-            yield from _said(value, f"{key}.")
+            yield from quantization_sections(value, f"{key}.")
 
 
 def _is_mlx(name: str, section: Mapping[str, Any]) -> bool:

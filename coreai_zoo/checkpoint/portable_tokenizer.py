@@ -25,7 +25,7 @@ from coreai_zoo.checkpoint.chat_template import (
 )
 from coreai_zoo.checkpoint.end_of_turn import EndToken, EndTokens, end_tokens
 from coreai_zoo.checkpoint.tokenizer import (
-    added_in_config,
+    added_tokens,
     class_for_engines,
     optional_object,
     token_texts,
@@ -166,7 +166,7 @@ def _remove_templates(folder: Path) -> None:
 
 def _added_tokens(folder: Path) -> Iterator[str]:
     """Engines find every added token in `tokenizer.json`."""
-    missing = added_in_config(folder)
+    _, missing = added_tokens(folder)
     if missing:
         path = folder / "tokenizer.json"
         content = read_object(path)

@@ -121,11 +121,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             tokenizer.model.dropout = None
     except Exception as error:  # tokenizers raises nothing more precise
         raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
-    missing = added_in_config(directory)
+    stored, missing = added_tokens(directory)
     for token in missing:
         add = tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens
         add([AddedToken(**{key: value for key, value in token.items() if key != "id"})])
-    for token in [*_added_tokens(directory), *missing]:
+    for token in (*stored, *missing):
         if (found := tokenizer.token_to_id(token["content"])) != token["id"]:
             raise BadInput(
                 f"{directory} says that the token {token['content']!r} has the id {token['id']}, and its tokenizer "
@@ -135,20 +135,19 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def _added_tokens(directory: Path) -> list[dict[str, Any]]:
-    """The added tokens of `tokenizer.json`, those that have a text and an id."""
+def added_tokens(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The added tokens of `tokenizer.json`, and those that `tokenizer_config.json` alone has, in the same form.
+
+    Only those with a text and an id count; the latter come in the order of their ids.
+    """
     added = read_object(directory / "tokenizer.json").get("added_tokens") or []
-    return [token for token in added if isinstance(token, dict) and {"content", "id"} <= set(token)]
-
-
-def added_in_config(directory: Path) -> list[dict[str, Any]]:
-    """The tokens that `tokenizer_config.json` adds to `tokenizer.json`, as that would have them, by their ids."""
+    stored = [token for token in added if isinstance(token, dict) and {"content", "id"} <= set(token)]
     decoder = optional_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
     if not isinstance(decoder, Mapping):
-        return []
-    known = {token["content"] for token in _added_tokens(directory)}
+        return stored, []
+    known = {token["content"] for token in stored}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return [
+    return stored, [
         {"id": int(number), "content": token["content"], **{flag: bool(token.get(flag)) for flag in flags}}
         for number, token in sorted(decoder.items(), key=lambda item: (len(item[0]), item[0]))
         if isinstance(token, dict) and number.isdecimal() and token.get("content") not in (None, *known)
