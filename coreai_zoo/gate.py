@@ -50,6 +50,14 @@ class Model(Protocol):
         """Teacher-forced: what follows each token, given all up to it."""
 
 
+@runtime_checkable
+class BatchingModel(Model, Protocol):
+    """A model that runs several prompts faster together than one after the other."""
+
+    def run_many(self, prompts: Sequence[Sequence[int]]) -> list[Activations]:
+        """What `run` gives for each prompt."""
+
+
 @frozen
 class ReferenceModel:
     """How the oracle makes the model of an architecture that transformers' Auto classes do not know.

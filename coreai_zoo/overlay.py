@@ -272,6 +272,18 @@ class LayeredDecoder(Protocol):
 
 
 @runtime_checkable
+class BatchedDecoder(LayeredDecoder, Protocol):
+    """A layered decoder whose steps also take the tokens of B prompts at once: a gate runs its prompts side by side.
+
+    Every 1 in front of the shapes is a B then, and the values of a prompt are what they are without the others.
+    """
+
+    @property
+    def batch_axis(self) -> int:
+        """The axis of every state that counts prompts."""
+
+
+@runtime_checkable
 class Overlay(Protocol):
     """A decoder re-authored for export, for one family of architectures.
 

@@ -12,11 +12,11 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from checkpoints import read_weights, tiny_checkpoint, write_weights
+from checkpoints import VOCAB_SIZE, read_weights, tiny_checkpoint, write_weights
 from coreai_zoo.backend import Constant, drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.contracts import STATIC_S1, Contract
+from coreai_zoo.contracts import FIXED_S1, STATIC_S1, Contract
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights, WeightSource
@@ -184,6 +184,26 @@ def test_layer_by_layer_gives_the_bits_of_the_whole_decoder(
     assert np.array_equal(found.logits, expected.numpy())
     assert found.hidden is not None and len(found.hidden) == 5
     assert [layer.shape for layer in found.router_logits or ()] == ([(len(TOKENS), 4)] * 4 if kind == "moe" else [])
+
+
+@pytest.mark.parametrize("contract", [STATIC_S1, FIXED_S1, attrs.evolve(STATIC_S1, query_length=None)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bytes_of_states", [1 << 28, 1 << 15, 1])
+def test_prompts_side_by_side_have_the_bits_that_each_has_alone(
+    kind: Any, contract: Contract, bytes_of_states: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coreai_zoo.gates.layered._STATE_BYTES", bytes_of_states)
+    planned = Planned(Checkpoint.open(tiny_checkpoint(tmp_path, kind)), RECIPES["int8hu"], contract)
+    candidate = planned.candidate(CheckpointWeights("it", planned.checkpoint, planned.plan))
+    prompts = [TOKENS[:3], TOKENS, TOKENS[4:5], TOKENS[::-1], TOKENS[:3]]
+    for prompt, together in zip(prompts, candidate.run_many(prompts), strict=True):
+        alone = candidate.run(prompt)
+        assert together.logits.shape == (len(prompt), VOCAB_SIZE)
+        assert np.array_equal(together.logits, alone.logits)
+        for each in ("hidden", "router_logits"):
+            ours, theirs = getattr(together, each) or (), getattr(alone, each) or ()
+            assert len(ours) == len(theirs)
+            assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_a_candidate_leaves_its_module_as_it_was(tmp_path: Path) -> None:

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations
 from coreai_zoo.gates.weights import WeightSource
-from coreai_zoo.overlay import LayeredDecoder, RoleKind
-from coreai_zoo.signature import InputSpec, TraceSpec
+from coreai_zoo.overlay import BatchedDecoder, LayeredDecoder, RoleKind
+from coreai_zoo.signature import InputSpec, StateSpec, TraceSpec
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import chunk_rows, workers
 
 _WORTH_THREADS = 1 << 22  # elements of a matrix
 HEAD_CHUNK_ELEMENTS = 1 << 25
 """Elements of the head that are multiplied at a time."""
+_STATE_BYTES = 1 << 28  # of all prompts that run side by side: three of 512 tokens for 27 G parameters
 
 
 @define
@@ -62,24 +63,79 @@ class TorchCandidate:
 
     def run(self, tokens: Sequence[int]) -> Activations:
         """Teacher-forced logits in the contract's dtype, hidden states and router logits in float32."""
-        states = [_zeros(state.shape, state.dtype, len(tokens)) for state in self.signature.states]
+        return self.run_many([tokens])[0]
+
+    def run_many(self, prompts: Sequence[Sequence[int]]) -> list[Activations]:
+        """The same of several prompts, as many side by side as the decoder and the memory for their states allow.
+
+        A prompt's values do not depend on what runs beside it.
+        """
+        longest_first = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        found: dict[int, Activations] = {}
+        while longest_first:
+            count = self._side_by_side(len(prompts[longest_first[0]]))
+            places, longest_first = longest_first[:count], longest_first[count:]
+            found |= zip(places, self._run_batch([prompts[place] for place in places]), strict=True)
+        return [found[place] for place in range(len(prompts))]
+
+    def _side_by_side(self, positions: int) -> int:
+        """How many prompts of at most `positions` tokens run at once."""
+        if not isinstance(self.module, BatchedDecoder) or self.signature.query_length != 1:
+            return 1
+        one = sum(_zeros(state.shape, state.dtype, positions).nbytes for state in self.signature.states)
+        return max(1, _STATE_BYTES // max(1, one))
+
+    def _run_batch(self, prompts: Sequence[Sequence[int]]) -> list[Activations]:
+        """Prompts that run at once, the longest first."""
+        lengths = [len(tokens) for tokens in prompts]
+        states = [self._state(state, len(prompts), lengths[0]) for state in self.signature.states]
         routers: dict[str, list[Tensor]] = {}
         with torch.no_grad(), self._watched(routers), self._threads():
-            x = self._embed(tokens)
-            hidden = [torch.cat(x, dim=1)[0].float().numpy()]
+            x = self._calls(prompts)
+            hidden = [_by_prompt(x, lengths)]
             for index, path in enumerate(self.module.layer_paths):
                 with self._filled(path):
-                    length = 0
-                    for place, tensor in enumerate(x):
-                        positions = torch.tensor(self._positions.values([0] * tensor.shape[1], length))
-                        length += tensor.shape[1]
-                        x[place] = self.module.layer(index, tensor, positions.to(torch.int32)[None], states)
-                hidden.append(torch.cat(x, dim=1)[0].float().numpy())
-                self.on_layer()
+                    self._run_layer(index, x, states)
+                hidden.append(_by_prompt(x, lengths))
+                for _ in prompts:
+                    self.on_layer()
             self._buffers.clear()
-            logits = self._logits(torch.cat(x, dim=1))
-        found = [torch.cat(rows).float().numpy() for rows in routers.values()]
-        return Activations(logits.numpy(), hidden, found or None)
+            logits = self._logits(torch.cat(_by_prompt(x, lengths))[None]).split(lengths)
+        chosen = [_by_prompt(calls, lengths) for calls in routers.values()]
+        return [
+            Activations(
+                logits[place].numpy(),
+                [rows[place].float().numpy() for rows in hidden],
+                [rows[place].float().numpy() for rows in chosen] or None,
+            )
+            for place in range(len(prompts))
+        ]
+
+    def _run_layer(self, index: int, x: list[Tensor], states: Sequence[Tensor]) -> None:
+        """Replace the input of each call, [B, S, D], by the output of one layer."""
+        length = 0
+        for place, tensor in enumerate(x):
+            running, count = tensor.shape[:2]
+            positions = torch.tensor(self._positions.values([0] * count, length))
+            length += count
+            x[place] = self.module.layer(
+                index, tensor, positions.to(torch.int32)[None], self._of_first(running, states)
+            )
+
+    def _state(self, spec: StateSpec, prompts: int, capacity: int) -> Tensor:
+        """A fresh state of `prompts` prompts."""
+        one = _zeros(spec.shape, spec.dtype, capacity)
+        if prompts == 1:
+            return one
+        shape = [*one.shape]
+        shape[self.module.batch_axis] = prompts
+        return one.new_zeros(shape)
+
+    def _of_first(self, prompts: int, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The states of the first prompts, in the same memory: those that have ended are the last ones."""
+        if not isinstance(self.module, BatchedDecoder):
+            return states
+        return [state.narrow(self.module.batch_axis, 0, prompts) for state in states]
 
     @property
     def _positions(self) -> InputSpec:
@@ -100,8 +156,21 @@ class TorchCandidate:
 
     # -- the ends
 
-    def _embed(self, tokens: Sequence[int]) -> list[Tensor]:
-        """The input of each call: [1, 1, D] per token, or [1, S, D] at once where the contract allows."""
+    def _calls(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The input of each call: [B, 1, D] per token of the prompts that have one left, or one prompt at once.
+
+        Where the contract allows it a prompt is one call, [1, S, D].
+        """
+        embedded = self._embed([token for tokens in prompts for token in tokens])  # [1, all tokens, D]
+        rows = embedded[0].split([len(tokens) for tokens in prompts])
+        if len(prompts) == 1:
+            return list(embedded.split(self.signature.query_length or embedded.shape[1], dim=1))
+        return [
+            torch.stack([row[place : place + 1] for row in rows if len(row) > place]) for place in range(len(rows[0]))
+        ]
+
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        """[1, tokens, D], with only the rows of the table in memory that they need."""
         distinct, places = torch.tensor(list(tokens)).unique(return_inverse=True)
         planned = self._only("embedding")
         rows = torch.empty(len(distinct), planned.format.columns, dtype=getattr(torch, planned.dtype))
@@ -109,12 +178,14 @@ class TorchCandidate:
             self.weights.read_rows(planned.name, token, token + 1, rows[row : row + 1])
         with self._holding({planned.name: rows}):
             embedded: Tensor = self.module.embed(places[None].to(torch.int32))
-        return list(embedded.split(self.signature.query_length or len(tokens), dim=1))
+        return embedded
 
     def _logits(self, x: Tensor) -> Tensor:
         """[1, P, D] to [P, V], a few rows of the head at a time."""
         planned = self._only("head")
         step = max(1, HEAD_CHUNK_ELEMENTS // planned.format.columns)
+        together = isinstance(self.module, BatchedDecoder)  # rows of one call, or a call for each
+        calls = [x.transpose(0, 1)] if together else x.split(1, dim=1)
         parts = []
         layers = tuple(f"{path}." for path in self.module.layer_paths)
         ends = {planned.name, self._only("embedding").name}
@@ -123,10 +194,8 @@ class TorchCandidate:
             for start in range(0, planned.format.rows, step):
                 rows = self._values(planned, start, min(start + step, planned.format.rows))
                 with self._holding({planned.name: rows}):
-                    parts.append(
-                        torch.cat([self.module.head(x[:, place : place + 1]) for place in range(x.shape[1])], 1)
-                    )
-        return torch.cat(parts, dim=-1)[0]
+                    parts.append(torch.cat([self.module.head(call).flatten(0, 1) for call in calls]))
+        return torch.cat(parts, dim=-1)
 
     def _only(self, kind: RoleKind) -> PlannedTensor:
         found = self.plan.of_kind(kind)
@@ -184,7 +253,7 @@ class TorchCandidate:
 
     @contextlib.contextmanager
     def _watched(self, found: dict[str, list[Tensor]]) -> Iterator[None]:
-        """Within the block, collect every router's output, [tokens, experts] per call, by the router's parameter."""
+        """Within the block, collect every router's output, [B, S, experts] per call, by the router's parameter."""
         with contextlib.ExitStack() as hooks:
             for tensor in self.plan.tensors:
                 if self.plan.roles[tensor.role].router:
@@ -192,10 +261,17 @@ class TorchCandidate:
                     rows = found.setdefault(tensor.name, [])
 
                     def keep(_module: nn.Module, _x: object, output: Tensor, rows: list[Tensor] = rows) -> None:
-                        rows.append(output.flatten(0, -2))
+                        rows.append(output)
 
                     hooks.callback(router.register_forward_hook(keep).remove)
             yield
+
+
+def _by_prompt(calls: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """The rows of each prompt, [P, D], out of calls [B, S, D] of which the prompts that have ended are no part."""
+    if len(lengths) == 1:
+        return [torch.cat(list(calls), dim=1).flatten(0, -2)]
+    return [torch.cat([call[prompt] for call in calls[:length]]) for prompt, length in enumerate(lengths)]
 
 
 def _zeros(shape: Sequence[int | str], dtype: str, capacity: int) -> Tensor:

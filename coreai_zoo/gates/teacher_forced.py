@@ -15,7 +15,7 @@ from coreai_zoo.bounds import Arithmetic, Bounds
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gate import Activations, Model
+from coreai_zoo.gate import Activations, BatchingModel, Model
 from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
 from coreai_zoo.gates.prompts import Strength, TokenizedPrompt, strength
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare
@@ -57,6 +57,9 @@ class Runner:
         positions = sum(len(prompt.tokens) for prompt in prompts)
         detail = f"{self.model.name}, {positions} positions of {len(prompts)} prompt{'s' * (len(prompts) > 1)}"
         with report.stage(stage, detail), report.steps("", sum(map(self.steps, prompts))) as self.ticker.count:
+            if isinstance(self.model, BatchingModel):
+                results = self.model.run_many([prompt.tokens for prompt in prompts])
+                return {prompt.name: result for prompt, result in zip(prompts, results, strict=True)}
             for prompt in prompts:
                 found[prompt.name] = self.model.run(prompt.tokens)
         return found

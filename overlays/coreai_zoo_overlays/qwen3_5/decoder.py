@@ -5,7 +5,7 @@ head is always a matrix of its own, so that it can be quantized by itself. A tie
 tensor, and the host stores it once where both are stored alike.
 Module and parameter names are transformers' own.
 
-Shapes: S new tokens of T so far, D hidden, V vocabulary. Batch is always 1.
+Shapes: S new tokens of T so far, D hidden, V vocabulary. Batch is 1; a gate also runs several prompts side by side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from .states import FixedStates, LayerStates
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm and head; all of them in `forward`, or one at a time (`overlay.LayeredDecoder`)."""
+    """Embedding, layers, norm and head; all of them in `forward`, or one at a time (`overlay.BatchedDecoder`)."""
+
+    batch_axis = 1  # of the states
 
     def __init__(self, config: Qwen35Config) -> None:
         super().__init__()
