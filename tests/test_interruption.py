@@ -29,7 +29,7 @@ from suite import NIGHTLY
 
 ENTRY = "qwen3.6-27b"
 ZOO = (sys.executable, "-m", "coreai_zoo")
-TRIES = int(os.environ.get("ZOO_INTERRUPTIONS", "20" if NIGHTLY else "3"))
+TRIES = int(os.environ.get("ZOO_INTERRUPTIONS", "20" if NIGHTLY else "2"))
 """Of each command; more in a run that looks for what is rare."""
 
 RESUME = "Finished weights are kept. To resume, run:"
