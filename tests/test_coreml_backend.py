@@ -398,9 +398,9 @@ def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: Samples, tmp_pa
 
 def test_signature_and_state_are_read_back(built: Samples) -> None:
     model = built["dense"]
-    assert all(
-        check.passed for check in verify(model.bundle, {"coreml": BACKEND}, default_plugins().tokenizer_classes())
-    )
+    checks = verify(model.bundle, {"coreml": BACKEND}, default_plugins().tokenizer_classes())
+    assert {"files", "signature", "step"} <= {check.name for check in checks}
+    assert [check.name for check in checks if not check.passed] == []
     expected = lowering_module.state_of(model.resolved.modules["main"], model.resolved.weights)
     read = BACKEND.state(model.package, "main", expected)
     assert list(read) == list(expected)
@@ -421,6 +421,13 @@ def test_its_program_as_data_names_every_stored_weight(kind: str, built: Samples
     assert len(writes) == len(model.bundle.signature.states)
 
 
+def contents(bundle: Path) -> dict[str, bytes]:
+    """Every file of a bundle."""
+    found = {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    assert "build.json" in found
+    return found
+
+
 def test_another_process_writes_the_same_bytes(tiny: Built, tmp_path: Path) -> None:
     zoo = Path(sys.executable).with_name("zoo")
     options = ["--checkpoint", tiny.resolved.checkpoint.directory, "--custom", "--backend", "coreml"]
@@ -436,12 +443,7 @@ def test_another_process_writes_the_same_bytes(tiny: Built, tmp_path: Path) -> N
     )
     # All of it is the zoo's own: nothing of coremltools reaches the terminal.
     assert not [line for line in done.stderr.splitlines() if "coremltools" in line or "Torch version" in line]
-    model = tiny.bundle
-    again = tmp_path / "again" / model.directory.name
-    files = sorted(path.relative_to(model.directory) for path in model.directory.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
-    for path in files:
-        assert (model.directory / path).read_bytes() == (again / path).read_bytes(), path
+    assert contents(tmp_path / "again" / tiny.bundle.directory.name) == contents(tiny.bundle.directory)
 
 
 def test_a_build_that_was_killed_while_it_wrote_the_package_resumes(tiny: Built, tmp_path: Path) -> None:
@@ -463,8 +465,7 @@ def test_a_build_that_was_killed_while_it_wrote_the_package_resumes(tiny: Built,
         "computed": 0,
         "reused": len(tiny.resolved.weights.tensors),
     }
-    for path in (path for path in model.rglob("*") if path.is_file()):
-        assert (tmp_path / model.name / path.relative_to(model)).read_bytes() == path.read_bytes(), path
+    assert contents(tmp_path / model.name) == contents(model)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or "work" in path.name] == []
 
 
@@ -472,8 +473,7 @@ def test_the_second_build_of_a_process_has_the_bytes_of_the_first(tiny: Built, t
     options = {"checkpoint": tiny.resolved.checkpoint.directory, "sample": False, "custom": True}
     bundles = [build("dense", tmp_path / letter, **options).bundle.directory for letter in "ab"]
     for bundle in bundles:
-        for path in (path for path in tiny.bundle.directory.rglob("*") if path.is_file()):
-            assert (bundle / path.relative_to(tiny.bundle.directory)).read_bytes() == path.read_bytes(), path
+        assert contents(bundle) == contents(tiny.bundle.directory)
 
 
 def test_the_gate_runs_a_package_in_the_interpreter_and_leaves_its_logits(
