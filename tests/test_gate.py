@@ -155,6 +155,23 @@ def test_the_overlay_on_the_assets_weights_agrees_and_two_bundles_stand_side_by_
     assert f"Beside {worse.name}" in page
 
 
+@pytest.mark.slow
+def test_with_sensitivity_the_gate_says_of_a_bundle_what_the_command_of_that_name_says(original: Path) -> None:
+    options = ("--positions", "3", "--json")
+
+    asked, expected = zoo("gate", original, "--sensitivity", *options), zoo("sensitivity", original, *options)
+
+    assert (asked.exit_code, expected.exit_code) == (0, 0), asked.output + expected.output
+    assert json.loads(asked.stdout) == json.loads(expected.stdout)
+    assert {part["role"] for part in json.loads(asked.stdout)["parts"]} == {
+        "attention",
+        "gdn.in",
+        "gdn.out",
+        "head",
+        "mlp",
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refused before anything runs
 # ---------------------------------------------------------------------------------------------------------------------

@@ -237,7 +237,9 @@ def test_a_result_is_kept_and_belongs_to_its_inputs_only(dense: Path, tmp_path: 
     again, kept = counted(directory, tmp_path / "cache")
     assert (computed, kept) == (4, 0)
     assert np.array_equal(first.logits, again.logits)
-    assert all(map(np.array_equal, first.hidden or (), again.hidden or ()))
+    assert first.hidden is not None and again.hidden is not None
+    assert [state.shape for state in again.hidden] == [(len(TOKENS), 32)] * 5  # the embeddings, and after each layer
+    assert [np.array_equal(*pair) for pair in zip(first.hidden, again.hidden, strict=True)] == [True] * 5
     assert again.router_logits is None
     assert counted(directory, tmp_path / "cache", TOKENS[:-1])[1] == 4
     assert counted(directory, tmp_path / "cache", dtype="bfloat16")[1] == 4
