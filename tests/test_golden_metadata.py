@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from attrs import evolve
 
+from command import zoo
+from coreai_zoo.build.pipeline import BuildResult
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.errors import BadInput
+from coreai_zoo.review import check
 from coreai_zoo.review.golden_metadata import golden_metadata_path, metadata_differences
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -82,3 +85,19 @@ def test_a_golden_file_that_cannot_be_used_is_refused(
         path.write_text(damage, encoding="utf-8")
     with pytest.raises(BadInput, match=r"metadata\.toml"):
         metadata_differences(built(SAMPLES[0], "int8hu"), tmp_path)
+
+
+def test_zoo_check_builds_a_sample_of_other_metadata_and_fails_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Callable[[str, str], Bundle]
+) -> None:
+    path = golden_metadata_path(tmp_path)
+    path.parent.mkdir()
+    text = golden_metadata_path(GOLDENS).read_text(encoding="utf-8")
+    path.write_text(text.replace("value = 4096", "value = 4095"), encoding="utf-8")
+    result = BuildResult.of_existing(built(SAMPLES[0], "int8hu"))
+    monkeypatch.setattr(check, "build", lambda *_: result)
+
+    (outcome,) = json.loads(zoo("check", "--only", "samples", "--goldens", tmp_path, "--json").stdout)["checks"]
+
+    assert not outcome["passed"]
+    assert "language.max_context_length is 4096, not 4095: a conversation grows up to it" in outcome["detail"]

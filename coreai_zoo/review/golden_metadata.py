@@ -15,6 +15,7 @@ from typing import Any
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.metadata import leaves
 from coreai_zoo.errors import BadInput
+from coreai_zoo.names import slug
 
 
 def golden_metadata_path(folder: Path) -> Path:
@@ -54,9 +55,10 @@ def _read(path: Path) -> Mapping[str, Mapping[str, Any]]:
 def _wanted(row: Mapping[str, Any], bundle: Bundle) -> Any:
     """The value that a row gives for a bundle."""
     if "values" in row:
-        return row["values"].get(bundle.entry)
+        return row["values"].get(bundle.build["facts"].get("ffn"))
     if "date_of" not in row:
-        return row["value"]
+        value = row["value"]
+        return value.replace("{entry}", slug(str(bundle.entry))) if isinstance(value, str) else value
     seconds = dt.timedelta(seconds=int(bundle.build[row["date_of"]]))
     return (dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + seconds).strftime("%Y-%m-%dT%H:%M:%SZ")
 
