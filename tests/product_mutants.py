@@ -118,6 +118,10 @@ def _sample(metadata: dict[str, Any], build: dict[str, Any]) -> None:
     metadata["user_data"] = {}
 
 
+def _depth(metadata: dict[str, Any], build: dict[str, Any]) -> None:
+    build["facts"]["layers"] = build["layers"] = 64  # bounds are those of a deeper model
+
+
 def _model_definition(bundle: Path, patch: pytest.MonkeyPatch) -> None:
     """In the constant, which both the build and the check of metadata.json go by."""
     patch.setattr(metadata_module, "MODEL_DEFINITION", "coreai_zoo")
@@ -325,6 +329,13 @@ PRODUCT_MUTANTS: Sequence[ProductMutant] = (
     ),
     ProductMutant(
         "sample-not-marked", "metadata", "a sample does not say that it is one", "verify: metadata", _metadata(_sample)
+    ),
+    ProductMutant(
+        "depth-of-another-model",
+        "metadata",
+        "build.json says 64 layers, by which a gate allows larger errors",
+        "verify: source",
+        _metadata(_depth),
     ),
     ProductMutant(
         "ids-exchanged",

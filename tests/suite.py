@@ -73,6 +73,7 @@ THOROUGH = frozenset(
         "read_only",
         "reproducible",
         "resume",
+        "same_tokenizer",
         "samples",
         "sizes",
         "store",

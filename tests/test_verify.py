@@ -196,7 +196,11 @@ class Sums(nn.Module):
     Args:
         spec: the signature.
         mask: what it makes of the keys beyond T: it does not read them, or reads them in vain.
+
+    Where `forgets` is set, the logits are of the new token alone.
     """
+
+    forgets = False
 
     def __init__(self, spec: TraceSpec, mask: Callable[[Tensor, int], Tensor] | None = None) -> None:
         super().__init__()
@@ -213,6 +217,7 @@ class Sums(nn.Module):
             else:
                 state.add_(1)
                 total = total + state.float().sum()
+        total = ids.sum().to(torch.float32) + 1 + 0 * total if self.forgets else total
         return tuple((total * torch.ones(output.shape)).to(getattr(torch, output.dtype)) for output in self.outputs)
 
 
@@ -384,6 +389,17 @@ def test_an_asset_that_reads_beyond_the_positions_so_far_does_not_verify(bundle:
         "after a reset the logits are others where the key / value cache holds nan beyond the positions so far"
     )
     assert not found["step"]["passed"]
+
+
+def test_an_asset_that_carries_nothing_from_token_to_token_does_not_verify(bundle: Path) -> None:
+    forgetful = net(SPEC)
+    forgetful.forgets = True  # type: ignore[assignment]
+    put(bundle, {"main": forgetful}, {"main": SPEC}, max_context_length=32)
+
+    found = checks(bundle)
+
+    assert found["engine"]["passed"] and not found["step"]["passed"], found
+    assert found["step"]["detail"] == "two tokens, and the second has the logits that it has alone"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

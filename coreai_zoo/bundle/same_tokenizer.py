@@ -35,7 +35,7 @@ _TEXTS = (
     "Быстрая лиса. Γρήγορη αλεπού. Straße, Łódź, tiếng Việt, İstanbul.",
     "الثعلب البني. השועל החום. तेज़ लोमड़ी। สุนัขจิ้งจอก",
     "敏捷的棕色狐狸跳过了懒狗。すばやい茶色のキツネが、뜨거운 갈색 여우가.",
-    "0 1 12 123 1234 12345 3.14159 -2e-10 1,000,000 0x1F 2026-11-26 50% $9.99 ½ ٤٢ Ⅲ",
+    "0 1 12 123 1234 12345 3.14159 67890 -2e-10 1,000,000 0x1F 2026-11-26 50% $9.99 ½ ٤٢ Ⅲ",
     " leading,  two,    four\tone tab\t\ttwo\n\n\nlines\r\nand\u00a0no break\u3000wide \u200bnone  \n   trailing   ",
     "def f(x: int = 0) -> str:\n    return f'{x!r:>10}'  # [TODO]\n\nif __name__ == '__main__':\n\tprint(f(1))\n",
     "https://example.org/a_b?c=d&e=%20#f <a href='x'>y</a> {\"k\": [1, null]} \\frac{a}{b} a<|b|>c </s> [INST]",
