@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import types
@@ -170,6 +171,24 @@ def test_with_sensitivity_the_gate_says_of_a_bundle_what_the_command_of_that_nam
         "head",
         "mlp",
     }
+
+
+def test_a_prompt_that_is_left_out_is_told_in_terminal_transcript_and_page(
+    original: Path, cache: Path, tmp_path: Path
+) -> None:
+    options = ("--positions", "24", "--candidate", "torch", "--no-control", "--oracle-cache", cache, "-o", tmp_path)
+
+    result = zoo("gate", original, *options)
+
+    assert result.exit_code == 0, result.output
+    words = "prompt 'long' is left out: it is 512 positions, of which 24 fit"
+    record = json.loads((tmp_path / "transcript.json").read_text(encoding="utf-8"))
+    assert words in record["remarks"] and words in result.stderr
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert words[1:] in page
+    # The chat goes on, and two of its turns end within these positions.
+    (chat,) = (prompt for prompt in record["prompts"] if prompt["name"] == "chat")
+    assert not chat["judged"] or len(chat["stop"]["expected"]) >= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

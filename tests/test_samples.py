@@ -52,7 +52,7 @@ def oracle(plugins: Plugins, built: Callable[[str, str], Bundle]) -> Callable[[s
     @functools.cache
     def run(entry: str) -> tuple[list[int], Activations]:
         directory = find_entry(entry, plugins)[0].sample_directory()
-        tokens = list(tokenize(built(entry, "int8hu"), BUILT_IN["code"]).tokens)
+        tokens = list(tokenize(built(entry, "int8hu"), BUILT_IN["code"], directory).tokens)
         config = json.loads((directory / "config.json").read_text())
         return tokens, whole_model(directory, tokens, config)
 

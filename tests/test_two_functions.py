@@ -195,7 +195,9 @@ def test_verify_checks_both_functions(pair: Bundle, plugins: Plugins) -> None:
     result = zoo("verify", pair.directory, "--json", plugins=plugins)
     assert result.exit_code == 0, result.output
     checks = {check["name"]: check for check in json.loads(result.stdout)}
-    assert set(checks) == {"files", "metadata", "tokenizer", "main.hash", "signature", "engine", "step"}
+    of_asset = {"main.hash", "signature", "states", "engine", "weights", "step"}
+    assert set(checks) == {"files", "metadata", "tokenizer", "source", "checkpoint"} | of_asset
+    assert "tokenizer and weights are not compared with it" in checks["checkpoint"]["detail"]
     assert all(check["passed"] for check in checks.values())
     assert checks["signature"]["detail"].startswith("step: input_ids")
     assert "; pair: input_ids" in checks["signature"]["detail"]
