@@ -20,6 +20,7 @@ QUICK = frozenset(
         "engine",
         "entry",
         "gate_bounds",
+        "gate_power",
         "gate_prompts",
         "gate_report",
         "gate_rule",

@@ -21,6 +21,7 @@ from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
 from coreai_zoo.cli.gate import show
 from coreai_zoo.gate import Activations, GateResult
+from coreai_zoo.gates.power import upper_limit
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
 from coreai_zoo.gates.report import damage, markdown, render, totals
 from coreai_zoo.gates.run import failure
@@ -235,6 +236,43 @@ def test_a_gate_of_a_plugin_that_fails_fails_the_bundle(bundle: Bundle) -> None:
 
     assert record["verdict"]["reasons"] == ["gate speed: too slow"]
     assert not record["verdict"]["passed"]
+
+
+def test_the_verdict_says_everywhere_what_it_could_have_seen(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for harm in ({}, {"flip_at": 7}):
+        record = record_of(bundle, judged(**harm))
+        seen, counts = record["power"], totals(record)
+        assert (
+            (seen["positions"], seen["flips"])
+            == (counts["confident"], counts["flips"])
+            == (counts["confident"], len(harm))
+        )
+        assert seen["excluded_rate"] == upper_limit(len(harm), counts["confident"])
+        assert seen["smoke_test"] and seen["confidence"] == 0.95
+
+        show([record])
+        printed = " ".join(capsys.readouterr().out.split())
+        page = Page()
+        page.feed(render(record))
+        words = " ".join(page.text.split())
+        for text in (printed, words):
+            assert seen["statement"] in text
+            assert "This is a smoke test: fewer than 299 positions" in text
+        rate = seen["statement"].split("a rate above ")[1].split(" is ")[0]
+        card = markdown(record)
+        assert f"more than {rate} of such" in card or (harm and f"up to {rate} of such positions flip" in card)
+        assert "This is a smoke test" in card
+
+
+def test_a_weak_prompt_adds_nothing_to_what_a_gate_could_see(bundle: Bundle) -> None:
+    record = record_of(bundle, judged())
+    judged_margins = [
+        position["margin"] for prompt in record["prompts"] if prompt["judged"] for position in prompt["positions"]
+    ]
+
+    assert record["power"]["positions"] == sum(margin >= 0.1 for margin in judged_margins) <= 2 * P
 
 
 @pytest.mark.parametrize(("control_flips", "source"), [(False, "quantization"), (True, "precision")])

@@ -175,6 +175,7 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
         print_table(table)
         _show_flips(record)
         print_text(_verdict_line(record))
+        print_text(_power_line(record))
 
 
 def _show_flips(record: Mapping[str, Any]) -> None:
@@ -205,3 +206,11 @@ def _verdict_line(record: Mapping[str, Any]) -> str:
     )
     weak = record["verdict"]["weak_prompts_allowed"]
     return line + (f" Weak prompts allowed: {', '.join(weak)}." if weak else "")
+
+
+def _power_line(record: Mapping[str, Any]) -> str:
+    """What the verdict could have seen."""
+    from coreai_zoo.gates.report import power
+
+    seen = power(record)
+    return " ".join(filter(None, [f"{seen.statement}.", seen.caution]))

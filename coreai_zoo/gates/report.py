@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coreai_zoo.gates.charts import Chart, Line, Mark, Rule, decades
+from coreai_zoo.gates.power import CONFIDENCE, Power, percent, percent_above
 
 _SHAPES = {"match": ("dot", "match"), "tie": ("diamond", "tie"), "FLIP": ("cross", "flip")}
 
@@ -43,6 +44,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         record=record,
         against=against,
         totals=totals(record),
+        power=power(record),
         other=None if against is None else totals(against),
         judged=judged,
         refused=[prompt for prompt in record["prompts"] if not prompt["judged"]],
@@ -96,8 +98,8 @@ def markdown(record: Mapping[str, Any]) -> str:
             f"Of {counts['positions']:,} positions, {names}, the most probable next token was the same at "
             f"{counts['matched']:,}. At {counts['ties']:,} it was another, but the reference's two best logits are "
             f"less than {inputs['confident_margin']} apart: a tie. At {counts['flips']:,} it was another although they "
-            f"are further apart, as they are at {counts['confident']:,} positions.{_excluded(counts)} The lowest "
-            f"cosine of the logits is {cosine:.6f}, their median relative error {significant(counts['median_error'])}, "
+            f"are further apart, as they are at {counts['confident']:,} positions.{_excluded(power(record))} The "
+            f"lowest cosine of the logits is {cosine:.6f}, their median relative error {significant(counts['median_error'])}, "
             f"the largest KL divergence {significant(counts['kl'])}."
         )
     if refused := [prompt["name"] for prompt in record["prompts"] if not prompt["judged"]]:
@@ -111,12 +113,21 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _excluded(counts: Mapping[str, Any]) -> str:
-    """The rate of flips that so many positions without one exclude, at 95 %: 0.05 = (1 - rate) ** positions."""
-    if counts["flips"] or not counts["confident"]:
+def power(record: Mapping[str, Any]) -> Power:
+    """What the judged positions of a transcript could show."""
+    counts = totals(record)
+    return Power(counts["confident"], counts["flips"])
+
+
+def _excluded(power: Power) -> str:
+    """What so many positions, and the flips among them, say of the rate of flips: a sentence or two for the card."""
+    if not power.positions:
         return ""
-    rate = 1 - 0.05 ** (1 / counts["confident"])
-    return f" That excludes, at 95 %, that more than {100 * rate:.2g} % of such positions flip."
+    rate, confidence = percent_above(power.excluded_rate), percent(CONFIDENCE)
+    sentence = f"That excludes, at {confidence}, that more than {rate} of such positions flip."
+    if power.flips:
+        sentence = f"So many flips leave possible, at {confidence}, that up to {rate} of such positions flip."
+    return " ".join(["", sentence, *filter(None, [power.caution])])
 
 
 def prompt_totals(prompt: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from coreai_zoo.bundle.card import CARD, with_measurements
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import GateResult
+from coreai_zoo.gates.power import CONFIDENCE, Power
 from coreai_zoo.gates.prompts import WEAK_FRACTION
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict
 from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, attribution
@@ -69,6 +70,7 @@ def transcript(run: Run, report: GateReport) -> dict[str, Any]:
             "reasons": [*report.reasons, *failed_gates],
             "weak_prompts_allowed": list(report.weak_allowed),
         },
+        "power": power_record(_power(report)),
         "bundle": _bundle(run.bundle),
         "inputs": {
             "checkpoint": {
@@ -87,6 +89,24 @@ def transcript(run: Run, report: GateReport) -> dict[str, Any]:
     }
     finite: dict[str, Any] = _finite(record)
     return finite
+
+
+def _power(report: GateReport) -> Power:
+    judged = [result.verdict for result in report.results if result.verdict is not None]
+    return Power(
+        sum(verdict.confident_positions for verdict in judged), sum(len(verdict.confident_flips) for verdict in judged)
+    )
+
+
+def power_record(power: Power) -> dict[str, Any]:
+    """What a number of positions shows, as the transcript has it."""
+    return {
+        **attrs.asdict(power),
+        "confidence": CONFIDENCE,
+        "excluded_rate": power.excluded_rate,
+        "smoke_test": power.smoke_test,
+        "statement": power.statement,
+    }
 
 
 def _bundle(bundle: Bundle) -> dict[str, Any]:
