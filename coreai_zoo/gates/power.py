@@ -80,7 +80,8 @@ def upper_limit(successes: int, trials: int, confidence: float = CONFIDENCE) -> 
 
 def lower_limit(successes: int, trials: int, confidence: float = CONFIDENCE) -> float:
     """The one-sided lower limit of a rate: the rate at which so many or more have the chance 1 - confidence."""
-    return 1.0 - upper_limit(trials - successes, trials, confidence)
+    _require_counts(successes, trials)
+    return _crossing(lambda rate: at_most(successes - 1, trials, rate) > confidence) if successes else 0.0
 
 
 def interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -92,7 +93,7 @@ def interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> tup
 def most_successes(rate: float, trials: int, confidence: float = CONFIDENCE) -> int:
     """The largest number of successes that does not show, at a confidence, that the rate is higher than `rate`."""
     most = 0
-    while most < trials and lower_limit(most + 1, trials, confidence) <= rate:
+    while most < trials and at_most(most, trials, rate) <= confidence:  # else most + 1 or more are too rare
         most += 1
     return most
 
