@@ -269,13 +269,17 @@ def test_the_verdict_says_everywhere_what_it_could_have_seen(
         assert "This is a smoke test" in card
 
 
-def test_a_weak_prompt_adds_nothing_to_what_a_gate_could_see(bundle: Bundle) -> None:
-    record = record_of(bundle, judged())
-    judged_margins = [
-        position["margin"] for prompt in record["prompts"] if prompt["judged"] for position in prompt["positions"]
-    ]
+def test_a_weak_prompt_and_a_tie_add_nothing_to_what_a_gate_could_see(bundle: Bundle) -> None:
+    report = judged()
+    code = report.results[0]
+    assert code.verdict is not None and report.results[2].refused
+    unsure = (evolve(code.verdict.positions[0], margin=0.05), *code.verdict.positions[1:])
+    tied = evolve(code, verdict=evolve(code.verdict, positions=unsure))
+    record = record_of(bundle, evolve(report, results=(tied, *report.results[1:])))
 
-    assert record["power"]["positions"] == sum(margin >= 0.1 for margin in judged_margins) <= 2 * P
+    assert record_of(bundle, report)["power"]["positions"] == 2 * P
+    assert record["power"]["positions"] == 2 * P - 1
+    assert "in 31 positions" in record["power"]["statement"] and "in 31 positions" in render(record)
 
 
 @pytest.mark.parametrize(("control_flips", "source"), [(False, "quantization"), (True, "precision")])
