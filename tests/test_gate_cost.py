@@ -29,17 +29,19 @@ def test_a_position_meets_the_experts_that_are_chosen_and_no_table_is_multiplied
 
 
 def test_the_time_is_the_oracles_at_one_pace_and_all_others_at_the_other() -> None:
-    assert Cost(10, 2, 300, 3).seconds(Pace(100.0, 50.0)) == pytest.approx(30 + 3 * 60)
+    assert Cost("prompts", 10, 2, 300, 3).seconds(Pace(100.0, 50.0)) == pytest.approx(30 + 3 * 60)
 
 
 def test_a_large_gate_tells_its_time_and_a_small_one_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "measured_pace", lambda: Pace(2e11, 2e10))
 
-    small = Cost(3901, 8, 2_900_000, 2).note()
-    assert small == "3,901 positions through 8 layers, by the oracle and 2 models beside it"
-    large = Cost(829, 64, 27_000_000_000, 1).note()
-    assert large.startswith("829 positions through 64 layers, by the oracle and 1 model beside it: 4.5e+13 mult")
-    assert "at least 21 min at this machine's pace" in large  # 112 s and 1,119 s
+    small = Cost("prompts", 3901, 8, 2_900_000, 2).note()
+    assert small == "prompts: 3,901 positions through 8 layers, by the oracle and 2 models beside it"
+    large = Cost("corpus", 829, 64, 27_000_000_000, 1).note()
+    assert large.startswith(
+        "corpus: 829 positions through 64 layers, by the oracle and 1 model beside it: 4.5e+13 mult"
+    )
+    assert "some 21 min at this CPU's pace" in large  # 112 s and 1,119 s
 
 
 def test_the_pace_of_this_machine_is_that_of_a_machine() -> None:

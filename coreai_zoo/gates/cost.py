@@ -1,8 +1,8 @@
-"""What a gate will cost, told before it starts: positions, layers, and for a large model the least time it can take.
+"""What a gate will cost, told before it starts: positions, layers, and for a large model an idea of the time.
 
-The time is that of the multiplications alone, at the pace that products of matrices have on this machine a moment
-before. Reading and converting weights comes on top, so it is a lower limit; each stage tells a better one when its
-first steps are done (`Reporter.steps`).
+The time is that of the multiplications alone, at the pace that products of matrices have on this CPU a moment before.
+Reading and converting weights comes on top; kept results of the oracle, or a runtime that is faster than the CPU, take
+from it. Each stage tells a better one when its first steps are done (`Reporter.steps`).
 """
 
 from __future__ import annotations
@@ -34,33 +34,35 @@ class Pace:
 
 @frozen
 class Cost:
-    """What a gate takes.
+    """What the prompts of a gate take, or the windows of its corpus.
 
     Attributes:
-        positions: of all prompts and windows together.
+        what: is counted: `prompts` or `corpus`.
+        positions: of all of them together.
         layers: of the model.
         active: weights that one position is multiplied with.
         steppers: how many models take the positions one by one: candidates and controls.
     """
 
+    what: str
     positions: int
     layers: int
     active: int
     steppers: int
 
     def seconds(self, pace: Pace) -> float:
-        """The least time for the oracle and the models that take steps."""
+        """The time for the multiplications of the oracle and of the models that take steps."""
         return self.active * self.positions * (1 / pace.together + self.steppers / pace.step)
 
     def note(self) -> str:
         """The cost as a line; with a time where it is worth one."""
         models = f"the oracle and {self.steppers} model{'s' * (self.steppers > 1)} beside it"
-        line = f"{self.positions:,} positions through {self.layers} layers, by {models}"
+        line = f"{self.what}: {self.positions:,} positions through {self.layers} layers, by {models}"
         work = self.active * self.positions * (1 + self.steppers)
         if work < _WORTH_TIMING:
             return line
-        least = duration(self.seconds(measured_pace()))
-        return f"{line}: {work:.1e} multiplications, at least {least} at this machine's pace"
+        some = duration(self.seconds(measured_pace()))
+        return f"{line}: {work:.1e} multiplications, some {some} at this CPU's pace"
 
 
 def active_parameters(build: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ Commands import this module to show their help as well, so what needs torch is i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -143,7 +143,8 @@ def run_gate(
     corpus = None if options.corpus is None else read_corpus(first, options.corpus, options.positions)
     for remark in remarks:
         progress.note(remark)
-    progress.note(_cost(subjects, asked, corpus, control=options.control).note())
+    for cost in _costs(subjects, asked, corpus):
+        progress.note(cost.note())
     ticker = Ticker()
     oracle = oracle_of(first, plugins, checkpoint, options.oracle_dtype, options.oracle_cache, ticker)
     if options.cached_only:
@@ -296,10 +297,9 @@ def _prompts(subject: _Subject, options: GateOptions) -> tuple[list[prompts.Toke
         named = prompts.named_prompts([name.strip() for name in options.prompts.split(",")])
         asked = [prompts.at_least(prompt, bundle) for prompt in named]
     else:
-        if options.corpus is not None:
-            positions, windows = None, 0  # they are those of the corpus, and its windows are measured
-        else:
-            positions, windows = options.positions, 0 if options.positions else _windows(subject, options)
+        # Beside a corpus, positions are those of the corpus, and its windows are measured anyway.
+        positions = options.positions if options.corpus is None else None
+        windows = _windows(subject, options) if options.positions is None and options.corpus is None else 0
         taken, left_out = prompts.default_prompts(bundle, positions, windows)
         return taken, [*left_out, *_endless(taken)]
     if options.positions is not None:
@@ -351,18 +351,16 @@ def _require_cached(oracle: Oracle, asked: Mapping[str, Sequence[int]]) -> None:
         )
 
 
-def _cost(
-    subjects: Sequence[_Subject],
-    asked: Sequence[prompts.TokenizedPrompt],
-    corpus: Corpus | None,
-    *,
-    control: bool,
-) -> Cost:
-    """What the gate takes; a corpus goes through candidates only, which is close enough."""
-    positions = sum(len(prompt.tokens) for prompt in asked) + (corpus.positions if corpus else 0)
+def _costs(
+    subjects: Sequence[_Subject], asked: Sequence[prompts.TokenizedPrompt], corpus: Corpus | None
+) -> Iterator[Cost]:
+    """What the prompts take, and the corpus. One control is enough for all bundles, and a corpus has none."""
     build = subjects[0].bundle.build
-    shared = control and subjects[0].models.control is not None  # by all bundles
-    return Cost(positions, int(build["layers"]), active_parameters(build), len(subjects) + shared)
+    layers, active, candidates = int(build["layers"]), active_parameters(build), len(subjects)
+    control = subjects[0].models.control is not None
+    yield Cost("prompts", sum(len(prompt.tokens) for prompt in asked), layers, active, candidates + control)
+    if corpus is not None:
+        yield Cost("corpus", corpus.positions, layers, active, candidates)
 
 
 def _measuring(
