@@ -23,8 +23,14 @@ from coreai_zoo.errors import reason
 
 # Seconds between two plain lines of one stage, so that a log of a long build stays readable.
 _PLAIN_INTERVAL = 10.0
+# The same where each line is one of some hundred steps that take hours together.
+_STEPS_INTERVAL = 600.0
 # The same between two events, which a program may draw.
 _EVENT_INTERVAL = 0.2
+# Steps that will take longer than this are foretold, once as long has passed, or so many are done in a shorter time:
+# the first one also loads libraries, and some models count a layer of several prompts at once.
+_WORTH_TELLING = 60.0
+_TELLING_STEPS, _TELLING_AFTER = 8, 10.0
 
 CountBytes = Callable[[str, int], None]
 """Takes what is worked on and how many more bytes of the stage are done."""
@@ -63,15 +69,36 @@ class Reporter:
             what: is counted; empty inside a stage, which has said it.
             total: how many.
         """
-        if not self._console.is_terminal or self._console.quiet:
+        if self._console.quiet:
+            yield lambda: None
+            return
+        if not self._console.is_terminal:
             if what:
                 self._console.print(what, soft_wrap=True)
-            yield lambda: None
+            yield self._steps_in_lines(total)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self._console, transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
+
+    def _steps_in_lines(self, total: int) -> Callable[[], None]:
+        """What counts a step: it foretells long work after the first few, and then says now and then how far it is."""
+        done, foretold = 0, False
+        started = reported = time.monotonic()
+
+        def count() -> None:
+            nonlocal done, reported, foretold
+            done += 1
+            now = time.monotonic()
+            left = (now - started) / done * (total - done)
+            first = not foretold and now - started >= (_TELLING_AFTER if done >= _TELLING_STEPS else _WORTH_TELLING)
+            foretold = foretold or first
+            if (first and left >= _WORTH_TELLING) or (done < total and now - reported >= _STEPS_INTERVAL):
+                reported = now
+                self.note(f"{done} of {total} steps in {duration(now - started)}, about {duration(left)} left")
+
+        return count
 
     @contextmanager
     def bytes(self, total: int) -> Iterator[CountBytes]:
@@ -108,6 +135,14 @@ class Reporter:
                 )
 
         return count_bytes
+
+
+def duration(seconds: float) -> str:
+    """A time in the units that a person would use: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class EventReporter(Reporter):

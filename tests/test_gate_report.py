@@ -21,8 +21,12 @@ from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
 from coreai_zoo.cli.gate import show
 from coreai_zoo.gate import Activations, GateResult
+from coreai_zoo.gates.corpus import Corpus
+from coreai_zoo.gates.corpus_run import CorpusResult, Flip
+from coreai_zoo.gates.divergence import compare_logits, statistics
+from coreai_zoo.gates.power import Power, upper_limit
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
-from coreai_zoo.gates.report import damage, markdown, render, totals
+from coreai_zoo.gates.report import damage, markdown, render, significant, totals
 from coreai_zoo.gates.run import failure
 from coreai_zoo.gates.teacher_forced import GateReport, Models, Runner, gate, run_oracle
 from coreai_zoo.gates.transcript import Run, replace, to_json, transcript, write, write_card
@@ -237,6 +241,47 @@ def test_a_gate_of_a_plugin_that_fails_fails_the_bundle(bundle: Bundle) -> None:
     assert not record["verdict"]["passed"]
 
 
+def test_the_verdict_says_everywhere_what_it_could_have_seen(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for harm in ({}, {"flip_at": 7}):
+        record = record_of(bundle, judged(**harm))
+        seen, counts = record["power"], totals(record)
+        assert (
+            (seen["positions"], seen["flips"])
+            == (counts["confident"], counts["flips"])
+            == (counts["confident"], len(harm))
+        )
+        assert seen["excluded_rate"] == upper_limit(len(harm), counts["confident"])
+        assert seen["smoke_test"] and seen["confidence"] == 0.95
+
+        show([record])
+        printed = " ".join(capsys.readouterr().out.split())
+        page = Page()
+        page.feed(render(record))
+        words = " ".join(page.text.split())
+        for text in (printed, words):
+            assert seen["statement"] in text
+            assert "This is a smoke test: fewer than 299 positions" in text
+        rate = seen["statement"].split("a rate above ")[1].split(" is ")[0]
+        card = markdown(record)
+        assert f"more than {rate} of such" in card or (harm and f"up to {rate} of such positions flip" in card)
+        assert "This is a smoke test" in card
+
+
+def test_a_weak_prompt_and_a_tie_add_nothing_to_what_a_gate_could_see(bundle: Bundle) -> None:
+    report = judged()
+    code = report.results[0]
+    assert code.verdict is not None and report.results[2].refused
+    unsure = (evolve(code.verdict.positions[0], margin=0.05), *code.verdict.positions[1:])
+    tied = evolve(code, verdict=evolve(code.verdict, positions=unsure))
+    record = record_of(bundle, evolve(report, results=(tied, *report.results[1:])))
+
+    assert record_of(bundle, report)["power"]["positions"] == 2 * P
+    assert record["power"]["positions"] == 2 * P - 1
+    assert "in 31 positions" in record["power"]["statement"] and "in 31 positions" in render(record)
+
+
 @pytest.mark.parametrize(("control_flips", "source"), [(False, "quantization"), (True, "precision")])
 def test_a_flip_is_attributed_by_what_the_control_does(bundle: Bundle, control_flips: bool, source: str) -> None:
     record = record_of(bundle, judged(flip_at=7, control_flips=control_flips))
@@ -292,6 +337,99 @@ def test_every_field_of_a_transcript_is_documented(bundle: Bundle, root: Path) -
     record["inputs"]["checkpoint"] = {}
 
     assert keys(record) - documented == set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over running text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def over_corpus(*, flips: int = 0, nan: bool = False, allowed: int = 0) -> CorpusResult:
+    """A candidate over two windows of 64 tokens, with a number of confident flips."""
+    generator = np.random.default_rng(5)
+    oracle = generator.normal(scale=3.0, size=(128, V))
+    candidate = oracle + generator.normal(scale=1e-3, size=(128, V))
+    if nan:
+        candidate[40, 0] = np.nan
+    corpus = Corpus("mine.txt", "1" * 64, 130, (tuple(range(64)), tuple(range(64))))
+    compared = compare_logits(oracle, candidate, [0] * 128)
+    found = [Flip(1, at, 7, 3, 5, 2.0 - at / 10) for at in range(flips)]
+    return CorpusResult(corpus, "the candidate", statistics(compared), tuple(found), Power(120, flips), allowed)
+
+
+def record_over(bundle: Bundle, result: CorpusResult) -> dict[str, Any]:
+    run = Run(bundle, "the oracle", "the control", ["toy"], {"corpus": 1.0}, (), text_of, corpus=result)
+    return transcript(run, judged())
+
+
+def test_every_field_of_a_corpus_is_documented_and_json(bundle: Bundle, root: Path) -> None:
+    documented = set(re.findall(r"`([a-z0-9_]+)`", (root / "docs" / "gate.md").read_text(encoding="utf-8")))
+    record = json.loads(to_json(record_over(bundle, over_corpus(flips=2, nan=True))))
+
+    assert keys(record["corpus"]) - documented == set()
+    assert record["corpus"]["kl_max"] is None and record["corpus"]["kl_mean"]["value"] is None
+    assert [flip["margin"] for flip in record["corpus"]["flips"]] == [2.0, 1.9]
+    assert record["corpus"]["flips"][0]["oracle_text"] == text_of(3)
+    assert json.loads(to_json(record_of(bundle, judged())))["corpus"] is None
+
+
+def test_flips_over_a_corpus_fail_a_bundle_whose_prompts_pass(bundle: Bundle) -> None:
+    for flips, allowed in ((0, 0), (1, 0), (4, 4), (5, 4)):
+        record = record_over(bundle, over_corpus(flips=flips, allowed=allowed))
+        passes = flips <= allowed
+
+        assert record["verdict"]["passed"] is record["corpus"]["passed"] is passes
+        assert ("Failed" in render(record)) is not passes
+        assert [reason.split(" ")[:3] for reason in record["verdict"]["reasons"]] == (
+            [] if passes else [["corpus", "mine.txt:", str(flips)]]
+        )
+
+
+def test_page_card_and_terminal_show_the_figures_over_a_corpus(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_over(bundle, over_corpus(flips=1))
+    figures = record["corpus"]
+
+    show([record])
+    printed = " ".join(capsys.readouterr().out.split())
+    page = Page()
+    page.feed(render(record))
+    card = markdown(record)
+    for text in (printed, " ".join(page.text.split()), card):
+        assert "The corpus mine.txt: 128 positions count, the second half of each of 2 windows of 64 tokens." in text
+        for key, digits in (("perplexity", 6), ("oracle_perplexity", 6), ("kl_mean", 3), ("kl_percentile_99_9", 3)):
+            assert significant(figures[key]["value"], digits) in text
+        low, high = (significant(figures["kl_mean"][end]) for end in ("low", "high"))
+        assert f"{low} to {high}" in text
+        assert "to no limit" in text, "128 positions do not reach as far as 99.9 %"
+        assert f"{100 * figures['top1_agreement']['value']:.2f} %" in text
+        assert figures["power"]["statement"] in text and "This is a smoke test" in text
+    assert "window 2 position 0: after 7" in printed and "\x1b" not in printed
+    assert "| KL divergence, mean |" in card
+
+    assert "Over running text" not in render(record_of(bundle, judged()))
+    beside = Page()
+    beside.feed(render(record, record_over(bundle, over_corpus())))
+    assert beside.text.count("The corpus mine.txt:") == 2
+
+
+def test_a_candidate_that_is_not_finite_over_a_corpus_is_shown_as_such(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_over(bundle, over_corpus(flips=1, nan=True))
+
+    show([record])
+    rows = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {"perplexity of the bundle not finite", "KL divergence, mean not finite", "largest not finite"} <= rows
+
+
+def test_a_routed_bundle_that_passes_with_flips_says_why(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    record = record_over(bundle, over_corpus(flips=2, allowed=4))
+
+    show([record])
+    assert "A routed model may have up to 4 of so many" in " ".join(capsys.readouterr().out.split())
+    assert "A routed model may have up to 4 of so many" in render(record)
 
 
 class Page(HTMLParser):

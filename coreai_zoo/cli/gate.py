@@ -28,7 +28,15 @@ _SHOWN_FLIPS = 5  # of a bundle that fails badly; the report has them all
 @click.option("--prompts", metavar="NAME,...", help="Some of the built-in: code, text, digits, spanish, chat, long.")
 @click.option("--prompt-file", type=_EXISTING, multiple=True, metavar="FILE", help="A text file; may be repeated.")
 @click.option(
-    "--positions", type=click.IntRange(1), metavar="N", help="Tokens of each prompt. Default: see docs/gate.md."
+    "--positions",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens of each prompt, or positions of the corpus that count. Default: see docs/gate.md.",
+)
+@click.option(
+    "--corpus",
+    metavar="FILE|builtin",
+    help="Also measure perplexity and KL divergence over a text file, or over the text that ships.",
 )
 @click.option("--allow-weak-prompt", is_flag=True, help="Judge prompts too on which the oracle is unsure of itself.")
 @click.option(
@@ -75,6 +83,9 @@ def gate(
     closer than that it is a tie. It also fails where errors are larger than the recipe's bounds (see docs/gate.md). A
     prompt on which more than one position in eight is a tie for the oracle is refused before the bundle runs.
 
+    --corpus also measures perplexity, KL divergence and agreement over running text, in the conventions of llama.cpp's
+    --kl-divergence and with 95 % intervals, and applies the rule of confident flips to every position of it.
+
     BUNDLE is a path or a name: that of a bundle in exports/ or in this folder, or of an entry of which exactly one is
     there.
 
@@ -87,6 +98,7 @@ def gate(
         zoo gate exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
         zoo gate BUNDLE --checkpoint ~/Qwen3.6-27B --oracle-cache ~/oracle --prompts code,chat
         zoo gate BUNDLE --against exports/qwen3_6_27b_sample_decode_fp16
+        zoo gate BUNDLE --corpus builtin --positions 3072
     """
     from coreai_zoo.gates import transcript as transcripts
 
@@ -175,6 +187,9 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
         print_table(table)
         _show_flips(record)
         print_text(_verdict_line(record))
+        print_text(_power_line(record))
+        if record.get("corpus"):
+            _show_corpus(record["corpus"])
 
 
 def _show_flips(record: Mapping[str, Any]) -> None:
@@ -193,6 +208,22 @@ def _show_flips(record: Mapping[str, Any]) -> None:
             click.echo(f"  {prompt['name']}: {len(flips) - _SHOWN_FLIPS} more flips, of smaller margins, in the report")
 
 
+def _show_corpus(corpus: Mapping[str, Any]) -> None:
+    from coreai_zoo.gates.report import corpus_flips, corpus_line, corpus_rows, token
+
+    print_text(corpus_line(corpus))
+    table = new_table("", *(Column(name, number=True) for name in ("value", "standard error", "95 % interval")))
+    for row in corpus_rows(corpus):
+        table.add_row(*row)
+    print_table(table)
+    for flip in corpus["flips"][:_SHOWN_FLIPS]:
+        print_text(
+            f"  window {flip['window'] + 1} position {flip['index']}: after {token(flip, 'token')} "
+            f"{token(flip, 'candidate')} instead of {token(flip, 'oracle')}, oracle margin {flip['margin']:.3f}"
+        )
+    print_text(corpus_flips(corpus))
+
+
 def _verdict_line(record: Mapping[str, Any]) -> str:
     from coreai_zoo.gates.report import totals
 
@@ -204,4 +235,14 @@ def _verdict_line(record: Mapping[str, Any]) -> str:
         f"confident flips: {counts['flips']} ({counts['confident']} positions have a margin of 0.1 or more)."
     )
     weak = record["verdict"]["weak_prompts_allowed"]
+    if counts["flips"] and record["verdict"]["passed"]:
+        line += " A routed model may have a few over running text, see docs/gate.md."
     return line + (f" Weak prompts allowed: {', '.join(weak)}." if weak else "")
+
+
+def _power_line(record: Mapping[str, Any]) -> str:
+    """What the verdict could have seen."""
+    from coreai_zoo.gates.report import power
+
+    seen = power(record)
+    return " ".join(filter(None, [f"{seen.statement}.", seen.caution]))

@@ -40,6 +40,7 @@ class TorchCandidate:
         signature: the states of its function.
         weights: the values of its weights.
         on_layer: called after each layer.
+        shows_layers: whether hidden states and router logits are kept; they take more memory than all else.
     """
 
     module: Any
@@ -47,6 +48,7 @@ class TorchCandidate:
     signature: TraceSpec
     weights: WeightSource
     on_layer: Callable[[], None] = lambda: None
+    shows_layers: bool = True
     _buffers: dict[tuple[str, tuple[int, ...]], Tensor] = field(factory=dict, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -90,13 +92,15 @@ class TorchCandidate:
         lengths = [len(tokens) for tokens in prompts]
         states = [self._state(state, len(prompts), lengths[0]) for state in self.signature.states]
         routers: dict[str, list[Tensor]] = {}
-        with torch.no_grad(), self._watched(routers), self._threads():
+        watched = self._watched(routers) if self.shows_layers else contextlib.nullcontext()
+        with torch.no_grad(), watched, self._threads():
             x = self._calls(prompts)
-            hidden = [_by_prompt(x, lengths)]
+            hidden = [_by_prompt(x, lengths)] if self.shows_layers else []
             for index, path in enumerate(self.module.layer_paths):
                 with self._filled(path):
                     self._run_layer(index, x, states)
-                hidden.append(_by_prompt(x, lengths))
+                if self.shows_layers:
+                    hidden.append(_by_prompt(x, lengths))
                 for _ in prompts:
                     self.on_layer()
             self._buffers.clear()
@@ -105,7 +109,7 @@ class TorchCandidate:
         return [
             Activations(
                 logits[place].numpy(),
-                [rows[place].float().numpy() for rows in hidden],
+                [rows[place].float().numpy() for rows in hidden] or None,
                 [rows[place].float().numpy() for rows in chosen] or None,
             )
             for place in range(len(prompts))

@@ -19,6 +19,7 @@ from coreai_zoo.bundle.generate import chat_text
 from coreai_zoo.checkpoint.end_of_turn import end_tokens
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
 from coreai_zoo.errors import BadInput, did_you_mean
+from coreai_zoo.gates.corpus import BUILTIN, WINDOW, read_corpus
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN
 
 DEFAULT_POSITIONS = 64
@@ -32,6 +33,10 @@ FEWEST_POSITIONS = 24
 
 WEAK_FRACTION = 1 / 8
 """A prompt is weak when oracle margins are below `CONFIDENT_MARGIN` at more than this part of its positions."""
+
+CORPUS_WINDOWS = 6
+"""Windows of the built-in corpus by which a small bundle is judged as well: 3,072 positions, which, without a flip,
+exclude a rate of a thousandth."""
 
 UNNAMED = "prompt"
 """The name of a prompt that came without one."""
@@ -51,6 +56,8 @@ class Prompt:
         positions: how many tokens at most; None for all.
         minimum: fewer tokens than this are an error.
         required: whether a weak prompt ends the gate; otherwise it is only left out.
+        running_text: whether it is a piece of running text, on which a routed model may flip as `rule.flips_allowed`
+            says; on any other prompt no model may.
     """
 
     name: str
@@ -59,6 +66,7 @@ class Prompt:
     positions: int | None = DEFAULT_POSITIONS
     minimum: int = 1
     required: bool = True
+    running_text: bool = False
 
 
 @frozen
@@ -295,7 +303,7 @@ BUILT_IN: Mapping[str, Prompt] = MappingProxyType(
 
 
 def default_prompts(
-    bundle: Bundle, checkpoint: Path, positions: int | None = None
+    bundle: Bundle, checkpoint: Path, positions: int | None = None, windows: int = 0
 ) -> tuple[list[TokenizedPrompt], list[str]]:
     """The built-in prompts that a bundle can take, and why others are left out; only the anchor must be strong.
 
@@ -303,6 +311,7 @@ def default_prompts(
         bundle: what is judged; a long prompt needs the context, a chat needs a chat template that takes it.
         checkpoint: the folder of its checkpoint.
         positions: the length to which all are cut, and that all must have; None for their own.
+        windows: how many windows of the built-in corpus follow, in a context that holds one.
 
     Raises:
         BadInput: when the anchor cannot be taken.
@@ -323,7 +332,22 @@ def default_prompts(
             if required:
                 raise
             left_out.append(f"prompt {prompt.name!r} is left out: {error.message}")
+    if windows and bundle.max_context >= WINDOW:
+        taken += _windows(bundle, windows)
     return taken, left_out
+
+
+def _windows(bundle: Bundle, count: int) -> list[TokenizedPrompt]:
+    """The first windows of the built-in corpus, as many as it has of `count`."""
+    tokenizer, corpus = load_tokenizer(bundle.tokenizer), read_corpus(bundle, BUILTIN)
+    return [
+        TokenizedPrompt(
+            Prompt(f"corpus-{number}", positions=WINDOW, minimum=WINDOW, required=False, running_text=True),
+            tokens,
+            _pieces(tokenizer, tokens),
+        )
+        for number, tokens in enumerate(corpus.windows[:count], 1)
+    ]
 
 
 def at_least(prompt: Prompt, bundle: Bundle) -> Prompt:
@@ -398,9 +422,12 @@ def tokenize(bundle: Bundle, prompt: Prompt, checkpoint: Path) -> TokenizedPromp
             "Give a shorter prompt, or fewer --positions.",
         )
     taken = tokens[: min(prompt.positions or len(tokens), bundle.max_context)]
-    pieces = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in taken)
     stop = _end_of_turn(checkpoint) if prompt.turns else None
-    return TokenizedPrompt(prompt, tuple(taken), pieces, stop, whole=len(taken) == len(tokens))
+    return TokenizedPrompt(prompt, tuple(taken), _pieces(tokenizer, taken), stop, whole=len(taken) == len(tokens))
+
+
+def _pieces(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
+    return tuple(tokenizer.decode([token], skip_special_tokens=False) for token in tokens)
 
 
 def _rendered(bundle: Bundle, turns: Sequence[tuple[str, str]]) -> str:

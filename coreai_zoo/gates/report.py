@@ -10,6 +10,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coreai_zoo.gates.charts import Chart, Line, Mark, Rule, decades
+from coreai_zoo.gates.power import CONFIDENCE, Power, percent, percent_above
+
+_SHOWN_FLIPS = 50  # of a bundle that fails badly over a corpus; the transcript has them all
+
+# Over a corpus: name, field, factor, unit.
+_CORPUS_FIGURES = (
+    ("perplexity of the oracle", "oracle_perplexity", 1.0, ""),
+    ("perplexity of the bundle", "perplexity", 1.0, ""),
+    ("their ratio", "perplexity_ratio", 1.0, ""),
+    ("its logarithm", "log_perplexity_ratio", 1.0, ""),
+    ("their difference", "perplexity_difference", 1.0, ""),
+    ("KL divergence, mean", "kl_mean", 1.0, ""),
+    ("median", "kl_median", 1.0, ""),
+    ("99 % below", "kl_percentile_99", 1.0, ""),
+    ("99.9 % below", "kl_percentile_99_9", 1.0, ""),
+    ("largest", "kl_max", 1.0, ""),
+    ("same top token", "top1_agreement", 100.0, " %"),
+)
 
 _SHAPES = {"match": ("dot", "match"), "tie": ("diamond", "tie"), "FLIP": ("cross", "flip")}
 
@@ -43,6 +61,8 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         record=record,
         against=against,
         totals=totals(record),
+        power=power(record),
+        corpora=[_corpus_section(one) for one in (record, against) if one is not None and one.get("corpus")],
         other=None if against is None else totals(against),
         judged=judged,
         refused=[prompt for prompt in record["prompts"] if not prompt["judged"]],
@@ -96,10 +116,12 @@ def markdown(record: Mapping[str, Any]) -> str:
             f"Of {counts['positions']:,} positions, {names}, the most probable next token was the same at "
             f"{counts['matched']:,}. At {counts['ties']:,} it was another, but the reference's two best logits are "
             f"less than {inputs['confident_margin']} apart: a tie. At {counts['flips']:,} it was another although they "
-            f"are further apart, as they are at {counts['confident']:,} positions.{_excluded(counts)} The lowest "
-            f"cosine of the logits is {cosine:.6f}, their median relative error {significant(counts['median_error'])}, "
-            f"the largest KL divergence {significant(counts['kl'])}."
+            f"are further apart, as they are at {counts['confident']:,} positions.{_excluded(power(record))} The "
+            f"lowest cosine of the logits is {cosine:.6f}, their median relative error "
+            f"{significant(counts['median_error'])}, the largest KL divergence {significant(counts['kl'])}."
         )
+    if record.get("corpus"):
+        parts.append(_corpus_markdown(record["corpus"]))
     if refused := [prompt["name"] for prompt in record["prompts"] if not prompt["judged"]]:
         parts.append(f"Not judged, because the reference is unsure of itself there: {', '.join(refused)}.")
     if verdict["weak_prompts_allowed"]:
@@ -111,12 +133,86 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _excluded(counts: Mapping[str, Any]) -> str:
-    """The rate of flips that so many positions without one exclude, at 95 %: 0.05 = (1 - rate) ** positions."""
-    if counts["flips"] or not counts["confident"]:
+def power(record: Mapping[str, Any]) -> Power:
+    """What the judged positions of a transcript could show."""
+    counts = totals(record)
+    return Power(counts["confident"], counts["flips"])
+
+
+def _excluded(power: Power) -> str:
+    """What so many positions, and the flips among them, say of the rate of flips: a sentence or two for the card."""
+    if not power.positions:
         return ""
-    rate = 1 - 0.05 ** (1 / counts["confident"])
-    return f" That excludes, at 95 %, that more than {100 * rate:.2g} % of such positions flip."
+    rate, confidence = percent_above(power.excluded_rate), percent(CONFIDENCE)
+    sentence = f"That excludes, at {confidence}, that more than {rate} of such positions flip."
+    if power.flips:
+        sentence = f"So many flips leave possible, at {confidence}, that up to {rate} of such positions flip."
+    return " ".join(["", sentence, *filter(None, [power.caution])])
+
+
+def corpus_rows(corpus: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The figures over a corpus as a table: name, value, standard error, 95 % interval; empty where there is none."""
+    return [(name, *_estimate(corpus[key], scale, unit)) for name, key, scale, unit in _CORPUS_FIGURES]
+
+
+def _estimate(figure: Mapping[str, float | None] | float | None, scale: float, unit: str) -> tuple[str, str, str]:
+    """Value, standard error and interval as texts."""
+    if not isinstance(figure, Mapping):
+        return significant(figure), "", ""
+
+    def text(key: str) -> str:
+        number = figure[key]
+        if number is None:
+            return "no limit"
+        if unit:
+            return f"{scale * number:.2f}"
+        return significant(number, 6 if abs(number) >= 0.1 else 3)
+
+    value = "not finite" if figure["value"] is None else text("value") + unit
+    error = "" if figure["error"] is None else text("error")
+    known = figure["low"] is not None or figure["high"] is not None
+    return value, error, f"{text('low')} to {text('high')}{unit}" if known else ""
+
+
+def corpus_line(corpus: Mapping[str, Any]) -> str:
+    """What was measured over a corpus, in a sentence."""
+    return (
+        f"The corpus {corpus['name']}: {corpus['counted']:,} positions count, the second half of each of "
+        f"{corpus['windows']} windows of {corpus['window']} tokens."
+    )
+
+
+def corpus_flips(corpus: Mapping[str, Any]) -> str:
+    """What the margin rule found over a corpus, in sentences."""
+    seen = Power(corpus["power"]["positions"], corpus["power"]["flips"])
+    allowed = corpus["flips_allowed"]
+    sentences = [f"At every position of the windows: {seen.statement}."]
+    if seen.flips and corpus["passed"]:
+        sentences.append(f"A routed model may have up to {allowed} of so many, see docs/gate.md.")
+    return " ".join([*sentences, *filter(None, [seen.caution])])
+
+
+def _corpus_section(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of one bundle over a corpus."""
+    corpus = record["corpus"]
+    return {
+        "bundle": record["bundle"]["name"],
+        "line": corpus_line(corpus),
+        "ran": corpus["candidate"],
+        "passed": corpus["passed"],
+        "rows": corpus_rows(corpus),
+        "flips": corpus_flips(corpus),
+        "worst": corpus["flips"][:_SHOWN_FLIPS],
+        "more": len(corpus["flips"][_SHOWN_FLIPS:]),
+    }
+
+
+def _corpus_markdown(corpus: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in corpus_rows(corpus))
+    return (
+        f"{corpus_line(corpus)} Reference and bundle, in the conventions of llama.cpp's `--kl-divergence`:\n\n"
+        f"| | value | standard error | 95 % interval |\n|---|---|---|---|\n{rows}\n\n{corpus_flips(corpus)}"
+    )
 
 
 def prompt_totals(prompt: Mapping[str, Any]) -> dict[str, Any]:

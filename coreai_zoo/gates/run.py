@@ -6,8 +6,8 @@ Commands import this module to show their help as well, so what needs torch is i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from coreai_zoo.backend import Interpreting
 from coreai_zoo.bounds import GENERAL, Kind, MeasuredBounds
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
+from coreai_zoo.build.workspace import existing_parent
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import checkpoint_of
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, bytes_below
@@ -28,6 +29,9 @@ from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing
 from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates import prompts, report, transcript
 from coreai_zoo.gates.candidate import AssetCandidate
+from coreai_zoo.gates.corpus import Corpus, read_corpus
+from coreai_zoo.gates.corpus_run import CorpusResult, measure, run_oracle_on
+from coreai_zoo.gates.cost import Cost, active_parameters
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.teacher_forced import (
     GateReport,
@@ -52,6 +56,8 @@ if TYPE_CHECKING:
 _INTERPRETED_BYTES = 64 * 2**20
 _MAC = sys.platform == "darwin"  # which has a runtime of its own for what it can load
 
+_SHARED = ("oracle", "windows")  # stages whose results all bundles are judged by
+
 _SHOWN_REASONS = 5  # of a bundle that fails badly
 
 
@@ -74,11 +80,17 @@ class GateOptions:
     oracle_dtype: Literal["float32", "bfloat16"] = "float32"
     oracle_cache: Path | None = None
     cached_only: bool = False
+    corpus: str | None = None
 
     def __attrs_post_init__(self) -> None:
         given = [self.prompt is not None, self.prompts is not None, bool(self.prompt_file)]
         if sum(given) > 1:
             raise BadInput("Give one of --prompt, --prompts and --prompt-file.")
+        if self.corpus is not None and any(given):
+            raise BadInput(
+                "--corpus is measured beside the built-in prompts: leave out --prompt, --prompts and --prompt-file.",
+                "A file is read as running text with --corpus FILE, and as one prompt with --prompt-file FILE.",
+            )
         if self.cached_only and self.oracle_cache is None:
             raise BadInput("--cached-only needs a cache.", "Pass it with --oracle-cache DIR.")
 
@@ -89,6 +101,7 @@ class GateOptions:
         values |= {"--candidate": self.candidate, "--oracle-dtype": self.oracle_dtype}
         defaults = {"--candidate": "auto", "--oracle-dtype": "float32"}
         words = [word for name, value in values.items() if value != defaults.get(name) for word in (name, str(value))]
+        words += [] if self.corpus is None else ["--corpus", Path(self.corpus).name]
         words += [word for path in self.prompt_file for word in ("--prompt-file", path.name)]
         words += ["--checkpoint", "CHECKPOINT"] * (self.checkpoint is not None)
         words += ["--allow-weak-prompt"] * self.allow_weak_prompt
@@ -126,20 +139,27 @@ def run_gate(
         _require_unchanged(bundle)
         _require_same_tokenizer(first, bundle)
         subjects.append(_subject(bundle, options, plugins, checkpoint, keep_in if bundle is first else None))
-    asked, remarks = _prompts(first, checkpoint, options)
+    asked, remarks = _prompts(subjects[0], checkpoint, options)
+    corpus = None if options.corpus is None else read_corpus(first, options.corpus, options.positions)
     # Both sides of a gate are fed what this tokenizer makes of the prompts: no other stage would see a wrong one.
     require([check_copy(first, checkpoint, plugins.tokenizer_classes())])
     for remark in remarks:
         progress.note(remark)
+    for cost in _costs(subjects, asked, corpus):
+        progress.note(cost.note())
     ticker = Ticker()
     oracle = oracle_of(first, plugins, checkpoint, options.oracle_dtype, options.oracle_cache, ticker)
     if options.cached_only:
-        _require_cached(oracle, asked)
-    references = run_oracle(Runner(oracle, ticker, lambda _prompt: int(first.build["layers"])), asked, progress)
+        _require_cached(oracle, {prompt.name: prompt.tokens for prompt in asked})
+        if corpus is not None:
+            _require_cached(oracle, {f"window {at}": tokens for at, tokens in enumerate(corpus.windows, 1)})
+    runner = Runner(oracle, ticker, lambda _prompt: int(first.build["layers"]))
+    references = run_oracle(runner, asked, progress)
+    measuring = None if corpus is None else _measuring(corpus, runner, first, keep_in, progress)
     controls: dict[str, Activations] = {}
     records = []
     for subject in subjects:
-        progress.seconds = {stage: took for stage, took in progress.seconds.items() if stage == "oracle"}
+        progress.seconds = {stage: took for stage, took in progress.seconds.items() if stage in _SHARED}
         judged = _judge(subject, references, controls, progress, allow_weak=options.allow_weak_prompt)
         run = transcript.Run(
             subject.bundle,
@@ -150,6 +170,7 @@ def run_gate(
             _run_plugin_gates(subject, plugins, checkpoint),
             partial(token_text, load_tokenizer(subject.bundle.tokenizer)),
             remarks,
+            None if measuring is None else measuring(subject),
         )
         records.append(transcript.transcript(run, judged))
     return records
@@ -247,8 +268,11 @@ def _bounds(bundle: Bundle, overlay: Overlay, plugins: Plugins) -> MeasuredBound
     return plugins.gate_bounds(overlay) if own else GENERAL
 
 
-def _prompts(bundle: Bundle, checkpoint: Path, options: GateOptions) -> tuple[list[prompts.TokenizedPrompt], list[str]]:
+def _prompts(
+    subject: _Subject, checkpoint: Path, options: GateOptions
+) -> tuple[list[prompts.TokenizedPrompt], list[str]]:
     """The prompts to judge by, and what has to be said about those that are not, or not wholly, used."""
+    bundle = subject.bundle
     if options.prompt is not None:
         asked = [prompts.Prompt(prompts.UNNAMED, options.prompt)]
     elif options.prompt_file:
@@ -257,12 +281,22 @@ def _prompts(bundle: Bundle, checkpoint: Path, options: GateOptions) -> tuple[li
         named = prompts.named_prompts([name.strip() for name in options.prompts.split(",")])
         asked = [prompts.at_least(prompt, bundle) for prompt in named]
     else:
-        taken, left_out = prompts.default_prompts(bundle, checkpoint, options.positions)
+        # Beside a corpus, positions are those of the corpus, and its windows are measured anyway.
+        positions = options.positions if options.corpus is None else None
+        windows = _windows(subject, options) if options.positions is None and options.corpus is None else 0
+        taken, left_out = prompts.default_prompts(bundle, checkpoint, positions, windows)
         return taken, [*left_out, *_endless(taken)]
     if options.positions is not None:
         asked = [prompts.cut(prompt, options.positions) for prompt in asked]
     taken = [prompts.tokenize(bundle, prompt, checkpoint) for prompt in asked]
     return taken, _endless(taken)
+
+
+def _windows(subject: _Subject, options: GateOptions) -> int:
+    """How many windows of the built-in corpus are prompts by default: of a small bundle, and in PyTorch."""
+    small = bytes_below(subject.bundle.asset) <= _INTERPRETED_BYTES
+    in_pytorch = options.candidate in {"auto", "torch"} and subject.models.long_candidate is not None
+    return prompts.CORPUS_WINDOWS if small and in_pytorch else 0
 
 
 def _endless(taken: Sequence[prompts.TokenizedPrompt]) -> list[str]:
@@ -292,13 +326,43 @@ def oracle_of(
     return Oracle(opened, config, dtype, cache, on_layer, reference, respelled)
 
 
-def _require_cached(oracle: Oracle, asked: Sequence[prompts.TokenizedPrompt]) -> None:
-    missing = [prompt.name for prompt in asked if not oracle.is_cached(prompt.tokens)]
+def _require_cached(oracle: Oracle, asked: Mapping[str, Sequence[int]]) -> None:
+    missing = [name for name, tokens in asked.items() if not oracle.is_cached(tokens)]
     if missing:
         raise BadInput(
             f"{oracle.cache} holds no oracle result for {listing(missing)}.",
             "Leave out --cached-only to compute it; a result counts only for the same checkpoint, prompt and versions.",
         )
+
+
+def _costs(
+    subjects: Sequence[_Subject], asked: Sequence[prompts.TokenizedPrompt], corpus: Corpus | None
+) -> Iterator[Cost]:
+    """What the prompts take, and the corpus. One control is enough for all bundles, and a corpus has none."""
+    build = subjects[0].bundle.build
+    layers, active, candidates = int(build["layers"]), active_parameters(build), len(subjects)
+    control = subjects[0].models.control is not None
+    yield Cost("prompts", sum(len(prompt.tokens) for prompt in asked), layers, active, candidates + control)
+    if corpus is not None:
+        yield Cost("corpus", corpus.positions, layers, active, candidates)
+
+
+def _measuring(
+    corpus: Corpus, oracle: Runner, first: Bundle, keep_in: Path | None, progress: Reporter
+) -> Callable[[_Subject], CorpusResult]:
+    """A function that measures a bundle over a corpus. The oracle runs when it is first called, and once."""
+    width = int(first.signature.outputs[0].shape[-1])
+    folder = existing_parent(keep_in or first.directory)
+    expected = cache(lambda: run_oracle_on(corpus, oracle, width, folder, progress))
+
+    def measure_subject(subject: _Subject) -> CorpusResult:
+        runner = subject.models.long_candidate or subject.models.candidate
+        if isinstance(runner.model, AssetCandidate):
+            runner = evolve(runner, model=evolve(runner.model, keep_in=None))
+        routed = subject.experts_per_token is not None
+        return measure(corpus, expected(), runner, progress, routed=routed)
+
+    return measure_subject
 
 
 # ---------------------------------------------------------------------------------------------------------------------

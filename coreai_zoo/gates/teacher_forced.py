@@ -18,7 +18,7 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations, BatchingModel, Model
 from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
 from coreai_zoo.gates.prompts import Strength, TokenizedPrompt, strength
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare
+from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare, flips_allowed
 from coreai_zoo.progress import Reporter
 
 
@@ -96,6 +96,7 @@ class PromptResult:
         control: the fp16 control against the oracle; None without a control.
         checks: every bound, kept or broken.
         stop: the ends of turns; None where the prompt is no chat, or is cut before a turn ends.
+        flips_allowed: how many confident flips are no error, of a routed model over running text.
     """
 
     prompt: TokenizedPrompt
@@ -106,6 +107,7 @@ class PromptResult:
     control: Verdict | None = None
     checks: tuple[BoundCheck, ...] = ()
     stop: StopCheck | None = None
+    flips_allowed: int = 0
 
     @property
     def refused(self) -> bool:
@@ -113,12 +115,17 @@ class PromptResult:
         return self.verdict is None
 
     @property
+    def flips_too_many(self) -> bool:
+        """Whether there are more confident flips than are allowed."""
+        return self.verdict is not None and len(self.verdict.confident_flips) > self.flips_allowed
+
+    @property
     def passed(self) -> bool:
-        """No confident flip, no broken bound, no missed end of turn; a refused prompt says nothing, so it passes."""
+        """No confident flip but those allowed, no broken bound, no missed end of turn; a refused prompt passes."""
         if self.verdict is None:
             return True
         stops = self.stop is None or self.stop.passed
-        return self.verdict.passed and stops and all(check.passed for check in self.checks)
+        return not self.flips_too_many and stops and all(check.passed for check in self.checks)
 
 
 @frozen
@@ -151,7 +158,7 @@ def _reasons(result: PromptResult) -> list[str]:
         return []
     flips = result.verdict.confident_flips
     reasons = []
-    if flips:
+    if result.flips_too_many:
         plural = "s" * (len(flips) > 1)
         reasons.append(
             f"{len(flips)} confident flip{plural}, the worst at position {flips[0].index} with an oracle margin of "
@@ -349,7 +356,12 @@ def _judge(
         control_verdict,
         tuple(checks),
         stop_check(verdict, prompt.stop) if prompt.ends_turns else None,
+        _flips_allowed(prompt, verdict, routed=experts_per_token is not None),
     )
+
+
+def _flips_allowed(prompt: TokenizedPrompt, verdict: Verdict, *, routed: bool) -> int:
+    return flips_allowed(verdict.confident_positions, routed=routed) if prompt.prompt.running_text else 0
 
 
 def stop_check(verdict: Verdict, stop: int | None) -> StopCheck:

@@ -26,6 +26,8 @@ from coreai_zoo.bundle.card import CARD, with_measurements
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import GateResult
+from coreai_zoo.gates.corpus_run import CorpusResult
+from coreai_zoo.gates.power import CONFIDENCE, Power
 from coreai_zoo.gates.prompts import WEAK_FRACTION
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict
 from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, attribution
@@ -47,6 +49,7 @@ class Run:
         gates: what plugins' gates found.
         text_of: the text of a token by its id, None where there is none.
         remarks: which prompts were left out, and why; what of a prompt could not be checked.
+        corpus: what was measured over a running text; None where that was not asked for.
     """
 
     bundle: Bundle
@@ -57,18 +60,21 @@ class Run:
     gates: Sequence[GateResult] = ()
     text_of: Callable[[int], str | None] = lambda _token: None
     remarks: Sequence[str] = ()
+    corpus: CorpusResult | None = None
 
 
 def transcript(run: Run, report: GateReport) -> dict[str, Any]:
     """The transcript of one bundle's gate; every value is JSON, and a number that is not finite is null."""
     failed_gates = [f"gate {gate.gate}: {gate.summary}" for gate in run.gates if not gate.passed]
+    over_corpus = () if run.corpus is None else run.corpus.reasons
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "verdict": {
-            "passed": report.passed and not failed_gates,
-            "reasons": [*report.reasons, *failed_gates],
+            "passed": report.passed and not over_corpus and not failed_gates,
+            "reasons": [*report.reasons, *over_corpus, *failed_gates],
             "weak_prompts_allowed": list(report.weak_allowed),
         },
+        "power": power_record(_power(report)),
         "bundle": _bundle(run.bundle),
         "inputs": {
             "checkpoint": {
@@ -81,12 +87,31 @@ def transcript(run: Run, report: GateReport) -> dict[str, Any]:
             "command": list(run.command),
         },
         "prompts": [_prompt(result, run.text_of, quantized=report.quantized) for result in report.results],
+        "corpus": None if run.corpus is None else _corpus(run.corpus, run.text_of),
         "remarks": list(run.remarks),
         "gates": [attrs.asdict(gate) for gate in run.gates],
         "environment": _environment(run),
     }
     finite: dict[str, Any] = _finite(record)
     return finite
+
+
+def _power(report: GateReport) -> Power:
+    judged = [result.verdict for result in report.results if result.verdict is not None]
+    return Power(
+        sum(verdict.confident_positions for verdict in judged), sum(len(verdict.confident_flips) for verdict in judged)
+    )
+
+
+def power_record(power: Power) -> dict[str, Any]:
+    """What a number of positions shows, as the transcript has it."""
+    return {
+        **attrs.asdict(power),
+        "confidence": CONFIDENCE,
+        "excluded_rate": power.excluded_rate,
+        "smoke_test": power.smoke_test,
+        "statement": power.statement,
+    }
 
 
 def _bundle(bundle: Bundle) -> dict[str, Any]:
@@ -145,6 +170,7 @@ def _prompt(result: PromptResult, text_of: Callable[[int], str | None], *, quant
         "matched": result.verdict.matched,
         "ties": result.verdict.ties,
         "confident_flips": len(result.verdict.confident_flips),
+        "flips_allowed": result.flips_allowed,
         "bounds": None if result.bounds is None else attrs.asdict(result.bounds),
         "checks": [attrs.asdict(check) | {"passed": check.passed} for check in result.checks],
         "stop": None if result.stop is None else {"token": prompt.stop, **attrs.asdict(result.stop)},
@@ -157,6 +183,27 @@ def _prompt(result: PromptResult, text_of: Callable[[int], str | None], *, quant
             "confident_flips": len(result.control.confident_flips),
             "hidden_error": result.control.hidden_error,
         },
+    }
+
+
+def _corpus(result: CorpusResult, text_of: Callable[[int], str | None]) -> dict[str, Any]:
+    corpus = result.corpus
+    texts = ("token", "oracle", "candidate")
+    return {
+        "name": corpus.name,
+        "sha256": corpus.sha256,
+        "tokens": corpus.tokens,
+        "window": corpus.window,
+        "windows": len(corpus.windows),
+        "candidate": result.candidate,
+        "passed": result.passed,
+        **attrs.asdict(result.statistics),
+        "power": power_record(result.power),
+        "flips_allowed": result.flips_allowed,
+        "flips": [
+            attrs.asdict(flip) | {f"{whose}_text": text_of(getattr(flip, whose)) for whose in texts}
+            for flip in result.flips
+        ],
     }
 
 
