@@ -146,6 +146,7 @@ ANSWERS: dict[str, tuple[Callable[[Plugins], Any], Any]] = {
     "zoo_backends": (lambda plugins: list(plugins.backends()), ["coreai-every-layer"]),
     "zoo_oracle": (lambda plugins: plugins.oracle(TOY, {}).name, "acme-models 2.1"),
     "zoo_gate_bounds": (lambda plugins: plugins.gate_bounds(TOY).of_class("int8", "torch").error, 8e-2),
+    "zoo_stress_samples": (lambda plugins: [s.name for s in plugins.stress_samples(TOY, TOY_CONFIG)], ["quiet-stream"]),
     "zoo_gates": (lambda plugins: [gate.name for _, gate in plugins.gates(QWEN, CLAMPED)], ["fits-the-phone"]),
 }
 
@@ -176,11 +177,12 @@ def test_the_examples_leave_other_entries_alone(hook: str) -> None:
 
 def test_the_examples_leave_other_overlays_alone() -> None:
     plugins = Plugins()
-    for hook in ("zoo_oracle", "zoo_gate_bounds"):
+    for hook in ("zoo_oracle", "zoo_gate_bounds", "zoo_stress_samples"):
         plugins.register(example(hook), hook)
 
     assert plugins.oracle(QWEN, {}) is None
     assert plugins.gate_bounds(QWEN) is GENERAL
+    assert plugins.stress_samples(QWEN, None) == []
 
 
 def test_the_claimed_overlay_of_the_example_reads_its_own_config() -> None:

@@ -317,6 +317,7 @@ CALLS: dict[str, Callable[[Plugins], object]] = {
     "zoo_backends": lambda plugins: plugins.backends(),
     "zoo_oracle": lambda plugins: plugins.oracle(TOY, {}),
     "zoo_gate_bounds": lambda plugins: plugins.gate_bounds(TOY),
+    "zoo_stress_samples": lambda plugins: plugins.stress_samples(TOY, None),
     "zoo_gates": lambda plugins: plugins.gates(TOY, None),
 }
 

@@ -32,8 +32,9 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
     """Everything that has to hold before a change is merged.
 
     Run it in the repository. Entries are valid; every architecture is claimed by one overlay; the golden graphs are
-    those that the code gives; the samples build and pass their gates; the documentation is complete. Exits with 1 if
-    anything does not hold.
+    those that the code gives; the samples build and pass `zoo gate`; the overlay keeps its bounds on every stress
+    sample; the documentation is complete. Exits with 1 if anything does not hold. It takes some minutes, most of them
+    on the runtime of the samples: `--only goldens --only stress` is the quick part that sees most mistakes.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""The checks that a maintainer's CI runs on a change: entries, overlays, samples, gates, golden graphs, docs."""
+"""The checks that a maintainer's CI runs on a change: entries, overlays, samples and their stress, gates, golden graphs, docs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ from coreai_zoo.catalogue import load_entries
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import CheckFailed, ZooError, listing
 from coreai_zoo.gates.run import GateOptions, failure, run_gate, write_report
+from coreai_zoo.gates.stress import judge_all
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.golden_metadata import golden_metadata_path, metadata_differences
 from coreai_zoo.review.goldens import compare, golden_entries, golden_path, read, take, write
-
-_GATE = GateOptions(prompts="code", positions=32, candidate="coreai", control=False)
-
 
 @frozen
 class Outcome:
@@ -142,8 +140,8 @@ def _require_golden_metadata(bundle: Bundle, folder: Path) -> None:
 
 
 def _gate(bundle: Bundle, plugins: Plugins) -> None:
-    """Judge a bundle as `zoo gate` does, plugins' gates and the report included."""
-    (record,) = run_gate([bundle], _GATE, plugins, Reporter(silent=True))
+    """Judge a bundle as `zoo gate` does without options, plugins' gates and the report included."""
+    (record,) = run_gate([bundle], GateOptions(), plugins, Reporter(silent=True))
     write_report(bundle, [record])
     if not record["verdict"]["passed"]:
         raise failure(bundle.directory.name, record["verdict"]["reasons"])
@@ -157,6 +155,23 @@ def _with_samples(plugins: Plugins) -> Mapping[str, Entry]:
         for sample, entry in reversed(entries)
         if sample is not None
     }
+
+
+def _stress(self: Checks) -> _Found:
+    """Every stress sample keeps its bounds: each step of the arithmetic is right where a mistake cannot hide."""
+    problems: list[str] = []
+    passed = 0
+    with tempfile.TemporaryDirectory(prefix="zoo-check-") as folder:
+        for name, entry in _with_samples(self.plugins).items():
+            for found in judge_all(entry, self.plugins, Path(folder)):
+                if found.reasons:
+                    reasons = listing(found.reasons, 3)
+                    problems.append(f"{name}, {found.sample.name} ({found.sample.reason}): {reasons}")
+                    continue
+                passed += 1
+                self.report.note(f"{name}, {found.sample.name}: {len(found.verdict.positions)} positions passed")
+    _raise(problems)
+    return f"{passed} stress samples keep their bounds", True if passed else None
 
 
 def _goldens(self: Checks) -> _Found:
@@ -201,6 +216,7 @@ CHECKS: Mapping[str, Callable[[Checks], _Found]] = {
     "overlays": _overlays,
     "goldens": _goldens,
     "samples": _samples,
+    "stress": _stress,
     "docs": _docs,
 }
 """The checks by name, in their order."""
