@@ -16,7 +16,7 @@ pip := $(bin)/python -m pip install --quiet --quiet --disable-pip-version-check
 # Half of the tests for each worker, in order; who has done its half takes from the end of the other's.
 pytest := $(bin)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo quick test nightly bench lint style format types imports docs install clean
+.PHONY: help demo quick test nightly bench lint style format types imports docs figures install clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -55,6 +55,9 @@ imports:
 docs: $(stamp)  ## Write again what docs/ takes from the commands: their help, and the outputs of the tutorial
 	$(bin)/python scripts/command_docs.py
 	$(bin)/python scripts/tutorial.py
+
+figures: $(stamp)  ## Measure again the figures that README and docs/ state, some ten minutes
+	$(bin)/python scripts/figures.py
 
 install: $(stamp)  ## Make the environment only
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from coreai_zoo.contracts import Contract
     from coreai_zoo.entry import Entry
     from coreai_zoo.gate import Gate, ReferenceModel
+    from coreai_zoo.stress import StressSample
 
 hookspec = pluggy.HookspecMarker("coreai_zoo")
 hookimpl = pluggy.HookimplMarker("coreai_zoo")
@@ -265,6 +266,24 @@ def zoo_gate_bounds(overlay: Overlay) -> MeasuredBounds | None:
         zoo's own plugins are registered before all others, so yours has precedence over them.
 
     .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def zoo_stress_samples(overlay: Overlay, config: Any) -> Iterable[StressSample]:
+    """Changes of the family's samples that make a mistake in one step of the arithmetic show.
+
+    Called by `zoo check` for each sample that an entry names. Must not import torch: the changes do.
+
+    Args:
+        overlay: the overlay that was claimed. Check `overlay.name` before you answer.
+        config: what its `read_config` returned of the sample.
+
+    Returns:
+        Stress samples. All plugins' are collected and run; two of one name are an error that names both.
+
+    .. versionadded:: 0.2
     """
     raise NotImplementedError
 

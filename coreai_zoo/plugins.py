@@ -30,6 +30,7 @@ from coreai_zoo.gate import ReferenceModel
 from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, Variant, WeightMap
 from coreai_zoo.recipes import HeadQuantization, Recipe
 from coreai_zoo.signature import StateSpec, TraceSpec
+from coreai_zoo.stress import StressSample
 
 if TYPE_CHECKING:
     from coreai_zoo.backend import Backend
@@ -482,6 +483,17 @@ class Plugins:
         """The bounds of the overlay's family; the general ones where no plugin has any."""
         answer = self._first("zoo_gate_bounds", MeasuredBounds, overlay=overlay)
         return answer[1] if answer else GENERAL
+
+    def stress_samples(self, overlay: Overlay, config: Any) -> list[StressSample]:
+        """What makes stress samples of the overlay's samples.
+
+        Raises:
+            PluginError: when two have one name, naming the plugins.
+        """
+        found = self._collect_named(
+            "zoo_stress_samples", "stress sample", _instances(StressSample), overlay=overlay, config=config
+        )
+        return [sample for _, sample in found.values()]
 
     def gates(self, overlay: Overlay, entry: Entry | None) -> list[tuple[str, Gate]]:
         """Extra gates, each with its plugin.

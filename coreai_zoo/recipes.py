@@ -138,7 +138,7 @@ class Recipe:
                 "Use a block size of 32, or force the per-channel head if you know your runtime.",
             )
         # Two policies for one head are two bundles: the name tells them apart.
-        published_name = self.published_name if spec == own else f"{self.published_name}_head_{_slug(spec)}"
+        published_name = self.published_name if spec == own else f"{self.published_name}{_HEAD}{_slug(spec)}"
         return evolve(self, specs={**self.specs, "head": spec}, published_name=published_name)
 
 
@@ -148,6 +148,36 @@ def _slug(spec: QuantizationSpec) -> str:
 
 
 _SCHEME_SLUGS = {"symmetric": "sym", "symmetric_with_clipping": "clip", "asymmetric": "asym"}
+_HEAD = "_head_"
+
+
+def published_as(name: str, recipes: Mapping[str, Recipe]) -> Recipe | None:
+    """The recipe that a published name stands for, with the head that it names; None where none is published so.
+
+    Args:
+        name: the suffix of a bundle's name, see `Recipe.published_name`.
+        recipes: those that are installed, by name.
+    """
+    own = [recipe for recipe in recipes.values() if recipe.published_name == name]
+    if own:
+        return own[0]
+    base, named, head = name.rpartition(_HEAD)
+    for recipe in recipes.values() if named else ():
+        if recipe.published_name == base and recipe.specs["head"] is not None and (spec := _read_slug(head)):
+            return evolve(recipe, specs={**recipe.specs, "head": spec}, published_name=name)
+    return None
+
+
+def _read_slug(slug: str) -> QuantizationSpec | None:
+    """The spec that `_slug` wrote; None for another text."""
+    dtype, _, rest = slug.partition("_")
+    blocks, _, scheme = rest.partition("_")
+    schemes = {short: name for name, short in _SCHEME_SLUGS.items()}
+    size = blocks.removeprefix("block")
+    try:
+        return QuantizationSpec(dtype, schemes[scheme], None if blocks == "channel" else int(size))  # type: ignore[arg-type]
+    except (KeyError, ValueError):
+        return None
 
 
 def _specs(body: QuantizationSpec | None, head: QuantizationSpec | None = None) -> dict[str, QuantizationSpec | None]:
@@ -163,19 +193,43 @@ _INT8_ABSMAX = QuantizationSpec("int8", "symmetric", 32)
 PLAIN = "fp16"
 """The recipe that quantizes nothing."""
 
+
+def _published_name(body: QuantizationSpec | None, head: QuantizationSpec | None = None) -> str:
+    """The published name of a built-in recipe, by how it stores the body and the head.
+
+    `lin` has the linear layers of the body in integers, `hu` an untied head as well, whose scheme comes last. A body
+    that uses its whole range, and a head of other blocks, are said too.
+    """
+    if body is None:
+        return PLAIN
+    parts = [f"{body.dtype}{'hu' if head else 'lin'}", f"block{body.block_size}"]
+    if body.scheme != "symmetric_with_clipping":
+        parts.append(f"body_{_SCHEME_SLUGS[body.scheme]}")
+    if head is not None:
+        alike = (head.dtype, head.block_size) == (body.dtype, body.block_size)
+        parts.append(_SCHEME_SLUGS[head.scheme] if alike else f"head_{_slug(head)}")
+    return "_".join(parts)
+
+
+def _built_in(
+    name: str, description: str, body: QuantizationSpec | None, head: QuantizationSpec | None = None
+) -> Recipe:
+    return Recipe(name, _published_name(body, head), description, _specs(body, head))
+
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         recipe.name: recipe
         for recipe in (
-            Recipe(PLAIN, "fp16", "No quantization: the reference for the others.", _specs(None)),
-            Recipe("int8lin", "int8lin_block32", "Body in int8 blocks of 32, head in fp16.", _specs(_INT8)),
-            Recipe(
+            _built_in(PLAIN, "No quantization: the reference for the others.", None),
+            _built_in("int8lin", "Body in int8 blocks of 32, head in fp16.", _INT8),
+            _built_in(
                 "int8hu",
-                "int8hu_block32_sym",
                 "Body and untied head in int8 blocks of 32, the head with absmax scales.",
-                _specs(_INT8, _INT8_ABSMAX),
+                _INT8,
+                _INT8_ABSMAX,
             ),
-            Recipe("int4lin", "int4lin_block32", "Body in int4 blocks of 32, head in fp16.", _specs(_INT4)),
+            _built_in("int4lin", "Body in int4 blocks of 32, head in fp16.", _INT4),
         )
     }
 )

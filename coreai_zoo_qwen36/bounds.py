@@ -40,3 +40,47 @@ BOUNDS = MeasuredBounds(
     router_gaps=MappingProxyType({"fp16": 0.005, "int8": 0.02, "int4": 0.1}),
 )
 """The largest over all built-in prompts that were run on each sample, with the gaps of its router."""
+
+
+# On the stress samples: what half precision does to the untouched decoder, in PyTorch, by name and kind. Of
+# `fat-tailed-head`, whose recipe is int8hu, the second row is of that.
+_STRESS: Mapping[str, Mapping[tuple[str, Kind], tuple[float, ...]]] = MappingProxyType(
+    {
+        # columns as above
+        "small-activations": {
+            ("fp16", "dense"): (1.42e-03, 4.46e-03, 0, 7.12e-06, 2.35e-06, 1.46e-05, 1.53e-03, 1.00),
+            ("fp16", "routed"): (2.43e-03, 1.55e-02, 2.33e-02, 6.87e-05, 7.34e-07, 8.76e-05, 1.77e-03, 1.00),
+        },
+        "slow-decay": {
+            ("fp16", "dense"): (3.33e-03, 1.26e-02, 0, 7.63e-05, 5.33e-05, 4.33e-04, 5.61e-03, 1.00),
+            ("fp16", "routed"): (1.50e-02, 1.83e-01, 9.91e-02, 4.55e-03, 9.23e-04, 3.33e-02, 2.20e-02, 1.00),
+        },
+        "large-activations": {
+            ("fp16", "dense"): (8.94e-04, 2.00e-03, 0, 1.39e-06, 2.57e-06, 1.37e-05, 1.28e-03, 1.00),
+            ("fp16", "routed"): (1.26e-03, 8.62e-03, 6.85e-04, 6.40e-06, 6.47e-06, 7.55e-05, 1.86e-03, 1.00),
+        },
+        "offset-scores": {
+            ("fp16", "dense"): (1.08e-03, 3.74e-03, 0, 5.50e-06, 3.70e-09, 2.27e-08, 4.14e-05, 1.00),
+            ("fp16", "routed"): (1.05e-03, 4.21e-03, 4.90e-04, 8.27e-06, 2.73e-09, 1.47e-08, 3.70e-05, 1.00),
+        },
+        "fat-tailed-head": {
+            ("fp16", "dense"): (8.50e-04, 1.41e-03, 0, 8.01e-07, 3.69e-06, 5.14e-05, 9.36e-04, 1.00),
+            ("int8", "dense"): (1.12e-02, 1.47e-02, 0, 8.58e-05, 3.88e-04, 4.85e-03, 6.54e-03, 13.1),
+            ("fp16", "routed"): (1.07e-03, 1.86e-03, 5.50e-02, 1.24e-06, 8.44e-06, 9.24e-05, 1.11e-03, 1.00),
+            ("int8", "routed"): (1.41e-02, 2.59e-02, 6.12e-02, 2.61e-04, 1.96e-03, 1.08e-02, 1.01e-02, 14.8),
+        },
+        "long-context": {
+            ("fp16", "dense"): (1.82e-03, 1.53e-02, 0, 1.10e-04, 5.02e-06, 1.75e-04, 1.58e-03, 1.00),
+        },
+    }
+)
+
+
+def stress_bounds(name: str, layers: int) -> MeasuredBounds:
+    """The bounds of the stress sample `name`, which has that many layers."""
+    return MeasuredBounds(
+        measured_on=f"the stress sample {name}, on a 2-core x86-64 Linux machine",
+        layers=layers,
+        rows={(recipe, "torch", kind): Measured(*row) for (recipe, kind), row in _STRESS[name].items()},
+        router_gaps=BOUNDS.router_gaps,
+    )

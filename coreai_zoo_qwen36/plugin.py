@@ -12,6 +12,7 @@ from coreai_zoo.contracts import Contract
 from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, WeightMap
 from coreai_zoo.recipes import HeadQuantization
 from coreai_zoo.signature import StateSpec, TraceSpec
+from coreai_zoo.stress import StressSample
 from coreai_zoo_overlays import qwen3_5
 from coreai_zoo_qwen36.bounds import BOUNDS
 
@@ -62,6 +63,14 @@ def zoo_tokenizer_classes() -> Iterable[TokenizerClass]:
 def zoo_gate_bounds(overlay: Overlay) -> MeasuredBounds | None:
     """What the samples show."""
     return BOUNDS if _ours(overlay) else None
+
+
+@hookimpl
+def zoo_stress_samples(overlay: Overlay, config: Any) -> Iterable[StressSample]:
+    """Small and large activations, slow decays, offset scores, a fat-tailed head, and a long context."""
+    from coreai_zoo_qwen36.stress import stress_samples
+
+    return stress_samples(config) if _ours(overlay) else ()
 
 
 def _ours(overlay: Overlay) -> bool:

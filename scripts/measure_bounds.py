@@ -9,6 +9,8 @@
     done
     python scripts/measure_bounds.py out/*-*/transcript.json
 
+    python scripts/measure_bounds.py --stress        # the rows of `_STRESS`, some minutes
+
 Prints one row for each class of recipes, arithmetic and kind of model, in the order of `Measured`. Paste them into
 `_ROWS`, then the table of `BOUNDS.table()` into docs/gate.md. On the samples that takes some half an hour.
 """
@@ -17,12 +19,21 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attrs import asdict
+
+from coreai_zoo.bounds import GENERAL
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.gates.rule import Verdict
+from coreai_zoo.gates.stress import StressTest, stress_samples, write_checkpoint
+from coreai_zoo.plugins import default_plugins
+from coreai_zoo.recipes import PLAIN
 
 COLUMNS = ("median", "largest", "near-tie", "1 - cos", "med. KL", "KL", "hidden", "/ control")
 
@@ -58,8 +69,57 @@ def rows(transcripts: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str],
     return {key: np.max(values, axis=0).tolist() for key, values in sorted(found.items())}
 
 
+def stress_rows() -> Iterator[str]:
+    """A row for each stress sample of each shipped sample, the largest over prompts that begin at other places."""
+    plugins = default_plugins()
+    for name in ("qwen3.6-27b", "qwen3.6-35b-a3b"):
+        entry = find_entry(name, plugins)[0]
+        for stress in stress_samples(entry, plugins):
+            with tempfile.TemporaryDirectory() as work:
+                folder = write_checkpoint(entry.sample_directory(), stress, Path(work) / "checkpoint")
+                found: dict[tuple[str, str, str], list[list[float]]] = defaultdict(list)
+                for place in range(1 if stress.at_once else 4):
+                    test = StressTest.open(folder, stress, entry, plugins, skip=place * stress.positions)
+                    for recipe in dict.fromkeys((PLAIN, stress.recipe)):
+                        bounds = GENERAL.of_recipe(_roles(test, recipe), test.layers, "torch", test.kind)
+                        gap = plugins.gate_bounds(test.designed.model.overlay).router_gaps[bounds.name]
+                        verdict = test.compare(test.found(test.designed.with_recipe(recipe)))
+                        control = test.compare(test.found(test.designed.with_recipe(PLAIN)))
+                        row = _measures_of(verdict, control, gap if test.kind == "routed" else None)
+                        found[stress.name, bounds.name, test.kind].append(row)
+            for key, values in found.items():
+                worst = np.max(values, axis=0).tolist()
+                yield f"({', '.join(map(json.dumps, key))}): ({', '.join(f'{value:.2e}' for value in worst)}),"
+
+
+def _roles(test: StressTest, recipe: str) -> dict[str, Any]:
+    designed = test.designed.with_recipe(recipe)
+    return {name: None if spec is None else {"dtype": spec.dtype} for name, spec in designed.stored_roles.items()}
+
+
+def _measures_of(verdict: Verdict, control: Verdict, gap: float | None) -> list[float]:
+    """The columns for a verdict; near-ties are those of a router gap."""
+    return measures(
+        {
+            "hidden_error": verdict.hidden_error,
+            "positions": [
+                {
+                    **asdict(position),
+                    "near_tie": gap is not None and position.near_tie(gap),
+                    "control": {"relative_error": other.relative_error},
+                }
+                for position, other in zip(verdict.positions, control.positions, strict=True)
+            ],
+        }
+    )
+
+
 def main(paths: list[str]) -> None:
     """Print the rows."""
+    if paths == ["--stress"]:
+        for stress_row in stress_rows():
+            print(stress_row, flush=True)
+        return
     if not paths or "-h" in paths or "--help" in paths:
         sys.exit(__doc__)
     print("#", "  ".join(COLUMNS))

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
 from coreai_zoo.gates.rule import Verdict
+from coreai_zoo.gates.stress import positions_from, prompt_of, stress_samples, write_checkpoint
 from coreai_zoo.lowering.module import bind, build_module, parameters_of
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipes import RECIPES, Recipe
@@ -45,11 +46,17 @@ from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 from decoders import OVERLAY, feed, fresh_states, one_thread, rewrites_of, signature
-from mutants import BOTH, MUTANTS, REFUSALS, Mutant, applied
+from mutants import BOTH, MUTANTS, REFUSALS, SAMPLE, Mutant, applied
 
 ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
 POSITIONS = 32
+PIECE = 512  # of a long prompt, in one call
 UNTOUCHED = Mutant("untouched", "nothing is wrong")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A verdict
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @frozen
@@ -104,13 +111,20 @@ class Target:
         positions: of the prompt.
     """
 
+    bounds = SAMPLES
+    first = 0
+    at_once = False
+
     def __init__(self, kind: str, work: Path, positions: int = POSITIONS) -> None:
-        self.kind, self.work = kind, work
         directory = find_entry(ENTRIES[kind], default_plugins())[0].sample_directory()
+        text = named_prompts(["code"])[0].text
+        tokens = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids[:positions]
+        self._open(kind, directory, work, tokens)
+
+    def _open(self, kind: str, directory: Path, work: Path, tokens: Sequence[int]) -> None:
+        self.kind, self.work, self.tokens = kind, work, list(tokens)
         self.checkpoint = Checkpoint.open(directory)
         self.config = OVERLAY.read_config(self.checkpoint.config)
-        text = named_prompts(["code"])[0].text
-        self.tokens = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids[:positions]
         self.oracle = Oracle(self.checkpoint, self.checkpoint.config).run(self.tokens)
         self._stores: dict[str, WeightStore] = {}
 
@@ -121,12 +135,12 @@ class Target:
         nothing that is wrong with a quantized file.
         """
         layers = len(self.config.layer_types)
-        bounds = SAMPLES.of_recipe(_record(mutant.declared or mutant.recipe), layers, "torch", self.bounds_kind)
+        bounds = self.bounds.of_recipe(_record(mutant.declared or mutant.recipe), layers, "torch", self.bounds_kind)
         verdict = self.compare(self.run(mutant, mutant.recipe))
         checks = check_bounds(verdict, bounds)
         if not verdict.passed:
             return Outcome(verdict, checks)
-        plain = SAMPLES.of_recipe({}, layers, "torch", self.bounds_kind)
+        plain = self.bounds.of_recipe({}, layers, "torch", self.bounds_kind)
         control = self.control if mutant.in_file else self.compare(self.run(mutant, RECIPES["fp16"]))
         return Outcome(verdict, (*checks, *check_control(verdict, control, bounds, plain)))
 
@@ -134,6 +148,11 @@ class Target:
     def control(self) -> Verdict:
         """Of the untouched decoder on plain weights."""
         return self.compare(self.run(UNTOUCHED, RECIPES["fp16"]))
+
+    @property
+    def _pieces(self) -> list[int]:
+        """Where calls end: none is named where every token is one."""
+        return [*range(PIECE, len(self.tokens), PIECE), len(self.tokens)] if self.at_once else []
 
     @property
     def bounds_kind(self) -> Kind:
@@ -147,8 +166,9 @@ class Target:
 
     def compare(self, found: Activations) -> Verdict:
         """The margin rule on what a candidate computed."""
+        oracle, found = (positions_from(each, self.first) for each in (self.oracle, found))
         with np.errstate(all="ignore"):  # mutants overflow
-            return rule.compare(self.tokens, self.oracle, found, self._experts_per_token)
+            return rule.compare(self.tokens[self.first :], oracle, found, self._experts_per_token)
 
     def run(self, mutant: Mutant, recipe: Recipe) -> Activations:
         """What the mutated decoder computes."""
@@ -158,11 +178,12 @@ class Target:
             for _ in range(mutant.runs):
                 # A seventh faster than `no_grad`, where steps are as small.
                 with _watched(decoder) as watched, torch.inference_mode():
-                    logits = feed(decoder, self.tokens, fresh_states(signature(self.config)))
+                    states = fresh_states(signature(self.config), len(self.tokens))
+                    logits = feed(decoder, self.tokens, states, *self._pieces)
         return Activations(logits.float().numpy(), watched.rows("hidden"), watched.rows("router"))
 
     def _decoder(self, recipe: Recipe) -> nn.Module:
-        rewrites = [("overlay", rewrite) for rewrite in rewrites_of(STATIC_S1)]
+        rewrites = [] if self.at_once else [("overlay", rewrite) for rewrite in rewrites_of(STATIC_S1)]
         decoder = build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), rewrites)
         bind(decoder, self._store(recipe))
         return decoder
@@ -175,6 +196,24 @@ class Target:
             self._stores[recipe.name] = WeightStore(self.work / f"{self.kind}-{recipe.name}")
             self._stores[recipe.name].fill(plan, self.checkpoint)
         return self._stores[recipe.name]
+
+
+class StressTarget(Target):
+    """A stress sample to attack, with its own bounds; see `Target`."""
+
+    def __init__(self, kind: str, name: str, work: Path) -> None:
+        plugins = default_plugins()
+        entry = find_entry(ENTRIES[kind], plugins)[0]
+        (stress,) = (each for each in stress_samples(entry, plugins) if each.name == name)
+        self.bounds, self.first, self.at_once = stress.bounds, stress.first, stress.at_once
+        self.recipe = RECIPES[stress.recipe]
+        folder = write_checkpoint(entry.sample_directory(), stress, work / f"{kind}-{name}")
+        self._open(kind, folder, work / f"{kind}-{name}-stores", prompt_of(folder, stress.positions))
+
+
+def targets_in(work: Path) -> Callable[[str, str], Target]:
+    """The target by kind and by what a mutant is run on, each made once in the folder `work`."""
+    return functools.cache(lambda kind, on: Target(kind, work / kind) if on == SAMPLE else StressTarget(kind, on, work))
 
 
 def _record(recipe: Recipe) -> dict[str, dict[str, Any] | None]:

@@ -217,7 +217,8 @@ def _function(path: str) -> Any:
 
 
 def _import_all() -> None:
-    """Import what commands do, and trace, for what is imported and cached on the way."""
+    """Import what commands do, and trace: for what is imported and cached on the way, and for `traces.inherit`."""
+    import pytest
     import tqdm
     import transformers.models.qwen3_5.modeling_qwen3_5
     import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe  # noqa: F401
@@ -231,10 +232,12 @@ def _import_all() -> None:
     from coreai_zoo.build.design import design
     from coreai_zoo.build.request import BuildRequest
     from coreai_zoo.plugins import default_plugins
+    from traces import trace_once
 
     interval, tqdm.tqdm.monitor_interval = tqdm.tqdm.monitor_interval, 0  # or it starts a thread, which no fork has
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
         checkpoint = tiny_checkpoint(Path(folder) / "checkpoint")
+        trace_once(monkeypatch)
         design(BuildRequest("qwen3.6-27b", checkpoint, custom=True), default_plugins()).trace()
     tqdm.tqdm.monitor_interval = interval
     default_plugins.cache_clear()  # a run may have others

@@ -1,7 +1,8 @@
 """Runs `zoo` many times, each in a process that is killed at a chosen moment.
 
 Processes are those of `forked`, which call `watched_zoo`. The code under test is as it is: operations are seen through
-audit events, which Python raises before it does what they say.
+audit events, which Python raises before it does what they say. But a decoder that was traced before they were forked is
+not traced again: between the files that a kill can fall between, that is a pause of seconds.
 """
 
 from __future__ import annotations
@@ -53,10 +54,18 @@ class Job:
 
 @attrs.frozen
 class Outcome:
-    """Exit code of a run, minus the signal if it was killed; how many file operations; and where it was killed."""
+    """How a run ended.
+
+    Attributes:
+        status: its exit code, minus the signal if it was killed.
+        operations: how many file operations were counted.
+        before: how many there were until the first that was counted.
+        last: where it was killed.
+    """
 
     status: int
     operations: int
+    before: int
     last: str
 
 
@@ -64,13 +73,13 @@ def run(job: Job) -> Outcome:
     """Run `zoo`; the end of its process."""
     answer = Path(job.log + ".answer")
     answer.unlink(missing_ok=True)
-    with forked.Process(json.dumps(attrs.asdict(job)), call="killing:watched_zoo") as process:
+    with forked.Process(json.dumps(attrs.asdict(job)), call="killing:watched_zoo", before="traces:inherit") as process:
         if job.appears is not None:
             _signal_when_due(job, process)
         status = process.wait()
         for text, suffix in zip(process.communicate(), (".out", ".err"), strict=True):
             Path(job.log + suffix).write_text(text, encoding="utf-8")
-    answers = answer.read_text(encoding="utf-8").splitlines() or ['{"operations": -1, "last": ""}']
+    answers = answer.read_text(encoding="utf-8").splitlines() or ['{"operations": -1, "before": -1, "last": ""}']
     return Outcome(status, **json.loads(answers[0]))
 
 
@@ -93,7 +102,8 @@ class _Operations:
 
     def __init__(self, job: Job, answer: int) -> None:
         self._job, self._answer = job, answer
-        self._started, self._done, self._count, self._written = not job.after, False, 0, ""
+        self._started, self._done, self._written = not job.after, False, ""
+        self._count = self._before = 0
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._done or event not in EVENTS or not self._counts(event, arguments):
@@ -101,6 +111,7 @@ class _Operations:
         path = str(arguments[0])
         self._started = self._started or self._job.after in path
         if not self._started:
+            self._before += 1
             return
         if self._count == self._job.survive:
             self._done = True
@@ -121,7 +132,8 @@ class _Operations:
         return relative or str(arguments[0]).startswith(self._job.folder)
 
     def answer(self, last: str = "") -> None:
-        os.write(self._answer, json.dumps({"operations": self._count, "last": last}).encode() + b"\n")
+        told = {"operations": self._count, "before": self._before, "last": last}
+        os.write(self._answer, json.dumps(told).encode() + b"\n")
 
 
 def watched_zoo() -> None:

@@ -30,6 +30,7 @@ from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
 PACKAGE = "coreai_zoo_overlays.qwen3_5."
 DENSE, MOE = ("dense",), ("moe",)
 BOTH = DENSE + MOE
+SAMPLE = "sample"
 
 # Gains that a checkpoint stores minus one: all but the output norm of a gated delta net.
 ONE_PLUS_NORM = r"(layernorm|[qk]_norm|model\.norm)\.weight$"
@@ -40,7 +41,8 @@ class Edit:
     """A replacement in the source of one function of the overlay.
 
     Attributes:
-        function: dotted path below the overlay's package, for example `attention.Attention.forward`.
+        function: dotted path below the overlay's package, for example `attention.Attention.forward`; elsewhere the
+            module, a colon, and the path in it.
         old: text that occurs exactly once in its source.
         new: what stands there instead.
     """
@@ -64,6 +66,7 @@ class Mutant:
         declared: the recipe that it claims to be, where that is another.
         in_file: what is wrong is a quantized file, so that a control made from the checkpoint is right.
         runs: how often the prompt is run before the last run is judged.
+        on: what it is run on: the sample, or the stress sample of that name.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Mutant:
     declared: Recipe | None = field(default=None, repr=False)
     in_file: bool = False
     runs: int = 1
+    on: str = SAMPLE
 
 
 @contextlib.contextmanager
@@ -95,8 +99,9 @@ def applied(mutant: Mutant) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _edited(function: str, edits: list[Edit]) -> Iterator[None]:
-    module_name, *path = function.split(".")
-    module = importlib.import_module(PACKAGE + module_name)
+    elsewhere, _, inside = function.rpartition(":")
+    module_name, *path = ([elsewhere] if elsewhere else []) + inside.split(".")
+    module = importlib.import_module(elsewhere or PACKAGE + module_name)
     owner: Any = module
     for part in path[:-1]:
         owner = getattr(owner, part)

@@ -996,7 +996,7 @@ def test_something_that_is_no_bundle_is_refused(tmp_path: Path, dense: Path, com
         ("{", "build.json cannot be read as JSON"),
         ("[]", "build.json is not a JSON object"),
         ('{"schema": 99}', "build.json has schema 99, not 2"),
-        ('{"schema": 1}', "build.json"),
+        ('{"schema": 1}', "build.json is damaged: name, backend, layers, max_context, entry, source, functions, files"),
         ('{"schema": 1, "backend": "coreai"}', "build.json is damaged: name, layers, max_context, entry, source"),
         ('{"schema": 2, "backend": "coreai"}', "build.json is damaged: name, layers, max_context, entry, source"),
     ],
@@ -1010,8 +1010,7 @@ def test_a_bundle_whose_record_cannot_be_used_is_refused(
 
     result = zoo(command, bundle, *more)
 
-    assert words in paragraph(result, result.exit_code)
-    assert result.exit_code in (1, 2)
+    assert words in paragraph(result, code=2)
 
 
 def test_a_bundle_of_a_backend_that_is_not_installed_is_refused(bundle: Path, dense: Path) -> None:
@@ -1082,7 +1081,7 @@ def test_a_token_id_beyond_the_logits_does_not_verify(
         (lambda bundle: (bundle / "tokenizer" / ".hidden").touch(), "tokenizer/.hidden is not in the record"),
         (lambda bundle: edit_metadata(bundle, user_data={"a": "b"}), "metadata.json was changed"),
         (lambda bundle: edit_metadata(bundle, kind="vlm"), "kind is 'vlm', not 'llm'"),
-        (lambda bundle: edit_metadata(bundle, assets={}), "metadata.json"),
+        (lambda bundle: edit_metadata(bundle, assets={}), "names no main asset"),
         (lambda bundle: edit_metadata(bundle, user_data=["a"]), "metadata.json was changed"),
         (lambda bundle: edit_metadata(bundle, language="C"), "metadata.json was changed"),
         (lambda bundle: edit_language(bundle, prefill_chunk_size=2048), "prefill_chunk_size is 2048, not 1"),
@@ -1250,7 +1249,9 @@ def test_a_bundle_that_matches_its_checkpoint_has_no_confident_flip(built: Path,
     positions = record["prompts"][0]["positions"]
     assert flips_of(record) == []
     # Its weights are random and its layers few: the bounds of trained samples may not hold.
-    assert all("bound" in reason or "is allowed" in reason for reason in record["verdict"]["reasons"])
+    reasons = record["verdict"]["reasons"]
+    assert [reason for reason in reasons if "bound" not in reason and "is allowed" not in reason] == []
+    assert (record["verdict"]["passed"], result.exit_code) == ((False, 1) if reasons else (True, 0))
     assert len(positions) == 16
     assert sum(position["margin"] >= 0.1 for position in positions) >= 14, "a gate that could not fail"
 

@@ -12,6 +12,12 @@ import pytest
 from safetensors import safe_open
 
 from checkpoints import text_config
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.build.design import design
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.lowering import module
+from coreai_zoo.plugins import default_plugins
+from coreai_zoo.weights.store import WeightStore
 
 
 def run(root: Path, script: str, *arguments: str) -> str:
@@ -84,7 +90,15 @@ def test_the_baseline_writes_the_constants_that_a_build_writes(root: Path, tmp_p
         run(root, "whole_model_baseline.py", str(tmp_path / "made"), "-o", str(tmp_path / "whole")).splitlines()[-1]
     )
     assert set(answer) == {"load", "quantize", "convert", "seconds"}
-    assert (tmp_path / "whole" / "whole_model.aimodel" / "main.mlirb").stat().st_size > 50_000
+    planned = design(BuildRequest(checkpoint=tmp_path / "made", recipe="int8hu", dry=True), default_plugins())
+    store = WeightStore(tmp_path / "store")
+    store.fill(planned.weights, planned.checkpoint)
+    constants = module.constants(store, (tensor.name for tensor in planned.weights.tensors))
+    # The toolchain writes what is smaller among the operations.
+    expected = {name: each.data.tobytes() for name, each in constants.items() if each.data.nbytes >= 1024}
+    written = CoreAIBackend().constants(tmp_path / "whole" / "whole_model.aimodel")
+    assert len(expected) >= 16  # the table, and the integers of every linear
+    assert set(expected.values()) - {bytes(view) for view in written.values()} == set()
 
 
 def test_measure_tells_time_memory_and_stages(root: Path) -> None:

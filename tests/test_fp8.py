@@ -117,6 +117,7 @@ def test_decoder_and_oracle_compute_what_transformers_computes_with_the_dequanti
     expected = whole_model(plain, TOKENS, read_config(plain)).logits
     checkpoint, values = Checkpoint.open(directory), read_weights(plain)
     assert list(checkpoint.tensors) == sorted(values)
+    assert checkpoint.scales
     for key in checkpoint.scales:
         info = checkpoint.tensors[key]
         assert torch.equal(checkpoint.read_rows(key, 0, info.rows).reshape(info.shape), values[key]), key
@@ -149,6 +150,7 @@ def test_a_scale_may_be_a_power_of_two_in_a_byte(dtype: torch.dtype, tmp_path: P
     expected: dict[str, Tensor] = {}
     checkpoint = Checkpoint.open(fp8_checkpoint(tmp_path, change=change))
     codes = read_weights(tmp_path)
+    assert set(expected) & set(checkpoint.scales) == set(checkpoint.scales) != set()
     for key, factors in expected.items():
         if key in checkpoint.scales:
             grown = factors.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import types
@@ -153,6 +154,41 @@ def test_the_overlay_on_the_assets_weights_agrees_and_two_bundles_stand_side_by_
     assert not (original / "gate").exists() and not (worse / "gate").exists()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"Beside {worse.name}" in page
+
+
+@pytest.mark.slow
+def test_with_sensitivity_the_gate_says_of_a_bundle_what_the_command_of_that_name_says(original: Path) -> None:
+    options = ("--positions", "3", "--json")
+
+    asked, expected = zoo("gate", original, "--sensitivity", *options), zoo("sensitivity", original, *options)
+
+    assert (asked.exit_code, expected.exit_code) == (0, 0), asked.output + expected.output
+    assert json.loads(asked.stdout) == json.loads(expected.stdout)
+    assert {part["role"] for part in json.loads(asked.stdout)["parts"]} == {
+        "attention",
+        "gdn.in",
+        "gdn.out",
+        "head",
+        "mlp",
+    }
+
+
+def test_a_prompt_that_is_left_out_is_told_in_terminal_transcript_and_page(
+    original: Path, cache: Path, tmp_path: Path
+) -> None:
+    options = ("--positions", "24", "--candidate", "torch", "--no-control", "--oracle-cache", cache, "-o", tmp_path)
+
+    result = zoo("gate", original, *options)
+
+    assert result.exit_code == 0, result.output
+    words = "prompt 'long' is left out: it is 512 positions, of which 24 fit"
+    record = json.loads((tmp_path / "transcript.json").read_text(encoding="utf-8"))
+    assert words in record["remarks"] and words in result.stderr
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert words[1:] in page
+    # The chat goes on, and two of its turns end within these positions.
+    (chat,) = (prompt for prompt in record["prompts"] if prompt["name"] == "chat")
+    assert not chat["judged"] or len(chat["stop"]["expected"]) >= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

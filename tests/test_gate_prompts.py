@@ -30,7 +30,8 @@ from coreai_zoo.gates.prompts import (
     strength,
     tokenize,
 )
-from coreai_zoo.gates.teacher_forced import Reference, require_strong
+from coreai_zoo.gates.rule import Verdict, judge
+from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, Reference, StopCheck, require_strong, stop_check
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.signature import KVCache
@@ -100,57 +101,115 @@ def bundle_of(tokenizer: Path, max_context: int = 256) -> Bundle:
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    sample = find_entry("qwen3.6-27b", default_plugins())[0].sample_directory()
+def sample() -> Path:
+    """The checkpoint of the sample."""
+    return find_entry("qwen3.6-27b", default_plugins())[0].sample_directory()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, sample: Path) -> Bundle:
     shutil.copytree(sample, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
     return bundle_of(tmp_path / "tokenizer")
 
 
-def test_of_the_default_set_a_chat_that_the_template_does_not_take_is_left_out(bundle: Bundle) -> None:
-    taken, left_out = default_prompts(bundle)
+def test_of_the_default_set_a_chat_that_the_template_does_not_take_is_left_out(bundle: Bundle, sample: Path) -> None:
+    taken, left_out = default_prompts(bundle, sample)
     assert [prompt.name for prompt in taken] == ["code", "text", "digits", "spanish", "chat"]
-    assert left_out == []
+    assert left_out == ["prompt 'long' is left out: it is 512 positions, of which 256 fit"]
 
     (bundle.tokenizer / "chat_template.jinja").write_text("{{ raise_exception('No.') }}", encoding="utf-8")
-    taken, (why,) = default_prompts(bundle)
+    taken, (why, _long) = default_prompts(bundle, sample)
     assert "chat" not in [prompt.name for prompt in taken]
     assert "'chat' is left out: The chat template in chat_template.jinja does not take this chat: No." in why
     with pytest.raises(BadInput, match=r"does not take this chat: No\. Choose other prompts, as --prompts code,text"):
-        tokenize(bundle, BUILT_IN["chat"])
+        tokenize(bundle, BUILT_IN["chat"], sample)
 
     (bundle.tokenizer / "chat_template.jinja").unlink()
-    _, (why,) = default_prompts(bundle)
+    _, (why, _long) = default_prompts(bundle, sample)
     assert "has no chat template" in why
 
 
-def test_prompts_with_too_few_tokens_do_not_pass(bundle: Bundle) -> None:
-    taken, left_out = default_prompts(bundle, 80)
+def test_prompts_with_too_few_tokens_do_not_pass(bundle: Bundle, sample: Path) -> None:
+    taken, left_out = default_prompts(bundle, sample, 80)
 
     assert [len(prompt.tokens) for prompt in taken] == [80] * len(taken)
     assert "The prompt 'digits' is 68 tokens, and 80 positions were asked for" in left_out[0]
     with pytest.raises(BadInput, match=r"'code' is \d+ tokens, and 200 positions were asked for"):
-        default_prompts(bundle, 200)
+        default_prompts(bundle, sample, 200)
 
 
-def test_a_tokenizer_that_makes_a_handful_of_tokens_is_refused(bundle: Bundle) -> None:
+def test_a_tokenizer_that_makes_a_handful_of_tokens_is_refused(bundle: Bundle, sample: Path) -> None:
     words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
     words.pre_tokenizer = CharDelimiterSplit("\n")
     words.save(str(bundle.tokenizer / "tokenizer.json"))
 
     with pytest.raises(BadInput, match=r"'code' is \d+ tokens, and 24 positions are the fewest to judge by"):
-        default_prompts(bundle)
+        default_prompts(bundle, sample)
     with pytest.raises(BadInput, match="are the fewest to judge by"):
-        tokenize(bundle, at_least(BUILT_IN["digits"], bundle))
+        tokenize(bundle, at_least(BUILT_IN["digits"], bundle), sample)
 
 
-def test_a_chat_without_an_end_of_turn_has_none_to_check(bundle: Bundle) -> None:
-    assert tokenize(bundle, BUILT_IN["chat"]).stop == 2
+def test_the_end_of_a_turn_is_the_checkpoints_whatever_the_bundle_says(bundle: Bundle, sample: Path) -> None:
+    assert tokenize(bundle, BUILT_IN["chat"], sample).stop == 2
 
+    (bundle.tokenizer / "tokenizer_config.json").write_text(
+        (bundle.tokenizer / "tokenizer_config.json").read_text().replace("<|im_end|>", "<|endoftext|>")
+    )
+    (bundle.tokenizer / "config.json").unlink()
+    chat = tokenize(bundle, BUILT_IN["chat"], sample)
+    assert chat.stop == 2 and chat.ends_turns
+
+
+def test_a_checkpoint_that_names_no_end_of_turn_gives_no_token_to_expect(bundle: Bundle) -> None:
     config = json.loads((bundle.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
     (bundle.tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}), encoding="utf-8")
     (bundle.tokenizer / "config.json").unlink()
     (bundle.tokenizer / "chat_template.jinja").write_text("{{ messages | tojson }}", encoding="utf-8")
-    assert tokenize(bundle, BUILT_IN["chat"]).stop is None
+
+    chat = tokenize(bundle, BUILT_IN["chat"], bundle.tokenizer)
+
+    assert chat.stop is None and chat.ends_turns, "its stop check fails, and does not go missing"
+
+
+def test_a_chat_that_is_cut_before_a_turn_ends_expects_no_end(bundle: Bundle, sample: Path) -> None:
+    whole = tokenize(bundle, BUILT_IN["chat"], sample)
+    end = whole.tokens.index(2)
+
+    assert whole.whole and whole.ends_turns
+    assert not tokenize(bundle, cut(BUILT_IN["chat"], end), sample).ends_turns
+    assert tokenize(bundle, cut(BUILT_IN["chat"], end + 1), sample).ends_turns
+    assert not tokenize(bundle, BUILT_IN["code"], sample).ends_turns
+
+
+def sure_of(*tokens: int) -> Verdict:
+    """A verdict of a candidate that agrees, where the oracle is sure of these tokens."""
+    return judge(tokens, rows := np.eye(4)[list(tokens)] * 9.0, rows)
+
+
+def test_a_stop_check_without_a_token_or_a_position_to_expect_fails() -> None:
+    assert stop_check(sure_of(1, 2, 3), 2) == StopCheck((1,), ())
+    assert stop_check(sure_of(1, 2, 3), 2).passed
+    assert not stop_check(sure_of(1, 1, 3), 2).passed
+    assert not stop_check(sure_of(1, 2, 3), None).passed
+    assert not StopCheck((1,), (1,)).passed
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [
+        (2, "the oracle is nowhere sure of the end of a turn, token 2, so no stop is checked"),
+        (None, "the checkpoint names no token that ends a turn"),
+    ],
+)
+def test_a_chat_on_which_nothing_is_checked_fails_the_gate_with_what_to_do(stop: int | None, words: str) -> None:
+    chat = TokenizedPrompt(Prompt("chat", turns=(("user", "x"),)), (1, 1), ("x", "x"), stop)
+    result = PromptResult(chat, Strength(2, 0, 9.0), "x", None, sure_of(1, 1), stop=stop_check(sure_of(1, 1), stop))
+
+    report = GateReport((result,), (), quantized=False)
+
+    assert not report.passed
+    assert report.reasons == (report.reasons[0],) and words in report.reasons[0]
+    assert "--prompts leaves this out" in report.reasons[0]
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

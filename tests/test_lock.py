@@ -98,7 +98,7 @@ def test_a_lock_file_with_any_content_is_no_obstacle_when_nobody_holds_it(tmp_pa
 def test_a_lock_file_that_names_a_living_process_is_no_obstacle_when_that_does_not_hold_it(tmp_path: Path) -> None:
     lock_file(tmp_path / "work").write_text(json.dumps(asdict(Holder.this("a pid that was used again"))))
     with exclusive(tmp_path / "work", "me"):
-        pass
+        assert json.loads(lock_file(tmp_path / "work").read_text())["what"] == "me"
 
 
 def test_a_lock_file_of_another_machine_is_left_to_the_user(tmp_path: Path) -> None:

@@ -163,11 +163,11 @@ def in_torch(model: Checkpointed) -> np.ndarray[Any, Any]:
     return Model.stepped_in_torch(model, module)  # type: ignore[arg-type]  # all that it needs is `spec`
 
 
-@pytest.mark.parametrize("changed", [5, 6, 7])
-def test_a_late_layer_that_differs_is_traced_or_all_are(changed: int, tmp_path: Path) -> None:
-    model = checkpointed(tmp_path / "checkpoint", "dense", "FLLFLFLF", halved(f"model.layers.{changed}.mlp"))
-    repetition = find_repetition(model.module())
-    assert repetition is None or changed < repetition.depth
+@pytest.mark.parametrize(("changed", "depth"), [(None, 6), (5, None), (6, None), (7, None)])
+def test_a_late_layer_that_differs_has_all_traced(changed: int | None, depth: int | None, tmp_path: Path) -> None:
+    rewrites = () if changed is None else (halved(f"model.layers.{changed}.mlp"),)
+    repetition = find_repetition(checkpointed(tmp_path / "checkpoint", "dense", "FLLFLFLF", *rewrites).module())
+    assert (repetition and repetition.depth) == depth
 
 
 @pytest.mark.slow

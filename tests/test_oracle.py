@@ -15,12 +15,14 @@ import torch
 from attrs import evolve
 
 from checkpoints import read_weights, tiny_checkpoint, write_weights
+from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.folder import read_config
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations, ReferenceModel
 from coreai_zoo.gates.oracle import Oracle, default_cache
+from coreai_zoo.plugins import default_plugins
 from decoders import OVERLAY
 from reference import whole_model
 
@@ -237,7 +239,9 @@ def test_a_result_is_kept_and_belongs_to_its_inputs_only(dense: Path, tmp_path: 
     again, kept = counted(directory, tmp_path / "cache")
     assert (computed, kept) == (4, 0)
     assert np.array_equal(first.logits, again.logits)
-    assert all(map(np.array_equal, first.hidden or (), again.hidden or ()))
+    assert first.hidden is not None and again.hidden is not None
+    assert [state.shape for state in again.hidden] == [(len(TOKENS), 32)] * 5  # the embeddings, and after each layer
+    assert [np.array_equal(*pair) for pair in zip(first.hidden, again.hidden, strict=True)] == [True] * 5
     assert again.router_logits is None
     assert counted(directory, tmp_path / "cache", TOKENS[:-1])[1] == 4
     assert counted(directory, tmp_path / "cache", dtype="bfloat16")[1] == 4
@@ -264,6 +268,59 @@ def test_a_damaged_result_is_computed_again(damage: str, dense: Path, tmp_path: 
     again, computed = counted(dense, tmp_path)
     assert computed == 4 and np.array_equal(first.logits, again.logits)
     assert counted(dense, tmp_path)[1] == 0
+
+
+def without(kept: Path, kind: str, count: int | None = None) -> None:
+    """Take arrays of a kind out of a kept result, as a version that kept fewer would have written it."""
+    with np.load(kept) as file:
+        arrays = dict(file)
+    place = ("hidden", "router").index(kind)
+    there = int(arrays["counts"][place])
+    arrays["counts"][place] = left = 0 if count is None else there - count
+    for index in range(left, there):
+        del arrays[f"{kind}_{index}"]
+    np.savez(kept, **arrays)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [None, 1], ids=["all", "the last"])
+def test_a_kept_result_without_hidden_states_is_computed_again_and_no_bound_is_dropped(
+    count: int | None, dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _ = counted(dense, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    without(kept, "hidden", count)
+    assert not oracle_of(dense, cache=tmp_path).is_cached(TOKENS), "--cached-only must not judge by it"
+
+    again, computed = counted(dense, tmp_path)
+
+    assert computed == 4 and len(again.hidden or ()) == len(first.hidden or ()) == 5
+    assert "hidden states, not one for the embedding and each layer" in caplog.text
+    assert counted(dense, tmp_path)[1] == 0
+
+
+def test_a_kept_result_of_a_routed_model_without_its_routers_is_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample = find_entry("qwen3.6-35b-a3b", default_plugins())[0].sample_directory()
+    first, layers = counted(sample, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    without(kept, "router")
+
+    again, computed = counted(sample, tmp_path)
+
+    assert computed == layers > 0 and "has routers" in caplog.text
+    assert len(again.router_logits or ()) == len(first.router_logits or ()) > 0
+    assert counted(sample, tmp_path)[1] == 0
+
+
+def test_a_kept_result_of_fewer_positions_is_computed_again(dense: Path, tmp_path: Path) -> None:
+    first, _ = counted(dense, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    with np.load(kept) as file:
+        arrays = dict(file)
+    np.savez(kept, **{**arrays, "logits": arrays["logits"][:-1]})
+    again, computed = counted(dense, tmp_path)
+    assert computed == 4 and again.logits.shape == first.logits.shape
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints import TEXT_CONFIGS, read_weights, text_config, tiny_checkpoint, write_weights
 from coreai_zoo.checkpoint.folder import read_config
@@ -56,7 +57,7 @@ def test_a_moe_module_has_a_router_in_every_layer_and_no_dense_mlp() -> None:
     moe = layout(text_config("moe"))
     assert len(paths(moe, "model.layers.*.mlp.gate")) == 2
     mlps = [path for path, module in moe.named_modules() if isinstance(module, feed_forward.MLP)]
-    assert all(path.endswith("shared_expert") for path in mlps)
+    assert mlps == [f"model.layers.{layer}.mlp.shared_expert" for layer in range(2)]
 
 
 def test_dense_and_moe_differ_in_nothing_but_the_feed_forward() -> None:
@@ -301,12 +302,34 @@ def test_each_fixed_state_is_written_once_and_whole(tmp_path: Path) -> None:
     assert states == {"conv_state": 1, "recurrent_state": 1}
 
 
+class Computed(TorchDispatchMode):
+    """Notes the dtypes that each arithmetic operation was given and gave, by its name."""
+
+    LAYOUT = frozenset(
+        {"_to_copy", "squeeze", "unsqueeze", "expand", "view", "clone", "_unsafe_view", "slice", "select"}
+    )
+
+    def __init__(self, found: dict[str, set[torch.dtype]]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0]
+        if name not in self.LAYOUT:
+            tensors = [each for each in (*args, result) if isinstance(each, torch.Tensor)]
+            self.found.setdefault(name, set()).update(each.dtype for each in tensors)
+        return result
+
+
 def test_the_recurrence_and_the_decay_are_computed_in_fp32_in_a_half_precision_model() -> None:
     seen: list[torch.dtype] = []
+    computed: dict[str, set[torch.dtype]] = {}
 
     class Spy(gated_delta_net.GatedDeltaStep):
         def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            out, state = super().forward(*tensors)
+            with Computed(computed):
+                out, state = super().forward(*tensors)
             seen.extend((tensors[3].dtype, tensors[4].dtype, out.dtype, state.dtype))
             return out, state
 
@@ -318,8 +341,13 @@ def test_the_recurrence_and_the_decay_are_computed_in_fp32_in_a_half_precision_m
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     module.set_submodule("model.layers.0.linear_attn.rule", Spy())
-    feed(module, [5], fresh_states(signature(config)))
+    with Computed(of_decay := {}):
+        feed(module, [5], fresh_states(signature(config)))
     assert set(seen) == {torch.float32}
+    assert {"mul", "sum", "rsqrt", "exp", "sub", "add"} <= computed.keys()
+    assert {name: dtypes for name, dtypes in computed.items() if dtypes != {torch.float32}} == {}
+    # The only ones of their kind in the decoder: of the decay, and of beta and the gates of attention.
+    assert of_decay["softplus"] == of_decay["exp"] == {torch.float32}
 
 
 def test_every_weight_has_a_role_that_fits_its_kind() -> None:
@@ -328,7 +356,8 @@ def test_every_weight_has_a_role_that_fits_its_kind() -> None:
         roles = {rule.target.rsplit("}.", 1)[-1]: rule.role for rule in rules}
         assert roles["linear_attn.A"] == "scalar"
         assert roles["lm_head.weight"] == "head"
-        assert all(role == "norm" for name, role in roles.items() if "norm" in name)
+        norms = {role for name, role in roles.items() if "norm" in name}
+        assert norms == {"norm"}
 
 
 def test_the_table_of_roles_holds_those_that_a_weight_has_and_no_other() -> None:

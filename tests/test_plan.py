@@ -204,7 +204,9 @@ def test_states_are_counted_at_the_context(context: int) -> None:
 def test_headers_that_are_there_are_read_and_have_to_fit(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "checkpoint", "moe", packed_experts=False)
     plan = planned(checkpoint=checkpoint)
-    assert all(tensor.sources for tensor in plan.design.weights.tensors)
+    tensors = plan.design.weights.tensors
+    assert {len(tensor.sources) for tensor in tensors if tensor.role == "moe.expert"} == {4, 8}  # of 4 experts
+    assert {len(tensor.sources) for tensor in tensors if tensor.role != "moe.expert"} == {1}
     assert plan.tokenizer is not None and plan.bundle == plan.asset + plan.tokenizer
     assert plan.build.read == 2 * plan.design.weights.parameters
     config = json.loads((checkpoint / "config.json").read_text())

@@ -175,7 +175,7 @@ def test_what_cannot_be_measured_is_said(checkpoint: Path) -> None:
     assert "are for an entry" in err
 
 
-def test_the_gate_has_it_as_an_option() -> None:
+def test_the_gate_refuses_with_it_what_it_would_not_do() -> None:
     arguments = ["gate", "qwen3.6-27b", "--sensitivity", "--positions", "2", "--json"]
     directory = find_entry("qwen3.6-27b", default_plugins())[0].sample_directory()
     result = CliRunner().invoke(cli, [*arguments, "--candidate", "torch", "--checkpoint", str(directory)])

@@ -104,9 +104,10 @@ def test_every_kind_of_tensor_comes_back_as_planned(checkpoint: Checkpoint, stor
     assert str(decay.dtype) == "float32" and torch.equal(torch.from_numpy(decay), -source["decay"].float().exp())
     assert torch.equal(torch.from_numpy(store["conv"].array("data")), source["conv"].half().view(8, 4))
     experts = torch.stack([torch.cat([source[f"e.{i}.a"], source[f"e.{i}.b"]]) for i in range(3)])
-    for name, whole in (("l.1.w", source["l.1.w"]), ("experts", experts)):
+    for name, role, whole in (("l.1.w", "mlp", source["l.1.w"]), ("experts", "moe.expert", experts)):
         stored = store[name]
-        assert stored.quantization is not None and (stored.role, stored.shape) != ("", ())
+        assert stored.quantization is not None
+        assert (stored.role, stored.shape) == (role, tuple(whole.shape))
         expected = quantize_rows(whole.half().view(-1, whole.shape[-1]), stored.quantization)
         assert torch.equal(torch.from_numpy(stored.array("data")), expected.codes.view(whole.shape))
         assert torch.equal(torch.from_numpy(stored.array("scales")), expected.scales.view(*whole.shape[:-1], -1))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from shared import Shared
 from suite import QUICK, THOROUGH
@@ -33,6 +34,10 @@ def test_the_quick_loop_collects_the_quick_files_only(
     for asked in (False, True):
         monkeypatch.setattr(pytestconfig.option, "quick", asked)
         assert {name for name in QUICK | THOROUGH if ignored(name)} == (THOROUGH if asked else set())
+
+
+def test_no_example_fails_because_the_machine_is_busy() -> None:
+    assert settings().deadline is None
 
 
 def number_of_fills(root: Path, worker: int) -> int:

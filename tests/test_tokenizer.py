@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from coreai_zoo.bundle.same_tokenizer import copy_problems
 from coreai_zoo.bundle.verify_tokenizer import tokenizer_problems
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.chat_template import find_chat_template, render_chat
@@ -73,12 +74,13 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path, classes: Any) -> Callable[[], tuple[Path, list[str]]]:
-    """Makes the copy of `folder` that a bundle gets, and holds it against every rule for one."""
+    """Makes the copy of `folder` that a bundle gets, and holds it against every rule for one and against `folder`."""
 
     def copy() -> tuple[Path, list[str]]:
         copy, again = tmp_path / "tokenizer", tmp_path / "again"
         changes = copy_tokenizer(folder, copy, classes)
         assert tokenizer_problems(copy, WIDTH, set(classes.values())) == []
+        assert copy_problems(folder, copy, classes) == []
         copy_tokenizer(copy, again, classes)
         assert contents(again) == contents(copy)
         return copy, changes

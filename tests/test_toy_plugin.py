@@ -270,7 +270,7 @@ def test_a_bundle_of_the_toy_holds_every_file_and_nothing_else(built: Built) -> 
 
 def test_a_bundle_of_the_toy_verifies(built: Built, plugins: Plugins) -> None:
     checks = verify(built.bundle, plugins.backends(), plugins.tokenizer_classes())
-    names = {"files", "metadata", "tokenizer", "main.hash", "signature", "engine", "step"}
+    names = {"files", "metadata", "tokenizer", "main.hash", "signature", "states", "engine", "weights", "step"}
     assert {check.name for check in checks} == names
     assert [check for check in checks if not check.passed] == []
 

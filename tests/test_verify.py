@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from attrs import evolve
@@ -24,9 +25,13 @@ from coreai_zoo import hookimpl
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.bundle.bundle import Bundle, signature_record
 from coreai_zoo.bundle.layout import file_digests
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.checkpoint import portable_tokenizer
 from coreai_zoo.contracts import STATIC_S1, Contract
 from coreai_zoo.engine import COREAI_MODELS
-from coreai_zoo.plugins import Plugins
+from coreai_zoo.gates.rule import judge
+from coreai_zoo.gates.verify import _judged
+from coreai_zoo.plugins import Plugins, default_plugins
 from coreai_zoo.signature import KVCache, StateSpec, TraceSpec
 from toy_plugin import ToyPlugin
 
@@ -66,6 +71,9 @@ def test_a_sample_as_it_is_built_keeps_every_rule(bundle: Path) -> None:
     assert all(check["passed"] for check in found.values()), found
     assert found["engine"]["detail"] == f"{len(COREAI_MODELS.rules)} rules of apple/coreai-models hold"
     assert found["step"]["detail"].endswith("and the same after a reset with nan in the rest of the cache")
+    assert found["source"]["detail"] == "name, context and functions as by checkpoint dense"
+    assert found["copy"]["detail"] == "the checkpoint's, byte for byte"
+    assert found["logits"]["detail"].startswith("6 of 6 tokens as by Hugging Face on the checkpoint")
 
 
 METADATA: Mapping[str, tuple[dict[str, Any], str]] = {
@@ -188,7 +196,11 @@ class Sums(nn.Module):
     Args:
         spec: the signature.
         mask: what it makes of the keys beyond T: it does not read them, or reads them in vain.
+
+    Where `forgets` is set, the logits are of the new token alone.
     """
+
+    forgets = False
 
     def __init__(self, spec: TraceSpec, mask: Callable[[Tensor, int], Tensor] | None = None) -> None:
         super().__init__()
@@ -205,6 +217,7 @@ class Sums(nn.Module):
             else:
                 state.add_(1)
                 total = total + state.float().sum()
+        total = ids.sum().to(torch.float32) + 1 + 0 * total if self.forgets else total
         return tuple((total * torch.ones(output.shape)).to(getattr(torch, output.dtype)) for output in self.outputs)
 
 
@@ -253,7 +266,8 @@ def with_tensor(spec: TraceSpec, group: str, called: str, /, **changes: Any) -> 
 def test_a_small_asset_that_keeps_the_rules_verifies_in_a_samples_place(bundle: Path) -> None:
     put(bundle, {"main": net(SPEC)}, {"main": SPEC}, max_context_length=32)
     found = checks(bundle)
-    assert [name for name, check in found.items() if not check["passed"]] == ["metadata"], found
+    failed = [name for name, check in found.items() if not check["passed"]]
+    assert failed == ["metadata", "source", "weights"], found  # it is not the sample, but what it says it is
     assert found["metadata"]["detail"].startswith("language.max_context_length is 32")  # the record has the sample's
 
 
@@ -375,6 +389,17 @@ def test_an_asset_that_reads_beyond_the_positions_so_far_does_not_verify(bundle:
         "after a reset the logits are others where the key / value cache holds nan beyond the positions so far"
     )
     assert not found["step"]["passed"]
+
+
+def test_an_asset_that_carries_nothing_from_token_to_token_does_not_verify(bundle: Path) -> None:
+    forgetful = net(SPEC)
+    forgetful.forgets = True  # type: ignore[assignment]
+    put(bundle, {"main": forgetful}, {"main": SPEC}, max_context_length=32)
+
+    found = checks(bundle)
+
+    assert found["engine"]["passed"] and not found["step"]["passed"], found
+    assert found["step"]["detail"] == "two tokens, and the second has the logits that it has alone"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,3 +542,87 @@ def test_the_contract_of_core_ml_is_bound_by_no_rule_of_core_ai(tmp_path: Path) 
     plugins = host(tmp_path, States(evolve(FIXED, name="oneCache"), evolve(FIXED, name="twoCache")))
     planned = zoo("plan", "toy-mean", "--contract", "fixed-s1", plugins=plugins)
     assert planned.exit_code == 0, planned.output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against the checkpoint. What each check catches, tests/product_mutants.py has.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_another_checkpoint_than_the_bundles_is_refused(bundle: Path, tmp_path: Path) -> None:
+    other = find_entry("qwen3.6-35b-a3b", default_plugins())[0].sample_directory()
+    refused = zoo("verify", bundle, "--checkpoint", other)
+    assert refused.exit_code == 2
+    assert f"{other} is not the checkpoint that {bundle.name} was built from" in refused.stderr
+
+    nowhere = zoo("verify", bundle, "--checkpoint", tmp_path / "nowhere")
+    assert nowhere.exit_code == 2 and "There is no checkpoint at" in nowhere.stderr
+
+
+def test_a_checkpoint_that_is_given_is_compared_with(bundle: Path) -> None:
+    sample = find_entry("qwen3.6-27b", default_plugins())[0].sample_directory()
+    result = zoo("verify", bundle, "--checkpoint", sample, "--json")
+    found = {check["name"]: check["passed"] for check in json.loads(result.stdout)}
+    assert result.exit_code == 0 and {"source", "copy", "weights", "logits"} <= set(found)
+
+
+def test_what_is_not_compared_for_want_of_a_checkpoint_is_said(bundle: Path) -> None:
+    record(bundle, entry=None, sample=False)
+    found = checks(bundle)
+    assert found["checkpoint"]["detail"] == (
+        "name, functions, tokenizer and weights are not compared with it: The checkpoint of "
+        f"{bundle.name} is not at hand: where it is was not recorded"
+    )
+    assert not {"source", "copy", "logits"} & set(found)
+    assert not found["metadata"]["passed"], "it still says that it is a sample"
+
+
+def test_without_a_checkpoint_a_bundle_is_held_against_the_facts_of_its_entry(bundle: Path) -> None:
+    record(bundle, sample=False)  # a miniature that passes for the model itself
+    found = checks(bundle)
+    assert not found["source"]["passed"]
+    assert (
+        "name is 'qwen3_6_27b_sample_decode_int8hu_block32_sym', not 'qwen3_6_27b_decode" in found["source"]["detail"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "words"),
+    [
+        (1.0, 0, "4 of 4 tokens as by Hugging Face on the checkpoint, median relative error 0"),
+        (2.0, 0, "but the median relative error is 1"),
+        (float("nan"), 0, "0 of 4 tokens"),
+        (1.0, 1, "0 of 4 tokens as by Hugging Face on the checkpoint, 4 flips where it is sure, by up to 9.00"),
+    ],
+)
+def test_logits_that_are_finite_are_not_right_for_that(scale: float, shift: int, words: str) -> None:
+    wanted = np.eye(5)[[0, 1, 2, 3]] * 9.0
+    check = _judged(judge([0, 1, 2, 3], wanted, np.roll(wanted, shift, axis=1) * scale))
+    assert words in check.detail
+    assert check.passed == (scale == 1.0 and not shift)
+
+
+def test_a_build_that_copies_the_tokenizer_wrongly_leaves_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mistake is in the code that copies, so making the folder again makes it again."""
+    copyfile = shutil.copyfile
+
+    def exchange(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        if source.name == "tokenizer.json":
+            content = json.loads(target.read_text(encoding="utf-8"))
+            vocabulary = content["model"]["vocab"]
+            one, other = list(vocabulary)[40:42]
+            vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+            write_json(target, content)
+
+    monkeypatch.setattr(portable_tokenizer.shutil, "copyfile", exchange)
+    checkpoint = toys.write_checkpoint(tmp_path / "checkpoint")
+    plugins = toys.host(ToyPlugin(toys.write_entry(tmp_path / "toy.toml")))
+
+    built = zoo("build", "toy-mean", "--checkpoint", checkpoint, "-o", tmp_path / "out", plugins=plugins)
+
+    assert built.exit_code == 1, built.output
+    assert "The bundle does not verify: copy: the ids are others than the checkpoint's" in built.stderr
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())

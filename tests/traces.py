@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 from torch import nn
@@ -22,8 +22,18 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
     A trace has no weights: `Traced.save` takes them, by name. What it depends on is all of `_everything`. To trace is
     two thirds of a build of a miniature, and such tests build dozens that have other files but the same decoder.
     """
-    trace = CoreAIBackend.trace
+    monkeypatch.setattr(CoreAIBackend, "trace", _remembering(CoreAIBackend.trace))
 
+
+def inherit() -> None:
+    """The same until this process ends: for `before` of a fork, which has the traces of the program that forked."""
+    CoreAIBackend.trace = _remembering(CoreAIBackend.trace)  # type: ignore[method-assign]
+
+
+Trace = Callable[[CoreAIBackend, Mapping[str, nn.Module], Mapping[str, TraceSpec]], CoreAITraced]
+
+
+def _remembering(trace: Trace) -> Trace:
     def remembered(
         self: CoreAIBackend, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]
     ) -> CoreAITraced:
@@ -32,7 +42,7 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _traced[key] = trace(self, modules, functions)
         return _traced[key]
 
-    monkeypatch.setattr(CoreAIBackend, "trace", remembered)
+    return remembered
 
 
 def _everything(module: nn.Module) -> object:

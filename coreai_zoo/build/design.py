@@ -196,6 +196,13 @@ class Design:
         weights, _ = _weights(self.decoders, self.entry, self.source, self.opened, recipe)
         return evolve(self, recipe=recipe, head=head, weights=weights)
 
+    def with_any_query_length(self) -> Design:
+        """The same design with functions that take any number of tokens in one call, in the form for that."""
+        contract, plugins = evolve(self.contract, query_length=None), self.decoders.plugins
+        functions = _functions(self.model, self.entry, contract, self.max_context, plugins)
+        decoders = Decoders(self.model, contract, functions, plugins)
+        return evolve(self, contract=contract, functions=functions, decoders=decoders)
+
 
 def design(
     request: BuildRequest,

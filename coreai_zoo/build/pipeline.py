@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 from coreai_zoo.backend import Check, Traced
 from coreai_zoo.build.design import Design, design, fetched
 from coreai_zoo.build.existing import find_existing, remember
+from coreai_zoo.build.expected import expected_by
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.record import write_records
 from coreai_zoo.build.request import BuildRequest
@@ -116,7 +117,13 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
         with report.stage("bundle", designed.name):
             write_records(designed, store, partial, classes)
         with report.stage("verify"):
-            checks = verify(Bundle.open(partial), {designed.backend.name: designed.backend}, classes)
+            checks = verify(
+                Bundle.open(partial),
+                {designed.backend.name: designed.backend},
+                classes,
+                recipes=plugins.recipes(),
+                expected=expected_by(designed, designed.checkpoint.directory),
+            )
             require(checks)
         # Before the bundle is in place, so that one that is there is known even if the build is killed right then.
         remember(workspace.destination, partial, designed.checkpoint)

@@ -149,16 +149,21 @@ def describe(design: Design) -> dict[str, Any]:
         "recipe": {
             "name": design.recipe.name,
             "published_name": design.recipe.published_name,
-            "roles": {
-                role: None if spec is None else {"dtype": spec.dtype, "scheme": spec.scheme, "block": spec.block_size}
-                for role, spec in design.stored_roles.items()
-            },
+            "roles": roles_record(design),
             "head_reason": design.head.reason if design.head else None,
         },
         "roles": {role: attrs.asdict(design.weights.roles[role]) for role in sorted(totals)},
         "weights": {role: _total(total) for role, total in sorted(totals.items())},
         "max_context": design.max_context,
         "functions": {name: signature_record(signature) for name, signature in design.signatures.items()},
+    }
+
+
+def roles_record(design: Design) -> dict[str, Any]:
+    """How each role is stored, as build.json says it; null for plain values."""
+    return {
+        role: None if spec is None else {"dtype": spec.dtype, "scheme": spec.scheme, "block": spec.block_size}
+        for role, spec in design.stored_roles.items()
     }
 
 

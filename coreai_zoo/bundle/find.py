@@ -1,4 +1,4 @@
-"""A bundle by what a user calls it: its path, its own name, or the name of what it was built from."""
+"""A bundle by what a user calls it (its path, its own name, or that of what it was built from), and its checkpoint."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import EXPORTS
-from coreai_zoo.catalogue import load_entries
+from coreai_zoo.catalogue import find_entry, load_entries
+from coreai_zoo.checkpoint.hub import find_cached
 from coreai_zoo.errors import BadInput, ZooError, did_you_mean, listing
 from coreai_zoo.json_files import read_object
 from coreai_zoo.names import slug
@@ -99,3 +101,28 @@ def _hint(text: str, plugins: Plugins) -> str:
     # Entries are no bundles: only those are named that may be meant.
     hint = f"{did_you_mean(text, [*names, *near], 3)} " if names or near else ""
     return f"{hint}`zoo build NAME` makes a bundle of an entry."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checkpoint of a bundle
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
+    """The folder of the checkpoint that `bundle` was built from: as given, the sample's, or one in the hub's cache.
+
+    Raises:
+        BadInput: when it is none of them.
+    """
+    if given is not None:
+        return given
+    if bundle.build.get("sample"):
+        return find_entry(str(bundle.entry), plugins)[0].sample_directory()
+    hf_id, revision = bundle.origin.get("hf_id"), bundle.origin.get("revision")
+    cached = find_cached(str(hf_id), str(revision)) if hf_id and revision else None
+    if cached is None:
+        where = f"{hf_id} at {revision} is not in the Hugging Face cache" if hf_id else "where it is was not recorded"
+        raise BadInput(
+            f"The checkpoint of {bundle.directory.name} is not at hand: {where}.", "Pass it with --checkpoint DIR."
+        )
+    return cached

@@ -9,6 +9,8 @@ import cattrs
 from attrs import frozen
 
 METADATA_VERSION = "0.2"
+MODEL_DEFINITION = "torch"
+"""What the model was defined in before it was converted; Apple's exporter writes the same."""
 CHUNKS = ("prefill_chunk_size", "prefill_chunk_threshold")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,7 +30,7 @@ def metadata(
     user_data: Mapping[str, str],
 ) -> dict[str, Any]:
     """The content of `metadata.json`; `language` is what `language_block` gives."""
-    source = {"model_definition": "torch", "hf_model_id": hf_id, "hf_revision": hf_revision}
+    source = {"model_definition": MODEL_DEFINITION, "hf_model_id": hf_id, "hf_revision": hf_revision}
     return {
         "metadata_version": METADATA_VERSION,
         "kind": "llm",
@@ -96,6 +98,14 @@ def unreadable(data: Mapping[str, Any]) -> list[str]:
     except cattrs.BaseValidationError as error:
         return cattrs.transform_error(error, path="metadata.json", format_exception=_phrase)
     return []
+
+
+def leaves(data: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """The leaves of nested objects by their paths, such as `language.vocab_size`; an empty object is a leaf."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= leaves(value, f"{within}{key}.") if isinstance(value, Mapping) and value else {within + key: value}
+    return found
 
 
 def _phrase(error: BaseException, _type: object) -> str:

@@ -1,21 +1,32 @@
-"""Whether a bundle holds what it says, and what its engine asks: files, records, signature, the engine's rules, and
-real steps where the model is small.
+"""Whether a bundle holds what it says, what it was built from, and what its engine asks.
+
+Files, records, tokenizer, then the asset: its functions, its weights, the engine's rules, and real steps where the
+model is small. Two copies of one object agree whatever they say, so each thing is compared with a source of its own:
+the asset with what its toolchain reads in it, the rest with `Expected`, which is of checkpoint, entry and contract.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
+from importlib import metadata as distributions
+from pathlib import Path
 from typing import Any
 
 from coreai_zoo.backend import Backend, Check, Stepper
-from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.bundle import Bundle, signature_record
+from coreai_zoo.bundle.expected import Expected
 from coreai_zoo.bundle.layout import bytes_below, file_digests
-from coreai_zoo.bundle.metadata import CHUNKS, METADATA_VERSION, unreadable
+from coreai_zoo.bundle.metadata import CHUNKS, METADATA_VERSION, MODEL_DEFINITION, leaves, unreadable
+from coreai_zoo.bundle.same_tokenizer import copy_problems
+from coreai_zoo.bundle.stored import check_stored
 from coreai_zoo.bundle.verify_tokenizer import tokenizer_problems
 from coreai_zoo.checkpoint.tokenizer import highest_token_id, tokenizer_class
+from coreai_zoo.dates import build_date
 from coreai_zoo.engine import Interface, sentence
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.json_files import read_object
+from coreai_zoo.recipes import RECIPES, Recipe
 from coreai_zoo.signature import Signature, TraceSpec
 
 # Weights up to this size are run for one step; beyond it the CPU interpreter needs minutes for a token.
@@ -27,6 +38,8 @@ def verify(
     backends: Mapping[str, Backend],
     tokenizer_classes: Mapping[str, str],
     *,
+    recipes: Mapping[str, Recipe] = RECIPES,
+    expected: Expected | None = None,
     recorded_only: bool = False,
 ) -> list[Check]:
     """The checks of a bundle: files, metadata, tokenizer, then the asset, which is only opened if the files are right.
@@ -35,6 +48,8 @@ def verify(
         bundle: the bundle.
         backends: the installed backends, by name.
         tokenizer_classes: see `Plugins.tokenizer_classes`.
+        recipes: the installed recipes, by name.
+        expected: what the bundle has to hold by what it was built from; None where that is not known here.
         recorded_only: leave files out of account that the record does not name.
 
     Raises:
@@ -44,11 +59,15 @@ def verify(
     files = check_files(bundle, recorded_only=recorded_only)
     checks = [
         files,
-        _metadata(bundle),
+        _metadata(bundle, backend),
         _tokenizer(bundle, set(tokenizer_classes.values())),
     ]
+    if expected is not None:
+        checks.append(_source(bundle, expected))
+        if expected.checkpoint is not None:
+            checks.append(check_copy(bundle, expected.checkpoint, tokenizer_classes))
     if files.passed:
-        checks += _asset(bundle, backend)
+        checks += _asset(bundle, backend, recipes, expected)
     return checks
 
 
@@ -125,28 +144,89 @@ def _compare_files(bundle: Bundle, found: Mapping[str, Any]) -> Check:
     )
 
 
-def _metadata(bundle: Bundle) -> Check:
-    """The check of metadata.json: Apple's loader can read it, and it agrees with the record."""
-    data, language = bundle.metadata, _language(bundle)
-    spec = bundle.signature
-    expected = {
-        "metadata_version": (data.get("metadata_version"), METADATA_VERSION),
-        "kind": (data.get("kind"), "llm"),
-        "name": (data.get("name"), bundle.build.get("name")),
-        # The sampler is sized by it: it must be the width of the logits.
-        "language.vocab_size": (language.get("vocab_size"), spec.outputs[0].shape[-1]),
-        "language.max_context_length": (language.get("max_context_length"), bundle.build.get("max_context")),
-        "language.function_map": (language.get("function_map"), {"main": [bundle.decode]}),
-        "language.states": (language.get("states"), {state.name: state.kind for state in spec.states}),
-        **{f"language.{key}": (language.get(key), spec.query_length) for key in CHUNKS},
-    }
-    problems = [f"{key} is {found!r}, not {wanted!r}" for key, (found, wanted) in expected.items() if found != wanted]
+def _metadata(bundle: Bundle, backend: Backend) -> Check:
+    """The check of metadata.json: Apple's loader can read it, and every key is what a build writes there."""
+    data = bundle.metadata
+    found, wanted = leaves(data), leaves(_metadata_of(bundle, backend))
+    problems = [
+        f"{key} is {found.get(key)!r}, not {wanted.get(key)!r}"
+        for key in dict.fromkeys((*wanted, *found))
+        if found.get(key) != wanted.get(key) or type(found.get(key)) is not type(wanted.get(key))
+    ]
     problems += [f"Apple's loader cannot read it: {problem}" for problem in unreadable(data)]
     if not bundle.asset.is_dir():
         problems.append(f"there is no asset {bundle.asset.name}")
     return Check(
-        "metadata", not problems, listing(problems) or f"version {METADATA_VERSION}, agrees with the signature"
+        "metadata", not problems, listing(problems) or f"version {METADATA_VERSION}, {len(found)} keys as recorded"
     )
+
+
+def _metadata_of(bundle: Bundle, backend: Backend) -> dict[str, Any]:
+    """What metadata.json has to say by the record of the build."""
+    build, spec, origin = bundle.build, bundle.signature, bundle.origin
+    name, recipe = build.get("name"), build.get("recipe")
+    chunk = {} if spec.query_length is None else dict.fromkeys(CHUNKS, spec.query_length)
+    source = {"hf_model_id": origin.get("hf_id"), "hf_revision": origin.get("revision")}
+    return {
+        "metadata_version": METADATA_VERSION,
+        "kind": "llm",
+        "name": name,
+        "assets": {"main": f"{name}{backend.asset_suffix}"},
+        "language": {
+            "tokenizer": origin.get("hf_id") or name,
+            # The sampler is sized by it: it must be the width of the logits.
+            "vocab_size": spec.outputs[0].shape[-1],
+            "max_context_length": build.get("max_context"),
+            "embedded_tokenizer": bundle.tokenizer.is_dir(),
+            **chunk,
+            "function_map": {"main": [bundle.decode]},
+            "states": {state.name: state.kind for state in spec.states},
+        },
+        "source": {
+            "model_definition": MODEL_DEFINITION,
+            **{key: value for key, value in source.items() if value is not None},
+        },
+        "compression": recipe.get("published_name") if isinstance(recipe, Mapping) else None,
+        "compilation": {"date": build_date(int(build.get("source_date_epoch", 0))), "targets": []},
+        "user_data": {"sample": "true"} if build.get("sample") else {},
+    }
+
+
+def _source(bundle: Bundle, expected: Expected) -> Check:
+    """The check of name, context, functions and states against what the bundle was built from."""
+    language = {key: value for key, value in _language(bundle).items() if key != "tokenizer"}
+    functions = {name: signature_record(spec) for name, spec in bundle.functions.items()}
+    wanted_functions = {name: signature_record(spec) for name, spec in expected.functions.items()}
+    pairs: dict[str, tuple[object, object]] = {
+        "name": (bundle.metadata.get("name"), expected.name),
+        "the name in build.json": (bundle.build.get("name"), expected.name),
+        "the asset": (bundle.asset.name, expected.asset),
+        "compression": (bundle.metadata.get("compression"), expected.compression),
+        **{
+            f"language.{key}": (leaves(language).get(key), leaves(expected.language).get(key))
+            for key in dict.fromkeys((*leaves(expected.language), *leaves(language)))
+        },
+    }
+    recorded, wanted_record = leaves(bundle.build), leaves(json.loads(json.dumps(expected.recorded)))
+    pairs |= {f"{key} in build.json": (recorded.get(key), wanted) for key, wanted in wanted_record.items()}
+    problems = [f"{key} is {found!r}, not {wanted!r}" for key, (found, wanted) in pairs.items() if found != wanted]
+    for name in dict.fromkeys((*wanted_functions, *functions)):
+        for part, wanted in wanted_functions.get(name, {}).items():
+            if functions.get(name, {}).get(part) != wanted:
+                problems.append(f"the {part} of {name} in build.json are not those of the contract")
+        if name not in wanted_functions:
+            problems.append(f"the contract has no function {name}")
+    return Check("source", not problems, listing(problems) or f"name, context and functions as by {expected.by}")
+
+
+def check_copy(bundle: Bundle, checkpoint: Path, tokenizer_classes: Mapping[str, str]) -> Check:
+    """The check of the tokenizer's folder against the checkpoint's; see `same_tokenizer`."""
+    made_by_this = bundle.build.get("zoo") == distributions.version("coreai-zoo")
+    problems = copy_problems(checkpoint, bundle.tokenizer, tokenizer_classes, of_this_zoo=made_by_this)
+    recorded = bundle.build.get("tokenizer")
+    changes = recorded.get("changes") if isinstance(recorded, Mapping) else None
+    kept = f"the checkpoint's, changed on purpose: {listing(changes)}" if changes else "the checkpoint's, byte for byte"
+    return Check("copy", not problems, listing(problems) or kept)
 
 
 def _language(bundle: Bundle) -> Mapping[str, Any]:
@@ -163,7 +243,7 @@ def _tokenizer(bundle: Bundle, known: Collection[str]) -> Check:
     return Check("tokenizer", True, f"{name}, token ids up to {highest_token_id(bundle.tokenizer)} for {width} logits")
 
 
-def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
+def _asset(bundle: Bundle, backend: Backend, recipes: Mapping[str, Recipe], expected: Expected | None) -> list[Check]:
     integrity = backend.check_integrity(bundle.asset)
     checks = [] if integrity is None else [integrity]
     try:
@@ -175,8 +255,16 @@ def _asset(bundle: Bundle, backend: Backend) -> list[Check]:
         _shown(spec) if len(bundle.functions) == 1 else f"{name}: {_shown(spec)}"
         for name, spec in bundle.functions.items()
     )
-    compared = [Check("signature", not problems, listing(problems) or summary), _engine(bundle, found)]
+    compared = [
+        Check("signature", not problems, listing(problems) or summary),
+        _states(bundle, found),
+        _engine(bundle, found),
+    ]
     checks += compared
+    try:
+        checks.append(check_stored(bundle, backend, recipes, expected))
+    except (ZooError, KeyError, TypeError) as error:
+        checks.append(Check("weights", False, f"cannot be read: {error}"))
     # What is declared otherwise cannot be stepped, and ends in an error of the runtime that says less.
     if all(check.passed for check in compared) and bytes_below(bundle.asset) <= SMOKE_STEP_BYTES:
         checks.append(_smoke_step(bundle, backend))
@@ -219,6 +307,30 @@ def _compare_signature(found: Signature, spec: TraceSpec) -> list[str]:
     return problems
 
 
+def _states(bundle: Bundle, found: Mapping[str, Signature]) -> Check:
+    """The check of the block `language` against the function of the asset that decodes.
+
+    A state that holds something of every position grows with them, or has an axis as long as the context. What a bundle
+    says of its states is held against that, whether or not its engine has rules of its own.
+    """
+    language, context = _language(bundle), bundle.max_context
+    decoder = found.get(bundle.decode, Signature({}, {}, {}))
+    width = next((shape[-1] for shape, _ in decoder.outputs.values()), None)
+    problems = []
+    if language.get("vocab_size") != width:
+        problems.append(f"`vocab_size` is {language.get('vocab_size')!r} and the asset has {width} logits")
+    said = language.get("states")
+    kinds = said if isinstance(said, Mapping) else {}
+    if [*kinds] != [*decoder.states]:
+        problems.append(f"`states` names {listing([*kinds])} and the asset has {listing([*decoder.states])}")
+    for name, (shape, _dtype) in decoder.states.items():
+        if kinds.get(name) == "kv_cache" and not {-1, context} & {*shape}:
+            problems.append(f"`states` calls {name} kv_cache, and no axis of {list(shape)} is of all positions")
+        if kinds.get(name) == "fixed" and -1 in shape:
+            problems.append(f"`states` calls {name} fixed, and it grows: {list(shape)}")
+    return Check("states", not problems, listing(problems) or f"{len(kinds)} states and {width} logits as declared")
+
+
 def _engine(bundle: Bundle, functions: Mapping[str, Signature]) -> Check:
     """The check of the asset's own functions, and of the metadata beside it, against the rules of the engine."""
     try:
@@ -249,6 +361,8 @@ def _smoke_step(bundle: Bundle, backend: Backend) -> Check:
     try:
         with backend.stepper(bundle.asset, bundle.functions, capacity=capacity) as stepper:
             logits = _smoke_logits(stepper, others)
+            stepper.reset()
+            alone = stepper.step(1)
             again = _smoke_logits(stepper, others, unwritten)
     except (CheckFailed, RuntimeError) as error:
         return Check("step", False, str(error))
@@ -257,6 +371,8 @@ def _smoke_step(bundle: Bundle, backend: Backend) -> Check:
         return Check("step", False, f"two tokens{called}, logits not finite")
     if np.array_equal(logits[0], logits[1]):
         return Check("step", False, f"two tokens{called}, the same logits after both")
+    if np.array_equal(logits[1], alone):
+        return Check("step", False, f"two tokens{called}, and the second has the logits that it has alone")
     if not all(np.array_equal(one, other) for one, other in zip(logits, again, strict=True)):
         return Check(
             "step",

@@ -11,7 +11,6 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
 from coreai_zoo.cli.completion import complete_bundle
 from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
-from coreai_zoo.errors import BadInput
 from coreai_zoo.progress import Reporter
 
 
@@ -19,30 +18,35 @@ from coreai_zoo.progress import Reporter
 @click.argument("bundle", metavar="BUNDLE", shell_complete=complete_bundle)
 @click.option("--rebuild", is_flag=True, help="Also build it again as recorded, and compare every byte.")
 @click.option(
-    "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="For --rebuild. Default: as for a build."
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The one it was built from. Not needed for a sample, nor for what is in the Hugging Face cache.",
 )
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, bundle: str, rebuild: bool, checkpoint: Path | None, as_json: bool) -> None:
-    """Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.
+    """Check a bundle's files, metadata, tokenizer, functions and weights, and, if it is small, real steps.
 
-    Exits with 1 if anything is not as recorded. BUNDLE is a path or a name, as for `zoo gate`.
+    Where its checkpoint is at hand, all of it is compared with that, and a few tokens with Hugging Face. How far it is
+    off from it, `zoo gate` says.
+
+    Exits with 1 if anything is not as it has to be. BUNDLE is a path or a name, as for `zoo gate`.
 
     \b
     Example:
         zoo verify qwen3.6-27b
         zoo verify exports/qwen3_6_27b_sample_decode_int8hu_block32_sym
+        zoo verify exports/qwen3_6_27b_decode_int8hu_block32_sym --checkpoint ~/Qwen3.6-27B
         zoo verify exports/qwen3_6_27b_decode_int8hu_block32_sym --rebuild --checkpoint ~/Qwen3.6-27B
     """
     from coreai_zoo.build.rebuild import rebuild as rebuild_bundle
     from coreai_zoo.bundle.verify import require
-    from coreai_zoo.bundle.verify import verify as verify_bundle
+    from coreai_zoo.gates.verify import verify_bundle
 
-    if checkpoint is not None and not rebuild:
-        raise BadInput("--checkpoint is for --rebuild.")
     plugins = plugins_of(ctx)
     opened = Bundle.open(find_bundle(bundle, plugins))
-    checks = verify_bundle(opened, plugins.backends(), plugins.tokenizer_classes())
+    checks = verify_bundle(opened, plugins, checkpoint)
     if rebuild:
         checks.append(rebuild_bundle(opened, checkpoint, plugins, Reporter(silent=as_json)))
     if as_json:

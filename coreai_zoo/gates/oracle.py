@@ -74,7 +74,7 @@ class Oracle:
         """
         identity = self.identity(tokens)
         path = None if self.cache is None else self.cache / f"{_digest(identity)}.npz"
-        kept = None if path is None else _read(path, identity)
+        kept = None if path is None else _read(path, identity, self.hf_config)
         if kept is not None:
             return kept
         import torch
@@ -91,7 +91,8 @@ class Oracle:
     def is_cached(self, tokens: Sequence[int]) -> bool:
         """Whether the result of a prompt is kept and readable."""
         identity = self.identity(tokens)
-        return self.cache is not None and _read(self.cache / f"{_digest(identity)}.npz", identity) is not None
+        path = None if self.cache is None else self.cache / f"{_digest(identity)}.npz"
+        return path is not None and _read(path, identity, self.hf_config) is not None
 
     def identity(self, tokens: Sequence[int]) -> dict[str, Any]:
         """Everything that determines the result, as JSON.
@@ -121,8 +122,11 @@ def _digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path, identity: Mapping[str, Any]) -> Activations | None:
-    """A kept result; None when there is none or it is damaged. Each array has a checksum, which reading checks."""
+def _read(path: Path, identity: Mapping[str, Any], hf_config: Mapping[str, Any]) -> Activations | None:
+    """A kept result; None when there is none, it is damaged, or a gate would check less by it than by a new one.
+
+    Each array has a checksum, which reading checks.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -133,12 +137,33 @@ def _read(path: Path, identity: Mapping[str, Any]) -> Activations | None:
             [arrays[f"{kind}_{index}"] for index in range(count)] if count else None
             for kind, count in zip(("hidden", "router"), counts, strict=True)
         )
-        return Activations(arrays["logits"], hidden, routers)
+        result = Activations(arrays["logits"], hidden, routers)
+        _require_complete(result, len(identity["tokens"]), hf_config)
+        return result
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         _log.warning("The kept oracle %s is damaged (%s) and computed again.", path, error)
         return None
+
+
+def _require_complete(result: Activations, positions: int, hf_config: Mapping[str, Any]) -> None:
+    """Refuse a result without all that a run gives: without hidden states or routers, bounds on them hold for nothing.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    nested = hf_config.get("text_config")
+    config = nested if isinstance(nested, Mapping) else hf_config
+    layers = config.get("num_hidden_layers")
+    hidden, routers = result.hidden or [], result.router_logits or []
+    if len(hidden) < 2 or (isinstance(layers, int) and len(hidden) != layers + 1):
+        raise ValueError(f"it has {len(hidden)} hidden states, not one for the embedding and each layer")
+    if config.get("num_experts_per_tok") and not routers:
+        raise ValueError("it has no router logits, and the model has routers")
+    short = [array.shape for array in (result.logits, *hidden, *routers) if array.ndim != 2 or len(array) != positions]
+    if short:
+        raise ValueError(f"an array is {short[0]}, of {positions} tokens")
 
 
 def _write(path: Path, identity: Mapping[str, Any], result: Activations) -> None:

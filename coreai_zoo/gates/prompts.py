@@ -77,13 +77,20 @@ class TokenizedPrompt:
         prompt: the prompt.
         tokens: its P token ids.
         pieces: each token as text.
-        stop: id of the end-of-turn token, for a chat; None otherwise, or where the bundle names none.
+        stop: id of the end-of-turn token, for a chat; None otherwise, or where the checkpoint names none.
+        whole: whether these are all of its tokens.
     """
 
     prompt: Prompt
     tokens: tuple[int, ...]
     pieces: tuple[str, ...]
     stop: int | None = None
+    whole: bool = True
+
+    @property
+    def ends_turns(self) -> bool:
+        """Whether a turn ends in it: whether it is a chat, and not cut before that."""
+        return bool(self.prompt.turns) and (self.whole or self.stop is None or self.stop in self.tokens[1:])
 
     @property
     def name(self) -> str:
@@ -296,14 +303,15 @@ BUILT_IN: Mapping[str, Prompt] = MappingProxyType(
 
 
 def default_prompts(
-    bundle: Bundle, positions: int | None = None, windows: int = 0
+    bundle: Bundle, checkpoint: Path, positions: int | None = None, windows: int = 0
 ) -> tuple[list[TokenizedPrompt], list[str]]:
     """The built-in prompts that a bundle can take, and why others are left out; only the anchor must be strong.
 
     Args:
         bundle: what is judged; a long prompt needs the context, a chat needs a chat template that takes it.
+        checkpoint: the folder of its checkpoint.
         positions: the length to which all are cut, and that all must have; None for their own.
-        windows: how many windows of the built-in corpus follow, in a context that holds one.
+        windows: how many windows of the built-in corpus follow; a context that holds none leaves them out.
 
     Raises:
         BadInput: when the anchor cannot be taken.
@@ -312,22 +320,34 @@ def default_prompts(
     taken, left_out = [], []
     for prompt in BUILT_IN.values():
         if prompt.minimum > limit:
+            left_out.append(
+                f"prompt {prompt.name!r} is left out: it is {prompt.minimum} positions, of which {limit} fit"
+            )
             continue
         required = prompt.name == ANCHOR
         asked = at_least(prompt, bundle) if positions is None else cut(prompt, positions)
         try:
-            taken.append(tokenize(bundle, evolve(asked, required=required)))
+            taken.append(tokenize(bundle, evolve(asked, required=required), checkpoint))
         except BadInput as error:
             if required:
                 raise
             left_out.append(f"prompt {prompt.name!r} is left out: {error.message}")
-    if windows and bundle.max_context >= WINDOW:
-        taken += _windows(bundle, windows)
+    if windows:
+        try:
+            taken += _windows(bundle, windows)
+        except BadInput as error:
+            left_out.append(f"windows of the built-in corpus are left out: {error.message}")
     return taken, left_out
 
 
 def _windows(bundle: Bundle, count: int) -> list[TokenizedPrompt]:
-    """The first windows of the built-in corpus, as many as it has of `count`."""
+    """The first windows of the built-in corpus, as many as it has of `count`.
+
+    Raises:
+        BadInput: when the corpus has none of this length, or the bundle's context does not hold one.
+    """
+    if bundle.max_context < WINDOW:
+        raise BadInput(f"one is {WINDOW} positions, of which {bundle.max_context} fit.")
     tokenizer, corpus = load_tokenizer(bundle.tokenizer), read_corpus(bundle, BUILTIN)
     return [
         TokenizedPrompt(
@@ -378,8 +398,14 @@ def file_prompt(path: Path) -> Prompt:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def tokenize(bundle: Bundle, prompt: Prompt) -> TokenizedPrompt:
+def tokenize(bundle: Bundle, prompt: Prompt, checkpoint: Path) -> TokenizedPrompt:
     """A prompt in the bundle's own tokens.
+
+    Args:
+        bundle: the bundle.
+        prompt: the prompt.
+        checkpoint: the folder of its checkpoint, which says what ends a turn: a bundle could name another token, and be
+            asked for that one.
 
     Raises:
         BadInput: when it is empty, shorter than it has to be, or longer than the bundle's context, when the chat
@@ -404,10 +430,9 @@ def tokenize(bundle: Bundle, prompt: Prompt) -> TokenizedPrompt:
             f"{wanted} positions are more than this bundle's context of {bundle.max_context}.",
             "Give a shorter prompt, or fewer --positions.",
         )
-    tokens = tokens[: min(prompt.positions or len(tokens), bundle.max_context)]
-    return TokenizedPrompt(
-        prompt, tuple(tokens), _pieces(tokenizer, tokens), _end_of_turn(bundle) if prompt.turns else None
-    )
+    taken = tokens[: min(prompt.positions or len(tokens), bundle.max_context)]
+    stop = _end_of_turn(checkpoint) if prompt.turns else None
+    return TokenizedPrompt(prompt, tuple(taken), _pieces(tokenizer, taken), stop, whole=len(taken) == len(tokens))
 
 
 def _pieces(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
@@ -422,9 +447,9 @@ def _rendered(bundle: Bundle, turns: Sequence[tuple[str, str]]) -> str:
         raise BadInput(error.message, f"Choose other prompts, as --prompts {others}.") from error
 
 
-def _end_of_turn(bundle: Bundle) -> int | None:
-    """Id of the token that ends the turns of a chat; None where nothing names one."""
-    ends = end_tokens(bundle.tokenizer).tokens
+def _end_of_turn(checkpoint: Path) -> int | None:
+    """Id of the token that ends the turns of a chat; None where nothing in the checkpoint names one."""
+    ends = end_tokens(checkpoint).tokens
     return ends[0].id if ends else None
 
 

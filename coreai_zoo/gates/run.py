@@ -19,11 +19,11 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.build.workspace import existing_parent
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.find import checkpoint_of
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, bytes_below
-from coreai_zoo.bundle.verify import backend_of, require_unchanged
-from coreai_zoo.catalogue import find_entry, load_entries
+from coreai_zoo.bundle.verify import backend_of, check_copy, require, require_unchanged
+from coreai_zoo.catalogue import load_entries
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.checkpoint.hub import find_cached
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
 from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing
 from coreai_zoo.gate import Activations, GateResult
@@ -139,8 +139,10 @@ def run_gate(
         _require_unchanged(bundle)
         _require_same_tokenizer(first, bundle)
         subjects.append(_subject(bundle, options, plugins, checkpoint, keep_in if bundle is first else None))
-    asked, remarks = _prompts(subjects[0], options)
+    asked, remarks = _prompts(subjects[0], checkpoint, options)
     corpus = None if options.corpus is None else read_corpus(first, options.corpus, options.positions)
+    # Both sides of a gate are fed what this tokenizer makes of the prompts: no other stage would see a wrong one.
+    require([check_copy(first, checkpoint, plugins.tokenizer_classes())])
     for remark in remarks:
         progress.note(remark)
     for cost in _costs(subjects, asked, corpus):
@@ -214,26 +216,6 @@ def _check_candidate(name: str, plugins: Plugins) -> None:
         raise plugins.not_found(f"There is no candidate {name!r}.", did_you_mean(name, known, 2))
 
 
-def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
-    """The folder of the checkpoint that `bundle` was built from: as given, the sample's, or one in the hub's cache.
-
-    Raises:
-        BadInput: when it is none of them.
-    """
-    if given is not None:
-        return given
-    if bundle.build.get("sample"):
-        return find_entry(str(bundle.entry), plugins)[0].sample_directory()
-    hf_id, revision = bundle.origin.get("hf_id"), bundle.origin.get("revision")
-    cached = find_cached(str(hf_id), str(revision)) if hf_id and revision else None
-    if cached is None:
-        where = f"{hf_id} at {revision} is not in the Hugging Face cache" if hf_id else "where it is was not recorded"
-        raise BadInput(
-            f"The checkpoint of {bundle.directory.name} is not at hand: {where}.", "Pass it with --checkpoint DIR."
-        )
-    return cached
-
-
 def _require_unchanged(bundle: Bundle) -> None:
     """Refuse a bundle that was edited: its report would be about something that nobody built."""
     load_tokenizer(bundle.tokenizer)  # says best what is wrong with it
@@ -286,7 +268,9 @@ def _bounds(bundle: Bundle, overlay: Overlay, plugins: Plugins) -> MeasuredBound
     return plugins.gate_bounds(overlay) if own else GENERAL
 
 
-def _prompts(subject: _Subject, options: GateOptions) -> tuple[list[prompts.TokenizedPrompt], list[str]]:
+def _prompts(
+    subject: _Subject, checkpoint: Path, options: GateOptions
+) -> tuple[list[prompts.TokenizedPrompt], list[str]]:
     """The prompts to judge by, and what has to be said about those that are not, or not wholly, used."""
     bundle = subject.bundle
     if options.prompt is not None:
@@ -300,25 +284,30 @@ def _prompts(subject: _Subject, options: GateOptions) -> tuple[list[prompts.Toke
         # Beside a corpus, positions are those of the corpus, and its windows are measured anyway.
         positions = options.positions if options.corpus is None else None
         windows = _windows(subject, options) if options.positions is None and options.corpus is None else 0
-        taken, left_out = prompts.default_prompts(bundle, positions, windows)
+        taken, left_out = prompts.default_prompts(bundle, checkpoint, positions, windows)
+        if windows == 0 and positions is None and options.corpus is None and _small(bundle):
+            left_out.append("windows of the built-in corpus are left out: only the overlay in PyTorch takes them")
         return taken, [*left_out, *_endless(taken)]
     if options.positions is not None:
         asked = [prompts.cut(prompt, options.positions) for prompt in asked]
-    taken = [prompts.tokenize(bundle, prompt) for prompt in asked]
+    taken = [prompts.tokenize(bundle, prompt, checkpoint) for prompt in asked]
     return taken, _endless(taken)
 
 
 def _windows(subject: _Subject, options: GateOptions) -> int:
     """How many windows of the built-in corpus are prompts by default: of a small bundle, and in PyTorch."""
-    small = bytes_below(subject.bundle.asset) <= _INTERPRETED_BYTES
     in_pytorch = options.candidate in {"auto", "torch"} and subject.models.long_candidate is not None
-    return prompts.CORPUS_WINDOWS if small and in_pytorch else 0
+    return prompts.CORPUS_WINDOWS if in_pytorch and _small(subject.bundle) else 0
+
+
+def _small(bundle: Bundle) -> bool:
+    return bytes_below(bundle.asset) <= _INTERPRETED_BYTES
 
 
 def _endless(taken: Sequence[prompts.TokenizedPrompt]) -> list[str]:
     """The chats on which no end of turn can be checked."""
-    chats = [prompt.name for prompt in taken if prompt.prompt.turns and prompt.stop is None]
-    return [f"prompt {name!r}: the tokenizer names no end-of-turn token, so none is checked" for name in chats]
+    chats = [prompt for prompt in taken if prompt.prompt.turns and not prompt.ends_turns]
+    return [f"prompt {chat.name!r}: its {len(chat.tokens)} positions end before a turn does" for chat in chats]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.find import named_bundle
+from coreai_zoo.bundle.find import checkpoint_of, named_bundle
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
@@ -29,7 +29,6 @@ from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.prompts import ANCHOR, DEFAULT_POSITIONS, named_prompts
 from coreai_zoo.gates.rule import judge
-from coreai_zoo.gates.run import checkpoint_of
 from coreai_zoo.gates.teacher_forced import check_checkpoint
 from coreai_zoo.gates.weights import CheckpointWeights
 from coreai_zoo.plugins import Plugins

@@ -79,8 +79,8 @@ class StopCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether the candidate ends every turn that the oracle ends."""
-        return not self.missed
+        """Whether the candidate ends every turn that the oracle ends, and there is one: else nothing was checked."""
+        return bool(self.expected) and not self.missed
 
 
 @frozen
@@ -95,7 +95,7 @@ class PromptResult:
         verdict: the candidate against the oracle.
         control: the fp16 control against the oracle; None without a control.
         checks: every bound, kept or broken.
-        stop: the ends of turns; None where the prompt is no chat.
+        stop: the ends of turns; None where the prompt is no chat, or is cut before a turn ends.
         flips_allowed: how many confident flips are no error, of a routed model over running text.
     """
 
@@ -165,8 +165,18 @@ def _reasons(result: PromptResult) -> list[str]:
             f"{flips[0].margin:.2f}"
         )
     if result.stop is not None and not result.stop.passed:
-        reasons.append(f"no end of turn at position {', '.join(str(at) for at in result.stop.missed)}")
+        reasons.append(_no_stop(result.prompt, result.stop))
     return reasons + [str(check) for check in result.checks if not check.passed]
+
+
+def _no_stop(prompt: TokenizedPrompt, stop: StopCheck) -> str:
+    """Why the ends of turns do not pass, and what to do where the bundle may not be to blame."""
+    if stop.missed:
+        return f"no end of turn at position {', '.join(str(at) for at in stop.missed)}"
+    without = "without chats, --prompts leaves this out"
+    if prompt.stop is None:
+        return f"the checkpoint names no token that ends a turn, so nothing says where text stops ({without})"
+    return f"the oracle is nowhere sure of the end of a turn, token {prompt.stop}, so no stop is checked ({without})"
 
 
 def attribution(position: Position, control: Verdict | None, *, quantized: bool) -> str | None:
@@ -345,7 +355,7 @@ def _judge(
         verdict,
         control_verdict,
         tuple(checks),
-        None if prompt.stop is None else stop_check(verdict, prompt.stop),
+        stop_check(verdict, prompt.stop) if prompt.ends_turns else None,
         _flips_allowed(prompt, verdict, routed=experts_per_token is not None),
     )
 
@@ -354,8 +364,13 @@ def _flips_allowed(prompt: TokenizedPrompt, verdict: Verdict, *, routed: bool) -
     return flips_allowed(verdict.confident_positions, routed=routed) if prompt.prompt.running_text else 0
 
 
-def stop_check(verdict: Verdict, stop: int) -> StopCheck:
-    """The positions where the oracle is sure that the turn ends, and those of them where the candidate goes on."""
+def stop_check(verdict: Verdict, stop: int | None) -> StopCheck:
+    """The positions where the oracle is sure that the turn ends, and those of them where the candidate goes on.
+
+    Args:
+        verdict: on a chat.
+        stop: the checkpoint's end-of-turn token; None where it names none, and then nothing is expected.
+    """
     sure = [position for position in verdict.positions if position.margin >= CONFIDENT_MARGIN]
     expected = [position for position in sure if position.oracle == stop]
     return StopCheck(

@@ -22,6 +22,7 @@ from coreai_zoo.errors import CheckFailed, ZooError, listing
 from coreai_zoo.gates.run import GateOptions, failure, run_gate, write_report
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.review.golden_metadata import golden_metadata_path, metadata_differences
 from coreai_zoo.review.goldens import compare, golden_entries, golden_path, read, take, write
 
 _GATE = GateOptions(prompts="code", positions=32, candidate="coreai", control=False)
@@ -123,13 +124,21 @@ def _samples(self: Checks) -> _Found:
         for name, entry in _with_samples(self.plugins).items():
             request = BuildRequest(entry.name, sample=True, output=Path(folder))
             try:
-                _gate(Bundle.open(build(request, self.plugins, Reporter(silent=True)).path), self.plugins)
+                bundle = Bundle.open(build(request, self.plugins, Reporter(silent=True)).path)
+                _require_golden_metadata(bundle, self.golden_folder)
+                _gate(bundle, self.plugins)
                 passed += 1
                 self.report.note(f"{name}: gate passed")
             except ZooError as error:
                 problems.append(f"{name}: {error}")
     _raise(problems)
     return f"{passed} samples build and pass their gates", True if passed else None
+
+
+def _require_golden_metadata(bundle: Bundle, folder: Path) -> None:
+    """Refuse metadata that is not as the golden file says; a repository without one has nothing to compare."""
+    if golden_metadata_path(folder).is_file() and (problems := metadata_differences(bundle, folder)):
+        raise CheckFailed(f"metadata.json: {listing(problems, 4)}.", f"{golden_metadata_path(folder)} has the reasons.")
 
 
 def _gate(bundle: Bundle, plugins: Plugins) -> None:

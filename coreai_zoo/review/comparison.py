@@ -16,12 +16,12 @@ from attrs import evolve, frozen
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.find import named_bundle
+from coreai_zoo.bundle.find import checkpoint_of, named_bundle
 from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.catalogue import find_entry, find_recipe, load_entries
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, zoo_command
-from coreai_zoo.gates.run import checkpoint_of, oracle_of
+from coreai_zoo.gates.run import oracle_of
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review import diff, structure
@@ -200,7 +200,8 @@ class Comparer:
         for bundle in (a, b):
             teacher_forced.check_checkpoint(bundle, checkpoint)
         count = min(self.positions, a.max_context, b.max_context)
-        tokens = prompts.tokenize(a, prompts.cut(prompts.named_prompts([prompts.ANCHOR])[0], count)).tokens
+        anchor = prompts.cut(prompts.named_prompts([prompts.ANCHOR])[0], count)
+        tokens = prompts.tokenize(a, anchor, checkpoint).tokens
         oracle = oracle_of(a, self.plugins, checkpoint, cache=default_cache()).run(tokens)
         one, other = (self._run(bundle, tokens, oracle, letter) for bundle, letter in ((a, "A"), (b, "B")))
         of_sample = "the sample" if self.checkpoint is None else checkpoint.name

@@ -166,6 +166,42 @@ def effect_digest(transform: Transform, columns: int) -> str:
     return hashlib.sha256(bytes_of(values)).hexdigest()
 
 
+@cache
+def storage_digest(columns: int, dtype: str, spec: QuantizationSpec | None) -> str:
+    """SHA-256 of what storing makes of fixed rows: it changes with what quantizer, cast and packing compute.
+
+    Args:
+        columns: width of the rows.
+        dtype: of the plain values, or of the scales.
+        spec: how they are quantized, None for plain values.
+    """
+    import torch
+
+    rows = _stored_probe(columns)
+    digest = hashlib.sha256()
+    if spec is None:
+        digest.update(bytes_of(rows.to(getattr(torch, dtype))))
+        return digest.hexdigest()
+    # One row at a time, as above.
+    for quantized in (quantize_rows(row, spec, getattr(torch, dtype)) for row in rows.split(1)):
+        codes = pack_int4(quantized.codes) if spec.bits == 4 else quantized.codes
+        parts = (codes, quantized.scales, quantized.zero_points)
+        for part in (part for part in parts if part is not None):
+            digest.update(bytes_of(part))
+    return digest.hexdigest()
+
+
+def _stored_probe(columns: int) -> torch.Tensor:
+    """Rows in which every step of a quantizer shows: both signs and one alone, zeros, an outlier, values half-way."""
+    import torch
+
+    spread = (torch.arange(columns, dtype=torch.float64) * 0.6180339887 + 0.3) % 1 * 2 - 1  # no two alike
+    halves = (torch.arange(columns) % 255 - 127 + 0.5) / 127
+    outlier = torch.where(torch.arange(columns) == 0, -40.0, spread)
+    rows = [spread, spread.abs(), -spread.abs(), spread * 0, outlier, -outlier, halves, spread * 1e-6, spread * 3e3]
+    return torch.stack(rows).to(torch.float32)
+
+
 def _convert(rows: torch.Tensor, chunk: Chunk) -> torch.Tensor:
     """Checkpoint values to values of the parameter: float32, transform, cast.
 

@@ -7,9 +7,10 @@ computed: a crash costs the tensor being computed and the one that waits for the
 
 The directory is the store's own: tensors that a plan does not name are removed from it.
 
-A tensor is computed again when its recipe, its transform or the values of its sources changed. Values are hashed while
-they are read; later a source counts as unchanged while its file has the same path, header, size and times, and is
-hashed again, without computing anything, when it has not (or when a full check is asked for).
+A tensor is computed again when the values of its sources or anything else that makes its bytes changed: what is asked
+for, and the code that makes it (see `ingredients`). Values are hashed while they are read; later a source counts as
+unchanged while its file has the same path, header, size and times, and is hashed again, without computing anything,
+when it has not (or when a full check is asked for).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from importlib import import_module
+from importlib import metadata as distributions
 from itertools import chain
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
@@ -36,7 +39,16 @@ from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.headers import Stamp
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks
 from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.weights.convert import Chunk, Result, bytes_of, chunks_of, convert_chunk, effect_digest, run_in_order
+from coreai_zoo.weights.convert import (
+    Chunk,
+    Result,
+    bytes_of,
+    chunks_of,
+    convert_chunk,
+    effect_digest,
+    run_in_order,
+    storage_digest,
+)
 from coreai_zoo.weights.formats import ArrayKind, Format, pack_int4
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows
@@ -443,25 +455,54 @@ class _Committer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_CODE = (
+    "coreai_zoo.checkpoint.files",
+    "coreai_zoo.checkpoint.fp8",
+    "coreai_zoo.checkpoint.headers",
+    "coreai_zoo.dtypes",
+    "coreai_zoo.weights.convert",
+    "coreai_zoo.weights.formats",
+    "coreai_zoo.weights.quantizer",
+    "coreai_zoo.weights.store",
+)
+"""The modules that a value goes through on its way from a checkpoint to the store; a transform is the overlay's."""
+
+
+@cache
+def code_of_values() -> str:
+    """SHA-256 over the source of every module of the zoo that has a hand in the bytes of a stored tensor."""
+    sources = (Path(str(import_module(name).__file__)).read_bytes() for name in _CODE)
+    return _digest([hashlib.sha256(source).hexdigest() for source in sources])
+
+
+def ingredients(planned: PlannedTensor, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything but values that determines the bytes of a stored tensor, by what it is.
+
+    A store outlives the process that filled it, and code changes meanwhile. So code is in it twice: as source, and as
+    what it makes of fixed values, which changes with a library too. Of a transform there is only the latter, since an
+    edit elsewhere in an overlay must not cost a checkpoint's worth of quantizing.
+    """
+    transform, spec, columns = planned.transform, planned.quantization, planned.format.columns
+    infos = [checkpoint.tensors[source.key] for source in planned.sources]
+    return {
+        "layout": STORE_VERSION,
+        "code": code_of_values(),
+        "torch": distributions.version("torch"),
+        "shape": list(planned.shape),
+        "dtype": planned.dtype,
+        "quantization": asdict(spec) if spec else None,
+        "quantizer": QUANTIZER_VERSION if spec else None,
+        "storing": storage_digest(columns, planned.dtype, spec),
+        "transform": [transform.name, effect_digest(transform, columns)] if transform else None,
+        "keys": [source.key for source in planned.sources],
+        "rows": [[source.start, source.stop] for source in planned.sources],
+        "source shapes": [list(info.shape) for info in infos],
+        "source dtypes": [info.dtype for info in infos],
+    }
+
+
 def _fingerprint(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
-    """Everything but values that determines a stored tensor."""
-    transform = planned.transform
-    sources = [
-        [source.key, source.start, source.stop, list(info.shape), info.dtype]
-        for source in planned.sources
-        for info in [checkpoint.tensors[source.key]]
-    ]
-    return _digest(
-        {
-            "versions": [STORE_VERSION, QUANTIZER_VERSION if planned.quantization else None],
-            "shape": list(planned.shape),
-            "dtype": planned.dtype,
-            "quantization": asdict(planned.quantization) if planned.quantization else None,
-            # Its name says nothing about its code, which may have changed since an interruption.
-            "transform": [transform.name, effect_digest(transform, planned.format.columns)] if transform else None,
-            "sources": sources,
-        }
-    )
+    return _digest(ingredients(planned, checkpoint))
 
 
 def _stamps(planned: PlannedTensor, checkpoint: Checkpoint) -> list[list[Any]]:

@@ -1,0 +1,190 @@
+"""How the weights of an asset are stored, as the asset shows it, held against what the bundle's name says.
+
+A record may say anything; bytes cannot. Dtypes, blocks and zero points are read from the shapes of the stored
+constants, and the scheme from the integers themselves: one that uses the whole range reaches the lowest integer, and
+one that clips never does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from attrs import frozen
+
+from coreai_zoo.backend import Backend, Check
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.expected import Expected
+from coreai_zoo.dtypes import bits_of
+from coreai_zoo.errors import listing
+from coreai_zoo.names import parameter_of
+from coreai_zoo.overlay import Role
+from coreai_zoo.recipes import QuantizationSpec, Recipe, published_as
+from coreai_zoo.weights.formats import Format, has_zero_points
+
+_LOOKED_AT = 1 << 18
+"""Bytes of a weight's integers that are looked at for its scheme."""
+
+_ENOUGH = 32
+"""So many integers one above the lowest, and none that is the lowest, show that it is not in use.
+
+The largest of a block, where it is negative, is the lowest integer of a scheme that uses it, or by the rounding of the
+scale the next one, about as often.
+"""
+
+
+@frozen
+class StoredForm:
+    """How one weight lies in an asset.
+
+    Attributes:
+        shape: of the weight.
+        dtype: of its integers, or of its plain values.
+        scales: dtype of its scales; None for plain values.
+        block_size: inputs per scale; None for plain values.
+        zero_points: whether there are any.
+        lowest: whether the lowest signed integer of its dtype is in use; None where that does not show.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    scales: str | None = None
+    block_size: int | None = None
+    zero_points: bool = False
+    lowest: bool | None = None
+
+    def __str__(self) -> str:
+        if self.scales is None:
+            return f"{self.dtype} {list(self.shape)}"
+        range_ = {True: "the whole range", False: "the range without its lowest integer", None: "a range not known"}
+        offsets = " with zero points" if self.zero_points else ""
+        return f"{self.dtype} {list(self.shape)} in blocks of {self.block_size}{offsets}, {range_[self.lowest]}"
+
+    def is_of(self, format_: Format) -> bool:
+        """Whether a weight of a format can look like this in an asset."""
+        return self.shape == format_.shape and self.fits(format_.quantization, format_.columns, format_.dtype)
+
+    def fits(self, spec: QuantizationSpec | None, columns: int, dtype: str) -> bool:
+        """Whether a weight can look like this that is `columns` wide, of a dtype, and quantized by `spec`."""
+        if spec is None or self.scales is None:
+            return spec is None and self.scales is None and self.dtype == dtype
+        wanted = (spec.dtype, dtype, spec.block_size or columns, has_zero_points(spec))
+        if (self.dtype, self.scales, self.block_size, self.zero_points) != wanted:
+            return False
+        # Of zero points integers tell nothing: an asymmetric block reaches both ends, and unsigned ones are shifted.
+        shows_scheme = spec.signed and spec.scheme != "asymmetric"
+        return not shows_scheme or self.lowest in (None, spec.scheme == "symmetric")
+
+
+def stored_forms(asset: Path, backend: Backend) -> dict[str, StoredForm]:
+    """How every weight of an asset is stored, by the name of the parameter.
+
+    Constants that no weight fills, such as tables of frequencies, are among them. Equal ones are stored once, and a
+    matrix of one row may have lost its name: neither is there under every name that it had.
+
+    Raises:
+        CheckFailed: when the asset cannot be read.
+    """
+    declared, values = backend.program(asset).stored, backend.constants(asset)
+    parts: dict[str, dict[str, str]] = {}
+    for name in declared:
+        parameter, part = parameter_of(name)
+        parts.setdefault(parameter, {})[part] = name
+    forms = {}
+    for parameter, names in parts.items():
+        if "" not in names:  # its integers are those of another weight, byte for byte
+            continue
+        shape, dtype = declared[names[""]]
+        if "scales" not in names:
+            forms[parameter] = StoredForm(shape, dtype)
+            continue
+        scales_shape, scales = declared[names["scales"]]
+        blocks = scales_shape[-1]
+        lowest = _uses_lowest(values.get(names[""]), dtype)
+        forms[parameter] = StoredForm(shape, dtype, scales, shape[-1] // blocks, "zero points" in names, lowest)
+    return forms
+
+
+def _uses_lowest(stored: memoryview | None, dtype: str) -> bool | None:
+    """Whether the lowest integer of a dtype is among the first integers of a weight; None where few come near it."""
+    import numpy as np
+
+    if stored is None or not stored.nbytes or dtype.startswith("u"):
+        return None
+    raw = np.frombuffer(stored[:_LOOKED_AT], dtype=np.uint8)
+    bits = bits_of(dtype)
+    codes = np.concatenate([raw & 15, raw >> 4]) if bits == 4 else raw
+    lowest = 1 << (bits - 1)  # as its bits are: -128 is 0x80
+    if bool((codes == lowest).any()):
+        return True
+    return False if int((codes == lowest + 1).sum()) >= _ENOUGH else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against the name
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_stored(bundle: Bundle, backend: Backend, recipes: Mapping[str, Recipe], expected: Expected | None) -> Check:
+    """The check of an asset's weights against the recipe in the bundle's name and, where it is known, the design.
+
+    Args:
+        bundle: the bundle.
+        backend: the backend that wrote it.
+        recipes: those that are installed, by name.
+        expected: what the bundle has to hold; None where that is not known.
+    """
+    forms = stored_forms(bundle.asset, backend)
+    compression = str(bundle.metadata.get("compression"))
+    problems = list(_names(bundle, compression))
+    claimed = published_as(compression, recipes)
+    if claimed is None:
+        problems.append(f"no recipe that is installed is published as {compression}")
+    elif expected is not None:
+        problems += _as_designed(forms, claimed, expected)
+    else:
+        problems += _as_recorded(forms, claimed, bundle)
+    counts = Counter(_summary(form) for form in forms.values())
+    detail = f"{compression}: {listing([f'{count} {what}' for what, count in counts.most_common()])}"
+    return Check("weights", not problems, listing(problems, 6) or detail)
+
+
+def _summary(form: StoredForm) -> str:
+    return form.dtype if form.scales is None else f"{form.dtype} in blocks of {form.block_size}"
+
+
+def _names(bundle: Bundle, compression: str) -> Iterator[str]:
+    """The bundle's name ends with what it is compressed as, before the name of a backend that is not the usual one."""
+    name = str(bundle.metadata.get("name"))
+    if not name.removesuffix(f"_{bundle.build.get('backend')}").endswith(f"_{compression}"):
+        yield f"the bundle is called {name} and its compression {compression}"
+
+
+def _as_designed(forms: Mapping[str, StoredForm], claimed: Recipe, expected: Expected) -> Iterator[str]:
+    """What is stored otherwise than the name says, or not at all, weight by weight."""
+    for name, weight in expected.weights.items():
+        spec = claimed.spec(weight.role)
+        wanted = Format(weight.shape, weight.dtype, spec)
+        if name in forms and not forms[name].is_of(wanted):
+            yield f"{name} is {forms[name]}, and by the bundle's name {spec or weight.dtype} {list(weight.shape)}"
+        # One that is stored under another's name looks like it; one of a single row may have no name.
+        elif name not in forms and weight.shape[:1] != (1,) and not any(form.is_of(wanted) for form in forms.values()):
+            yield f"{name} is not stored, nor is another like it"
+
+
+def _as_recorded(forms: Mapping[str, StoredForm], claimed: Recipe, bundle: Bundle) -> Iterator[str]:
+    """What is stored otherwise than the name says, by the number of elements: here no weight's role is known."""
+    roles, totals = bundle.build.get("roles") or {}, bundle.build.get("weights") or {}
+    wanted: Counter[QuantizationSpec | None] = Counter()
+    for role, total in totals.items():
+        wanted[claimed.spec(Role(**roles[role]))] += total["parameters"]
+    quantized = [form for form in forms.values() if form.scales is not None]
+    specs = [spec for spec in wanted if spec is not None and wanted[spec]]
+    for form in quantized:
+        if not any(form.fits(spec, form.shape[-1], str(form.scales)) for spec in specs):
+            yield f"a weight is {form}, which the bundle's name does not say"
+    for spec in specs:
+        fitting = [form for form in quantized if form.fits(spec, form.shape[-1], str(form.scales))]
+        if not fitting:
+            yield f"no weight is {spec}, which the bundle's name says of {wanted[spec]:,} elements"
