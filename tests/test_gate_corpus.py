@@ -156,7 +156,8 @@ def test_the_command_that_repeats_a_gate_has_the_corpus_without_its_folder() -> 
 def test_the_windows_of_a_small_bundle_are_the_first_of_the_built_in_text(bundle: Callable[..., Bundle]) -> None:
     subject = bundle()
     corpus = read_corpus(subject, BUILTIN)
-    taken, left_out = default_prompts(subject, windows=CORPUS_WINDOWS)
+    checkpoint = subject.tokenizer
+    taken, left_out = default_prompts(subject, checkpoint, windows=CORPUS_WINDOWS)
 
     windows = [prompt for prompt in taken if prompt.prompt.running_text]
     assert [prompt.name for prompt in windows] == [f"corpus-{number}" for number in range(1, 7)]
@@ -165,8 +166,10 @@ def test_the_windows_of_a_small_bundle_are_the_first_of_the_built_in_text(bundle
     assert "def insort_right(a, x" in "".join("".join(window.pieces) for window in windows)
     assert sum(len(prompt.tokens) for prompt in taken) >= 3000 and left_out == []
 
-    assert not any(prompt.prompt.running_text for prompt in default_prompts(subject)[0])
-    assert not any(prompt.prompt.running_text for prompt in default_prompts(bundle(max_context=511), windows=6)[0])
+    assert not any(prompt.prompt.running_text for prompt in default_prompts(subject, checkpoint)[0])
+    taken, left_out = default_prompts(bundle(max_context=511), checkpoint, windows=CORPUS_WINDOWS)
+    assert not any(prompt.prompt.running_text for prompt in taken)
+    assert "windows of the built-in corpus are left out: one is 512 positions, of which 511 fit." in left_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,12 @@ import pytest
 
 from command import zoo
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.catalogue import find_entry
+from coreai_zoo.gates import run
 from coreai_zoo.gates.corpus import BUILTIN, read_corpus
 from coreai_zoo.gates.prompts import default_prompts
 from coreai_zoo.gates.run import GateOptions
+from coreai_zoo.plugins import default_plugins
 
 ENTRY = "qwen3.6-27b"
 
@@ -24,6 +27,7 @@ def original(built: Callable[[str, str], Bundle]) -> Bundle:
 
 @pytest.mark.slow
 def test_a_sample_is_measured_over_the_built_in_text_beside_its_prompts(original: Bundle, tmp_path: Path) -> None:
+    sample = find_entry(ENTRY, default_plugins())[0].sample_directory()
     options = ("--candidate", "torch", "--no-control", "--oracle-cache", tmp_path / "cache", "-o", tmp_path / "report")
 
     result = zoo("gate", original.directory, "--corpus", BUILTIN, "--positions", 300, *options, "--json")
@@ -31,7 +35,7 @@ def test_a_sample_is_measured_over_the_built_in_text_beside_its_prompts(original
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     found, corpus = record["corpus"], read_corpus(original, BUILTIN, 300)
-    taken, _ = default_prompts(original)
+    taken, _ = default_prompts(original, sample)
     assert [prompt["name"] for prompt in record["prompts"]] == [prompt.name for prompt in taken], "no window of it"
     assert [len(prompt["tokens"]) for prompt in record["prompts"]] == [len(prompt.tokens) for prompt in taken]
     assert (found["windows"], found["counted"], found["sha256"]) == (2, 510, corpus.sha256)
@@ -74,26 +78,25 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(
 
 
 def test_windows_of_the_built_in_text_are_prompts_of_small_bundles_that_pytorch_judges(original: Bundle) -> None:
-    from coreai_zoo.gates import run
-    from coreai_zoo.plugins import default_plugins
-
     plugins = default_plugins()
     checkpoint = run.checkpoint_of(original, plugins, None)
+    said: list[str] = []
 
     def windows(**given: object) -> int:
         options = GateOptions(control=False, **given)  # type: ignore[arg-type]
-        taken, _ = run._prompts(run._subject(original, options, plugins, checkpoint, None), options)
+        subject = run._subject(original, options, plugins, checkpoint, None)
+        taken, said[:] = run._prompts(subject, checkpoint, options)
         return sum(prompt.prompt.running_text for prompt in taken)
 
+    assert windows(candidate="coreai") == 0
+    assert "windows of the built-in corpus are left out: only the overlay in PyTorch takes them" in said
+    assert windows(positions=24) == 0 and not any("windows" in remark for remark in said)
     assert windows() == windows(candidate="torch") == 6
-    assert windows(candidate="coreai") == windows(positions=40) == windows(corpus=BUILTIN) == 0
+    assert windows(positions=40) == windows(corpus=BUILTIN) == 0
     assert windows(prompts="code") == windows(prompt="def main():") == 0
 
 
 def test_a_large_bundle_is_not_judged_by_windows(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    from coreai_zoo.gates import run
-    from coreai_zoo.plugins import default_plugins
-
     plugins = default_plugins()
     options = GateOptions(control=False, candidate="torch")
     subject = run._subject(original, options, plugins, run.checkpoint_of(original, plugins, None), None)

@@ -311,7 +311,7 @@ def default_prompts(
         bundle: what is judged; a long prompt needs the context, a chat needs a chat template that takes it.
         checkpoint: the folder of its checkpoint.
         positions: the length to which all are cut, and that all must have; None for their own.
-        windows: how many windows of the built-in corpus follow, in a context that holds one.
+        windows: how many windows of the built-in corpus follow; a context that holds none leaves them out.
 
     Raises:
         BadInput: when the anchor cannot be taken.
@@ -332,13 +332,22 @@ def default_prompts(
             if required:
                 raise
             left_out.append(f"prompt {prompt.name!r} is left out: {error.message}")
-    if windows and bundle.max_context >= WINDOW:
-        taken += _windows(bundle, windows)
+    if windows:
+        try:
+            taken += _windows(bundle, windows)
+        except BadInput as error:
+            left_out.append(f"windows of the built-in corpus are left out: {error.message}")
     return taken, left_out
 
 
 def _windows(bundle: Bundle, count: int) -> list[TokenizedPrompt]:
-    """The first windows of the built-in corpus, as many as it has of `count`."""
+    """The first windows of the built-in corpus, as many as it has of `count`.
+
+    Raises:
+        BadInput: when the corpus has none of this length, or the bundle's context does not hold one.
+    """
+    if bundle.max_context < WINDOW:
+        raise BadInput(f"one is {WINDOW} positions, of which {bundle.max_context} fit.")
     tokenizer, corpus = load_tokenizer(bundle.tokenizer), read_corpus(bundle, BUILTIN)
     return [
         TokenizedPrompt(

@@ -285,6 +285,8 @@ def _prompts(
         positions = options.positions if options.corpus is None else None
         windows = _windows(subject, options) if options.positions is None and options.corpus is None else 0
         taken, left_out = prompts.default_prompts(bundle, checkpoint, positions, windows)
+        if windows == 0 and positions is None and options.corpus is None and _small(bundle):
+            left_out.append("windows of the built-in corpus are left out: only the overlay in PyTorch takes them")
         return taken, [*left_out, *_endless(taken)]
     if options.positions is not None:
         asked = [prompts.cut(prompt, options.positions) for prompt in asked]
@@ -294,9 +296,12 @@ def _prompts(
 
 def _windows(subject: _Subject, options: GateOptions) -> int:
     """How many windows of the built-in corpus are prompts by default: of a small bundle, and in PyTorch."""
-    small = bytes_below(subject.bundle.asset) <= _INTERPRETED_BYTES
     in_pytorch = options.candidate in {"auto", "torch"} and subject.models.long_candidate is not None
-    return prompts.CORPUS_WINDOWS if small and in_pytorch else 0
+    return prompts.CORPUS_WINDOWS if in_pytorch and _small(subject.bundle) else 0
+
+
+def _small(bundle: Bundle) -> bool:
+    return bytes_below(bundle.asset) <= _INTERPRETED_BYTES
 
 
 def _endless(taken: Sequence[prompts.TokenizedPrompt]) -> list[str]:
