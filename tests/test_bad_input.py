@@ -1121,7 +1121,7 @@ def test_verify_reports_every_check_to_programs_too(bundle: Path) -> None:
 
     checks = {check["name"]: check["passed"] for check in json.loads(result.stdout)}
     assert result.exit_code == 1
-    assert checks == {"files": False, "metadata": True, "tokenizer": True}
+    assert checks == {"files": False, "metadata": True, "tokenizer": True, "checkpoint": True}
 
 
 def test_a_bundle_that_is_no_sample_needs_its_checkpoint_to_be_gated(built: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from attrs import evolve
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import CharDelimiterSplit
 
+from coreai_zoo.bounds import GENERAL
 from coreai_zoo.bundle.bundle import Bundle, signature_record
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.errors import BadInput
@@ -31,7 +34,17 @@ from coreai_zoo.gates.prompts import (
     tokenize,
 )
 from coreai_zoo.gates.rule import Verdict, judge
-from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, Reference, StopCheck, require_strong, stop_check
+from coreai_zoo.gates.teacher_forced import (
+    GateReport,
+    Models,
+    PromptResult,
+    Reference,
+    Runner,
+    StopCheck,
+    gate,
+    require_strong,
+    stop_check,
+)
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.signature import KVCache
@@ -152,12 +165,13 @@ def test_a_tokenizer_that_makes_a_handful_of_tokens_is_refused(bundle: Bundle, s
 def test_the_end_of_a_turn_is_the_checkpoints_whatever_the_bundle_says(bundle: Bundle, sample: Path) -> None:
     assert tokenize(bundle, BUILT_IN["chat"], sample).stop == 2
 
-    (bundle.tokenizer / "tokenizer_config.json").write_text(
-        (bundle.tokenizer / "tokenizer_config.json").read_text().replace("<|im_end|>", "<|endoftext|>")
-    )
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        path = bundle.tokenizer / name
+        path.write_text(path.read_text(encoding="utf-8").replace("<|im_end|>", "<|endoftext|>"), encoding="utf-8")
     (bundle.tokenizer / "config.json").unlink()
     chat = tokenize(bundle, BUILT_IN["chat"], sample)
     assert chat.stop == 2 and chat.ends_turns
+    assert tokenize(bundle, BUILT_IN["chat"], bundle.tokenizer).stop == 0, "the bundle would ask for another"
 
 
 def test_a_checkpoint_that_names_no_end_of_turn_gives_no_token_to_expect(bundle: Bundle) -> None:
@@ -183,7 +197,8 @@ def test_a_chat_that_is_cut_before_a_turn_ends_expects_no_end(bundle: Bundle, sa
 
 def sure_of(*tokens: int) -> Verdict:
     """A verdict of a candidate that agrees, where the oracle is sure of these tokens."""
-    return judge(tokens, rows := np.eye(4)[list(tokens)] * 9.0, rows)
+    rows = np.eye(4)[list(tokens)] * 9.0
+    return judge(tokens, rows, rows)
 
 
 def test_a_stop_check_without_a_token_or_a_position_to_expect_fails() -> None:
@@ -191,6 +206,8 @@ def test_a_stop_check_without_a_token_or_a_position_to_expect_fails() -> None:
     assert stop_check(sure_of(1, 2, 3), 2).passed
     assert not stop_check(sure_of(1, 1, 3), 2).passed
     assert not stop_check(sure_of(1, 2, 3), None).passed
+    assert stop_check(sure_of(1, 1, 3), 2, due=False).passed, "the prompt ends before a turn does"
+    assert not evolve(StopCheck((1,), (1,)), due=False).passed
     assert not StopCheck((1,), (1,)).passed
 
 
@@ -209,7 +226,7 @@ def test_a_chat_on_which_nothing_is_checked_fails_the_gate_with_what_to_do(stop:
 
     assert not report.passed
     assert report.reasons == (report.reasons[0],) and words in report.reasons[0]
-    assert "--prompts leaves this out" in report.reasons[0]
+    assert "--prompts NAME,... leaves it out" in report.reasons[0]
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -227,3 +244,34 @@ def test_the_built_in_set_covers_what_a_person_types_and_has_one_long_prompt() -
     # Long enough also in a vocabulary of a quarter of a million tokens, with about four characters to one.
     assert len(BUILT_IN["long"].text or "") >= 5 * LONG_POSITIONS
     assert [role for role, _ in BUILT_IN["chat"].turns] == ["user", "assistant"] * 2
+
+
+class Same:
+    """A model that gives the oracle's answer."""
+
+    name = "the same"
+
+    def run(self, tokens: Sequence[int]) -> Activations:
+        return Activations(logits(*[9.0] * len(tokens)))
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["must be strong", "may be weak"])
+def test_a_chat_that_the_oracle_never_ends_fails_unless_weak_prompts_are_allowed(allowed: bool) -> None:
+    rows = logits(*[9.0] * 8)
+    chat = TokenizedPrompt(Prompt("chat", turns=(("user", "x"),)), (4,) * 8, ("x",) * 8, stop=9)
+    models = Models(Runner(Same()), None, None)
+    bounds = GENERAL.of_recipe({}, 1, "runtime", "dense")
+
+    report = gate(
+        [Reference(chat, Activations(rows), strength(rows))],
+        models,
+        lambda _: bounds,
+        Reporter(silent=True),
+        control_bounds=bounds,
+        experts_per_token=None,
+        quantized=False,
+        allow_weak=allowed,
+    )
+
+    assert report.results[0].stop == StopCheck((), (), due=not allowed)
+    assert report.passed is allowed

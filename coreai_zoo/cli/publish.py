@@ -129,7 +129,13 @@ def _checks(ctx: click.Context, publication: Publication) -> list[Check]:
     from coreai_zoo.bundle.verify import verify
 
     plugins = plugins_of(ctx)
-    return verify(publication.bundle, plugins.backends(), plugins.tokenizer_classes(), recorded_only=True)
+    return verify(
+        publication.bundle,
+        plugins.backends(),
+        plugins.tokenizer_classes(),
+        recipes=plugins.recipes(),
+        recorded_only=True,
+    )
 
 
 def _require(checks: list[Check]) -> None:

@@ -72,15 +72,20 @@ class StopCheck:
     Attributes:
         expected: positions where the oracle is sure that the turn ends.
         missed: those of them where the candidate goes on.
+        due: whether such a position is due: a turn ends within the prompt, and it must not be weak.
     """
 
     expected: tuple[int, ...]
     missed: tuple[int, ...]
+    due: bool = True
 
     @property
     def passed(self) -> bool:
-        """Whether the candidate ends every turn that the oracle ends, and there is one: else nothing was checked."""
-        return bool(self.expected) and not self.missed
+        """Whether the candidate ends every turn that the oracle ends, and there is one where one is due.
+
+        Without any, nothing was checked.
+        """
+        return not self.missed and (bool(self.expected) or not self.due)
 
 
 @frozen
@@ -95,7 +100,7 @@ class PromptResult:
         verdict: the candidate against the oracle.
         control: the fp16 control against the oracle; None without a control.
         checks: every bound, kept or broken.
-        stop: the ends of turns; None where the prompt is no chat, or is cut before a turn ends.
+        stop: the ends of turns; None where the prompt is no chat.
         flips_allowed: how many confident flips are no error, of a routed model over running text.
     """
 
@@ -173,7 +178,7 @@ def _no_stop(prompt: TokenizedPrompt, stop: StopCheck) -> str:
     """Why the ends of turns do not pass, and what to do where the bundle may not be to blame."""
     if stop.missed:
         return f"no end of turn at position {', '.join(str(at) for at in stop.missed)}"
-    without = "without chats, --prompts leaves this out"
+    without = "--allow-weak-prompt judges the chat all the same, --prompts NAME,... leaves it out"
     if prompt.stop is None:
         return f"the checkpoint names no token that ends a turn, so nothing says where text stops ({without})"
     return f"the oracle is nowhere sure of the end of a turn, token {prompt.stop}, so no stop is checked ({without})"
@@ -328,7 +333,11 @@ def gate(
             continue
         control = None if models.control is None else controls[name]
         held_to = bounds(judging.arithmetic), control_bounds
-        results.append(_judge(reference, judging.model.name, found[name], control, held_to, experts_per_token))
+        results.append(
+            _judge(
+                reference, judging.model.name, found[name], control, held_to, experts_per_token, allow_weak=allow_weak
+            )
+        )
     return GateReport(tuple(results), weak if allow_weak else (), quantized)
 
 
@@ -339,6 +348,8 @@ def _judge(
     control: Activations | None,
     held_to: tuple[Bounds, Bounds],
     experts_per_token: int | None,
+    *,
+    allow_weak: bool,
 ) -> PromptResult:
     prompt, oracle, (bounds, control_bounds) = reference.prompt, reference.activations, held_to
     verdict = compare(prompt.tokens, oracle, found, experts_per_token)
@@ -355,7 +366,7 @@ def _judge(
         verdict,
         control_verdict,
         tuple(checks),
-        stop_check(verdict, prompt.stop) if prompt.ends_turns else None,
+        stop_check(verdict, prompt.stop, due=prompt.ends_turns and not allow_weak) if prompt.prompt.turns else None,
         _flips_allowed(prompt, verdict, routed=experts_per_token is not None),
     )
 
@@ -364,16 +375,18 @@ def _flips_allowed(prompt: TokenizedPrompt, verdict: Verdict, *, routed: bool) -
     return flips_allowed(verdict.confident_positions, routed=routed) if prompt.prompt.running_text else 0
 
 
-def stop_check(verdict: Verdict, stop: int | None) -> StopCheck:
+def stop_check(verdict: Verdict, stop: int | None, *, due: bool = True) -> StopCheck:
     """The positions where the oracle is sure that the turn ends, and those of them where the candidate goes on.
 
     Args:
         verdict: on a chat.
         stop: the checkpoint's end-of-turn token; None where it names none, and then nothing is expected.
+        due: see `StopCheck`.
     """
     sure = [position for position in verdict.positions if position.margin >= CONFIDENT_MARGIN]
     expected = [position for position in sure if position.oracle == stop]
     return StopCheck(
         tuple(position.index for position in expected),
         tuple(position.index for position in expected if position.candidate != stop),
+        due,
     )
