@@ -1,8 +1,9 @@
 """Run docs/tutorial.md: write the files that it shows, run its commands, and put what they print into the page.
 
-Usage: python scripts/tutorial.py [--check]
+Usage: python scripts/tutorial.py [--check [DIR]]
 
 With --check the page is left alone and compared: the exit code is 1 if more than times, rates and free space differs.
+Commands that are in DIR are taken from there.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ def stable(output: str) -> str:
     return output.strip()
 
 
-def run(page: str, folder: Path) -> str:
-    """The page with the outputs of this run, which happens in `folder`.
+def run(page: str, folder: Path, *commands: Path) -> str:
+    """The page with the outputs of this run, which happens in `folder`; folders of `commands` are looked in first.
 
     Raises:
         SystemExit: when a command does not exit as the page says.
     """
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([*map(str, commands), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
 
     def block(fence: re.Match[str]) -> str:
@@ -84,12 +85,12 @@ def _output(command: str, folder: Path, environment: Mapping[str, str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the tutorial; update the page, or compare. The exit code."""
-    if arguments not in ([], ["--check"]):
+    if arguments[:1] not in ([], ["--check"]) or len(arguments) > 2:
         print(__doc__, file=sys.stderr)
         return 2
     before = PAGE.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="tutorial-") as folder:
-        after = run(before, Path(folder))
+        after = run(before, Path(folder), *map(Path, arguments[1:]))
     if not arguments:
         PAGE.write_text(after, encoding="utf-8")
         return 0

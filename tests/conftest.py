@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, settings
 
+import forked
 from coreai_zoo import hookimpl
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.cli.app import cli
@@ -36,6 +37,7 @@ gc.set_threshold(50_000, 20, 100)
 # What the zoo keeps for the next time, the tests keep for this run; its workers and their children inherit the folder.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="zoo-tests-cache-")
+    os.environ[forked.PLACE] = str(Path(os.environ["XDG_CACHE_HOME"], "forks.socket"))
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # A loaded machine is no fault of the code.

@@ -2,8 +2,8 @@
 
 A fresh `zoo` imports torch, the toolchain and transformers, and exports the composites of its first trace: some twelve
 seconds of each command that builds or gates. Most tests that start a process want its working directory, environment,
-signals or end for themselves and not its start. For those this file is run as a program, once in each process of the
-tests: it imports and traces, and forks for each run. What is about the start itself stays with `subprocess`: which
+signals or end for themselves and not its start. For those this file is run as a program, once in a run of the tests: it
+imports and traces, and forks for each of them. What is about the start itself stays with `subprocess`: which
 modules are imported when, seeds of hashes, the number of threads, the installed console script.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
@@ -18,6 +19,7 @@ import io
 import json
 import os
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -36,6 +38,9 @@ ZOO = "coreai_zoo.__main__:main"
 
 # Read once in a process, by Python or what it imports: such a variable cannot be given to a fork.
 _READ_AT_START = ("PYTHONHASHSEED", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT")
+
+PLACE = "ZOO_TESTS_FORKS"
+"""The variable that names the socket of the program that forks for all processes of one run of the tests."""
 
 _starting = threading.Lock()
 
@@ -61,7 +66,8 @@ class Process:
         arguments: in `sys.argv`, behind "zoo".
         cwd: the working directory, this process's unless given.
         env: all of the environment, this process's unless given.
-        stderr: a descriptor that takes it; otherwise `communicate` returns it.
+        stdout: a descriptor that takes it; otherwise `communicate` returns it.
+        stderr: the same.
         call: `module:function` that is called, without arguments.
         before: another one that is called first of all, as a `preexec_fn` is.
 
@@ -75,6 +81,7 @@ class Process:
         *arguments: object,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        stdout: int | None = None,
         stderr: int | None = None,
         call: str = ZOO,
         before: str | None = None,
@@ -94,7 +101,10 @@ class Process:
         self._answers, theirs = socket.socketpair()
         self._files.enter_context(self._answers)
         with theirs, Path(os.devnull).open("rb") as nothing:
-            outputs = [self._out.fileno(), self._err.fileno() if stderr is None else stderr]
+            outputs = [
+                self._out.fileno() if stdout is None else stdout,
+                self._err.fileno() if stderr is None else stderr,
+            ]
             with _starting:
                 parent = _parent()
             parent.fork([theirs.fileno(), nothing.fileno(), *outputs], environment)
@@ -160,22 +170,35 @@ class Process:
 
 
 class _Parent:
-    """The program, started; it forks for one process of the tests."""
+    """The connection of one process of the tests to the program that forks.
+
+    All of a run share one, which is started by whoever needs it first and ends with the last that is connected.
+    """
 
     def __init__(self) -> None:
-        self._control, theirs = socket.socketpair()
         # The seed is the same in every run of the tests, and of no fresh process but one that is given it.
         self._environment = {"PYTHONHASHSEED": "1", **os.environ, "OMP_NUM_THREADS": "1"}
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as this process
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
-                env=self._environment,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stderr=self._log,
-            )
+        path = Path(os.environ.get(PLACE) or Path(tempfile.mkdtemp(prefix="zoo-tests-forks-"), "socket"))
+        self._log = path.with_suffix(".log")
+        self._process: subprocess.Popen[bytes] | None = None  # where this is the one that started it
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._control = _connected(path) or self._start(path)
         atexit.register(self._end)
+
+    def _start(self, path: Path) -> socket.socket:
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as listener, self._log.open("wb") as log:
+            listener.bind(str(path))
+            listener.listen()
+            command = [sys.executable, __file__, str(listener.fileno())]
+            descriptors = [listener.fileno()]
+            self._process = subprocess.Popen(
+                command, env=self._environment, pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        control = _connected(path)
+        assert control is not None, self.log()
+        return control
 
     def fork(self, descriptors: Sequence[int], environment: Mapping[str, str]) -> None:
         """Have it fork a process that has these descriptors: for answers, and its stdin, stdout and stderr."""
@@ -183,22 +206,45 @@ class _Parent:
         wanted = {**unset, **environment}
         changed = [name for name in _READ_AT_START if wanted.get(name) != self._environment.get(name)]
         assert not changed, f"{changed} are read at the start of a process: start a fresh one"
-        assert self._process.poll() is None, self.log()
-        socket.send_fds(self._control, [b"!"], list(descriptors))
-
-    def log(self) -> str:
-        """What it said on stderr."""
-        self._log.seek(0)
-        return self._log.read().decode()
+        try:
+            socket.send_fds(self._control, [b"!"], list(descriptors))
+        except ConnectionError as error:
+            raise AssertionError(self.log()) from error
 
     def _end(self) -> None:
         self._control.close()
-        self._process.wait()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # another process of the tests needs it yet
+                self._process.wait(10)
+
+    def log(self) -> str:
+        """What it said on stderr."""
+        return self._log.read_text(errors="replace")
+
+
+def _connected(path: Path) -> socket.socket | None:
+    """A connection to the program that listens there and has answered; None where there is none."""
+    control = socket.socket(socket.AF_UNIX)
+    with contextlib.suppress(OSError):
+        control.connect(str(path))
+        if control.recv(1):
+            return control
+    control.close()
+    return None
 
 
 @functools.cache
 def _parent() -> _Parent:
     return _Parent()
+
+
+def command(folder: Path) -> Path:
+    """A `zoo` in `folder` that is this, for scripts that call it by name, as long as this process lives."""
+    _parent()
+    path = folder / "zoo"
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S {shlex.quote(__file__)} zoo "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 def execute() -> None:
@@ -294,29 +340,46 @@ def _attend(descriptors: Sequence[int]) -> NoReturn:
     os._exit(0)
 
 
-def _serve(control: socket.socket) -> None:
+def _serve(listener: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the tests is theirs to answer
     _import_all()
     threads = [task.name for task in Path("/proc/self/task").glob("*")]
     assert len(threads) <= 1, f"{len(threads)} threads would not survive the fork"
     gc.collect()
     gc.freeze()  # or each fork would copy what its collections look at
+    controls: list[socket.socket] = []
     attending: set[int] = set()
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 4)
-        if not message:
-            break
-        child = os.fork()
-        if not child:
-            control.close()
-            _attend(descriptors)
-        attending.add(child)
-        for descriptor in descriptors:
-            os.close(descriptor)
+        for ready in select.select([listener, *controls], [], [])[0]:
+            if ready is listener:
+                controls.append(listener.accept()[0])
+                controls[-1].sendall(b"+")
+                continue
+            message, descriptors = b"", list[int]()
+            with contextlib.suppress(ConnectionError):  # it was killed
+                message, descriptors, _, _ = socket.recv_fds(ready, 1, 4)
+            if not message:
+                ready.close()
+                controls.remove(ready)
+                continue
+            child = os.fork()
+            if not child:
+                for each in (listener, *controls):
+                    each.close()
+                _attend(descriptors)
+            attending.add(child)
+            for descriptor in descriptors:
+                os.close(descriptor)
         attending -= {pid for pid in attending if os.waitpid(pid, os.WNOHANG)[0]}
+        if not controls:
+            break
+    listener.close()  # who connects from now on starts another
     for pid in attending:
         os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "zoo":
+        with Process(*sys.argv[2:], stdout=1, stderr=2) as process:
+            sys.exit(process.wait())
     _serve(socket.socket(fileno=int(sys.argv[1])))

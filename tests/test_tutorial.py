@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from documents import DOCS, blocks, read
 
 SCRIPT = DOCS.parent / "scripts" / "tutorial.py"
 
 
 @pytest.mark.slow
-def test_the_tutorial_works_and_prints_what_it_shows() -> None:
-    result = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, check=False)
+def test_the_tutorial_works_and_prints_what_it_shows(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--check", forked.command(tmp_path).parent]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert result.returncode == 0, result.stdout + result.stderr
 
