@@ -176,10 +176,9 @@ def _estimate(figure: Mapping[str, float | None] | float | None, scale: float, u
 
 def corpus_line(corpus: Mapping[str, Any]) -> str:
     """What was measured over a corpus, in a sentence."""
-    return (
-        f"The corpus {corpus['name']}: {corpus['counted']:,} positions count, the second half of each of "
-        f"{corpus['windows']} windows of {corpus['window']} tokens."
-    )
+    windows, window = corpus["windows"], corpus["window"]
+    of_each = f"of each of {windows} windows of {window}" if windows > 1 else f"of one window of {window}"
+    return f"The corpus {corpus['name']}: {corpus['counted']:,} positions count, the second half {of_each} tokens."
 
 
 def corpus_flips(corpus: Mapping[str, Any]) -> str:
