@@ -275,7 +275,8 @@ class LayeredDecoder(Protocol):
 class BatchedDecoder(LayeredDecoder, Protocol):
     """A layered decoder whose steps also take the tokens of B prompts at once: a gate runs its prompts side by side.
 
-    Every 1 in front of the shapes is a B then, and the values of a prompt are what they are without the others.
+    Every 1 in front of the shapes is a B then, and a prompt's values are what they are without the others, but for the
+    order of sums.
     """
 
     @property

@@ -244,19 +244,6 @@ _IN_THE_GRAPH = (
         (_GDN, "self.in_proj_b(x).float().sigmoid()", "self.in_proj_b(x).sigmoid().bfloat16().float()"),
     ),
     _in(
-        "kv-cache-in-bf16",
-        "keys and values are carried in bf16",
-        GOLDEN,
-        ("attention.write", "= new", "= new.bfloat16()"),
-    ),
-    _in(
-        "rope-table-in-bf16",
-        "cosine and sine are rounded to bf16",
-        GOLDEN,
-        (_ROPE, "cos.to(dtype), sin.to(dtype)", "cos.bfloat16().to(dtype), sin.bfloat16().to(dtype)"),
-        kinds=DENSE,
-    ),
-    _in(
         "beta-in-half",
         "the write strength is computed in fp16",
         GOLDEN,
@@ -274,13 +261,6 @@ _IN_THE_GRAPH = (
         "the router's softmax is computed in fp16",
         GOLDEN,
         (_MOE, "torch.softmax(self.gate(x).float(), dim=-1)", "torch.softmax(self.gate(x), dim=-1)"),
-        kinds=MOE,
-    ),
-    _in(
-        "expert-weights-in-bf16",
-        "the weights of the chosen experts are rounded to bf16",
-        GOLDEN,
-        (_MOE, "weights.to(x.dtype)", "weights.bfloat16().to(x.dtype)"),
         kinds=MOE,
     ),
 )

@@ -73,6 +73,7 @@ THOROUGH = frozenset(
         "origin",
         "originals",
         "parity",
+        "precision_goldens",
         "preflight",
         "product_mutants",
         "publish",

@@ -7,18 +7,23 @@ import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 from click.testing import CliRunner, Result
 
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.cli.app import cli
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, CheckFailed
+from coreai_zoo.gates.run import GateOptions
 from coreai_zoo.lowering.graph import Graph, LayerKind
 from coreai_zoo.plugins import Plugins, default_plugins
-from coreai_zoo.review.check import CHECKS
+from coreai_zoo.review.check import CHECKS, judge_sample
 from coreai_zoo.review.goldens import compare, counts_of, golden, golden_entries, golden_path, of_recipe, read, write
 from coreai_zoo.review.structure import of_entry
+from coreai_zoo.stress import StressSample
+from mutants import Edit, Mutant, applied
 
 GOLDENS = Path(__file__).parent / "goldens"
 FILES = sorted(GOLDENS.glob("*.toml"))
@@ -127,6 +132,52 @@ def test_a_sample_that_does_not_build_fails(
     assert str(outcome(result, "samples")["detail"]).startswith("sample dense of broken_samples: ")
 
 
+class OneStressSample(Plugins):
+    """What is installed, with the dense entry and its first stress sample only."""
+
+    def entries(self) -> list[tuple[str, Path]]:
+        return [each for each in super().entries() if each[1].stem == "qwen3.6-27b"]
+
+    def stress_samples(self, overlay: Any, config: Any) -> list[StressSample]:
+        return super().stress_samples(overlay, config)[:1]
+
+
+def test_the_overlay_is_run_on_stress_samples_and_a_wrong_eps_fails_there_by_name() -> None:
+    plugins = OneStressSample.discover()
+    passed = checked(plugins, "stress")
+    assert passed.exit_code == 0, passed.output
+    assert outcome(passed, "stress")["detail"] == "1 stress samples keep their bounds"
+    norm = "self.k_norm = RMSNorm(self.head_dim, "
+    edit = Edit("attention.Attention.__init__", f"{norm}config.rms_norm_eps)", f"{norm}1e-5)")
+    with applied(Mutant("eps", "the norm of keys has another eps", edits=(edit,))):
+        failed = checked(plugins, "stress")
+    assert failed.exit_code == 1
+    detail = str(outcome(failed, "stress")["detail"])
+    assert detail.startswith("sample dense of coreai_zoo_qwen36, small-activations (what every norm is given")
+    assert "confident flips" in detail
+
+
+def test_the_gate_of_the_check_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Options that `zoo gate` has by default, none weaker."""
+    asked: list[GateOptions] = []
+
+    def look(_bundles: object, options: GateOptions, *_rest: object, **_more: object) -> list[dict[str, Any]]:
+        asked.append(options)
+        return [{"verdict": {"passed": False, "reasons": ["it was only looked at"]}}]
+
+    monkeypatch.setattr("coreai_zoo.review.check.run_gate", look)
+    monkeypatch.setattr("coreai_zoo.review.check.write_report", lambda *_: None)
+    bundle = types.SimpleNamespace(directory=tmp_path)
+    with pytest.raises(CheckFailed, match="it was only looked at"):
+        judge_sample(bundle, default_plugins())  # type: ignore[arg-type]
+    monkeypatch.setattr("coreai_zoo.cli.gate.run_gate", look)
+    monkeypatch.setattr("coreai_zoo.cli.gate.write_report", lambda *_: tmp_path)
+    monkeypatch.setattr("coreai_zoo.cli.gate.Bundle.open", lambda _directory: bundle)
+    CliRunner().invoke(cli, ["gate", str(tmp_path)])
+    assert len(asked) == 2
+    assert asked[0] == attrs.evolve(asked[1], oracle_cache=None)  # a cache changes no result
+
+
 def test_the_documentation_is_checked_by_the_tests_of_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +203,7 @@ def test_a_check_that_is_none_and_an_update_of_nothing_are_refused() -> None:
 
 
 def test_every_check_says_what_it_is() -> None:
-    assert [*CHECKS] == ["entries", "overlays", "goldens", "samples", "docs"]
+    assert [*CHECKS] == ["entries", "overlays", "goldens", "samples", "stress", "docs"]
     assert all(check.__doc__ for check in CHECKS.values())
 
 

@@ -70,7 +70,7 @@ class TorchCandidate:
     def run_many(self, prompts: Sequence[Sequence[int]]) -> list[Activations]:
         """The same of several prompts, as many side by side as the decoder and the memory for their states allow.
 
-        A prompt's values do not depend on what runs beside it.
+        What runs beside a prompt changes nothing in it but the order of sums: torch has kernels by the number of rows.
         """
         longest_first = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         found: dict[int, Activations] = {}
@@ -104,7 +104,7 @@ class TorchCandidate:
                 for _ in prompts:
                     self.on_layer()
             self._buffers.clear()
-            logits = self._logits(torch.cat(_by_prompt(x, lengths))[None]).split(lengths)
+            logits = self._logits(_by_prompt(x, lengths))
         chosen = [_by_prompt(calls, lengths) for calls in routers.values()]
         return [
             Activations(
@@ -184,13 +184,13 @@ class TorchCandidate:
             embedded: Tensor = self.module.embed(places[None].to(torch.int32))
         return embedded
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """[1, P, D] to [P, V], a few rows of the head at a time."""
+    def _logits(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """Each prompt's [P, D] to its [P, V], a few rows of the head at a time."""
         planned = self._only("head")
         step = max(1, HEAD_CHUNK_ELEMENTS // planned.format.columns)
-        together = isinstance(self.module, BatchedDecoder)  # rows of one call, or a call for each
-        calls = [x.transpose(0, 1)] if together else x.split(1, dim=1)
-        parts = []
+        together = isinstance(self.module, BatchedDecoder)  # the tokens of a prompt in one call, or a call for each
+        calls = [[rows.unsqueeze(1)] if together else rows[:, None].split(1) for rows in prompts]
+        parts: list[list[Tensor]] = [[] for _ in prompts]
         layers = tuple(f"{path}." for path in self.module.layer_paths)
         ends = {planned.name, self._only("embedding").name}
         rest = [t for t in self.plan.tensors if t.name not in ends and not t.name.startswith(layers)]
@@ -198,8 +198,9 @@ class TorchCandidate:
             for start in range(0, planned.format.rows, step):
                 rows = self._values(planned, start, min(start + step, planned.format.rows))
                 with self._holding({planned.name: rows}):
-                    parts.append(torch.cat([self.module.head(call).flatten(0, 1) for call in calls]))
-        return torch.cat(parts, dim=-1)
+                    for found, own in zip(parts, calls, strict=True):
+                        found.append(torch.cat([self.module.head(call).flatten(0, 1) for call in own]))
+        return [torch.cat(found, dim=-1) for found in parts]
 
     def _only(self, kind: RoleKind) -> PlannedTensor:
         found = self.plan.of_kind(kind)

@@ -1,4 +1,4 @@
-"""The checks that a maintainer's CI runs on a change: entries, overlays, samples and their stress, gates, golden graphs, docs."""
+"""The checks that a maintainer's CI runs on a change: entries, overlays, goldens, samples, stress samples, docs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.golden_metadata import golden_metadata_path, metadata_differences
 from coreai_zoo.review.goldens import compare, golden_entries, golden_path, read, take, write
+
 
 @frozen
 class Outcome:
@@ -124,7 +125,7 @@ def _samples(self: Checks) -> _Found:
             try:
                 bundle = Bundle.open(build(request, self.plugins, Reporter(silent=True)).path)
                 _require_golden_metadata(bundle, self.golden_folder)
-                _gate(bundle, self.plugins)
+                judge_sample(bundle, self.plugins)
                 passed += 1
                 self.report.note(f"{name}: gate passed")
             except ZooError as error:
@@ -139,7 +140,7 @@ def _require_golden_metadata(bundle: Bundle, folder: Path) -> None:
         raise CheckFailed(f"metadata.json: {listing(problems, 4)}.", f"{golden_metadata_path(folder)} has the reasons.")
 
 
-def _gate(bundle: Bundle, plugins: Plugins) -> None:
+def judge_sample(bundle: Bundle, plugins: Plugins) -> None:
     """Judge a bundle as `zoo gate` does without options, plugins' gates and the report included."""
     (record,) = run_gate([bundle], GateOptions(), plugins, Reporter(silent=True))
     write_report(bundle, [record])
@@ -165,7 +166,7 @@ def _stress(self: Checks) -> _Found:
         for name, entry in _with_samples(self.plugins).items():
             for found in judge_all(entry, self.plugins, Path(folder)):
                 if found.reasons:
-                    reasons = listing(found.reasons, 3)
+                    reasons = listing([*found.reasons], 3)
                     problems.append(f"{name}, {found.sample.name} ({found.sample.reason}): {reasons}")
                     continue
                 passed += 1
