@@ -60,6 +60,7 @@ THOROUGH = frozenset(
         "fp8",
         "gate",
         "golden_metadata",
+        "gate_command",
         "gate_running_text",
         "hub",
         "interruption",

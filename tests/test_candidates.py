@@ -186,10 +186,16 @@ def test_layer_by_layer_gives_the_bits_of_the_whole_decoder(
     assert [layer.shape for layer in found.router_logits or ()] == ([(len(TOKENS), 4)] * 4 if kind == "moe" else [])
 
 
+def assert_close(one: Any, other: Any) -> None:
+    """Equal within what the order of sums may change in half precision."""
+    assert one.shape == other.shape
+    assert float(np.abs(one.astype(np.float64) - other).max()) <= 2**-8 * float(np.abs(other).max())
+
+
 @pytest.mark.parametrize("contract", [STATIC_S1, FIXED_S1, attrs.evolve(STATIC_S1, query_length=None)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bytes_of_states", [1 << 28, 1 << 15, 1])
-def test_prompts_side_by_side_have_the_bits_that_each_has_alone(
+def test_prompts_side_by_side_have_the_values_that_each_has_alone(
     kind: Any, contract: Contract, bytes_of_states: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coreai_zoo.gates.layered._STATE_BYTES", bytes_of_states)
@@ -200,11 +206,12 @@ def test_prompts_side_by_side_have_the_bits_that_each_has_alone(
     for prompt, together in zip(prompts, candidate.run_many(prompts), strict=True):
         alone = candidate.run(prompt)
         assert together.logits.shape == (len(prompt), VOCAB_SIZE)
-        assert np.array_equal(together.logits, alone.logits)
+        assert_close(together.logits, alone.logits)
         for each in ("hidden", "router_logits"):
             ours, theirs = getattr(together, each) or (), getattr(alone, each) or ()
             assert len(ours) == len(theirs) == counts[each]
-            assert [np.array_equal(*pair) for pair in zip(ours, theirs, strict=True)] == [True] * counts[each]
+            for one, other in zip(ours, theirs, strict=True):
+                assert_close(one, other)
 
 
 def test_a_candidate_leaves_its_module_as_it_was(tmp_path: Path) -> None:
