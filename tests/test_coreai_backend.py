@@ -858,7 +858,7 @@ def save_on_a_small_disk(store: Path, room: int) -> None:
     """In a process of its own, which the toolchain ends."""
     import resource
 
-    model = hybrid("dense")
+    model = toy(intermediate_size=512)
     module, constants = model.bound(WeightStore(store), values=False)
     traced = BACKEND.trace({"main": module}, {"main": model.spec})
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
@@ -866,11 +866,9 @@ def save_on_a_small_disk(store: Path, room: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
-def test_a_disk_that_fills_in_the_toolchains_own_writer_is_said(
-    hybrids: Mapping[str, Compiled], tmp_path: Path
-) -> None:
-    room = (hybrids["dense"].path / "main.mlirb").stat().st_size // 2
-    call = f"save_on_a_small_disk(Path({str(hybrids['dense'].store.directory)!r}), {room})"
+def test_a_disk_that_fills_in_the_toolchains_own_writer_is_said(toy_asset: Compiled, tmp_path: Path) -> None:
+    room = (toy_asset.path / "main.mlirb").stat().st_size // 2
+    call = f"save_on_a_small_disk(Path({str(toy_asset.store.directory)!r}), {room})"
     process = run_forked(call, directory=tmp_path)
     errors = process.stderr
     assert process.returncode == EnvironmentLacks.exit_code

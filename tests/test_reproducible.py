@@ -35,16 +35,17 @@ SURROUNDINGS: tuple[Mapping[str, str], Mapping[str, str]] = (
 )
 
 
-def zoo(*arguments: object, cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """`zoo` in a process of its own."""
+def zoo(*arguments: object, cwd: Path, before: str | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
+    """`zoo` in a process of its own; `before` is called first."""
     environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"} | settings
-    return forked.run(*arguments, cwd=cwd, env=environment)
+    return forked.run(*arguments, cwd=cwd, env=environment, before=before)
 
 
 def build(kind: str, checkpoint: Path, cwd: Path, **settings: str) -> Path:
-    """Build in a process of its own; the bundle."""
+    """Build in a process of its own, which inherits the trace; the bundle."""
     cwd.mkdir(parents=True)
-    result = zoo("build", ENTRIES[kind], "--checkpoint", checkpoint, "--custom", "--json", cwd=cwd, **settings)
+    command = ("build", ENTRIES[kind], "--checkpoint", checkpoint, "--custom", "--json")
+    result = zoo(*command, cwd=cwd, before="traces:inherit", **settings)
     assert result.returncode == 0, result.stderr
     return cwd / json.loads(result.stdout)["path"]
 
@@ -186,7 +187,8 @@ def test_a_rebuild_from_other_weights_names_the_files_that_differ(dense: Path, d
     (edited / "model.safetensors").unlink()
     write_weights(edited, tensors)
 
-    result = zoo("verify", dated, "--rebuild", "--checkpoint", edited, "--json", cwd=tmp_path)
+    command = ("verify", dated, "--rebuild", "--checkpoint", edited, "--json")
+    result = zoo(*command, cwd=tmp_path, before="traces:inherit")
 
     assert result.returncode == 1
     check = next(check for check in json.loads(result.stdout) if check["name"] == "rebuild")
