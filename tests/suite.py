@@ -61,6 +61,7 @@ THOROUGH = frozenset(
         "gate",
         "golden_metadata",
         "gate_running_text",
+        "headroom",
         "hub",
         "interruption",
         "lock",
