@@ -32,11 +32,14 @@ class Activations:
             model runs as one function that does not show it.
         router_logits: before any softmax, one array [P, experts] for each layer with a router, first layer first; None
             where there is no router or the model does not show it.
+        peaks: the largest |value| of each place that the model shows: embedding, outputs of a layer's parts, residual
+            stream, states. None where it shows none.
     """
 
     logits: np.ndarray[Any, Any]
     hidden: Sequence[np.ndarray[Any, Any]] | None = None
     router_logits: Sequence[np.ndarray[Any, Any]] | None = None
+    peaks: Mapping[str, float] | None = None
 
 
 class Model(Protocol):

@@ -80,6 +80,24 @@ def test_the_verdict_is_printed_and_written_as_transcript_page_and_card(gated: t
     assert "**The gate passed.**" in card and "Of 6 positions, digits (6), the most probable next token was" in card
 
 
+@pytest.mark.usefixtures("gated")  # fills the cache, in whatever process this runs
+def test_the_headroom_of_the_oracle_is_told_and_little_of_it_is_a_note(
+    original: Path, gated: tuple[Path, Result], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = transcript(gated[0])["headroom"]
+    assert found["warning"] is None and found["places"][0]["factor"] > 1000
+    assert {"embedding", "model.layers.7: residual stream"} <= {place["where"] for place in found["places"]}
+    assert found["statement"][1:] in " ".join(gated[1].stdout.split())
+
+    monkeypatch.setattr("coreai_zoo.gates.headroom.LITTLE", 1e9)
+    options = (*SHORT, "--oracle-cache", cache, "--cached-only", "--no-control", "-o", tmp_path)
+    result = zoo("gate", original, *options, "--json")
+    record = json.loads(result.stdout)
+    assert result.exit_code == 0 and record["verdict"]["passed"], "a remark, no failure"
+    assert record["headroom"]["places"] == [place | {"little": True} for place in found["places"]]
+    assert f"note: {record['headroom']['warning']}\n" in result.stderr
+
+
 def test_the_samples_are_held_to_what_was_measured_on_them(gated: tuple[Path, Result]) -> None:
     (prompt,) = transcript(gated[0])["prompts"]
 

@@ -85,9 +85,12 @@ def judged(
     control_flips: bool = False,
     nan: bool = False,
     stop: bool = True,
+    peaks: Sequence[dict[str, float]] = (),
 ) -> GateReport:
     """A gate on three prompts, of which one is weak; a bundle is made to fail in one way at a time."""
     references = {prompt.tokens: oracle_of(prompt) for prompt in prompts()}
+    for tokens, found in zip(references, peaks, strict=False):
+        references[tokens] = evolve(references[tokens], peaks=found)
     found = {tokens: off_by(oracle, error) for tokens, oracle in references.items()}
     control = {tokens: off_by(oracle, 1e-5) for tokens, oracle in references.items()}
     code, chat = (prompt.tokens for prompt in prompts()[:2])
@@ -269,6 +272,49 @@ def test_the_verdict_says_everywhere_what_it_could_have_seen(
         assert "This is a smoke test" in card
 
 
+@pytest.mark.parametrize(
+    ("peak", "factor", "warned"), [(16000.0, "4.09", False), (20000.0, "3.28", True)], ids=["enough", "little"]
+)
+def test_little_headroom_is_told_everywhere_and_fails_nothing(
+    peak: float, factor: str, warned: bool, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The weak prompt is not judged, and yet the model comes that near on it.
+    record = record_of(bundle, judged(peaks=[{"a <b>": 9.0, "c": 1e-3}, {"a <b>": 8.0}, {"a <b>": peak}]))
+    assert record["headroom"]["places"] == [
+        {"where": "a <b>", "value": peak, "factor": 65504 / peak, "little": warned},
+        {"where": "c", "value": 1e-3, "factor": 65504 / 1e-3, "little": False},
+    ]
+    assert record["verdict"] == {"passed": True, "reasons": [], "weak_prompts_allowed": []}
+
+    show([record])
+    page = Page()
+    page.feed(render(record))
+    for text in (capsys.readouterr().out, page.text, markdown(record)):
+        words = " ".join(text.split())
+        assert f"oracle is {peak:,.0f} (a <b>), with a factor of {factor} to 65,504" in words
+        assert ("Little room is left in 1 of 2 places" in words) is warned
+    assert ('class="n warn"' in render(record)) is warned
+
+
+def test_an_oracle_that_shows_no_values_and_one_that_is_not_finite_are_told_as_such(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert record_of(bundle, judged())["headroom"] is None
+    record = record_of(bundle, judged(peaks=[{"a": 1.0, "b": float("nan")}]))
+    assert json.loads(to_json(record))["headroom"]["places"][0] == {
+        "where": "b",
+        "value": None,
+        "factor": 0.0,
+        "little": True,
+    }
+    show([record])
+    assert "not finite (b). Little room" in " ".join(capsys.readouterr().out.split())
+    assert "not finite" in render(record)
+    del record["headroom"]  # a transcript of before
+    show([record])
+    assert "65,504" not in capsys.readouterr().out + render(record) + markdown(record)
+
+
 def test_a_weak_prompt_and_a_tie_add_nothing_to_what_a_gate_could_see(bundle: Bundle) -> None:
     report = judged()
     code = report.results[0]
@@ -330,7 +376,7 @@ def keys(value: Any) -> set[str]:
 
 def test_every_field_of_a_transcript_is_documented(bundle: Bundle, root: Path) -> None:
     documented = set(re.findall(r"`([a-z0-9_]+)`", (root / "docs" / "gate.md").read_text(encoding="utf-8")))
-    record = record_of(bundle, judged(flip_at=7), [GateResult("speed", True, "fine")])
+    record = record_of(bundle, judged(flip_at=7, peaks=[{"a": 1.0}]), [GateResult("speed", True, "fine")])
     # What is copied from build.json is documented there; these have names of roles, distributions and stages as keys.
     record["bundle"] |= {"recipe": {}, "weights": {}}
     record["environment"] |= {"versions": {}, "seconds": {}}

@@ -118,6 +118,8 @@ def gate(
     if as_json:
         for remark in records[0]["remarks"]:
             click.echo(f"note: {remark}", err=True)
+        if warning := (records[0]["headroom"] or {}).get("warning"):
+            click.echo(f"note: {warning}", err=True)
         click.echo(transcripts.to_json(records[0] | ({"against": records[1]} if against else {})), nl=False)
     else:
         show(records)
@@ -164,7 +166,7 @@ _MEASURES = (
 
 def show(records: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of prompts for each bundle, what went wrong, and the verdict."""
-    from coreai_zoo.gates.report import prompt_totals, significant
+    from coreai_zoo.gates.report import headroom_line, prompt_totals, significant
 
     for record in records:
         table = new_table("prompt", *_MEASURES, "verdict", title=record["bundle"]["name"] if len(records) > 1 else None)
@@ -188,6 +190,8 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
         _show_flips(record)
         print_text(_verdict_line(record))
         print_text(_power_line(record))
+        if record.get("headroom"):
+            print_text(headroom_line(record["headroom"]))
         if record.get("corpus"):
             _show_corpus(record["corpus"])
 

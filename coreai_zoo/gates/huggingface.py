@@ -24,6 +24,7 @@ from coreai_zoo.checkpoint.originals import without_quantization
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError, listing
 from coreai_zoo.gate import Activations, ReferenceModel
+from coreai_zoo.gates.peaks import RESIDUAL_STREAM, Peaks
 
 HEAD_CHUNK_ELEMENTS = 1 << 25
 """Elements of the head that are multiplied at a time: 128 MiB in float32."""
@@ -67,28 +68,34 @@ class StreamedCausalLM:
         self._loader.load(rest)
 
     def run(self, tokens: Sequence[int], on_layer: Callable[[], None] = lambda: None) -> Activations:
-        """Logits, hidden states and router logits of a prompt, all positions at once, in float32.
+        """Logits, hidden states, router logits and peaks of a prompt, all positions at once, in float32.
 
         Args:
             tokens: the prompt.
             on_layer: called after each layer.
         """
         hidden: list[Tensor] = []
+        peaks = Peaks()
         with contextlib.ExitStack() as hooks, torch.inference_mode(), quiet_transformers():
             hooks.callback(self.model.set_output_embeddings, self._head)
             self.model.set_output_embeddings(_HeadInChunks(self._head, self._head_rows))
             embedded = self._embed(tokens)
             hidden.append(embedded)
+            peaks.see("embedding", embedded)
             for name, layer in self.layers.items():
-                hooks.callback(layer.register_forward_pre_hook(self._before(name)).remove)
-                hooks.callback(layer.register_forward_hook(self._after(hidden, on_layer)).remove)
-            options = {"output_router_logits": True} if self._is_routed else {}
-            outputs = self.model(inputs_embeds=embedded, use_cache=False, **options)
+                hooks.callback(layer.register_forward_pre_hook(self._before(name, peaks)).remove)
+                for unwatch in peaks.watch(name, layer):
+                    hooks.callback(unwatch)
+                hooks.callback(layer.register_forward_hook(self._after(hidden, peaks, on_layer)).remove)
+            options: dict[str, Any] = {"output_router_logits": True} if self._is_routed else {}
+            options |= peaks.cache_for(self.model, self.layers.values())
+            outputs = self.model(inputs_embeds=embedded, **options)
         routers = [layer.reshape(len(tokens), -1) for layer in outputs.router_logits] if self._is_routed else None
         return Activations(
             _array(outputs.logits[0]),
             [_array(state[0]) for state in hidden],
             None if routers is None else [_array(logits) for logits in routers],
+            peaks.found,
         )
 
     @property
@@ -97,17 +104,19 @@ class StreamedCausalLM:
 
     # -- layers
 
-    def _before(self, name: str) -> Callable[..., None]:
+    def _before(self, name: str, peaks: Peaks) -> Callable[..., None]:
         prefix = f"{name}."
 
         def fill(_module: nn.Module, _arguments: object) -> None:
+            peaks.running = name
             self._loader.load([target for target in self._loader.sources if target.startswith(prefix)])
 
         return fill
 
-    def _after(self, hidden: list[Tensor], on_layer: Callable[[], None]) -> Callable[..., None]:
+    def _after(self, hidden: list[Tensor], peaks: Peaks, on_layer: Callable[[], None]) -> Callable[..., None]:
         def empty(layer: nn.Module, _arguments: object, output: Any) -> None:
             hidden.append(output[0] if isinstance(output, tuple) else output)
+            peaks.see(f"{peaks.running}: {RESIDUAL_STREAM}", hidden[-1])
             for module in layer.modules():
                 for leaf, parameter in module.named_parameters(recurse=False):
                     setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))

@@ -29,7 +29,7 @@ from coreai_zoo.gate import Activations, ReferenceModel
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA = 1
+_SCHEMA = 2
 """Raised when the layout of a cached result, or what this module computes, changes."""
 
 
@@ -67,7 +67,7 @@ class Oracle:
         return f"{transformers if self.reference is None else self.reference.name} in {self.dtype}"
 
     def run(self, tokens: Sequence[int]) -> Activations:
-        """Teacher-forced logits, hidden states and router logits, all float32.
+        """Teacher-forced logits, hidden states and router logits, all float32, and the largest values on the way.
 
         Raises:
             BadInput: when transformers cannot make the model, or finds a parameter that the checkpoint does not fill.
@@ -137,7 +137,7 @@ def _read(path: Path, identity: Mapping[str, Any], hf_config: Mapping[str, Any])
             [arrays[f"{kind}_{index}"] for index in range(count)] if count else None
             for kind, count in zip(("hidden", "router"), counts, strict=True)
         )
-        result = Activations(arrays["logits"], hidden, routers)
+        result = Activations(arrays["logits"], hidden, routers, json.loads(str(arrays["peaks"])))
         _require_complete(result, len(identity["tokens"]), hf_config)
         return result
     except FileNotFoundError:
@@ -148,7 +148,7 @@ def _read(path: Path, identity: Mapping[str, Any], hf_config: Mapping[str, Any])
 
 
 def _require_complete(result: Activations, positions: int, hf_config: Mapping[str, Any]) -> None:
-    """Refuse a result without all that a run gives: without hidden states or routers, bounds on them hold for nothing.
+    """Refuse a result without all that a run gives: what is not there, nothing is held to and nobody is warned of.
 
     Raises:
         ValueError: saying what is missing.
@@ -161,6 +161,8 @@ def _require_complete(result: Activations, positions: int, hf_config: Mapping[st
         raise ValueError(f"it has {len(hidden)} hidden states, not one for the embedding and each layer")
     if config.get("num_experts_per_tok") and not routers:
         raise ValueError("it has no router logits, and the model has routers")
+    if len(result.peaks or {}) < len(hidden):  # there is one for each of them, and more
+        raise ValueError("it has no largest value of each layer")
     short = [array.shape for array in (result.logits, *hidden, *routers) if array.ndim != 2 or len(array) != positions]
     if short:
         raise ValueError(f"an array is {short[0]}, of {positions} tokens")
@@ -176,9 +178,9 @@ def _write(path: Path, identity: Mapping[str, Any], result: Activations) -> None
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as file:
             temporary = Path(file.name)
-            text = np.array(json.dumps(identity))
+            text, peaks = np.array(json.dumps(identity)), np.array(json.dumps(dict(result.peaks or {})))
             # The stubs take any keyword for the one that allows pickles.
-            np.savez(file, identity=text, counts=counts, logits=result.logits, **arrays)  # type: ignore[arg-type]
+            np.savez(file, identity=text, counts=counts, peaks=peaks, logits=result.logits, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -29,6 +29,8 @@ _CORPUS_FIGURES = (
     ("same top token", "top1_agreement", 100.0, " %"),
 )
 
+_SHOWN_PLACES = 8  # of those with the least headroom
+
 _SHAPES = {"match": ("dot", "match"), "tie": ("diamond", "tie"), "FLIP": ("cross", "flip")}
 
 # Below these nothing is drawn: rounding of the measures themselves.
@@ -70,6 +72,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         figures={prompt["name"]: _figures(prompt) for prompt in judged},
         hidden=_hidden(judged),
         damage=damage(judged),
+        headroom=None if record.get("headroom") is None else _headroom_section(record["headroom"]),
         roles=_roles(record["bundle"]["weights"] or {}),
         role_names={name: role["meaning"] for name, role in (record["bundle"].get("roles") or {}).items()},
         routed=any(position["router_margin"] is not None for prompt in judged for position in prompt["positions"]),
@@ -120,6 +123,8 @@ def markdown(record: Mapping[str, Any]) -> str:
             f"lowest cosine of the logits is {cosine:.6f}, their median relative error "
             f"{significant(counts['median_error'])}, the largest KL divergence {significant(counts['kl'])}."
         )
+    if record.get("headroom"):
+        parts.append(headroom_line(record["headroom"]))
     if record.get("corpus"):
         parts.append(_corpus_markdown(record["corpus"]))
     if refused := [prompt["name"] for prompt in record["prompts"] if not prompt["judged"]]:
@@ -148,6 +153,28 @@ def _excluded(power: Power) -> str:
     if power.flips:
         sentence = f"So many flips leave possible, at {confidence}, that up to {rate} of such positions flip."
     return " ".join(["", sentence, *filter(None, [power.caution])])
+
+
+def headroom_line(headroom: Mapping[str, Any]) -> str:
+    """How far the oracle's values are from the end of half precision, and a warning where that is near."""
+    statement = headroom["statement"]
+    return " ".join(filter(None, [f"{statement[:1].upper()}{statement[1:]}.", headroom["warning"]]))
+
+
+def _headroom_section(headroom: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of the places with the least headroom; null is a value that is not finite."""
+    places = headroom["places"]
+    rows = [(each["where"], significant(each["value"]), _factor(each), each["little"]) for each in places]
+    return {
+        "line": headroom_line({**headroom, "warning": None}),
+        "warning": headroom["warning"],
+        "rows": rows[:_SHOWN_PLACES],
+        "more": len(rows[_SHOWN_PLACES:]),
+    }
+
+
+def _factor(place: Mapping[str, Any]) -> str:
+    return "no limit" if place["factor"] is None else significant(place["factor"])
 
 
 def corpus_rows(corpus: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -17,6 +17,7 @@ from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations, BatchingModel, Model
 from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
+from coreai_zoo.gates.headroom import Headroom, headroom
 from coreai_zoo.gates.prompts import Strength, TokenizedPrompt, strength
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare, flips_allowed
 from coreai_zoo.progress import Reporter
@@ -141,11 +142,13 @@ class GateReport:
         results: one for each prompt, in the order in which they ran.
         weak_allowed: names of prompts that were judged although they are weak.
         quantized: whether the bundle stores any weight as integers.
+        headroom: of each place that the oracle shows, over all prompts, the least first.
     """
 
     results: tuple[PromptResult, ...]
     weak_allowed: tuple[str, ...]
     quantized: bool
+    headroom: tuple[Headroom, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -338,7 +341,8 @@ def gate(
                 reference, judging.model.name, found[name], control, held_to, experts_per_token, allow_weak=allow_weak
             )
         )
-    return GateReport(tuple(results), weak if allow_weak else (), quantized)
+    left = headroom(reference.activations.peaks for reference in references)
+    return GateReport(tuple(results), weak if allow_weak else (), quantized, left)
 
 
 def _judge(

@@ -27,6 +27,7 @@ from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import GateResult
 from coreai_zoo.gates.corpus_run import CorpusResult
+from coreai_zoo.gates.headroom import headroom_record
 from coreai_zoo.gates.power import CONFIDENCE, Power
 from coreai_zoo.gates.prompts import WEAK_FRACTION
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict
@@ -75,6 +76,7 @@ def transcript(run: Run, report: GateReport) -> dict[str, Any]:
             "weak_prompts_allowed": list(report.weak_allowed),
         },
         "power": power_record(_power(report)),
+        "headroom": headroom_record(report.headroom),
         "bundle": _bundle(run.bundle),
         "inputs": {
             "checkpoint": {
