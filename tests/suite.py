@@ -66,6 +66,7 @@ THOROUGH = frozenset(
         "hub",
         "interruption",
         "lock",
+        "long_context",
         "lowered_mutants",
         "lowering",
         "mistakes",

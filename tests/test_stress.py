@@ -12,7 +12,7 @@ import torch
 from attrs import evolve
 from safetensors.torch import load_file
 
-from attack import ENTRIES, UNTOUCHED, Target, targets_in
+from attack import DOCUMENT, ENTRIES, UNTOUCHED, Target, targets_in
 from coreai_zoo.bounds import GENERAL
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.errors import BadInput
@@ -22,6 +22,7 @@ from coreai_zoo.recipes import PLAIN, RECIPES
 from coreai_zoo.stress import StressSample
 from mutants import BOTH
 from precision_mutants import GOLDEN, PRECISION
+from product_mutants import table as product_table
 
 CASES = [(mutant, kind) for mutant in PRECISION.values() if mutant.on != GOLDEN for kind in mutant.kinds]
 SHORT = ("small-activations", "slow-decay", "large-activations", "offset-scores", "fat-tailed-head")
@@ -67,6 +68,14 @@ def test_the_untouched_decoder_passes(kind: str, name: str, targets: Callable[[s
 def test_a_stress_sample_catches(mutant: Any, kind: str, targets: Callable[[str, str], Target]) -> None:
     outcome = targets(kind, mutant.on).attack(mutant)
     assert outcome.caught_by is not None, f"{mutant.mistake}, and {mutant.on} does not show it"
+
+
+def test_the_documentation_lists_every_mutant_with_what_it_is_run_on() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for mutant in PRECISION.values():
+        row = f"| `{mutant.name}` | {mutant.mistake} |" + ("" if mutant.on == GOLDEN else f" {mutant.on} |")
+        assert text.count(row) == 1, mutant.name
+    assert product_table() in text
 
 
 def test_the_sample_itself_shows_few_of_them(targets: Callable[[str, str], Target]) -> None:
