@@ -37,7 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
         ),
         "verify": (
             "coreai_zoo.cli.verify:verify",
-            "Check a bundle's files, hashes, metadata, signature, and, if it is small, one real step.",
+            "Check a bundle's files, metadata, tokenizer, functions and weights, and, if it is small, real steps.",
         ),
         "publish": ("coreai_zoo.cli.publish:publish", "Upload a bundle to the Hugging Face hub, with its card."),
         "diff": (
