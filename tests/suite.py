@@ -62,6 +62,7 @@ THOROUGH = frozenset(
         "golden_metadata",
         "gate_command",
         "gate_running_text",
+        "gate_slice",
         "headroom",
         "hub",
         "interruption",

@@ -33,6 +33,8 @@ from coreai_zoo.gates.corpus import Corpus, read_corpus
 from coreai_zoo.gates.corpus_run import CorpusResult, measure, run_oracle_on
 from coreai_zoo.gates.cost import Cost, active_parameters
 from coreai_zoo.gates.oracle import Oracle
+from coreai_zoo.gates.slice import POSITIONS as SLICE_POSITIONS
+from coreai_zoo.gates.slice import Slice
 from coreai_zoo.gates.teacher_forced import (
     GateReport,
     Models,
@@ -167,7 +169,10 @@ def run_gate(
             None if subject.models.control is None else subject.models.control.model.name,
             [subject.bundle.directory.name, *options.arguments],
             progress.seconds,
-            _run_plugin_gates(subject, plugins, checkpoint),
+            [
+                *_slices(subject, options, plugins, checkpoint, references[0].prompt.tokens, progress),
+                *_run_plugin_gates(subject, plugins, checkpoint),
+            ],
             partial(token_text, load_tokenizer(subject.bundle.tokenizer)),
             remarks,
             None if measuring is None else measuring(subject),
@@ -464,6 +469,30 @@ def _judge(
         allow_weak=allow_weak,
         controls=controls,
     )
+
+
+def _slices(
+    subject: _Subject,
+    options: GateOptions,
+    plugins: Plugins,
+    checkpoint: Path,
+    tokens: Sequence[int],
+    progress: Reporter,
+) -> list[GateResult]:
+    """The verdict on a slice, where the asset is too large to be run and nobody asked for anything else."""
+    if options.candidate != "auto" or isinstance(subject.models.candidate.model, AssetCandidate):
+        return []
+    kind: Kind = "dense" if subject.experts_per_token is None else "routed"
+    part = Slice(
+        subject.bundle,
+        backend_of(subject.bundle, plugins.backends()),
+        checkpoint,
+        plugins,
+        lambda bundle: oracle_of(bundle, plugins, checkpoint, options.oracle_dtype),
+        lambda layers: subject.measured.of_recipe(subject.roles, layers, "runtime", kind),
+        subject.experts_per_token,
+    )
+    return [part.judge(tokens[:SLICE_POSITIONS], progress)]
 
 
 def _run_plugin_gates(subject: _Subject, plugins: Plugins, checkpoint: Path) -> list[GateResult]:

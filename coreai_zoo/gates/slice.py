@@ -1,0 +1,120 @@
+"""A slice of a build on the real runtime, in the place of an asset that is too large to be run here.
+
+Above some size a gate runs the overlay on the asset's own weights, and not what the compiler made of the decoder. So
+the first layers are built again, by the same recipe, at true width and with embedding and head. That asset is run on
+its runtime against transformers on the same layers. And its graph is compared with that of the whole: a layer of each
+kind has to hold the same operations, connected in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from attrs import evolve, frozen
+
+from coreai_zoo.backend import Backend
+from coreai_zoo.bounds import Bounds
+from coreai_zoo.build.pipeline import build
+from coreai_zoo.build.rebuild import recorded_request
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.errors import listing
+from coreai_zoo.gate import Activations, GateResult, Model
+from coreai_zoo.gates.bounds import check_bounds
+from coreai_zoo.gates.candidate import AssetCandidate
+from coreai_zoo.gates.rule import compare
+from coreai_zoo.lowering.graph import Graph, LayerKind, count
+from coreai_zoo.plugins import Plugins
+from coreai_zoo.progress import Reporter
+
+NAME = "slice"
+"""Of the gate, in reports."""
+
+POSITIONS = 3
+"""Tokens that a slice is run on: the first of them has an empty cache, and a step of a true width takes a minute."""
+
+_SHOWN = 3
+_WHOLE = re.compile(r"only slot|\(state |broadcast_in_dims\(expand_dims\(slice_update")  # what is made of a whole state
+_SLOTS = re.compile(r"(, \d+)?(?=, 0\) -> \d+x)|(?<=-> )\d+(?=x)")
+
+
+@frozen
+class Slice:
+    """What is sliced, and how the slice is judged.
+
+    Attributes:
+        bundle: the whole.
+        backend: the one that wrote it.
+        checkpoint: the folder of its checkpoint.
+        plugins: for the build.
+        oracle_of: the oracle for a bundle of that checkpoint.
+        bounds: what a slice of so many layers is held to on the runtime.
+        experts_per_token: how many a router chooses; None without one.
+    """
+
+    bundle: Bundle
+    backend: Backend
+    checkpoint: Path
+    plugins: Plugins
+    oracle_of: Callable[[Bundle], Model]
+    bounds: Callable[[int], Bounds]
+    experts_per_token: int | None
+
+    def judge(self, tokens: Sequence[int], report: Reporter) -> GateResult:
+        """Build the slice in a folder of its own, run it, compare both graphs; the folder is gone afterwards."""
+        whole = count(self.backend.program(self.bundle.asset))
+        layers = telling_depth(whole)
+        if layers >= int(self.bundle.build["layers"]):
+            return GateResult(NAME, passed=True, summary=f"the whole is {layers} layers, none of which is like another")
+        with tempfile.TemporaryDirectory(prefix="zoo-slice-") as folder:
+            request, _ = recorded_request(self.bundle, self.checkpoint, Path(folder))
+            detail = f"the first {layers} layers, built again and run on the {self.backend.runtime} runtime"
+            with report.stage(NAME, f"{detail}, {len(tokens)} positions"):
+                quiet = Reporter(silent=True)
+                part = Bundle.open(build(evolve(request, layers=layers), self.plugins, quiet).path)
+                problems = differences(whole, count(self.backend.program(part.asset)))
+                found = AssetCandidate(part, self.backend).run(tokens)
+                oracle = self.oracle_of(part).run(tokens)
+        problems += self._numbers(tokens, oracle, found, layers)
+        told = f"the first {layers} layers on the {self.backend.runtime} runtime, {len(tokens)} positions"
+        if problems:
+            return GateResult(NAME, passed=False, summary=f"{told}: {listing(problems, _SHOWN, '; ')}")
+        kinds = sum(len(graph.kinds) for graph in whole.values())
+        return GateResult(NAME, passed=True, summary=f"{told}; {kinds} kinds of layer are as in the whole")
+
+    def _numbers(self, tokens: Sequence[int], oracle: Activations, found: Activations, layers: int) -> list[str]:
+        """Flips and broken bounds, a phrase each."""
+        verdict = compare(tokens, oracle, found, self.experts_per_token)
+        flips = verdict.confident_flips
+        told = [f"{len(flips)} confident flips"] if flips else []
+        return told + [str(check) for check in check_bounds(verdict, self.bounds(layers)) if not check.passed]
+
+
+def telling_depth(functions: Mapping[str, Graph]) -> int:
+    """How many of the first layers there have to be for two of every kind to be among them, where there are two.
+
+    A state of one slot only is read and written by other operations than one of several.
+    """
+    return max(1 + sorted(kind.layers)[:2][-1] for graph in functions.values() for kind in graph.kinds)
+
+
+def _lines(kind: LayerKind) -> dict[str, int]:
+    """The lines of a layer's wiring, without how many slots a state has."""
+    return {_SLOTS.sub("", line) if _WHOLE.search(line) else line: n for line, n in kind.wiring.lines.items()}
+
+
+def differences(whole: Mapping[str, Graph], part: Mapping[str, Graph]) -> list[str]:
+    """What the layers and composites of a slice hold otherwise than those of the whole, a phrase each."""
+    problems = [f"the function {name} is in one of them only" for name in sorted(whole.keys() ^ part.keys())]
+    for name in sorted(whole.keys() & part.keys()):
+        ours = {position: kind for kind in whole[name].kinds for position in kind.layers}
+        for kind in part[name].kinds:
+            for position in kind.layers:
+                other = ours[position]
+                if dict(kind.operations) != dict(other.operations) or _lines(kind) != _lines(other):
+                    problems.append(f"layer {position} ({other.name}) is another graph in the whole than in the slice")
+        if dict(part[name].composites) != dict(whole[name].composites):
+            problems.append(f"the composites of {name} are others in the whole than in the slice")
+    return problems
