@@ -63,6 +63,7 @@ THOROUGH = frozenset(
         "gate_command",
         "gate_running_text",
         "gate_slice",
+        "gate_stored",
         "headroom",
         "hub",
         "interruption",

@@ -170,6 +170,7 @@ def run_gate(
             [subject.bundle.directory.name, *options.arguments],
             progress.seconds,
             [
+                *_stored(subject, progress),
                 *_slices(subject, options, plugins, checkpoint, references[0].prompt.tokens, progress),
                 *_run_plugin_gates(subject, plugins, checkpoint),
             ],
@@ -241,6 +242,7 @@ class _Subject:
 
     bundle: Bundle
     overlay: Overlay
+    shipped: Design
     models: Models
     measured: MeasuredBounds
     roles: Mapping[str, Any]
@@ -260,7 +262,7 @@ def _subject(
     shipped = _design_of(bundle, plugins, checkpoint)
     models = _models(bundle, shipped, options, keep_in)
     overlay = shipped.model.overlay
-    return _Subject(bundle, overlay, models, _bounds(bundle, overlay, plugins), roles, experts)
+    return _Subject(bundle, overlay, shipped, models, _bounds(bundle, overlay, plugins), roles, experts)
 
 
 def _bounds(bundle: Bundle, overlay: Overlay, plugins: Plugins) -> MeasuredBounds:
@@ -469,6 +471,20 @@ def _judge(
         allow_weak=allow_weak,
         controls=controls,
     )
+
+
+def _stored(subject: _Subject, progress: Reporter) -> list[GateResult]:
+    """The verdict on the stored values, where the decoder's weights are read out of the asset at all."""
+    from coreai_zoo.gates.stored import compare_weights
+    from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights
+
+    shipped, bundle = subject.shipped, subject.bundle
+    module = shipped.modules[bundle.decode]
+    if not isinstance(module, LayeredDecoder):
+        return []
+    asset = AssetWeights.open(bundle.asset, shipped.backend, bundle.decode, module, shipped.weights)
+    made = CheckpointWeights("the checkpoint", shipped.checkpoint, shipped.weights)
+    return [compare_weights(shipped.weights, asset, made, progress)]
 
 
 def _slices(

@@ -1,0 +1,76 @@
+"""A gate compares every stored value with what the recipe makes of the checkpoint: one wrong value is seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from command import zoo
+from coreai_zoo.bundle.bundle import Bundle
+from product_mutants import BODY, HEAD, _stored
+
+ENTRY = "qwen3.6-27b"
+
+
+def one_more(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The first integer that can be is one larger."""
+    changed = values.copy()
+    changed[int(np.flatnonzero(values < 100)[0])] += 1
+    return changed
+
+
+def first_scale_doubled(scales: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.concatenate([scales[:1] * 2, scales[1:]])
+
+
+def stored(bundle: Path, out: Path) -> tuple[int, dict[str, Any]]:
+    asked = ("--prompts", "digits", "--positions", "2", "--allow-weak-prompt", "--candidate", "torch", "--no-control")
+    result = zoo("gate", bundle, *asked, "-o", out, "--json")
+    (found,) = json.loads(result.stdout)["gates"]
+    assert found["gate"] == "weights"
+    return result.exit_code, found
+
+
+@pytest.mark.parametrize(
+    ("constant", "dtype", "change", "told"),
+    [
+        (f"{HEAD}.original", "int8", one_more, "lm_head.weight has 1 of 163,840 other values"),
+        (f"{BODY}.0.scales", "float16", first_scale_doubled, "mlp.up_proj.weight has 32 of 61,440 other values"),
+        ("model.embed_tokens.weight", "float16", lambda table: np.roll(table, 160), "embed_tokens.weight has "),
+    ],
+    ids=["one integer", "one scale", "rows one late"],
+)
+def test_a_wrong_value_fails_the_gate_by_the_name_of_its_tensor(
+    constant: str,
+    dtype: str,
+    change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+    told: str,
+    built: Callable[[str, str], Bundle],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = built(ENTRY, "int8hu").directory
+    copy = tmp_path / original.name
+    shutil.copytree(original, copy)
+    _stored(constant, dtype, change)(copy, monkeypatch)
+    code, found = stored(copy, tmp_path / "out")
+    assert code == 1
+    assert not found["passed"]
+    assert told in found["summary"]
+
+
+@pytest.mark.parametrize("entry", [ENTRY, "qwen3.6-35b-a3b"])
+@pytest.mark.parametrize("recipe", ["int8hu", "int4lin"])
+def test_what_was_built_has_no_other_value(
+    entry: str, recipe: str, built: Callable[[str, str], Bundle], tmp_path: Path
+) -> None:
+    code, found = stored(built(entry, recipe).directory, tmp_path)
+    assert found["passed"], found["summary"]
+    assert found["summary"].startswith("all 2,9" if entry == ENTRY else "all 2,")
+    assert code == 0 or recipe == "int4lin"
