@@ -51,7 +51,7 @@ CHANGES = [
     ("recipes.md", "| qwen3.6-27b | `int8hu` | ", "costs"),
     ("recipes.md", "| qwen3.6-35b-a3b | `int8hu` | ", "costs"),
     ("README.md", "bytes               ", "demo"),
-    ("README.md", "weights  ", "demo"),
+    ("README.md", "bytes               3,433,14", "demo"),
 ]
 
 
