@@ -28,6 +28,11 @@ Arithmetic = Literal["torch", "runtime"]
 Kind = Literal["dense", "routed"]
 
 
+def kind_of(experts_per_token: int | None) -> Kind:
+    """Whether layers choose experts, by how many they choose; None without a router."""
+    return "dense" if experts_per_token is None else "routed"
+
+
 @frozen
 class Bounds:
     """The largest errors that a candidate may show. They are relative, see `gates.rule.Position.relative_error`.

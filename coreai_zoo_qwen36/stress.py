@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -166,9 +166,9 @@ def _scale(weights: Weights, pattern: str, factor: float) -> None:
         weights[key] *= factor
 
 
-def _keys(weights: Weights, pattern: str) -> Iterator[str]:
+def _keys(weights: Weights, pattern: str) -> list[str]:
     """The keys that match; there must be one."""
     found = [key for key in weights if re.search(pattern, key)]
     if not found:
         raise KeyError(f"no tensor of the sample matches {pattern}")
-    return iter(found)
+    return found

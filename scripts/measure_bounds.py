@@ -29,6 +29,7 @@ import numpy as np
 from attrs import asdict
 
 from coreai_zoo.bounds import GENERAL
+from coreai_zoo.build.record import roles_record
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.gates.rule import Verdict
 from coreai_zoo.gates.stress import StressTest, stress_samples, write_checkpoint
@@ -80,21 +81,17 @@ def stress_rows() -> Iterator[str]:
                 found: dict[tuple[str, str, str], list[list[float]]] = defaultdict(list)
                 for place in range(1 if stress.at_once else 4):
                     test = StressTest.open(folder, stress, entry, plugins, skip=place * stress.positions)
+                    control = test.compare(test.found(test.designed.with_recipe(PLAIN)))
                     for recipe in dict.fromkeys((PLAIN, stress.recipe)):
-                        bounds = GENERAL.of_recipe(_roles(test, recipe), test.layers, "torch", test.kind)
-                        gap = plugins.gate_bounds(test.designed.model.overlay).router_gaps[bounds.name]
-                        verdict = test.compare(test.found(test.designed.with_recipe(recipe)))
-                        control = test.compare(test.found(test.designed.with_recipe(PLAIN)))
+                        designed = test.designed.with_recipe(recipe)
+                        verdict = control if recipe == PLAIN else test.compare(test.found(designed))
+                        bounds = GENERAL.of_recipe(roles_record(designed), test.layers, "torch", test.kind)
+                        gap = plugins.gate_bounds(designed.model.overlay).router_gaps[bounds.name]
                         row = _measures_of(verdict, control, gap if test.kind == "routed" else None)
                         found[stress.name, bounds.name, test.kind].append(row)
             for key, values in found.items():
                 worst = np.max(values, axis=0).tolist()
                 yield f"({', '.join(map(json.dumps, key))}): ({', '.join(f'{value:.2e}' for value in worst)}),"
-
-
-def _roles(test: StressTest, recipe: str) -> dict[str, Any]:
-    designed = test.designed.with_recipe(recipe)
-    return {name: None if spec is None else {"dtype": spec.dtype} for name, spec in designed.stored_roles.items()}
 
 
 def _measures_of(verdict: Verdict, control: Verdict, gap: float | None) -> list[float]:

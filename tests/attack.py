@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from coreai_zoo.bounds import Kind
+from coreai_zoo.bounds import Kind, kind_of
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
@@ -157,7 +157,7 @@ class Target:
     @property
     def bounds_kind(self) -> Kind:
         """Which bounds it is held to."""
-        return "dense" if self._experts_per_token is None else "routed"
+        return kind_of(self._experts_per_token)
 
     @property
     def _experts_per_token(self) -> int | None:
@@ -206,7 +206,6 @@ class StressTarget(Target):
         entry = find_entry(ENTRIES[kind], plugins)[0]
         (stress,) = (each for each in stress_samples(entry, plugins) if each.name == name)
         self.bounds, self.first, self.at_once = stress.bounds, stress.first, stress.at_once
-        self.recipe = RECIPES[stress.recipe]
         folder = write_checkpoint(entry.sample_directory(), stress, work / f"{kind}-{name}")
         self._open(kind, folder, work / f"{kind}-{name}-stores", prompt_of(folder, stress.positions))
 
@@ -339,7 +338,7 @@ _TAIL = """
   off-by-one mutants therefore shift queries against keys, or where keys are written.
 * **Router softmax after top-k** is the same as before it with renormalisation: the sum that divides cancels.
 * **A cast to bf16 and straight back to fp16**, as of keys, values or cosines: the toolchain folds the pair, so that it
-  is in   no asset. In PyTorch it rounds about as much as half precision does anyway.
+  is in no asset. In PyTorch it rounds about as much as half precision does anyway.
 * **The delta rule given the fp16 state without a cast** changes nothing: its decay is in fp32, and so is what it makes
   of both.
 * **The order in which key / value heads are repeated** cannot show on samples with one key / value head; random

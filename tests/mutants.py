@@ -156,12 +156,13 @@ def swap_nibbles(codes: Tensor) -> Tensor:
     return codes.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-def eps(value: float) -> Callable[[nn.Module], None]:
-    """Give every norm this eps."""
+def eps(value: float, pattern: str = "") -> Callable[[nn.Module], None]:
+    """Give every norm whose path matches the regular expression `pattern` this eps."""
 
     def apply(decoder: nn.Module) -> None:
-        norms = [module for module in decoder.modules() if isinstance(module, RMSNormImpl)]
-        assert norms, "there is no norm"
+        modules = decoder.named_modules()
+        norms = [module for path, module in modules if isinstance(module, RMSNormImpl) and re.search(pattern, path)]
+        assert norms, f"no norm's path matches {pattern}"
         for norm in norms:
             norm.eps = value
 

@@ -7,13 +7,11 @@ to show it: `Mutant.on` is its name. Some show nowhere, for half precision round
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
-from coreai_zoo.composites import RMSNormImpl
 from coreai_zoo.recipes import RECIPES
-from mutants import DENSE, MOE, Edit, Mutant, change
+from mutants import DENSE, MOE, Edit, Mutant, change, eps
 
 GOLDEN = "golden graph"
 
@@ -40,40 +38,19 @@ _SMALL, _SLOW, _LARGE, _OFFSET, _TAIL, _LONG = (
 )
 
 
-def eps_of(pattern: str, value: float) -> Callable[[nn.Module], None]:
-    """Give the norms whose path matches `pattern` this eps."""
-
-    def apply(decoder: nn.Module) -> None:
-        found = [
-            module
-            for path, module in decoder.named_modules()
-            if isinstance(module, RMSNormImpl) and re.search(pattern, path)
-        ]
-        assert found, f"no norm's path matches {pattern}"
-        for norm in found:
-            norm.eps = value
-
-    return apply
-
-
-def one_scale_a_row(scales: Tensor) -> Tensor:
-    """The largest scale of a row for all its blocks; the integers stay as they are for the blocks of that scale."""
-    return scales.amax(-1, keepdim=True).expand_as(scales).clone()
-
-
 def rescaled_by_row(decoder: nn.Module) -> None:
     """Integers of the head for one scale a row."""
     weights = dict(decoder.named_parameters())
     codes = next(value for name, value in weights.items() if re.search(r"lm_head\..*original$", name))
     scales = next(value for name, value in weights.items() if re.search(r"lm_head\..*scales$", name))
     blocks = codes.data.float().view(*scales.shape, -1) * scales.data.float().unsqueeze(-1)
-    wide = one_scale_a_row(scales.data)
+    wide = scales.data.amax(-1, keepdim=True).expand_as(scales).clone()
     codes.data = (blocks / wide.float().unsqueeze(-1)).round().clamp(-128, 127).view(codes.shape).to(codes.dtype)
     scales.data = wide
 
 
 def _norm_eps(name: str, words: str, pattern: str, value: float = 1e-5) -> Mutant:
-    return Mutant(name, f"{words} has eps {value:g}", weights=eps_of(pattern, value), recipe=_PLAIN, on=_SMALL)
+    return Mutant(name, f"{words} has eps {value:g}", weights=eps(value, pattern), recipe=_PLAIN, on=_SMALL)
 
 
 def _in(name: str, mistake: str, on: str, *edits: tuple[str, str, str], kinds: tuple[str, ...] = DENSE + MOE) -> Mutant:

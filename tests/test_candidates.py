@@ -18,7 +18,7 @@ from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import FIXED_S1, STATIC_S1, Contract
 from coreai_zoo.errors import BadInput, CheckFailed
-from coreai_zoo.gates.layered import TorchCandidate
+from coreai_zoo.gates.layered import TorchCandidate, _by_prompt
 from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights, WeightSource
 from coreai_zoo.lowering import module as lowering
 from coreai_zoo.recipes import RECIPES, QuantizationSpec
@@ -212,6 +212,20 @@ def test_prompts_side_by_side_have_the_values_that_each_has_alone(
             assert len(ours) == len(theirs) == counts[each]
             for one, other in zip(ours, theirs, strict=True):
                 assert_close(one, other)
+
+
+def test_the_logits_of_a_router_that_leaves_out_the_batch_are_seen_all_the_same(tmp_path: Path) -> None:
+    planned = Planned(Checkpoint.open(tiny_checkpoint(tmp_path, "moe")), RECIPES["fp16"])
+    candidate = planned.candidate(CheckpointWeights("it", planned.checkpoint, planned.plan))
+    found: dict[str, list[Tensor]] = {}
+    with candidate._watched(found):
+        for name in found:
+            router = candidate.module.get_submodule(name.rpartition(".")[0])
+            router(torch.zeros(3, router.in_features, dtype=torch.float16, device="meta"))
+    assert len(found) == 2
+    for calls in found.values():
+        (rows,) = _by_prompt(calls, [3])
+        assert rows.shape == (3, 4)
 
 
 def test_a_candidate_leaves_its_module_as_it_was(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from checkpoints import tiny_checkpoint
 from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIBackend, CoreAIStepper
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.gates.slice import differences, telling_depth
+from coreai_zoo.gates.slice import differences, slice_depth
 from coreai_zoo.lowering.graph import Graph, count
 from mutants import MUTANTS, applied
 from test_gate_command import forgetful
@@ -104,7 +104,7 @@ def test_an_asset_that_is_run_itself_has_no_slice(bundle: tuple[Path, Path], tmp
 
 
 def test_two_of_every_kind_of_layer_are_in_a_slice(whole: dict[str, Graph]) -> None:
-    assert telling_depth(whole) == 8
+    assert slice_depth(whole) == 8
     (graph,) = whole.values()
     assert differences(whole, whole) == []
     less = evolve(graph, kinds=tuple(evolve(kind, operations={**kind.operations, "mul": 0}) for kind in graph.kinds))

@@ -100,11 +100,14 @@ def unreadable(data: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def leaves(data: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+def leaves(data: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
     """The leaves of nested objects by their paths, such as `language.vocab_size`; an empty object is a leaf."""
     found: dict[str, Any] = {}
     for key, value in data.items():
-        found |= leaves(value, f"{within}{key}.") if isinstance(value, Mapping) and value else {within + key: value}
+        if isinstance(value, Mapping) and value:
+            found |= {f"{key}{separator}{path}": leaf for path, leaf in leaves(value, separator).items()}
+        else:
+            found[key] = value
     return found
 
 

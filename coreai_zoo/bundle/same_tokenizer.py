@@ -1,9 +1,10 @@
 """Whether a bundle's tokenizer is its checkpoint's: byte for byte, but for what a build changes on purpose.
 
 A wrong id goes through every other check: oracle and candidate are fed the same wrong tokens. So the folder is compared
-in two ways that have no code in common. It is made again from the checkpoint, and every byte compared. And the two are
-read with the library alone, and asked the same questions: what is each id, how is this text encoded, how do its tokens
-read, which of the checkpoint's fields differ. The second way finds a mistake in what makes the folder.
+in two ways that have no more in common than how a file is opened. It is made again from the checkpoint, and every byte
+compared. And the two are read with the library alone, and asked the same questions: what is each id, how is this text
+encoded, how do its tokens read, which of the checkpoint's fields differ. The second way finds a mistake in what makes
+the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from coreai_zoo.checkpoint.chat_template import (
 )
 from coreai_zoo.checkpoint.end_of_turn import EndTokens, end_tokens
 from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer
-from coreai_zoo.checkpoint.tokenizer import optional_object, token_texts, tokens_engines_know
+from coreai_zoo.checkpoint.tokenizer import optional_object, read_tokenizer_file, token_texts, tokens_engines_know
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.json_files import read_object
 
@@ -73,7 +74,7 @@ def copy_problems(checkpoint: Path, folder: Path, classes: Mapping[str, str], *,
             *_texts(theirs, ours),
             *_fields(checkpoint, folder),
             *_template(checkpoint, folder),
-            *_ends(checkpoint, folder),
+            *_ends(checkpoint, folder, theirs),
             *(_made_again(checkpoint, folder, classes) if of_this_zoo else ()),
         ]
     except BadInput as error:
@@ -90,17 +91,9 @@ def _library(folder: Path) -> Tokenizer:
 
     Not `load_tokenizer`, which the build goes by as well.
     """
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        if getattr(tokenizer.model, "dropout", None) is not None:
-            tokenizer.model.dropout = None
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
+    tokenizer = read_tokenizer_file(folder)
     decoder = optional_object(folder / "tokenizer_config.json").get("added_tokens_decoder")
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for number, token in sorted(decoder.items(), key=lambda item: int(item[0])) if isinstance(decoder, dict) else ():
@@ -194,12 +187,8 @@ def _may_become(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
             models = [value if isinstance(value, dict) else {} for value in (before, after)]
             return {**models[0], "dropout": None} == {**models[1], "dropout": None}
         case "added_tokens":
-            found = {token["content"]: token for token in after or []}
-            return all(
-                token["content"] in found
-                and {**token, "special": False} == {**found[token["content"]], "special": False}
-                for token in before or []
-            )
+            found = {token["content"]: _ordinary(token) for token in after or []}
+            return all(found.get(token["content"]) == _ordinary(token) for token in before or [])
         case "added_tokens_decoder":
             decoders = [value if isinstance(value, dict) else {} for value in (before, after)]
             first, second = ({number: _ordinary(token) for number, token in each.items()} for each in decoders)
@@ -228,14 +217,14 @@ def _template(checkpoint: Path, folder: Path) -> Iterator[str]:
         yield f"the chat template is not the checkpoint's{dropped}"
 
 
-def _ends(checkpoint: Path, folder: Path) -> Iterator[str]:
+def _ends(checkpoint: Path, folder: Path, theirs: Tokenizer) -> Iterator[str]:
     """Turns end with the tokens that end them in the checkpoint, and engines know the chat template's own."""
     known, found = end_tokens(checkpoint), end_tokens(folder)
     if [end.id for end in known.tokens][:1] != [end.id for end in found.tokens][:1] or known.ids != found.ids:
         yield f"turns end with {_named(found)}, in the checkpoint with {_named(known)}"
     eos = token_texts(read_object(folder / "tokenizer_config.json").get("eos_token"))
     stated = token_texts(read_object(checkpoint / "tokenizer_config.json").get("eos_token"))
-    emitted = _behind_an_answer(checkpoint)
+    emitted = _behind_an_answer(checkpoint, theirs)
     if emitted is not None and emitted not in tokens_engines_know(folder):
         yield f"the chat template ends a turn with {emitted!r}, at which no engine stops"
     if emitted is not None and eos not in ([emitted], stated):
@@ -248,14 +237,14 @@ def _named(ends: EndTokens) -> str:
     return listing([end.text for end in ends.tokens]) or "nothing"
 
 
-def _behind_an_answer(checkpoint: Path) -> str | None:
+def _behind_an_answer(checkpoint: Path, theirs: Tokenizer) -> str | None:
     """The added token that the checkpoint's chat template puts right behind the last answer; None for none."""
     try:
         chat = render_chat(checkpoint, (("user", "Question"), ("assistant", "Answer")))
     except BadInput:
         return None
     behind = chat.rpartition("Answer")[2].lstrip()
-    added = [token.content for token in _library(checkpoint).get_added_tokens_decoder().values()]
+    added = [token.content for token in theirs.get_added_tokens_decoder().values()]
     return max((text for text in added if text and behind.startswith(text)), key=len, default=None)
 
 

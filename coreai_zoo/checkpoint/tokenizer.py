@@ -110,17 +110,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         BadInput: when there is none, it cannot be read, or it is not clear which id an added token has.
     """
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
-    path = directory / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        if getattr(tokenizer.model, "dropout", None) is not None:
-            tokenizer.model.dropout = None
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
+    tokenizer = read_tokenizer_file(directory)
     stored, missing = added_tokens(directory)
     for token in missing:
         add = tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens
@@ -132,6 +124,26 @@ def load_tokenizer(directory: Path) -> Tokenizer:
                 f"makes it {found}: who reads the files takes other tokens than who loads them.",
                 "Save the tokenizer again: `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`.",
             )
+    return tokenizer
+
+
+def read_tokenizer_file(directory: Path) -> Tokenizer:
+    """What the library reads in `tokenizer.json` alone, without truncation, padding and dropout.
+
+    Raises:
+        BadInput: when there is none, or it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None) is not None:
+            tokenizer.model.dropout = None
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise BadInput(f"{path} cannot be read as a tokenizer: {error}.") from error
     return tokenizer
 
 

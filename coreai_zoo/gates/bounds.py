@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from attrs import evolve, frozen
@@ -36,6 +36,11 @@ class BoundCheck:
     def __str__(self) -> str:
         value, limit = ((f"{number:.6f}" if self.at_least else f"{number:.3g}") for number in (self.value, self.limit))
         return f"{self.name} is {value}, {'at least' if self.at_least else 'at most'} {limit} is allowed"
+
+
+def broken(checks: Iterable[BoundCheck]) -> list[str]:
+    """The bounds that are not kept, a phrase each."""
+    return [str(check) for check in checks if not check.passed]
 
 
 def check_bounds(verdict: Verdict, bounds: Bounds) -> tuple[BoundCheck, ...]:

@@ -266,7 +266,7 @@ class TorchCandidate:
                     rows = found.setdefault(tensor.name, [])
 
                     def keep(_module: nn.Module, _x: object, output: Tensor, rows: list[Tensor] = rows) -> None:
-                        rows.append(output)
+                        rows.append(output if output.dim() > 2 else output[None])  # some leave out the batch
 
                     hooks.callback(router.register_forward_hook(keep).remove)
             yield
@@ -274,8 +274,6 @@ class TorchCandidate:
 
 def _by_prompt(calls: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     """The rows of each prompt, [P, D], out of calls [B, S, D] of which the prompts that have ended are no part."""
-    if len(lengths) == 1:
-        return [torch.cat(list(calls), dim=1).flatten(0, -2)]
     return [torch.cat([call[prompt] for call in calls[:length]]) for prompt, length in enumerate(lengths)]
 
 

@@ -23,6 +23,7 @@ from attrs import field, frozen
 from attrs.validators import in_
 
 from coreai_zoo.build.code import code_digest
+from coreai_zoo.build.design import Design
 from coreai_zoo.cache import cache_folder
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.gate import Activations, ReferenceModel
@@ -59,6 +60,13 @@ class Oracle:
     on_layer: Callable[[], None] = lambda: None
     reference: ReferenceModel | None = None
     respelled: Mapping[str, str] = field(factory=dict)
+
+    @classmethod
+    def of(cls, designed: Design, checkpoint: Checkpoint, **options: Any) -> Oracle:
+        """The oracle on the model of a design; `options` are of the other attributes."""
+        config = designed.model.hf_config
+        reference = designed.decoders.plugins.oracle(designed.model.overlay, config)
+        return cls(checkpoint, config, reference=reference, respelled=designed.weights.respelled, **options)
 
     @property
     def name(self) -> str:

@@ -135,6 +135,16 @@ class Verdict:
         return sum(position.margin >= CONFIDENT_MARGIN for position in self.positions)
 
 
+def flips_told(verdict: Verdict) -> list[str]:
+    """The confident flips as one phrase; none where there are none."""
+    flips = verdict.confident_flips
+    if not flips:
+        return []
+    plural = "s" * (len(flips) > 1)
+    worst = f"the worst at position {flips[0].index} with an oracle margin of {flips[0].margin:.2f}"
+    return [f"{len(flips)} confident flip{plural}, {worst}"]
+
+
 def judge(
     tokens: Sequence[int],
     oracle: np.ndarray[Any, Any],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, frozen
 
 from coreai_zoo.backend import Interpreting
-from coreai_zoo.bounds import GENERAL, Kind, MeasuredBounds
+from coreai_zoo.bounds import GENERAL, Arithmetic, MeasuredBounds, kind_of
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.build.workspace import existing_parent
@@ -52,7 +52,7 @@ from coreai_zoo.recipes import PLAIN
 
 if TYPE_CHECKING:
     from coreai_zoo.backend import Backend
-    from coreai_zoo.gates.weights import WeightSource
+    from coreai_zoo.gates.weights import AssetWeights, WeightSource
 
 # Up to this size the CPU interpreter takes some tokens a second; beyond it a token takes minutes.
 _INTERPRETED_BYTES = 64 * 2**20
@@ -243,6 +243,7 @@ class _Subject:
     bundle: Bundle
     overlay: Overlay
     shipped: Design
+    weights: AssetWeights | None
     models: Models
     measured: MeasuredBounds
     roles: Mapping[str, Any]
@@ -260,9 +261,10 @@ def _subject(
         raise BadInput(message, "Build the bundle again.") from error
     _require_runnable(bundle, backend_of(bundle, plugins.backends()), options.candidate)
     shipped = _design_of(bundle, plugins, checkpoint)
-    models = _models(bundle, shipped, options, keep_in)
+    weights = _stored_weights(bundle, shipped, options)
+    models = _models(bundle, shipped, weights, options, keep_in)
     overlay = shipped.model.overlay
-    return _Subject(bundle, overlay, shipped, models, _bounds(bundle, overlay, plugins), roles, experts)
+    return _Subject(bundle, overlay, shipped, weights, models, _bounds(bundle, overlay, plugins), roles, experts)
 
 
 def _bounds(bundle: Bundle, overlay: Overlay, plugins: Plugins) -> MeasuredBounds:
@@ -332,10 +334,8 @@ def oracle_of(
 ) -> Oracle:
     """The oracle on the checkpoint of `bundle`, or on the slice of it that was built; see `Oracle` for the rest."""
     designed = _design_of(bundle, plugins, checkpoint)
-    config, respelled = designed.model.hf_config, designed.weights.respelled
-    reference = plugins.oracle(designed.model.overlay, config)
     opened = designed.opened or Checkpoint.open(checkpoint)  # which says what is missing
-    return Oracle(opened, config, dtype, cache, on_layer, reference, respelled)
+    return Oracle.of(designed, opened, dtype=dtype, cache=cache, on_layer=on_layer)
 
 
 def _require_cached(oracle: Oracle, asked: Mapping[str, Sequence[int]]) -> None:
@@ -390,20 +390,29 @@ def _require_runnable(bundle: Bundle, backend: Backend, candidate: str) -> None:
         )
 
 
-def _models(bundle: Bundle, shipped: Design, options: GateOptions, keep_in: Path | None) -> Models:
+def _stored_weights(bundle: Bundle, shipped: Design, options: GateOptions) -> AssetWeights | None:
+    """The weights in the asset of the function that decodes; None where the overlay does not run layer by layer."""
+    from coreai_zoo.gates.weights import AssetWeights
+
+    module = shipped.modules[bundle.decode]
+    if not isinstance(module, LayeredDecoder) and options.candidate != "torch":
+        return None
+    return AssetWeights.open(bundle.asset, shipped.backend, bundle.decode, module, shipped.weights)
+
+
+def _models(
+    bundle: Bundle, shipped: Design, weights: AssetWeights | None, options: GateOptions, keep_in: Path | None
+) -> Models:
     """Candidate and control. The candidate `auto` is the asset where this machine runs it in time, else the overlay."""
-    from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights
+    from coreai_zoo.gates.weights import CheckpointWeights
 
     backend = shipped.backend
     ticker = Ticker()
     candidate = AssetCandidate(bundle, backend, ticker, keep_in if backend.extra_files else None)
-    asset = Runner(candidate, ticker, arithmetic="torch" if backend.accumulation == "single" else "runtime")
-    module = shipped.modules[bundle.decode]
+    asset = Runner(candidate, ticker, arithmetic=_arithmetic(backend))
     overlay: Runner | None = None
     control: Runner | None = None
-    # Not every overlay runs layer by layer: without that there is no control and no long prompt.
-    if isinstance(module, LayeredDecoder) or options.candidate == "torch":
-        weights = AssetWeights.open(bundle.asset, backend, bundle.decode, module, shipped.weights)
+    if weights is not None:  # without them there is no control and no long prompt
         overlay = _overlay_runner(shipped, weights)
         if options.control:
             plain = shipped.with_recipe(PLAIN)
@@ -416,6 +425,11 @@ def _models(bundle: Bundle, shipped: Design, options: GateOptions, keep_in: Path
     # The overlay takes the long prompts, unless the asset was asked for by name.
     long_candidate = asset if options.candidate == backend.runtime else overlay
     return Models(asset if runs_asset or overlay is None else overlay, long_candidate, control)
+
+
+def _arithmetic(backend: Backend) -> Arithmetic:
+    """The arithmetic of a backend's runtime: one that sums in single precision rounds as PyTorch does."""
+    return "torch" if backend.accumulation == "single" else "runtime"
 
 
 def judges_asset(candidate: str, runtime: str, size: int, *, native: bool) -> bool:
@@ -459,7 +473,7 @@ def _judge(
     allow_weak: bool,
 ) -> GateReport:
     measured, roles, layers = subject.measured, subject.roles, subject.bundle.build["layers"]
-    kind: Kind = "dense" if subject.experts_per_token is None else "routed"
+    kind = kind_of(subject.experts_per_token)
     return gate(
         references,
         subject.models,
@@ -474,17 +488,15 @@ def _judge(
 
 
 def _stored(subject: _Subject, progress: Reporter) -> list[GateResult]:
-    """The verdict on the stored values, where the decoder's weights are read out of the asset at all."""
+    """The verdict on the stored values, where they are read out of the asset at all."""
     from coreai_zoo.gates.stored import compare_weights
-    from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights
+    from coreai_zoo.gates.weights import CheckpointWeights
 
-    shipped, bundle = subject.shipped, subject.bundle
-    module = shipped.modules[bundle.decode]
-    if not isinstance(module, LayeredDecoder):
+    if subject.weights is None:
         return []
-    asset = AssetWeights.open(bundle.asset, shipped.backend, bundle.decode, module, shipped.weights)
-    made = CheckpointWeights("the checkpoint", shipped.checkpoint, shipped.weights)
-    return [compare_weights(shipped.weights, asset, made, progress)]
+    plan = subject.shipped.weights
+    made = CheckpointWeights("the checkpoint", subject.shipped.checkpoint, plan)
+    return [compare_weights(plan, subject.weights, made, progress)]
 
 
 def _slices(
@@ -498,14 +510,14 @@ def _slices(
     """The verdict on a slice, where the asset is too large to be run and nobody asked for anything else."""
     if options.candidate != "auto" or isinstance(subject.models.candidate.model, AssetCandidate):
         return []
-    kind: Kind = "dense" if subject.experts_per_token is None else "routed"
+    backend, kind = subject.shipped.backend, kind_of(subject.experts_per_token)
     part = Slice(
         subject.bundle,
-        backend_of(subject.bundle, plugins.backends()),
+        backend,
         checkpoint,
         plugins,
         lambda bundle: oracle_of(bundle, plugins, checkpoint, options.oracle_dtype),
-        lambda layers: subject.measured.of_recipe(subject.roles, layers, "runtime", kind),
+        lambda layers: subject.measured.of_recipe(subject.roles, layers, _arithmetic(backend), kind),
         subject.experts_per_token,
     )
     return [part.judge(tokens[:SLICE_POSITIONS], progress)]

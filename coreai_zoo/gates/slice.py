@@ -22,10 +22,10 @@ from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.errors import listing
 from coreai_zoo.gate import Activations, GateResult, Model
-from coreai_zoo.gates.bounds import check_bounds
+from coreai_zoo.gates.bounds import broken, check_bounds
 from coreai_zoo.gates.candidate import AssetCandidate
-from coreai_zoo.gates.rule import compare
-from coreai_zoo.lowering.graph import Graph, LayerKind, count
+from coreai_zoo.gates.rule import compare, flips_told
+from coreai_zoo.lowering.graph import Graph, LayerKind, count, telling_depth
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
@@ -65,7 +65,7 @@ class Slice:
     def judge(self, tokens: Sequence[int], report: Reporter) -> GateResult:
         """Build the slice in a folder of its own, run it, compare both graphs; the folder is gone afterwards."""
         whole = count(self.backend.program(self.bundle.asset))
-        layers = telling_depth(whole)
+        layers = slice_depth(whole)
         if layers >= int(self.bundle.build["layers"]):
             return GateResult(NAME, passed=True, summary=f"the whole is {layers} layers, none of which is like another")
         with tempfile.TemporaryDirectory(prefix="zoo-slice-") as folder:
@@ -87,17 +87,12 @@ class Slice:
     def _numbers(self, tokens: Sequence[int], oracle: Activations, found: Activations, layers: int) -> list[str]:
         """Flips and broken bounds, a phrase each."""
         verdict = compare(tokens, oracle, found, self.experts_per_token)
-        flips = verdict.confident_flips
-        told = [f"{len(flips)} confident flips"] if flips else []
-        return told + [str(check) for check in check_bounds(verdict, self.bounds(layers)) if not check.passed]
+        return [*flips_told(verdict), *broken(check_bounds(verdict, self.bounds(layers)))]
 
 
-def telling_depth(functions: Mapping[str, Graph]) -> int:
-    """How many of the first layers there have to be for two of every kind to be among them, where there are two.
-
-    A state of one slot only is read and written by other operations than one of several.
-    """
-    return max(1 + sorted(kind.layers)[:2][-1] for graph in functions.values() for kind in graph.kinds)
+def slice_depth(functions: Mapping[str, Graph]) -> int:
+    """How many of the first layers there have to be for two of every kind to be among them, where there are two."""
+    return max(telling_depth([id(kind) for kind in graph.layers]) for graph in functions.values())
 
 
 def _lines(kind: LayerKind) -> dict[str, int]:
@@ -109,12 +104,9 @@ def differences(whole: Mapping[str, Graph], part: Mapping[str, Graph]) -> list[s
     """What the layers and composites of a slice hold otherwise than those of the whole, a phrase each."""
     problems = [f"the function {name} is in one of them only" for name in sorted(whole.keys() ^ part.keys())]
     for name in sorted(whole.keys() & part.keys()):
-        ours = {position: kind for kind in whole[name].kinds for position in kind.layers}
-        for kind in part[name].kinds:
-            for position in kind.layers:
-                other = ours[position]
-                if dict(kind.operations) != dict(other.operations) or _lines(kind) != _lines(other):
-                    problems.append(f"layer {position} ({other.name}) is another graph in the whole than in the slice")
+        for position, (kind, other) in enumerate(zip(part[name].layers, whole[name].layers, strict=False)):
+            if dict(kind.operations) != dict(other.operations) or _lines(kind) != _lines(other):
+                problems.append(f"layer {position} ({other.name}) is another graph in the whole than in the slice")
         if dict(part[name].composites) != dict(whole[name].composites):
             problems.append(f"the composites of {name} are others in the whole than in the slice")
     return problems

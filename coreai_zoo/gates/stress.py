@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from coreai_zoo.bounds import Kind
+from coreai_zoo.bounds import Kind, kind_of
 from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.record import roles_record
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
-from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
+from coreai_zoo.gates.bounds import BoundCheck, broken, check_bounds, check_control
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import BUILT_IN
-from coreai_zoo.gates.rule import Verdict, compare
+from coreai_zoo.gates.rule import Verdict, compare, flips_told
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.recipes import PLAIN
 from coreai_zoo.stress import StressSample
@@ -47,9 +48,7 @@ class StressVerdict:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why it failed, a phrase each; empty when it passed."""
-        flips = self.verdict.confident_flips
-        found = [f"{len(flips)} confident flips"] if flips else []
-        return (*found, *(str(check) for check in self.checks if not check.passed))
+        return (*flips_told(self.verdict), *broken(self.checks))
 
 
 def write_checkpoint(sample: Path, stress: StressSample, folder: Path) -> Path:
@@ -106,9 +105,7 @@ class StressTest:
         if stress.at_once:
             designed = designed.with_any_query_length()
         tokens = prompt_of(folder, stress.positions, skip)
-        reference = plugins.oracle(designed.model.overlay, designed.model.hf_config)
-        oracle = Oracle(designed.checkpoint, designed.model.hf_config, reference=reference).run(tokens)
-        return cls(stress, designed, tokens, oracle)
+        return cls(stress, designed, tokens, Oracle.of(designed, designed.checkpoint).run(tokens))
 
     def run(self) -> StressVerdict:
         """The verdict on the overlay as it is now."""
@@ -119,7 +116,7 @@ class StressTest:
         """The verdict on what a candidate computed, and its control, where the recipe quantizes."""
         bounds = self.stress.bounds
         verdict = self.compare(found)
-        held_to = bounds.of_recipe(self._roles, self.layers, "torch", self.kind)
+        held_to = bounds.of_recipe(roles_record(self.designed), self.layers, "torch", self.kind)
         checks = list(check_bounds(verdict, held_to))
         if control is not None:
             plain = bounds.of_recipe({}, self.layers, "torch", self.kind)
@@ -139,18 +136,12 @@ class StressTest:
     @property
     def kind(self) -> Kind:
         """Which bounds it is held to."""
-        return "dense" if self.designed.facts.get("experts_per_token") is None else "routed"
+        return kind_of(self.designed.facts.get("experts_per_token"))
 
     @property
     def layers(self) -> int:
         """How many it has."""
         return int(self.designed.facts["layers"])
-
-    @property
-    def _roles(self) -> Mapping[str, Any]:
-        return {
-            name: None if spec is None else {"dtype": spec.dtype} for name, spec in self.designed.stored_roles.items()
-        }
 
     def found(self, designed: Design) -> Activations:
         """What the overlay in PyTorch computes on the weights that a design makes of the checkpoint."""

@@ -16,10 +16,10 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations, BatchingModel, Model
-from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
+from coreai_zoo.gates.bounds import BoundCheck, broken, check_bounds, check_control
 from coreai_zoo.gates.headroom import Headroom, headroom
 from coreai_zoo.gates.prompts import Strength, TokenizedPrompt, strength
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare, flips_allowed
+from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare, flips_allowed, flips_told
 from coreai_zoo.progress import Reporter
 
 
@@ -164,17 +164,10 @@ class GateReport:
 def _reasons(result: PromptResult) -> list[str]:
     if result.verdict is None:
         return []
-    flips = result.verdict.confident_flips
-    reasons = []
-    if result.flips_too_many:
-        plural = "s" * (len(flips) > 1)
-        reasons.append(
-            f"{len(flips)} confident flip{plural}, the worst at position {flips[0].index} with an oracle margin of "
-            f"{flips[0].margin:.2f}"
-        )
+    reasons = flips_told(result.verdict) if result.flips_too_many else []
     if result.stop is not None and not result.stop.passed:
         reasons.append(_no_stop(result.prompt, result.stop))
-    return reasons + [str(check) for check in result.checks if not check.passed]
+    return reasons + broken(result.checks)
 
 
 def _no_stop(prompt: TokenizedPrompt, stop: StopCheck) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from attrs import evolve, field, frozen
 
@@ -63,6 +63,12 @@ class Graph:
             total.update({name: count * len(kind.layers) for name, count in kind.operations.items()})
         return total
 
+    @property
+    def layers(self) -> Sequence[LayerKind]:
+        """The kind of each layer, in their order."""
+        by_position = {position: kind for kind in self.kinds for position in kind.layers}
+        return [by_position[position] for position in sorted(by_position)]
+
     def repeated(self, names: Sequence[str]) -> Graph:
         """The graph of a deeper decoder whose layer at each position is of the kind `names[position]`.
 
@@ -111,6 +117,20 @@ def layer_names(parameters: Iterable[str]) -> list[str]:
     anchors = _Anchors.of(list(parameters))
     names = anchors.kind_names()
     return [names[layer] for layer in sorted(names)]
+
+
+def telling_depth(kinds: Sequence[Hashable]) -> int:
+    """How many of the first layers show each kind twice: a state of one slot is compiled otherwise than others.
+
+    Args:
+        kinds: of each layer, what tells its kind from others.
+    """
+    wanted = {kind: min(2, kinds.count(kind)) for kind in kinds}
+    return next(
+        depth
+        for depth in range(1, len(kinds) + 1)
+        if all(kinds[:depth].count(kind) >= count for kind, count in wanted.items())
+    )
 
 
 @frozen

@@ -160,7 +160,7 @@ def _is_of_wiring(table: str) -> bool:
 
 def compare(golden: Golden, found: Golden) -> list[str]:
     """The differences, one phrase each: operations that say something else or are wired otherwise, then counts."""
-    ours, theirs = (dict(structure.flattened(counts_of(each), ": ")) for each in (golden, found))
+    ours, theirs = (structure.flattened(counts_of(each), ": ") for each in (golden, found))
     counts = [
         f"{name} is {theirs.get(name, 'absent')}, the golden graph has {ours.get(name, 'none')}"
         for name in sorted({*ours, *theirs})

@@ -12,10 +12,11 @@ from coreai_zoo.backend import Backend, Traced
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.metadata import leaves
 from coreai_zoo.dtypes import packed_bytes
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
-from coreai_zoo.lowering.graph import Graph, count, layer_names
+from coreai_zoo.lowering.graph import Graph, count, layer_names, telling_depth
 from coreai_zoo.names import parameter_of
 from coreai_zoo.overlay import Role
 from coreai_zoo.plugins import Plugins
@@ -153,7 +154,7 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
             traced=None,
             stored={_weight_name(name): StoredWeight(*kind) for name, kind in program.stored.items()},
             roles=roles,
-            metadata={key: str(value) for key, value in flattened(bundle.metadata, ".")},
+            metadata={key: str(value) for key, value in flattened(bundle.metadata, ".").items()},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"build.json of {bundle.directory} lacks what is compared: {error!r}.") from error
@@ -175,13 +176,9 @@ def _spec_text(record: Mapping[str, Any] | None) -> str:
     return str(QuantizationSpec(record["dtype"], record["scheme"], record["block"]))
 
 
-def flattened(content: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested tables, each with the keys that lead to it joined by a separator."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from flattened(value, separator, f"{prefix}{key}{separator}")
-        else:
-            yield prefix + key, value
+def flattened(content: Mapping[str, Any], separator: str) -> dict[str, Any]:
+    """The values of nested tables, each by the keys that lead to it joined by a separator; an empty table has none."""
+    return {path: value for path, value in leaves(content, separator).items() if not isinstance(value, Mapping)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,18 +261,8 @@ def _layer_names(whole: Design) -> list[str]:
 
 def _telling_part(whole: Design, names: Sequence[str], plugins: Plugins) -> Design:
     """The design of as many layers as show each kind twice; `whole` itself where that is all of them."""
-    depth = _telling_depth(names)
+    depth = telling_depth(names)
     return whole if depth == len(names) else design(evolve(whole.request, layers=depth), plugins, whole.entry)
-
-
-def _telling_depth(names: Sequence[str]) -> int:
-    """How many of the first layers show each kind twice: a state of one slot is compiled otherwise than others."""
-    wanted = {name: min(2, names.count(name)) for name in names}
-    return next(
-        depth
-        for depth in range(1, len(names) + 1)
-        if all(names[:depth].count(name) >= count for name, count in wanted.items())
-    )
 
 
 def _lowered(traced: Traced, plan: WeightPlan) -> Program:
