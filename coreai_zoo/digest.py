@@ -72,11 +72,14 @@ with open(sys.argv[1], "rb", buffering=0) as file:
 def hashed_while_written(path: Path) -> Iterator[None]:
     """Within the block a file is written from its beginning to its end; `file_sha256` knows its hash afterwards.
 
-    Another process follows: native code that writes may not let this one's threads run.
+    Another process follows: native code that writes may not let this one's threads run. Where it cannot, because the
+    file is removed before it has begun, it says nothing.
     """
     path.touch()
     command = [sys.executable, "-I", "-S", "-c", _FOLLOW, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as follower:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as follower:
         try:
             yield
         except BaseException:

@@ -80,6 +80,18 @@ def test_what_replaces_the_file_that_was_being_hashed_is_hashed_itself(tmp_path:
     assert digest.file_sha256(path) == hashlib.sha256(b"x" * MIB).hexdigest()
 
 
+def test_a_file_removed_before_the_follower_has_begun_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def remove(path: Path) -> None:
+        path.unlink()
+        time.sleep(1)  # the follower comes to it
+
+    with pytest.raises(FileNotFoundError), digest.hashed_while_written(tmp_path / "big"):
+        remove(tmp_path / "big")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_nothing_follows_a_file_whose_writing_failed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no more"), digest.hashed_while_written(tmp_path / "big"):
         raise RuntimeError("no more")

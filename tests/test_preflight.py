@@ -220,6 +220,21 @@ def test_a_native_library_that_ends_the_process_is_told_as_the_last_event(tmp_pa
     assert last["message"].startswith(f"There is no space left to write {tmp_path / 'x'}")
 
 
+def test_a_process_that_complains_of_what_is_removed_does_not_hide_what_the_library_said(tmp_path: Path) -> None:
+    script = (
+        "import ctypes, os, sys\n"
+        "from pathlib import Path\n"
+        "from coreai_zoo.backends import native\n"
+        "native.shutil.rmtree = lambda *_, **__: os.write(2, 9 * b'No such file or directory. ')\n"
+        "with native.exit_explained(Path(sys.argv[1])):\n"
+        "    os.write(2, b'error: No space left on device')\n"
+        "    ctypes.CDLL(None).exit(1)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, tmp_path / "x"], capture_output=True, text=True, check=False)
+    assert result.returncode == 3
+    assert result.stderr.startswith(f"error: There is no space left to write {tmp_path / 'x'}")
+
+
 @pytest.mark.parametrize("backend", ["coreai", "coreml"])
 @pytest.mark.parametrize("layers", [8, 64])
 def test_memory_that_does_not_suffice_is_refused_with_the_numbers(

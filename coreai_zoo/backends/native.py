@@ -37,9 +37,9 @@ def exit_explained(destination: Path) -> Iterator[None]:
     with tempfile.TemporaryFile() as captured, _stderr_in(captured) as stderr:
 
         def explain(_: object) -> None:
-            captured.seek(0)
+            # Before anything else: a process that shares the file may complain of what is removed.
+            error = _error(destination, _content(captured).decode(errors="replace").strip())
             shutil.rmtree(destination, ignore_errors=True)
-            error = _error(destination, captured.read().decode(errors="replace").strip())
             os.write(stderr, f"{failure_line(error)}\n".encode())
             os._exit(error.exit_code)
 
@@ -75,8 +75,12 @@ def _stderr_in(captured: BinaryIO) -> Iterator[int]:
 
 
 def _pass_on(captured: BinaryIO, stderr: int) -> None:
-    captured.seek(0)
-    os.write(stderr, captured.read())
+    os.write(stderr, _content(captured))
+
+
+def _content(captured: BinaryIO) -> bytes:
+    """All that was written so far, without moving the position: every process that writes there shares it."""
+    return os.pread(captured.fileno(), os.fstat(captured.fileno()).st_size, 0)
 
 
 @contextlib.contextmanager
