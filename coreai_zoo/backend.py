@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from attrs import frozen
 
+from coreai_zoo.engine import LARGEST_CHUNK, PREFILL, prompt_chunks
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import Signature, TraceSpec
@@ -211,6 +212,21 @@ def drain(stepper: Stepper, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, A
     stepper.reset()
     for token in tokens:
         yield stepper.step(token)
+
+
+def read_prompt(stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Feed a prompt at the next positions as an engine does; the logits after its last token, float16 [V].
+
+    All tokens but the last go to `prefill` where there is such a function, in chunks; the others are decoded.
+    """
+    read = 0
+    if PREFILL in functions and len(tokens) > 1:
+        for length in prompt_chunks(len(tokens) - 1, min(functions[PREFILL].most_tokens, LARGEST_CHUNK)):
+            stepper.call(PREFILL, tokens[read : read + length])
+            read += length
+    for token in tokens[read:]:
+        logits = stepper.step(token)
+    return logits
 
 
 @frozen

@@ -94,3 +94,38 @@ class GatherMM(nn.Module):
         """`lhs` [..., 1, 1, D], `rhs` [E, D, I], `rhs_indices` int32 [..., K] to [..., K, 1, I]."""
         product: Tensor = self.impl(lhs, rhs, rhs_indices=rhs_indices)
         return product
+
+
+class GatedDeltaUpdateImpl(nn.Module):
+    """The gated delta rule in fp32 over S tokens, one after the other (Yang et al. 2024, "Gated Delta Networks")."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`query`, `key` [B, H, S, Dk], `value` [B, H, S, Dv], log decay `g` and `beta` [B, H, S], fp32 state
+        [B, H, Dk, Dv]; [B, S, H, Dv] and the state behind the last token.
+        """
+        query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+        query, state, outputs = query * query.shape[-1] ** -0.5, initial_state, []
+        for t in range(key.shape[2]):
+            state = state * g[:, :, t].exp()[..., None, None]
+            recalled = (state * key[:, :, t, :, None]).sum(-2)
+            correction = (value[:, :, t] - recalled) * beta[:, :, t, None]
+            state = state + key[:, :, t, :, None] * correction[..., None, :]
+            outputs.append((state * query[:, :, t, :, None]).sum(-2))
+        return torch.stack(outputs, dim=1), state
+
+
+class GatedDeltaUpdate(nn.Module):
+    """The gated delta rule over any number of tokens, with a loop over them; see `GatedDeltaUpdateImpl`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.impl: nn.Module = GatedDeltaUpdateImpl()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`query`, `key` [B, H, S, Dk], `value` [B, H, S, Dv], `g`, `beta` [B, H, S], `state` [B, H, Dk, Dv], fp32."""
+        updated: tuple[Tensor, Tensor] = self.impl(query, key, value, g, beta, state)
+        return updated

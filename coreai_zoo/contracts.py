@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from attrs.validators import ge, optional
 
-from coreai_zoo.engine import COREAI_MODELS, Engine
+from coreai_zoo.engine import COREAI_MODELS, PREFILL, Engine
 from coreai_zoo.signature import Axis, InputSpec, KVCache, StateSpec, TensorSpec, TraceSpec
 
 # The pipelined engine allocates KV at 256 and doubles it; the trace only has to leave the axis free.
@@ -20,6 +20,24 @@ _TRACED_CAPACITY = 256
 _TRACED_POSITIONS = 7
 MINIMUM_CONTEXT = 8
 """Positions that a bundle allows at the least: what is traced with has to be among them."""
+
+
+@frozen
+class Prefill:
+    """A function of its own that reads a prompt, many tokens per call, and gives nothing.
+
+    Attributes:
+        most_tokens: tokens that a call takes at the most; None for as many as the context has.
+        chunk: tokens that a layer with a recurrence computes at once: 1 for one after the other, without a loop; None
+            where the graph may have one.
+    """
+
+    most_tokens: int | None = field(validator=optional(ge(2)))
+    chunk: int | None = field(validator=optional(ge(1)))
+
+    def __attrs_post_init__(self) -> None:
+        if self.chunk is not None and (self.most_tokens is None or self.most_tokens % self.chunk):
+            raise ValueError(f"{self.most_tokens} tokens are no whole chunks of {self.chunk}")
 
 
 @frozen
@@ -39,6 +57,7 @@ class Contract:
         compute_dtype: dtype of states and logits.
         engine: the engine whose rules designs and bundles are held against; None for one whose rules are not known
             here, and then there are none.
+        prefill: the function that reads prompts; None where the one that decodes reads them.
     """
 
     name: str
@@ -51,26 +70,42 @@ class Contract:
     compute_dtype: str = "float16"
     backends: tuple[str, ...] = ("coreai",)
     engine: Engine | None = COREAI_MODELS
+    prefill: Prefill | None = None
 
     def functions(
         self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int
     ) -> Mapping[str, TraceSpec]:
         """The signature of each function of a bundle, by name; the first one decodes.
 
-        Here that is `main` alone: `input_ids` [1, S] int32; `position_ids` [1, T] int32, the whole range 0..T-1, so
-        that the S new tokens are written at T - S; the KV pair [layers, 1, heads, capacity, head_dim]; then `extra`;
-        `logits` [1, S, V]. With a fixed context `position_ids` is [1, S] and the capacity is `max_context`. A contract
-        with other functions is a subclass with a method of its own; all its functions have the same states.
+        `main` takes `input_ids` [1, S] int32; `position_ids` [1, T] int32, the whole range 0..T-1, so that the S new
+        tokens are written at T - S; the KV pair [layers, 1, heads, capacity, head_dim]; then `extra`. It gives `logits`
+        [1, S, V]. With a fixed context `position_ids` is [1, S] and the capacity is `max_context`.
+
+        `prefill`, where there is one, takes the same, any number of tokens up to its limit, and gives nothing. An
+        engine lays out its inputs by those of `main`, so `main` declares as many tokens, whatever a call of it has.
+
+        A contract with other functions is a subclass with a method of its own; all its functions have the same states.
 
         Raises:
             ValueError: when names collide.
         """
-        return {"main": self.signature(self.query_length, kv, extra, vocab_size, max_context)}
+        main = self.signature(self.query_length, kv, extra, vocab_size, max_context)
+        if self.prefill is None:
+            return {"main": main}
+        most_tokens = min(self.prefill.most_tokens or max_context, max_context)
+        prompt = evolve(self.signature(None, kv, extra, vocab_size, max_context, most_tokens), outputs=())
+        return {"main": _declared_like(main, prompt), PREFILL: prompt}
 
     def signature(
-        self, query_length: int | None, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int
+        self,
+        query_length: int | None,
+        kv: KVCache,
+        extra: Sequence[StateSpec],
+        vocab_size: int,
+        max_context: int,
+        most_tokens: int | None = None,
     ) -> TraceSpec:
-        """The signature of a function that takes `query_length` tokens per call, or any number; see `functions`."""
+        """The signature of a function that takes `query_length` tokens per call, or any number up to `most_tokens`."""
         length = query_length if query_length is not None else "query"
         capacity = max_context if self.fixed_context else "capacity"
         pair = tuple(
@@ -88,7 +123,7 @@ class Contract:
             axes["positions"] = Axis(least, max_context, max(_TRACED_POSITIONS, least + 1))
             axes["capacity"] = Axis(least, _largest_capacity(max_context), max(_TRACED_CAPACITY, least + 1))
         if query_length is None:
-            axes["query"] = Axis(1, max_context, _TRACED_POSITIONS - 2)
+            axes["query"] = Axis(1, most_tokens or max_context, _TRACED_POSITIONS - 2)
         positions = (
             InputSpec("position_ids", (1, length), "int32", holds="new_positions")
             if self.fixed_context
@@ -102,6 +137,15 @@ class Contract:
         )
 
 
+def _declared_like(main: TraceSpec, prompt: TraceSpec) -> TraceSpec:
+    """`main` with its tokens declared as those of a function that takes more of them."""
+    tokens, *others = main.inputs
+    if tokens.shape == prompt.inputs[0].shape:
+        return main
+    declared = evolve(tokens, shape=prompt.inputs[0].shape, length=main.query_length)
+    return evolve(main, inputs=(declared, *others), axes={**main.axes, "query": prompt.axes["query"]})
+
+
 def _largest_capacity(max_context: int) -> int:
     """The capacity that an engine has allocated when `max_context` positions fit: it starts with 256 and doubles."""
     capacity = _TRACED_CAPACITY
@@ -110,8 +154,9 @@ def _largest_capacity(max_context: int) -> int:
     return capacity
 
 
-# The lines of the engine's own pages (models/*/README.md there), with the warm-up that a graph of one token allows.
-_ENGINE_USAGE = """\
+def _engine_usage(of_calls: str) -> str:
+    """The lines of the engine's own pages (models/*/README.md there), with what the functions' calls ask of them."""
+    return f"""\
 In a checkout of [apple/coreai-models](https://github.com/apple/coreai-models), which has both tools:
 
 ```
@@ -119,9 +164,7 @@ swift run -c release llm-runner --model BUNDLE --warmup off --prompt "Hello"
 swift run -c release llm-benchmark --model BUNDLE -p 128 -g 128 -n 3
 ```
 
-A call takes one token, and the runner would warm up with more than one: keep `--warmup off`, or pass
-`--warmup exact --warmup-length 1`. No environment variable is needed. The engine feeds a prompt token by token, so
-reading one is as slow as writing one.
+{of_calls}
 
 In an app, with the product `CoreAILM` of that package:
 
@@ -134,6 +177,11 @@ let session = LanguageModelSession(model: model)
 print(try await session.respond(to: "Hello").content)
 ```"""
 
+
+_WARM_UP = """\
+A call takes one token, and the runner would warm up with more than one: keep `--warmup off`, or pass
+`--warmup exact --warmup-length 1`. No environment variable is needed."""
+
 STATIC_S1 = Contract(
     name="static-s1",
     summary="decode-only, loop-free, one token per call; prefill runs as single steps",
@@ -143,7 +191,9 @@ STATIC_S1 = Contract(
         "an engine of [apple/coreai-models](https://github.com/apple/coreai-models) from its pull request 227 on "
         "(commit 27a66f9; the release 0.2.0 is older), or from 237 on for a chat of more than one turn",
     ),
-    usage=_ENGINE_USAGE,
+    usage=_engine_usage(
+        f"{_WARM_UP} The engine feeds a prompt token by token, so\nreading one is as slow as writing one."
+    ),
 )
 
 FIXED_S1 = Contract(
@@ -157,4 +207,43 @@ FIXED_S1 = Contract(
     engine=None,
 )
 
-CONTRACTS: Mapping[str, Contract] = MappingProxyType({contract.name: contract for contract in (STATIC_S1, FIXED_S1)})
+
+def _of_prompts(most_tokens: int) -> str:
+    return _engine_usage(
+        _WARM_UP.replace("A call takes", "A call that decodes takes")
+        + f"\nThe engine reads a prompt with the function `prefill`, up to {most_tokens} tokens per call, which it is told by"
+        "\nmetadata.json."
+    )
+
+
+CHUNKED = evolve(
+    STATIC_S1,
+    name="chunked",
+    summary="decodes like static-s1; a function `prefill` reads up to 256 tokens of a prompt per call, loop-free",
+    prefill=Prefill(most_tokens=256, chunk=64),
+    usage=_of_prompts(256),
+)
+
+CHUNKED_UNROLLED = evolve(
+    STATIC_S1,
+    name="chunked-unrolled",
+    summary="like chunked, but 16 tokens per call, as 16 steps in a row: a form that others have run on devices",
+    prefill=Prefill(most_tokens=16, chunk=1),
+    usage=_of_prompts(16),
+)
+
+DYNAMIC = evolve(
+    STATIC_S1,
+    name="dynamic",
+    summary="any number of tokens per call; the recurrence is a loop, which needs macOS 27.2",
+    query_length=None,
+    prefill=Prefill(most_tokens=None, chunk=None),
+    usage=_engine_usage(
+        "A call takes any number of tokens, and the engine reads a prompt with the function `prefill`."
+    ),
+    prerequisites=("macOS 27.2 or later", *STATIC_S1.prerequisites[1:]),
+)
+
+CONTRACTS: Mapping[str, Contract] = MappingProxyType(
+    {contract.name: contract for contract in (STATIC_S1, CHUNKED, CHUNKED_UNROLLED, DYNAMIC, FIXED_S1)}
+)

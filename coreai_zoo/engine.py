@@ -19,6 +19,9 @@ from coreai_zoo.signature import Signature
 PREFILL = "prefill"
 """The function that engines find by its name and send a prompt to."""
 
+LARGEST_CHUNK = 2048
+"""Tokens of a prompt that engines send at once to a function that takes any number of them."""
+
 _INPUTS = ("input_ids", "position_ids")
 _LEAST_STATES, _MOST_STATES = 2, 4
 _CHUNKS = ("prefill_chunk_size", "prefill_chunk_threshold")
@@ -197,7 +200,9 @@ def _logits(seen: Interface) -> Iterator[Breach]:
         return
     name, (shape, dtype) = next(iter(seen.decoder.outputs.items()))
     tokens = seen.decoder.inputs.get(_INPUTS[0], ((1, -1), ""))[0][-1]
-    if dtype != "float16" or len(shape) != 3 or shape[:2] != (1, tokens) or shape[2] < 1:
+    # Where there is a `prefill`, all that is declared by its inputs gets one token per call.
+    lengths = {tokens, 1} if PREFILL in seen.functions and tokens < 0 else {tokens}
+    if dtype != "float16" or len(shape) != 3 or shape[0] != 1 or shape[1] not in lengths or shape[2] < 1:
         yield Breach(f"the output {name} of {seen.decode} is {_shown((shape, dtype))}")
 
 
@@ -296,6 +301,8 @@ def _prefill_chunks(seen: Interface) -> Iterator[Breach]:
             yield Breach(f"`{key}` is {found} and a call of {seen.decode} takes {tokens}")
         elif tokens < 0 and found is not None and not (isinstance(found, int) and found > 0):
             yield Breach(f"`{key}` is {found}")
+    if tokens < 0 and len({seen.language.get(key) for key in _CHUNKS}) > 1:
+        yield Breach(f"{' and '.join(f'`{key}`' for key in _CHUNKS)} differ")
 
 
 @_rule("max-context", "an engine lets a conversation grow up to that length")
@@ -331,3 +338,9 @@ COREAI_MODELS = Engine(
 )
 
 ENGINES: Mapping[str, Engine] = MappingProxyType({engine.name: engine for engine in (COREAI_MODELS,)})
+
+
+def prompt_chunks(tokens: int, most: int) -> list[int]:
+    """The lengths in which an engine sends `tokens` tokens of a prompt, at most `most` at once: as even as can be."""
+    chunks = -(-tokens // most)
+    return [tokens // chunks + (place < tokens % chunks) for place in range(chunks)]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from attrs import field, frozen
-from attrs.validators import ge, in_, min_len
+from attrs.validators import ge, in_, min_len, optional
 
 from coreai_zoo.dtypes import DTYPES
 
@@ -46,9 +46,12 @@ class InputSpec(TensorSpec):
     Attributes:
         holds: `tokens` the ids of the new tokens; `positions` the position of every token so far, 0 to T - 1;
             `new_positions` those of the new tokens only.
+        length: values that a call really puts into it, where its axis is declared dynamic all the same: an engine lays
+            out the inputs of every function by those of the one that decodes.
     """
 
     holds: Content = field(kw_only=True, validator=in_(get_args(Content)))
+    length: int | None = field(default=None, kw_only=True, validator=optional(ge(1)))
 
     def values(self, tokens: Sequence[int], start: int) -> list[int]:
         """The values of this input in a call that feeds `tokens` behind the first `start` positions."""
@@ -130,9 +133,16 @@ class TraceSpec:
 
     @property
     def query_length(self) -> int | None:
-        """Tokens that a call takes, None where that is any number."""
-        (length,) = (spec.shape[1] for spec in self.inputs if spec.holds == "tokens")
-        return length if isinstance(length, int) else None
+        """Tokens that a call takes, None where that is any number up to `most_tokens`."""
+        (tokens,) = (spec for spec in self.inputs if spec.holds == "tokens")
+        size = tokens.length or tokens.shape[1]
+        return size if isinstance(size, int) else None
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that a call takes."""
+        (size,) = (spec.shape[1] for spec in self.inputs if spec.holds == "tokens")
+        return self.query_length or (self.axes[size].maximum if isinstance(size, str) else size)
 
     @property
     def positions(self) -> int | None:

@@ -25,10 +25,9 @@ from coreai_zoo_overlays import qwen3_5
 OVERLAY = qwen3_5.Qwen35Overlay()
 
 
-def rewrites_of(contract: Contract = STATIC_S1) -> tuple[LayerRewrite, ...]:
-    """The overlay's rewrites of the one function of a contract."""
-    (function,) = contract.functions(KVCache(1, 1, 1), (), 8, 64).values()
-    return qwen3_5.layer_rewrites(contract, function)
+def rewrites_of(contract: Contract = STATIC_S1, function: str = "main") -> tuple[LayerRewrite, ...]:
+    """The overlay's rewrites of a function of a contract."""
+    return qwen3_5.layer_rewrites(contract, contract.functions(KVCache(1, 1, 1), (), 8, 64)[function])
 
 
 def load_decoder(
@@ -39,12 +38,13 @@ def load_decoder(
     rewritten: bool = True,
     recipe: str = "fp16",
     contract: Contract = STATIC_S1,
+    function: str = "main",
 ) -> tuple[nn.Module, TraceSpec]:
-    """The decoder in `dtype`, in the form of the contract or as the reference, and its signature."""
+    """The decoder in `dtype`, in the form of a contract's function or as the reference, and the signature of `main`."""
     contract = evolve(contract, compute_dtype=dtype)
     checkpoint = Checkpoint.open(directory)
     config = OVERLAY.read_config(checkpoint.config)
-    rewrites = [("qwen36", rewrite) for rewrite in rewrites_of(contract)] if rewritten else []
+    rewrites = [("qwen36", rewrite) for rewrite in rewrites_of(contract, function)] if rewritten else []
     module = build_module(lambda: OVERLAY.decoder(config, contract), rewrites)
     plan = plan_weights(qwen3_5.weight_map(config), parameters_of(module), checkpoint.tensors, RECIPES[recipe])
     store = WeightStore(work)

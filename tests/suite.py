@@ -79,6 +79,7 @@ THOROUGH = frozenset(
         "originals",
         "parity",
         "precision_goldens",
+        "prefill",
         "preflight",
         "product_mutants",
         "publish",

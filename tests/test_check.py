@@ -74,7 +74,7 @@ def test_what_is_installed_has_valid_entries_and_unambiguous_overlays() -> None:
     ("replacement", "message"),
     [
         (('recipe = "int8hu"', 'recipe = "int9"'), "There is no recipe 'int9'"),
-        (('contract = "static-s1"', 'contract = "dynamic"'), "There is no contract 'dynamic'"),
+        (('contract = "static-s1"', 'contract = "elastic"'), "There is no contract 'elastic'"),
         (('path = "samples/dense"', 'path = "samples/none"'), "samples/none"),
         (
             ("linear_attention_layers = 48", "linear_attention_layers = 47"),

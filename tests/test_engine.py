@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from coreai_zoo.build.design import language_of
+from coreai_zoo.bundle.metadata import language_block
 from coreai_zoo.contracts import CONTRACTS, STATIC_S1, Contract
 from coreai_zoo.engine import COREAI_MODELS, Interface, sentence
 from coreai_zoo.signature import KVCache, Signature, StateSpec
@@ -24,7 +24,7 @@ def interface(contract: Contract = STATIC_S1) -> Interface:
     functions = contract.functions(KVCache(2, 1, 16), EXTRA, VOCABULARY, CONTEXT)
     (decoder, *_) = functions.values()
     declared = {name: spec.declared for name, spec in functions.items()}
-    return Interface(declared, language_of(functions, VOCABULARY, CONTEXT), decoder.positions)
+    return Interface(declared, language_block(functions, VOCABULARY, CONTEXT), decoder.positions)
 
 
 def dynamic() -> Interface:
@@ -331,6 +331,9 @@ def test_metadata_that_is_no_metadata_breaks_rules_instead_of_the_check(strange:
 def test_the_rules_are_those_of_contracts_for_core_ai_only() -> None:
     assert {name: contract.engine for name, contract in CONTRACTS.items()} == {
         "static-s1": COREAI_MODELS,
+        "chunked": COREAI_MODELS,
+        "chunked-unrolled": COREAI_MODELS,
+        "dynamic": COREAI_MODELS,
         "fixed-s1": None,
     }
 

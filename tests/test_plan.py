@@ -587,7 +587,7 @@ def test_entries_and_checkpoints_are_compared_side_by_side(bare: Callable[..., P
         ([DENSE, MOE], "Pass --compare"),
         ([DENSE, "--recipe", "fp16", "--recipe", "int8hu"], "Pass --compare"),
         ([DENSE, "--recipe", "int3"], "no recipe 'int3'"),
-        ([DENSE, "--contract", "dynamic"], "no contract 'dynamic'"),
+        ([DENSE, "--contract", "elastic"], "no contract 'elastic'"),
         (["qwen3.6-28b"], "no entry is called 'qwen3.6-28b'"),
         (["--checkpoint", "/nowhere"], "does not exist"),
         ([DENSE, "--context", "3"], "Invalid value for '--context'"),

@@ -198,7 +198,7 @@ class Design:
 
     def with_any_query_length(self) -> Design:
         """The same design with functions that take any number of tokens in one call, in the form for that."""
-        contract, plugins = evolve(self.contract, query_length=None), self.decoders.plugins
+        contract, plugins = evolve(self.contract, query_length=None, prefill=None), self.decoders.plugins
         functions = _functions(self.model, self.entry, contract, self.max_context, plugins)
         decoders = Decoders(self.model, contract, functions, plugins)
         return evolve(self, contract=contract, functions=functions, decoders=decoders)
@@ -249,7 +249,7 @@ def design(
     weights, notes = _weights(decoders, entry, source, checkpoint, recipe)
     label = _label(request, subject, source)
     made = Design(
-        name=_bundle_name(request, label, recipe, functions, differences),
+        name=_bundle_name(request, label, recipe, contract, differences),
         request=request,
         label=label,
         entry=entry,
@@ -381,25 +381,13 @@ def _functions(
         raise PluginError(
             f"the contract {contract.name} has no function with these states: {error}. {_origins(brought)}".rstrip()
         ) from error
-    _require_engine(contract, signatures, language_of(signatures, vocab_size, max_context), brought)
+    _require_engine(contract, signatures, language_block(signatures, vocab_size, max_context), brought)
     return {
         name: FunctionDesign(
             signature, tuple(plugins.layer_rewrites(model.overlay, entry, model.config, contract, signature))
         )
         for name, signature in signatures.items()
     }
-
-
-def language_of(signatures: Mapping[str, TraceSpec], vocab_size: int, max_context: int) -> dict[str, Any]:
-    """The block `language` of the bundle's metadata.json, but for the name of its tokenizer."""
-    decode, signature = next(iter(signatures.items()))
-    return language_block(
-        decode=decode,
-        vocab_size=vocab_size,
-        max_context_length=max_context,
-        query_length=signature.query_length,
-        states={state.name: state.kind for state in signature.states},
-    )
 
 
 def _require_engine(
@@ -581,7 +569,7 @@ def _bundle_name(
     request: BuildRequest,
     label: str,
     recipe: Recipe,
-    functions: Mapping[str, FunctionDesign],
+    contract: Contract,
     differences: tuple[str, ...],
 ) -> str:
     parts = [slug(label)]
@@ -591,8 +579,8 @@ def _bundle_name(
         parts.append("custom")
     if request.layers is not None:
         parts.append(f"{request.layers}layers")
-    (decode, *_) = functions.values()
-    parts.append("decode" if decode.signature.query_length == 1 else "dynamic")
+    usual = "decode" if contract.query_length == 1 else "dynamic"
+    parts.append(slug(contract.name) if contract.prefill else usual)
     parts.append(recipe.published_name)
     if request.backend != DEFAULT_BACKEND:
         parts.append(request.backend)

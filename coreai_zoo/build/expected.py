@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coreai_zoo.build.design import Design, language_of
+from coreai_zoo.build.design import Design
 from coreai_zoo.build.record import roles_record
 from coreai_zoo.bundle.expected import Expected, ExpectedWeight
+from coreai_zoo.bundle.metadata import language_block
 
 
 def expected_by(designed: Design, checkpoint: Path | None) -> Expected:
@@ -19,7 +20,7 @@ def expected_by(designed: Design, checkpoint: Path | None) -> Expected:
         asset=designed.asset,
         compression=designed.recipe.published_name,
         functions=designed.signatures,
-        language=language_of(designed.signatures, designed.facts["vocab_size"], designed.max_context),
+        language=language_block(designed.signatures, designed.facts["vocab_size"], designed.max_context),
         weights={
             tensor.name: ExpectedWeight(tensor.shape, tensor.dtype, roles[tensor.role])
             for tensor in designed.weights.stored

@@ -14,13 +14,13 @@ import attrs
 
 from coreai_zoo.backend import Backend
 from coreai_zoo.build.code import code_digest
-from coreai_zoo.build.design import Design, language_of, usual_context
+from coreai_zoo.build.design import Design, usual_context
 from coreai_zoo.build.figures import needs
 from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_CONTRACT, DEFAULT_RECIPE
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
 from coreai_zoo.bundle.layout import BUILD_SCHEMA, card_digest, file_digests
-from coreai_zoo.bundle.metadata import metadata
+from coreai_zoo.bundle.metadata import language_block, metadata
 from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer
 from coreai_zoo.checkpoint.readme import texts
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
@@ -49,7 +49,7 @@ def write_records(design: Design, store: WeightStore, partial: Path, tokenizer_c
         metadata(
             name=design.name,
             asset=design.asset,
-            language=language_of(design.signatures, design.facts["vocab_size"], design.max_context),
+            language=language_block(design.signatures, design.facts["vocab_size"], design.max_context),
             hf_id=design.source.origin.hf_id,
             hf_revision=design.source.origin.revision,
             compression=design.recipe.published_name,

@@ -34,7 +34,7 @@ from coreai_zoo.signature import Axis, InputSpec, StateSpec, TensorSpec, TraceSp
 def signature_record(spec: TraceSpec) -> dict[str, Any]:
     """A `TraceSpec` as JSON."""
     return {
-        "inputs": [attrs.asdict(tensor) for tensor in spec.inputs],
+        "inputs": [attrs.asdict(tensor, filter=lambda _, value: value is not None) for tensor in spec.inputs],
         "states": [attrs.asdict(state) for state in spec.states],
         "outputs": [attrs.asdict(tensor) for tensor in spec.outputs],
         "axes": {name: attrs.asdict(axis) for name, axis in spec.axes.items()},

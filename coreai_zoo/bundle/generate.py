@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from coreai_zoo.backend import Backend
+from coreai_zoo.backend import Backend, read_prompt
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.chat_template import find_chat_template, render_chat
 from coreai_zoo.checkpoint.end_of_turn import end_tokens
@@ -57,8 +57,7 @@ def generate(
     stream = DecodeStream(skip_special_tokens=True)
     capacity = min(bundle.max_context, len(prompt_tokens) + new_tokens)
     with backend.stepper(bundle.asset, bundle.functions, capacity) as stepper:
-        for token in prompt_tokens:
-            logits = stepper.step(token)
+        logits = read_prompt(stepper, bundle.functions, prompt_tokens)
         for left in range(capacity - len(prompt_tokens), 0, -1):
             token = choose(logits)
             if token in stops:

@@ -8,6 +8,9 @@ from typing import Any, Literal
 import cattrs
 from attrs import frozen
 
+from coreai_zoo.engine import PREFILL
+from coreai_zoo.signature import TraceSpec
+
 METADATA_VERSION = "0.2"
 MODEL_DEFINITION = "torch"
 """What the model was defined in before it was converted; Apple's exporter writes the same."""
@@ -44,24 +47,32 @@ def metadata(
     }
 
 
-def language_block(
-    *, decode: str, vocab_size: int, max_context_length: int, query_length: int | None, states: Mapping[str, str]
-) -> dict[str, Any]:
+def language_block(functions: Mapping[str, TraceSpec], vocab_size: int, max_context_length: int) -> dict[str, Any]:
     """The block `language`, but for the name of the tokenizer.
 
-    `decode` is the function that decodes: engines find it as the role `main`, and every other one by its name. Where it
-    takes a fixed number of tokens, `query_length`, engines are told to send a prompt in chunks of that: they would send
-    2,048 at once otherwise (apple/coreai-models since #240; earlier ones go by the signature).
+    Args:
+        functions: the first one decodes: engines find it as the role `main`, and every other one by its name.
+        vocab_size: width of the logits.
+        max_context_length: positions that the bundle allows.
     """
-    chunks = () if query_length is None else CHUNKS
+    decode, signature = next(iter(functions.items()))
     return {
         "vocab_size": vocab_size,
         "max_context_length": max_context_length,
         "embedded_tokenizer": True,
-        **dict.fromkeys(chunks, query_length),
+        **chunk_keys(functions, max_context_length),
         "function_map": {"main": [decode]},
-        "states": dict(states),
+        "states": {state.name: state.kind for state in signature.states},
     }
+
+
+def chunk_keys(functions: Mapping[str, TraceSpec], max_context_length: int) -> dict[str, int]:
+    """What tells engines in which chunks to send a prompt, where the function that reads it has a limit.
+
+    They would send 2,048 tokens at once otherwise (apple/coreai-models since #240; earlier ones go by the signature).
+    """
+    most_tokens = (functions.get(PREFILL) or next(iter(functions.values()))).most_tokens
+    return dict.fromkeys(CHUNKS, most_tokens) if most_tokens < max_context_length else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from coreai_zoo.backend import Backend, Check, Stepper
 from coreai_zoo.bundle.bundle import Bundle, signature_record
 from coreai_zoo.bundle.expected import Expected
 from coreai_zoo.bundle.layout import bytes_below, file_digests
-from coreai_zoo.bundle.metadata import CHUNKS, METADATA_VERSION, MODEL_DEFINITION, leaves, unreadable
+from coreai_zoo.bundle.metadata import METADATA_VERSION, MODEL_DEFINITION, chunk_keys, leaves, unreadable
 from coreai_zoo.bundle.same_tokenizer import copy_problems
 from coreai_zoo.bundle.stored import check_stored
 from coreai_zoo.bundle.verify_tokenizer import tokenizer_problems
@@ -165,7 +165,7 @@ def _metadata_of(bundle: Bundle, backend: Backend) -> dict[str, Any]:
     """What metadata.json has to say by the record of the build."""
     build, spec, origin = bundle.build, bundle.signature, bundle.origin
     name, recipe = build.get("name"), build.get("recipe")
-    chunk = {} if spec.query_length is None else dict.fromkeys(CHUNKS, spec.query_length)
+    context = build.get("max_context")
     source = {"hf_model_id": origin.get("hf_id"), "hf_revision": origin.get("revision")}
     return {
         "metadata_version": METADATA_VERSION,
@@ -176,9 +176,9 @@ def _metadata_of(bundle: Bundle, backend: Backend) -> dict[str, Any]:
             "tokenizer": origin.get("hf_id") or name,
             # The sampler is sized by it: it must be the width of the logits.
             "vocab_size": spec.outputs[0].shape[-1],
-            "max_context_length": build.get("max_context"),
+            "max_context_length": context,
             "embedded_tokenizer": bundle.tokenizer.is_dir(),
-            **chunk,
+            **(chunk_keys(bundle.functions, context) if isinstance(context, int) else {}),
             "function_map": {"main": [bundle.decode]},
             "states": {state.name: state.kind for state in spec.states},
         },

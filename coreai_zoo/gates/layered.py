@@ -15,6 +15,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
+from coreai_zoo.engine import prompt_chunks
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations
 from coreai_zoo.gates.weights import WeightSource
@@ -161,14 +162,14 @@ class TorchCandidate:
     # -- the ends
 
     def _calls(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The input of each call: [B, 1, D] per token of the prompts that have one left, or one prompt at once.
+        """The input of each call: [B, 1, D] per token of the prompts that have one left.
 
-        Where the contract allows it a prompt is one call, [1, S, D].
+        Where the function takes more, there is one prompt, in as few calls [1, S, D] as an engine makes of it.
         """
         embedded = self._embed([token for tokens in prompts for token in tokens])  # [1, all tokens, D]
         rows = embedded[0].split([len(tokens) for tokens in prompts])
         if len(prompts) == 1:
-            return list(embedded.split(self.signature.query_length or embedded.shape[1], dim=1))
+            return list(embedded.split(prompt_chunks(len(prompts[0]), self.signature.most_tokens), dim=1))
         return [
             torch.stack([row[place : place + 1] for row in rows if len(row) > place]) for place in range(len(rows[0]))
         ]

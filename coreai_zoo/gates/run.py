@@ -25,6 +25,7 @@ from coreai_zoo.bundle.verify import backend_of, check_copy, require, require_un
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
+from coreai_zoo.engine import PREFILL
 from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing
 from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates import prompts, report, transcript
@@ -172,6 +173,7 @@ def run_gate(
             [
                 *_stored(subject, progress),
                 *_slices(subject, options, plugins, checkpoint, references[0].prompt.tokens, progress),
+                *_prefill(subject, references, progress),
                 *_run_plugin_gates(subject, plugins, checkpoint),
             ],
             partial(token_text, load_tokenizer(subject.bundle.tokenizer)),
@@ -450,11 +452,11 @@ def _design_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Design:
     return design(evolve(request, dry=True), plugins)
 
 
-def _overlay_runner(designed: Design, weights: WeightSource) -> Runner:
-    """The decoding function's overlay in PyTorch, on given weights."""
+def _overlay_runner(designed: Design, weights: WeightSource, function: str | None = None) -> Runner:
+    """A function's overlay in PyTorch, on given weights; that of the one that decodes unless another is named."""
     from coreai_zoo.gates.layered import TorchCandidate
 
-    ticker, layers, name = Ticker(), int(designed.facts["layers"]), designed.decode
+    ticker, layers, name = Ticker(), int(designed.facts["layers"]), function or designed.decode
     model = TorchCandidate(designed.modules[name], designed.weights, designed.signatures[name], weights, ticker)
     return Runner(model, ticker, lambda _prompt: layers, "torch")
 
@@ -521,6 +523,27 @@ def _slices(
         subject.experts_per_token,
     )
     return [part.judge(tokens[:SLICE_POSITIONS], progress)]
+
+
+def _prefill(subject: _Subject, references: Sequence[Reference], progress: Reporter) -> list[GateResult]:
+    """The verdict on the function that reads prompts, where the contract has one."""
+    from coreai_zoo.gates.prefill import PrefillGate, verdict
+
+    shipped, bundle, prefill = subject.shipped, subject.bundle, subject.shipped.contract.prefill
+    if prefill is None:
+        return []
+    kind = kind_of(subject.experts_per_token)
+    bounds = partial(subject.measured.of_recipe, subject.roles, bundle.build["layers"], kind=kind)
+    overlay = None if subject.weights is None else _overlay_runner(shipped, subject.weights, PREFILL).model
+    judging = PrefillGate(overlay, bounds(arithmetic="torch"), subject.experts_per_token)
+    problems = judging.judge_overlay(references, progress)
+    read = f"{sum(len(reference.prompt.tokens) for reference in references)} positions in PyTorch"
+    if isinstance(subject.models.candidate.model, AssetCandidate):
+        backend, longest = shipped.backend, max(references, key=lambda reference: len(reference.prompt.tokens))
+        asset_bounds = bounds(arithmetic=_arithmetic(backend))
+        problems += judging.judge_asset(bundle, backend, prefill, asset_bounds, longest, progress)
+        read += f" and a text of {len(longest.prompt.tokens)} tokens on the {backend.runtime} runtime"
+    return [verdict(problems, read)]
 
 
 def _run_plugin_gates(subject: _Subject, plugins: Plugins, checkpoint: Path) -> list[GateResult]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, OutputKind
 
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
 from coreai_zoo.signature import TraceSpec
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 
 def example_inputs(spec: TraceSpec) -> tuple[Tensor, ...]:
@@ -45,17 +45,59 @@ def dynamic_shapes(spec: TraceSpec) -> tuple[dict[int, Any], ...]:
 def trace(module: nn.Module, spec: TraceSpec, decompositions: Mapping[Any, Any]) -> ExportedProgram:
     """The program that `module` is traced to, checked against `spec`.
 
+    A decoder gives logits. Those of a function without outputs are traced with it: `without_outputs` leaves them out.
+
     Raises:
         PluginError: when the overlay has a mistake that keeps it from being traced; when the traced function has
             another output than the contract, leaves a state unwritten, or writes to something that is not a state.
     """
     mistakes.require_arguments(module, [tensor.name for tensor in (*spec.inputs, *spec.states)])
-    with torch.no_grad(), warnings.catch_warnings(), mistakes.explained("traced", module):
+    with torch.no_grad(), warnings.catch_warnings(), mistakes.explained("traced", module), _narrowed(module, spec):
         warnings.simplefilter("ignore", FutureWarning)
         program = torch.export.export(module, example_inputs(spec), dynamic_shapes=dynamic_shapes(spec), strict=False)
         program = program.run_decompositions(dict(decompositions))
     check_traced(program, spec)
     return program
+
+
+@contextlib.contextmanager
+def _narrowed(module: nn.Module, spec: TraceSpec) -> Iterator[None]:
+    """Within the block, `module` uses of each input only what a call really puts into it; see `InputSpec.length`."""
+
+    def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs = (tensor[:, : of.length] for tensor, of in zip(arguments, spec.inputs, strict=False))
+        return (*inputs, *arguments[len(spec.inputs) :])
+
+    if all(tensor.length is None for tensor in spec.inputs):
+        yield
+        return
+    hook = module.register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def without_outputs(program: ExportedProgram) -> ExportedProgram:
+    """`program` without its results, and without what is computed for them alone; it still writes its states.
+
+    This is done to the program of all layers, whose last one is not computed to its end then, as no other is.
+    """
+    signature, output = program.graph_signature, program.graph.output_node()
+    kept = [spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs]
+    output.args = (tuple(node for node, keep in zip(output.args[0], kept, strict=True) if keep),)
+    program.graph.eliminate_dead_code()
+    specs = [spec for spec, keep in zip(signature.output_specs, kept, strict=True) if keep]
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=ExportGraphSignature(signature.input_specs, specs),
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def check_traced(program: ExportedProgram, spec: TraceSpec) -> None:
@@ -84,10 +126,23 @@ def require_contract(program: ExportedProgram, spec: TraceSpec, written: set[str
     states = {state.name for state in spec.states}
     problems = [f"state {name} is never written" for name in sorted(states - written)]
     problems += [f"{stray} is written" for stray in strays]
-    outputs = [node.meta["val"] for node in program.graph.output_node().args[0]][-len(spec.outputs) :]
-    for tensor, value in zip(spec.outputs, outputs, strict=True):
-        found = (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+    results = [node.meta["val"] for node in program.graph.output_node().args[0]]
+    axes = _traced_axes(program, spec)
+    for tensor, value in zip(spec.outputs, results[len(results) - len(spec.outputs) :], strict=True):
+        found = (tuple(axes.get(str(size), size) for size in value.shape), str(value.dtype).removeprefix("torch."))
         if found != (tensor.shape, tensor.dtype):
             problems.append(f"output {tensor.name} is {found[1]} {found[0]} instead of {tensor.dtype} {tensor.shape}")
     if problems:
         raise PluginError(f"The traced decoder does not meet its contract: {listing(problems)}.")
+
+
+def _traced_axes(program: ExportedProgram, spec: TraceSpec) -> dict[str, str]:
+    """The names of the dynamic axes, by the symbols that they were traced as."""
+    values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
+    inputs = zip(program.graph_signature.user_inputs, (*spec.inputs, *spec.states), strict=True)
+    return {
+        str(traced): size
+        for name, tensor in inputs
+        for traced, size in zip(values[str(name)].shape, tensor.shape, strict=True)
+        if isinstance(size, str)
+    }

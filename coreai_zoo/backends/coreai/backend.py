@@ -251,7 +251,16 @@ class TracedFunction:
     repetition: Repetition | None = None
 
     def whole_program(self) -> tuple[ExportedProgram, list[Any]]:
-        """The program of all layers, and its composites."""
+        """The program of all layers, with no more results than its signature has, and its composites."""
+        from coreai_zoo.lowering.trace import check_traced, without_outputs
+
+        program, composites = self._all_layers()
+        if not self.spec.outputs:
+            program = without_outputs(program)
+            check_traced(program, self.spec)
+        return program, composites
+
+    def _all_layers(self) -> tuple[ExportedProgram, list[Any]]:
         from coreai_zoo.lowering.extension import extend
         from coreai_zoo.lowering.trace import check_traced
 
@@ -339,7 +348,7 @@ def _use_toolchain_composites(module: nn.Module) -> list[Any]:
     kernels look for (coreai-models, `_EXTERNALIZE_SPECS`).
     """
     from coreai_torch import ExternalizeSpec
-    from coreai_torch.composite_ops import SDPA, GatherMM, RMSNormImpl
+    from coreai_torch.composite_ops import SDPA, GatedDeltaUpdate, GatherMM, RMSNormImpl
 
     from coreai_zoo import composites
 
@@ -355,6 +364,9 @@ def _use_toolchain_composites(module: nn.Module) -> list[Any]:
             case composites.GatherMM():
                 child.impl = GatherMM()
                 specs["gather_mm"] = (GatherMM, ["num_batch_axes"])
+            case composites.GatedDeltaUpdate():
+                child.impl = GatedDeltaUpdate()
+                specs["gated_delta_update"] = (GatedDeltaUpdate, [])
     return [ExternalizeSpec(cls, composite_op_name=name, composite_attrs=attrs) for name, (cls, attrs) in specs.items()]
 
 

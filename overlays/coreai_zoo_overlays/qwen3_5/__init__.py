@@ -1,9 +1,9 @@
 """The `qwen3_5` overlay: Qwen3.5, Qwen3.6 and their relatives, dense and mixture-of-experts.
 
 Read in this order: `config` (`reader` checks its fields), `states`, `decoder`, `attention` (and `yarn`),
-`gated_delta_net`, `feed_forward`, `dense_or_moe`, then what the host is told about them: `table`, `weights`, `facts`,
-`rewrites`, `quantization`. Each module opens by saying how it differs from transformers, and why. Only the modules that
-hold layers import torch.
+`gated_delta_net`, `gated_delta_chunks`, `feed_forward`, `dense_or_moe`, then what the host is told about them: `table`,
+`weights`, `facts`, `rewrites`, `quantization`. Each module opens by saying how it differs from transformers, and why.
+Only the modules that hold layers import torch.
 """
 
 from __future__ import annotations

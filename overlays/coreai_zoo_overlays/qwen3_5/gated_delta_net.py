@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coreai_zoo.composites import RMSNorm
+from coreai_zoo.composites import GatedDeltaUpdate, RMSNorm
 
 from .config import Qwen35Config
 
@@ -63,7 +63,7 @@ class GatedDeltaNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The delta rule: reference, and the form for one token
+# The delta rule: reference, the form for one token, the loop; `gated_delta_chunks` has those for a prompt without loop
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +94,23 @@ class GatedDeltaStep(nn.Module):
         query, key, value, g, beta = (tensor.squeeze(1) for tensor in (query, key, value, g, beta))
         out, state = recurrent_gated_delta_rule(query, key, value, g, beta, state)
         return out.unsqueeze(1), state
+
+
+class GatedDeltaLoop(nn.Module):
+    """`GatedDeltaRule` for any number of tokens in one graph: a loop, as the composite that Apple's exporter has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.update = GatedDeltaUpdate()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `GatedDeltaRule`."""
+        groups = value.shape[2] // key.shape[2]
+        query, key, value, g, beta = (x.float().transpose(1, 2) for x in (query, key, value, g, beta))  # [1, H, S, ...]
+        query, key = (x.repeat_interleave(groups, dim=1) for x in (query, key))
+        return self.update(query, key, value, g, beta, state)
 
 
 def recurrent_gated_delta_rule(

@@ -1,4 +1,4 @@
-"""Which layers take another form, per engine contract, and why.
+"""Which layers take another form, per engine contract and function, and why.
 
 transformers chooses the form when a layer runs, by the number of tokens it is given and the kernels that are installed.
 A graph has nothing left to choose, so the contract does, before the graph is made. The decoder is built in the
@@ -7,45 +7,50 @@ reference form, which is compared with transformers; each rewrite puts the form 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from coreai_zoo.contracts import Contract
+from coreai_zoo.contracts import Contract, Prefill
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.signature import TraceSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
+_RULE = "model.layers.*.linear_attn.rule"
+_CONV1D = "model.layers.*.linear_attn.conv1d"
+_ATTEND = "model.layers.*.self_attn.attend"
+
 
 def layer_rewrites(contract: Contract, function: TraceSpec) -> tuple[LayerRewrite, ...]:
-    """The rewrites of a function that takes one token per call; none otherwise."""
-    if function.query_length != 1:
-        return ()
-    one_token = (
+    """The rewrites of a function: for one token per call, or for a prompt's, in the form of the contract's prefill.
+
+    A contract without prefill keeps the reference form where a call takes any number of tokens: gates run that.
+    """
+    if function.query_length == 1:
+        return (*_one_token(), *_fixed_context()) if contract.fixed_context else _one_token()
+    return () if contract.prefill is None else (_rule_of_prompts(contract.prefill), _conv_of_prompts())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One token per call
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _one_token() -> tuple[LayerRewrite, ...]:
+    return (
         LayerRewrite(
             name="loop-free-step",
-            pattern="model.layers.*.linear_attn.rule",
+            pattern=_RULE,
             reason="the loop over tokens does not lower on the GPU delegate of the macOS 27 betas",
             apply=_loop_free_step,
             keeps_parameters=True,
         ),
         LayerRewrite(
             name="conv-as-shifts",
-            pattern="model.layers.*.linear_attn.conv1d",
+            pattern=_CONV1D,
             reason="with one token the convolution is K multiplies, and the compiler folds no weight of it",
             apply=_conv_as_shifts,
-            keeps_parameters=True,
-        ),
-    )
-    if not contract.fixed_context:
-        return one_token
-    return (
-        *one_token,
-        LayerRewrite(
-            name="fixed-context-attention",
-            pattern="model.layers.*.self_attn.attend",
-            reason="no axis of the function may be dynamic, so the new key is written by position and the rest masked",
-            apply=_fixed_context_attention,
             keeps_parameters=True,
         ),
     )
@@ -64,8 +69,88 @@ def _conv_as_shifts(conv1d: nn.Module) -> nn.Module:
     return CausalConv1dStep(conv1d.weight)
 
 
+def _fixed_context() -> tuple[LayerRewrite, ...]:
+    return (
+        LayerRewrite(
+            name="fixed-context-attention",
+            pattern=_ATTEND,
+            reason="no axis of the function may be dynamic, so the new key is written by position and the rest masked",
+            apply=_fixed_context_attention,
+            keeps_parameters=True,
+        ),
+    )
+
+
 def _fixed_context_attention(attend: nn.Module) -> nn.Module:
     from .attention import CachedAttention, FixedContextAttention
 
     assert isinstance(attend, CachedAttention)
     return FixedContextAttention(attend.scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokens of a prompt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _rule_of_prompts(prefill: Prefill) -> LayerRewrite:
+    if prefill.chunk is None:
+        return LayerRewrite(
+            name="rule-as-loop",
+            pattern=_RULE,
+            reason="a loop over any number of tokens lowers as the composite of Apple's exporter, and only as that",
+            apply=_rule_as_loop,
+            keeps_parameters=True,
+        )
+    assert prefill.most_tokens is not None
+    if prefill.chunk == 1:
+        return LayerRewrite(
+            name="rule-unrolled",
+            pattern=_RULE,
+            reason="the loop over tokens does not lower on the GPU delegate of macOS 27.0, steps in a row do",
+            apply=partial(_rule_unrolled, prefill.most_tokens),
+            keeps_parameters=True,
+        )
+    return LayerRewrite(
+        name="rule-in-chunks",
+        pattern=_RULE,
+        reason="the loop over tokens does not lower on the GPU delegate of macOS 27.0, products over a chunk do",
+        apply=partial(_rule_in_chunks, prefill.most_tokens, prefill.chunk),
+        keeps_parameters=True,
+    )
+
+
+def _rule_as_loop(_rule: nn.Module) -> nn.Module:
+    from .gated_delta_net import GatedDeltaLoop
+
+    return GatedDeltaLoop()
+
+
+def _rule_unrolled(most_tokens: int, _rule: nn.Module) -> nn.Module:
+    from .gated_delta_chunks import UnrolledGatedDeltaRule
+
+    return UnrolledGatedDeltaRule(most_tokens)
+
+
+def _rule_in_chunks(most_tokens: int, chunk: int, _rule: nn.Module) -> nn.Module:
+    from .gated_delta_chunks import ChunkedGatedDeltaRule
+
+    return ChunkedGatedDeltaRule(most_tokens, chunk)
+
+
+def _conv_of_prompts() -> LayerRewrite:
+    return LayerRewrite(
+        name="conv-as-windows",
+        pattern=_CONV1D,
+        reason="as K shifted windows times the taps the compiler folds no weight of it",
+        apply=_conv_as_windows,
+        keeps_parameters=True,
+    )
+
+
+def _conv_as_windows(conv1d: nn.Module) -> nn.Module:
+    from .gated_delta_chunks import CausalConv1dTokens
+    from .gated_delta_net import CausalConv1d
+
+    assert isinstance(conv1d, CausalConv1d)
+    return CausalConv1dTokens(conv1d.weight)

@@ -1,0 +1,141 @@
+"""Does the function that reads prompts leave behind what single steps would?
+
+`prefill` gives no logits, so it is judged by those that come behind it. Its decoder in PyTorch does give them, for
+every position: that one reads all prompts, on the asset's own weights, and is held to the bounds of any candidate.
+Where the asset itself is run, it reads a text piece by piece, with tokens decoded in between, whose logits are judged.
+The pieces are as long as a mistake at the edge of a chunk needs, all but the first begin behind others, and the cache
+holds what is no number wherever no token has been: there it must neither be read nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from attrs import evolve, frozen
+
+from coreai_zoo.backend import Backend, Stepper
+from coreai_zoo.bounds import Bounds
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.contracts import Prefill
+from coreai_zoo.engine import LARGEST_CHUNK, PREFILL, prompt_chunks
+from coreai_zoo.errors import listing
+from coreai_zoo.gate import Activations, GateResult, Model
+from coreai_zoo.gates.bounds import broken, check_bounds
+from coreai_zoo.gates.rule import compare, flips_told
+from coreai_zoo.gates.teacher_forced import Reference
+from coreai_zoo.progress import Reporter
+
+NAME = "prefill"
+"""Of the gate, in reports."""
+
+DECODED = 2
+"""Tokens that are decoded behind each piece."""
+
+_SHOWN = 3
+_FREE = 24  # tokens of the longest piece where the contract has no chunks
+
+
+@frozen
+class PrefillGate:
+    """What reads prompts, and what it is held to.
+
+    Attributes:
+        overlay: its decoder in PyTorch on the asset's weights; None where that is not run layer by layer.
+        overlay_bounds: the bounds for it.
+        experts_per_token: how many a router chooses; None without one.
+    """
+
+    overlay: Model | None
+    overlay_bounds: Bounds
+    experts_per_token: int | None
+
+    def judge_overlay(self, references: Sequence[Reference], report: Reporter) -> list[str]:
+        """Flips and broken bounds of the decoder in PyTorch on prompts, a phrase each."""
+        if self.overlay is None:
+            return []
+        positions = sum(len(reference.prompt.tokens) for reference in references)
+        problems = []
+        with report.stage(NAME, f"{self.overlay.name}, {positions} positions, many per call"):
+            for reference in references:
+                found = self.overlay.run(reference.prompt.tokens)
+                told = self._told(reference.prompt.tokens, reference.activations, found, self.overlay_bounds)
+                problems += [f"{reference.prompt.name}: {problem}" for problem in told]
+        return problems
+
+    def judge_asset(
+        self, bundle: Bundle, backend: Backend, prefill: Prefill, bounds: Bounds, longest: Reference, report: Reporter
+    ) -> list[str]:
+        """Flips, broken bounds and other faults of the asset on the longest of the prompts, a phrase each."""
+        tokens = longest.prompt.tokens
+        pieces = list(text_pieces(len(tokens), prefill))
+        lengths = listing([str(piece) for piece in pieces])
+        told = f"{bundle.asset.name} on the {backend.runtime} runtime, {lengths} tokens at once"
+        with report.stage(NAME, told), backend.stepper(bundle.asset, bundle.functions, len(tokens) + 1) as stepper:
+            places, logits = _read(stepper, bundle, tokens, pieces)
+            problems = [*_unwritten(stepper, bundle, places[-1] + 1)]
+        oracle = _at(longest.activations, places)
+        return self._told([tokens[at] for at in places], oracle, Activations(logits), bounds) + problems
+
+    def _told(self, tokens: Sequence[int], oracle: Activations, found: Activations, bounds: Bounds) -> list[str]:
+        verdict = compare(tokens, oracle, found, self.experts_per_token)
+        return [*flips_told(verdict), *broken(check_bounds(verdict, bounds))]
+
+
+def verdict(problems: list[str], read: str) -> GateResult:
+    """The verdict on all that was read."""
+    if problems:
+        return GateResult(NAME, passed=False, summary=f"{read}: {listing(problems, _SHOWN, '; ')}")
+    return GateResult(NAME, passed=True, summary=f"{read}: as token by token")
+
+
+def text_pieces(length: int, prefill: Prefill) -> Iterator[int]:
+    """The pieces in which a text of so many tokens is read: around the length of a chunk, then a single token.
+
+    A piece is left out where the text has no room for it; the first that does not fit is cut.
+    """
+    chunk = prefill.most_tokens if prefill.chunk == 1 else prefill.chunk
+    around = [_FREE, 3] if chunk is None else [chunk + 1, chunk, chunk - 1]
+    left = length
+    for piece in (*around, 1):
+        fits = min(piece, left - DECODED)
+        if fits > 0:
+            yield fits
+            left -= fits + DECODED
+
+
+def _read(
+    stepper: Stepper, bundle: Bundle, tokens: Sequence[int], pieces: Sequence[int]
+) -> tuple[list[int], np.ndarray[Any, Any]]:
+    """Read pieces by `prefill`, decode behind each; the positions that were decoded, and their logits [P, V]."""
+    most = min(bundle.functions[PREFILL].most_tokens, LARGEST_CHUNK)
+    stepper.reset(float("nan"))
+    at, places, rows = 0, [], []
+    for piece in pieces:
+        for length in prompt_chunks(piece, most):
+            stepper.call(PREFILL, tokens[at : at + length])
+            at += length
+        for _ in range(DECODED):
+            rows.append(stepper.step(tokens[at]))
+            places.append(at)
+            at += 1
+    return places, np.stack(rows)
+
+
+def _unwritten(stepper: Stepper, bundle: Bundle, positions: int) -> Iterator[str]:
+    """The caches that were written behind the last position, a phrase each."""
+    for state in bundle.signature.states:
+        if state.kind == "kv_cache" and not np.isnan(stepper.state(state.name)[:, :, :, positions:]).all():
+            yield f"{state.name} is written behind the {positions} positions so far"
+
+
+def _at(activations: Activations, places: Sequence[int]) -> Activations:
+    """What a model shows at some positions."""
+    routers = activations.router_logits
+    return evolve(
+        activations,
+        logits=activations.logits[places],
+        hidden=None,
+        router_logits=None if routers is None else [rows[places] for rows in routers],
+    )

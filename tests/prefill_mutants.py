@@ -1,0 +1,297 @@
+"""Mistakes in how prompts are read: in the forms of the delta rule, in the convolution, and in the decoder."""
+
+from __future__ import annotations
+
+from coreai_zoo.recipes import RECIPES
+from mutants import DENSE, Edit, Mutant
+
+_CHUNKS = "gated_delta_chunks.ChunkedGatedDeltaRule"
+_FORWARD, _INIT, _DECAYS, _SOLVED = (f"{_CHUNKS}.{name}" for name in ("forward", "__init__", "_decays", "_solved"))
+_UNROLLED = "gated_delta_chunks.UnrolledGatedDeltaRule.forward"
+_CONV = "gated_delta_chunks.CausalConv1dTokens.forward"
+_LOOP = "gated_delta_net.GatedDeltaLoop.forward"
+
+
+def _in(name: str, mistake: str, *edit: str) -> Mutant:
+    return Mutant(name, mistake, DENSE, (Edit(*edit),), recipe=RECIPES["fp16"])
+
+
+CHUNKS = (
+    _in(
+        "padding-that-writes",
+        "padded tokens have g and beta 1",
+        "gated_delta_chunks.padded",
+        "(0, length))",
+        "(0, length), value=1.0)",
+    ),
+    _in(
+        "decay-without-the-token",
+        "a decay from before leaves out the token's own",
+        _INIT,
+        '"until", row <= column',
+        '"until", row < column',
+    ),
+    _in(
+        "decay-of-the-writer",
+        "what a token wrote decays by its own g",
+        _INIT,
+        '"behind", row < column',
+        '"behind", row <= column',
+    ),
+    _in(
+        "state-decays-by-the-first",
+        "the state decays by the first token's g",
+        _FORWARD,
+        "decay[:, -1:] * state",
+        "decay[:, :1] * state",
+    ),
+    _in("state-does-not-decay", "the state does not decay over a chunk", _FORWARD, "decay[:, -1:] * state", "state"),
+    _in("state-of-the-chunk-only", "the state before a chunk is lost", _FORWARD, "decay[:, -1:] * state + ", ""),
+    _in(
+        "output-without-the-state",
+        "outputs leave out the state before the chunk",
+        _FORWARD,
+        "decay * (query[:, n] @ state) + ",
+        "",
+    ),
+    _in(
+        "output-state-undecayed",
+        "outputs see the state before the chunk undecayed",
+        _FORWARD,
+        "decay * (query[:, n] @ state)",
+        "(query[:, n] @ state)",
+    ),
+    _in("recalled-undecayed", "what is recalled has not decayed", _FORWARD, "decay * (keys @ state)", "(keys @ state)"),
+    _in(
+        "recalled-with-the-query",
+        "what is recalled is recalled by the query",
+        _FORWARD,
+        "(keys @ state)",
+        "(query[:, n] @ state)",
+    ),
+    _in(
+        "diagonal-of-attention",
+        "a token does not see what it wrote itself",
+        _FORWARD,
+        "attention = between *",
+        "attention = (between - self.identity) *",
+    ),
+    _in(
+        "beta-left-out-of-the-system",
+        "the system leaves out beta",
+        _FORWARD,
+        "self._solved(beta * between",
+        "self._solved(between",
+    ),
+    _in(
+        "beta-of-the-column",
+        "the system has the beta of the earlier token",
+        _FORWARD,
+        "self._solved(beta * between",
+        "self._solved(beta.transpose(-1, -2) * between",
+    ),
+    _in(
+        "beta-left-out-of-what-is-written",
+        "what is written is not scaled by beta",
+        _FORWARD,
+        "(beta[:, n] * (value",
+        "((value",
+    ),
+    _in(
+        "written-decays-from-the-start",
+        "what is written decays as from the chunk's beginning",
+        _FORWARD,
+        "between[..., -1:, :]",
+        "between[..., :1, :]",
+    ),
+    _in(
+        "written-does-not-decay",
+        "what is written does not decay until the end",
+        _FORWARD,
+        "(until_end[:, n] * keys)",
+        "keys",
+    ),
+    _in(
+        "chunks-backwards",
+        "the outputs of the chunks are in the reverse order",
+        _FORWARD,
+        "torch.cat(outputs, dim=1)",
+        "torch.cat(outputs[::-1], dim=1)",
+    ),
+    _in(
+        "outputs-of-the-padding",
+        "the outputs are those of the last tokens, padding included",
+        _FORWARD,
+        "[:tokens]",
+        "[-tokens:]",
+    ),
+    _in("query-unscaled", "the query is not scaled", _FORWARD, " * query.shape[-1] ** -0.5", ""),
+    _in("not-normalised", "queries and keys are not normalised", _FORWARD, "l2_norm(x.float())", "x.float()"),
+    _in(
+        "heads-tiled",
+        "key heads serve value heads in turn",
+        _FORWARD,
+        "x.repeat_interleave(groups, dim=0)",
+        "x.repeat(groups, 1, 1, 1)",
+    ),
+    _in(
+        "values-in-half",
+        "values pass through half precision",
+        _FORWARD,
+        "self._chunks(x.float()) for x in (value",
+        "self._chunks(x.half().float()) for x in (value",
+    ),
+    _in("decays-transposed", "a token sees what later ones write", _DECAYS, "between.transpose(-1, -2)", "between"),
+    _in(
+        "decays-in-half",
+        "sums of g pass through half precision",
+        _DECAYS,
+        "(g @ self.until).exp()",
+        "(g @ self.until).half().float().exp()",
+    ),
+    _in(
+        "decays-as-differences",
+        "a decay is a difference of two sums",
+        _DECAYS,
+        "(g * self.behind @ self.until).exp()",
+        "((g @ self.until) - (g @ self.until).transpose(-1, -2)).clamp(max=0).exp()",
+    ),
+    _in(
+        "system-with-the-sign-changed",
+        "the joining blocks are added",
+        _SOLVED,
+        "inverse = inverse - inverse",
+        "inverse = inverse + inverse",
+    ),
+    _in(
+        "last-level-left-out", "the two halves of a chunk do not meet", _SOLVED, "self.widths[1:]", "self.widths[1:-1]"
+    ),
+    _in(
+        "first-rows-not-joined",
+        "neighbouring tokens do not meet",
+        _SOLVED,
+        'self.identity - system * self.get_buffer("join_1")',
+        "self.identity",
+    ),
+    _in(
+        "joined-from-the-right-only",
+        "blocks are joined without the upper one's inverse",
+        _SOLVED,
+        'self.get_buffer(f"join_{width}")) @ inverse',
+        'self.get_buffer(f"join_{width}"))',
+    ),
+    _in(
+        "other-blocks-joined",
+        "every second pair of blocks is joined",
+        _INIT,
+        "row // width % 2 == 1",
+        "row // width % 2 == 0",
+    ),
+)
+"""In the rule by chunks; the recurrence in fp64 shows them."""
+
+OTHER_FORMS = (
+    _in(
+        "unrolled-outputs-of-the-padding",
+        "the outputs are those of the last steps",
+        _UNROLLED,
+        "[:, :tokens]",
+        "[:, -tokens:]",
+    ),
+    _in(
+        "unrolled-starts-anew",
+        "each step begins with the state before the prompt",
+        _UNROLLED,
+        "out, state = recurrent",
+        "out, after = recurrent",
+    ),
+    _in(
+        "unrolled-beta-of-the-next",
+        "a step has the next one's beta",
+        _UNROLLED,
+        "beta[:, t], state)",
+        "beta[:, t - 1], state)",
+    ),
+    _in(
+        "loop-heads-tiled",
+        "key heads serve value heads in turn",
+        _LOOP,
+        "x.repeat_interleave(groups, dim=1)",
+        "x.repeat(1, groups, 1, 1)",
+    ),
+    _in(
+        "loop-beta-for-g",
+        "decay and write strength are exchanged",
+        _LOOP,
+        "value, g, beta, state)",
+        "value, beta, g, state)",
+    ),
+    _in(
+        "window-one-too-early",
+        "the window ends before the last token",
+        _CONV,
+        "inputs[:, tokens:]",
+        "inputs[:, tokens - 1 : -1]",
+    ),
+    _in(
+        "window-of-the-first",
+        "the window is that of the prompt's first tokens",
+        _CONV,
+        "inputs[:, tokens:]",
+        "inputs[:, : taps - 1]",
+    ),
+    _in(
+        "taps-backwards",
+        "the last tap meets the oldest token",
+        _CONV,
+        "for tap in range(taps)",
+        "for tap in range(taps - 1, -1, -1)",
+    ),
+)
+"""In the other forms of the rule and in the convolution; the recurrence and the reference show them."""
+
+DECODER = (
+    _in(
+        "prompt-at-the-start",
+        "keys of a prompt are written from position 0 on",
+        "attention.write",
+        "length - new.shape[2] : length] = new",
+        ": new.shape[2]] = new",
+    ),
+    _in(
+        "second-prompt-one-too-early",
+        "keys of a second prompt are written one position too early",
+        "attention.write",
+        "length - new.shape[2] : length] = new",
+        "max(0, length - new.shape[2] - 1) : max(new.shape[2], length - 1)] = new",
+    ),
+    _in(
+        "positions-of-the-start",
+        "a second prompt is rotated as the first",
+        "decoder.DecoderModel.rotation",
+        "-x.shape[1] :",
+        ": x.shape[1]",
+    ),
+    _in(
+        "prompt-sees-ahead",
+        "tokens of a prompt attend to later ones",
+        "coreai_zoo.composites:SDPAImpl.forward",
+        "tril(key_length - query_length)",
+        "tril(key_length)",
+    ),
+    _in(
+        "prompt-sees-itself-only",
+        "tokens of a prompt do not attend to what is before it",
+        "coreai_zoo.composites:SDPAImpl.forward",
+        "~seen",
+        "~(seen & torch.ones_like(seen).triu(key_length - query_length))",
+    ),
+    _in(
+        "states-exchanged-in-prompts",
+        "layers hand their window on and not their state",
+        "decoder.DecoderLayer.forward",
+        "states.replace(self.index, *updated)",
+        "states.replace(self.index, updated[0], states.read(self.index)[1])",
+    ),
+)
+"""In the decoder over many tokens; single steps and transformers show them."""
