@@ -52,6 +52,7 @@ THOROUGH = frozenset(
         "check",
         "code",
         "config",
+        "contracts",
         "coreai_backend",
         "coreml_backend",
         "diff",

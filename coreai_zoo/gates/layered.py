@@ -42,6 +42,8 @@ class TorchCandidate:
         weights: the values of its weights.
         on_layer: called after each layer.
         shows_layers: whether hidden states and router logits are kept; they take more memory than all else.
+        pieces: the lengths in which a prompt of so many tokens is fed where a call takes more than one; None for as few
+            as an engine makes of it.
     """
 
     module: Any
@@ -50,6 +52,7 @@ class TorchCandidate:
     weights: WeightSource
     on_layer: Callable[[], None] = lambda: None
     shows_layers: bool = True
+    pieces: Callable[[int], Sequence[int]] | None = None
     _buffers: dict[tuple[str, tuple[int, ...]], Tensor] = field(factory=dict, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -164,12 +167,13 @@ class TorchCandidate:
     def _calls(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """The input of each call: [B, 1, D] per token of the prompts that have one left.
 
-        Where the function takes more, there is one prompt, in as few calls [1, S, D] as an engine makes of it.
+        Where the function takes more, there is one prompt, in `pieces` [1, S, D].
         """
         embedded = self._embed([token for tokens in prompts for token in tokens])  # [1, all tokens, D]
         rows = embedded[0].split([len(tokens) for tokens in prompts])
         if len(prompts) == 1:
-            return list(embedded.split(prompt_chunks(len(prompts[0]), self.signature.most_tokens), dim=1))
+            pieces = self.pieces or (lambda tokens: prompt_chunks(tokens, self.signature.most_tokens))
+            return list(embedded.split(list(pieces(len(prompts[0]))), dim=1))
         return [
             torch.stack([row[place : place + 1] for row in rows if len(row) > place]) for place in range(len(rows[0]))
         ]

@@ -9,6 +9,7 @@ holds what is no number wherever no token has been: there it must neither be rea
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ class PrefillGate:
     ) -> list[str]:
         """Flips, broken bounds and other faults of the asset on the longest of the prompts, a phrase each."""
         tokens = longest.prompt.tokens
-        pieces = list(text_pieces(len(tokens), prefill))
+        pieces = pieces_with_room(len(tokens), prefill)
         lengths = listing([str(piece) for piece in pieces])
         told = f"{bundle.asset.name} on the {backend.runtime} runtime, {lengths} tokens at once"
         with report.stage(NAME, told), backend.stepper(bundle.asset, bundle.functions, len(tokens) + 1) as stepper:
@@ -90,19 +91,27 @@ def verdict(problems: list[str], read: str) -> GateResult:
     return GateResult(NAME, passed=True, summary=f"{read}: as token by token")
 
 
-def text_pieces(length: int, prefill: Prefill) -> Iterator[int]:
-    """The pieces in which a text of so many tokens is read: around the length of a chunk, then a single token.
-
-    A piece is left out where the text has no room for it; the first that does not fit is cut.
-    """
+def edge_lengths(prefill: Prefill) -> tuple[int, ...]:
+    """Lengths at which a mistake shows: a chunk and a token more or less, and a single token."""
     chunk = prefill.most_tokens if prefill.chunk == 1 else prefill.chunk
-    around = [_FREE, 3] if chunk is None else [chunk + 1, chunk, chunk - 1]
-    left = length
-    for piece in (*around, 1):
-        fits = min(piece, left - DECODED)
-        if fits > 0:
-            yield fits
-            left -= fits + DECODED
+    if chunk is None:
+        return (_FREE, 3, 1)
+    return tuple(min(length, prefill.most_tokens or length) for length in (chunk + 1, chunk, chunk - 1, 1))
+
+
+def uneven_pieces(tokens: int, prefill: Prefill) -> list[int]:
+    """The pieces in which a text is read whole: of these lengths in turn, the last one cut."""
+    ends = itertools.takewhile(lambda end: end < tokens, itertools.accumulate(itertools.cycle(edge_lengths(prefill))))
+    return [end - start for start, end in itertools.pairwise((0, *ends, tokens))]
+
+
+def pieces_with_room(tokens: int, prefill: Prefill) -> list[int]:
+    """The pieces of a text behind each of which tokens are decoded: of each length one, as far as the text goes."""
+    pieces: list[int] = []
+    for length in edge_lengths(prefill):
+        left = tokens - sum(pieces) - DECODED * (len(pieces) + 1)
+        pieces += [min(length, left)] * (left > 0)
+    return pieces
 
 
 def _read(

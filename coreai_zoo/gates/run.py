@@ -452,12 +452,18 @@ def _design_of(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Design:
     return design(evolve(request, dry=True), plugins)
 
 
-def _overlay_runner(designed: Design, weights: WeightSource, function: str | None = None) -> Runner:
+def _overlay_runner(
+    designed: Design,
+    weights: WeightSource,
+    function: str | None = None,
+    pieces: Callable[[int], Sequence[int]] | None = None,
+) -> Runner:
     """A function's overlay in PyTorch, on given weights; that of the one that decodes unless another is named."""
     from coreai_zoo.gates.layered import TorchCandidate
 
     ticker, layers, name = Ticker(), int(designed.facts["layers"]), function or designed.decode
-    model = TorchCandidate(designed.modules[name], designed.weights, designed.signatures[name], weights, ticker)
+    signature = designed.signatures[name]
+    model = TorchCandidate(designed.modules[name], designed.weights, signature, weights, ticker, pieces=pieces)
     return Runner(model, ticker, lambda _prompt: layers, "torch")
 
 
@@ -527,14 +533,16 @@ def _slices(
 
 def _prefill(subject: _Subject, references: Sequence[Reference], progress: Reporter) -> list[GateResult]:
     """The verdict on the function that reads prompts, where the contract has one."""
-    from coreai_zoo.gates.prefill import PrefillGate, verdict
+    from coreai_zoo.gates.prefill import PrefillGate, uneven_pieces, verdict
 
     shipped, bundle, prefill = subject.shipped, subject.bundle, subject.shipped.contract.prefill
     if prefill is None:
         return []
     kind = kind_of(subject.experts_per_token)
     bounds = partial(subject.measured.of_recipe, subject.roles, bundle.build["layers"], kind=kind)
-    overlay = None if subject.weights is None else _overlay_runner(shipped, subject.weights, PREFILL).model
+    overlay = None
+    if subject.weights is not None:
+        overlay = _overlay_runner(shipped, subject.weights, PREFILL, partial(uneven_pieces, prefill=prefill)).model
     judging = PrefillGate(overlay, bounds(arithmetic="torch"), subject.experts_per_token)
     problems = judging.judge_overlay(references, progress)
     read = f"{sum(len(reference.prompt.tokens) for reference in references)} positions in PyTorch"

@@ -104,10 +104,15 @@ class ChunkedGatedDeltaRule(nn.Module):
         The logarithm of d[t, i] is the sum of g[j] for i < j <= t: a row that leaves out j <= i, times a triangle that
         leaves out j > t.
         """
-        g = g.transpose(-1, -2)
-        since = (g @ self.until).exp()
-        between = (g * self.behind @ self.until).exp() * self.until  # [i, t]
-        return since.transpose(-1, -2), between.transpose(-1, -2)
+        g = g.squeeze(-1)
+        since = self._until(g).exp()
+        between = self._until(g.unsqueeze(-2) * self.behind).exp() * self.until  # [i, t]
+        return since.unsqueeze(-1), between.transpose(-1, -2)
+
+    def _until(self, x: Tensor) -> Tensor:
+        """Sums of `x` [..., C] over all tokens until each."""
+        # One product of two matrices: the compiler repeats a constant for each product of a batch, and stores that.
+        return (x.reshape(-1, self.chunk) @ self.until).view(x.shape)
 
     def _solved(self, system: Tensor) -> Tensor:
         """The inverse of I + the part of `system` [..., C, C] below the diagonal.
