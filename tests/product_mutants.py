@@ -300,6 +300,13 @@ PRODUCT_MUTANTS: Sequence[ProductMutant] = (
         _metadata(lambda metadata, _: metadata["language"].pop("vocab_size")),
     ),
     ProductMutant(
+        "null-key",
+        "metadata",
+        "a key that nobody asked for is null",
+        "verify: metadata",
+        _metadata(lambda metadata, _: metadata["language"].update(chat_template=None)),
+    ),
+    ProductMutant(
         "vocabulary-padded",
         "metadata",
         "`vocab_size` and the record are padded to 1,088",

@@ -153,6 +153,7 @@ def _metadata(bundle: Bundle, backend: Backend) -> Check:
         for key in dict.fromkeys((*wanted, *found))
         if found.get(key) != wanted.get(key) or type(found.get(key)) is not type(wanted.get(key))
     ]
+    problems += [f"{key} is null, where a build writes no such key" for key in found if found[key] is None]
     problems += [f"Apple's loader cannot read it: {problem}" for problem in unreadable(data)]
     if not bundle.asset.is_dir():
         problems.append(f"there is no asset {bundle.asset.name}")
