@@ -83,7 +83,7 @@ def test_a_weak_prompt_that_was_asked_for_is_refused_with_the_numbers() -> None:
 
 
 def test_a_weak_prompt_of_the_default_set_is_left_out_and_said_so(capsys: pytest.CaptureFixture[str]) -> None:
-    strong, weak = reference("code", *[1.0] * 8, required=True), reference("text", *[0.0] * 8, required=False)
+    strong, weak = reference("code", 0.0, *[1.0] * 7, required=True), reference("text", *[0.0] * 8, required=False)
 
     assert require_strong([strong, weak], Reporter()) == ("text",)
     assert "'text' is refused: 8 of 8 oracle margins" in capsys.readouterr().err
@@ -206,6 +206,7 @@ def test_a_stop_check_without_a_token_or_a_position_to_expect_fails() -> None:
     assert stop_check(sure_of(1, 2, 3), 2).passed
     assert not stop_check(sure_of(1, 1, 3), 2).passed
     assert not stop_check(sure_of(1, 2, 3), None).passed
+    assert not stop_check(judge([1], logits(0.05), logits(0.05)), 0).passed, "the oracle is not sure of it"
     assert stop_check(sure_of(1, 1, 3), 2, due=False).passed, "the prompt ends before a turn does"
     assert not evolve(StopCheck((1,), (1,)), due=False).passed
     assert not StopCheck((1,), (1,)).passed
