@@ -345,6 +345,38 @@ PRODUCT_MUTANTS: Sequence[ProductMutant] = (
         _metadata(_depth),
     ),
     ProductMutant(
+        "of-another-checkpoint",
+        "metadata",
+        "build.json has the digest of another config: nothing could be compared with the sample",
+        "verify: source",
+        _metadata(lambda _, build: build["source"].update(config_sha256="0" * 64)),
+    ),
+    ProductMutant(
+        "differences-of-the-entry",
+        "metadata",
+        "build.json says that a bundle differs from its entry as it does not, by which a gate takes other bounds",
+        "verify: source",
+        _metadata(lambda _, build: build["entry"].update(differences=["layers is 8"])),
+    ),
+    ProductMutant(
+        "router-of-a-dense-model",
+        "metadata",
+        "build.json says how many experts a dense model chooses, by which a gate allows router near-ties",
+        "verify: source",
+        _metadata(lambda _, build: build["facts"].update(experts_per_token=2)),
+    ),
+    ProductMutant(
+        "role-of-no-weight",
+        "metadata",
+        "build.json has a role in int4 that no weight has, by which a gate takes the bounds of int4",
+        "verify: source",
+        _metadata(
+            lambda _, build: build["recipe"]["roles"].update(
+                extra={**build["recipe"]["roles"]["head"], "dtype": "int4"}
+            )
+        ),
+    ),
+    ProductMutant(
         "ids-exchanged",
         "tokenizer",
         "two ids are exchanged in the bundle's tokenizer",
