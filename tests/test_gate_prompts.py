@@ -241,6 +241,8 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_the_built_in_set_covers_what_a_person_types_and_has_one_long_prompt() -> None:
     assert list(BUILT_IN) == ["code", "text", "digits", "spanish", "chat", "long"]
+    # As docs/gate.md says: fewer would see less, and nobody would be told.
+    assert [prompt.positions for prompt in BUILT_IN.values()] == [64, 64, 64, 64, 128, 512]
     assert BUILT_IN["long"].minimum == LONG_POSITIONS >= 512
     # Long enough also in a vocabulary of a quarter of a million tokens, with about four characters to one.
     assert len(BUILT_IN["long"].text or "") >= 5 * LONG_POSITIONS
