@@ -13,7 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
@@ -48,6 +49,12 @@ def file_sha256(path: Path) -> str:
             with _lock:
                 _known[identity] = digest
         return digest
+
+
+def source_digests(modules: Iterable[str]) -> list[str]:
+    """SHA-256 of the source of each module, by name. None is imported for that, but the packages that they are in."""
+    origins = (Path(str(spec.origin)) for spec in map(find_spec, modules) if spec is not None)
+    return [hashlib.sha256(origin.read_bytes()).hexdigest() for origin in origins]
 
 
 # Hashes a file until its end is reached after the standard input has ended, which stands for the writer being done.

@@ -300,6 +300,13 @@ PRODUCT_MUTANTS: Sequence[ProductMutant] = (
         _metadata(lambda metadata, _: metadata["language"].pop("vocab_size")),
     ),
     ProductMutant(
+        "null-key",
+        "metadata",
+        "a key that nobody asked for is null",
+        "verify: metadata",
+        _metadata(lambda metadata, _: metadata["language"].update(chat_template=None)),
+    ),
+    ProductMutant(
         "vocabulary-padded",
         "metadata",
         "`vocab_size` and the record are padded to 1,088",
@@ -336,6 +343,38 @@ PRODUCT_MUTANTS: Sequence[ProductMutant] = (
         "build.json says 64 layers, by which a gate allows larger errors",
         "verify: source",
         _metadata(_depth),
+    ),
+    ProductMutant(
+        "of-another-checkpoint",
+        "metadata",
+        "build.json has the digest of another config: nothing could be compared with the sample",
+        "verify: source",
+        _metadata(lambda _, build: build["source"].update(config_sha256="0" * 64)),
+    ),
+    ProductMutant(
+        "differences-of-the-entry",
+        "metadata",
+        "build.json says that a bundle differs from its entry as it does not, by which a gate takes other bounds",
+        "verify: source",
+        _metadata(lambda _, build: build["entry"].update(differences=["layers is 8"])),
+    ),
+    ProductMutant(
+        "router-of-a-dense-model",
+        "metadata",
+        "build.json says how many experts a dense model chooses, by which a gate allows router near-ties",
+        "verify: source",
+        _metadata(lambda _, build: build["facts"].update(experts_per_token=2)),
+    ),
+    ProductMutant(
+        "role-of-no-weight",
+        "metadata",
+        "build.json has a role in int4 that no weight has, by which a gate takes the bounds of int4",
+        "verify: source",
+        _metadata(
+            lambda _, build: build["recipe"]["roles"].update(
+                extra={**build["recipe"]["roles"]["head"], "dtype": "int4"}
+            )
+        ),
     ),
     ProductMutant(
         "ids-exchanged",

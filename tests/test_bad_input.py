@@ -993,14 +993,15 @@ def test_something_that_is_no_bundle_is_refused(tmp_path: Path, dense: Path, com
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "build.json cannot be read as JSON"),
-        ("[]", "build.json is not a JSON object"),
+        ("{", "build.json is not valid JSON"),
+        ("[]", "build.json must hold a JSON object"),
+        ('{"schema": 2, "schema": 2}', "build.json names schema twice"),
         ('{"schema": 99}', "build.json has schema 99, not 2"),
         ('{"schema": 1}', "build.json is damaged: name, backend, layers, max_context, entry, source, functions, files"),
         ('{"schema": 1, "backend": "coreai"}', "build.json is damaged: name, layers, max_context, entry, source"),
         ('{"schema": 2, "backend": "coreai"}', "build.json is damaged: name, layers, max_context, entry, source"),
     ],
-    ids=["cut", "a list", "another schema", "empty", "almost empty, of before", "almost empty"],
+    ids=["cut", "a list", "a key twice", "another schema", "empty", "almost empty, of before", "almost empty"],
 )
 def test_a_bundle_whose_record_cannot_be_used_is_refused(
     bundle: Path, dense: Path, command: str, content: str, words: str

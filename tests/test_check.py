@@ -16,9 +16,11 @@ from click.testing import CliRunner, Result
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.cli.app import cli
 from coreai_zoo.errors import BadInput, CheckFailed
+from coreai_zoo.gates import stress as gate_stress
 from coreai_zoo.gates.run import GateOptions
 from coreai_zoo.lowering.graph import Graph, LayerKind
 from coreai_zoo.plugins import Plugins, default_plugins
+from coreai_zoo.review import check
 from coreai_zoo.review.check import CHECKS, judge_sample
 from coreai_zoo.review.goldens import compare, counts_of, golden, golden_entries, golden_path, of_recipe, read, write
 from coreai_zoo.review.structure import of_entry
@@ -130,6 +132,51 @@ def test_a_sample_that_does_not_build_fails(
     result = checked(shown, "samples")
     assert result.exit_code == 1, result.output
     assert str(outcome(result, "samples")["detail"]).startswith("sample dense of broken_samples: ")
+
+
+@pytest.mark.parametrize("step", [None, "_require_golden_metadata", "judge_sample"])
+def test_every_sample_is_held_against_the_golden_file_and_judged(
+    step: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure of either, of the last sample alone, fails the check."""
+    monkeypatch.setattr(check, "build", lambda request, *_: types.SimpleNamespace(path=request.model))
+    monkeypatch.setattr(check.Bundle, "open", lambda path: path)
+    seen: dict[str, list[str]] = {}
+
+    def of(name: str) -> Callable[..., None]:
+        def look(entry: str, *_: object) -> None:
+            seen.setdefault(name, []).append(entry)
+            if name == step and len(seen[name]) == 2:
+                raise CheckFailed("it was only looked at.")
+
+        return look
+
+    for name in ("_require_golden_metadata", "judge_sample"):
+        monkeypatch.setattr(check, name, of(name))
+    result = checked(default_plugins(), "samples")
+
+    assert result.exit_code == (step is not None)
+    first = seen["_require_golden_metadata"]
+    assert len({*first}) == len(first) == 2, "a dense and a routed one"
+    assert seen["judge_sample"] == first[: 1 if step == "_require_golden_metadata" else 2]
+
+
+def test_every_stress_sample_of_an_entry_is_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entry, _ = find_entry("qwen3.6-27b", default_plugins())
+    names = [stress.name for stress in gate_stress.stress_samples(entry, default_plugins())]
+
+    def write(_sample: Path, stress: StressSample, folder: Path) -> Path:
+        folder.mkdir()
+        return folder
+
+    def opened(_folder: Path, stress: StressSample, *_: object) -> types.SimpleNamespace:
+        return types.SimpleNamespace(run=lambda: stress.name)
+
+    monkeypatch.setattr(gate_stress, "write_checkpoint", write)
+    monkeypatch.setattr(gate_stress.StressTest, "open", opened)
+
+    assert [*gate_stress.judge_all(entry, default_plugins(), tmp_path)] == names
+    assert len({*names}) == len(names) >= 6
 
 
 class OneStressSample(Plugins):

@@ -191,7 +191,7 @@ def test_an_edit_of_any_module_that_makes_values_is_another_code(
     module = import_module(edited)
     copy = tmp_path / "edited.py"
     copy.write_text(Path(str(module.__file__)).read_text(encoding="utf-8") + "# more\n", encoding="utf-8")
-    monkeypatch.setattr(module, "__file__", str(copy))
+    monkeypatch.setattr(module.__spec__, "origin", str(copy))
     another_process()
     assert store_module.ingredients(job.tensor, job.checkpoint)["code"] != before
 

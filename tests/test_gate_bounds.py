@@ -14,7 +14,7 @@ from attrs import evolve
 from coreai_zoo.bounds import GENERAL, Bounds, Measured, MeasuredBounds
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations
-from coreai_zoo.gates.bounds import check_bounds, check_control
+from coreai_zoo.gates.bounds import BoundCheck, check_bounds, check_control
 from coreai_zoo.gates.rule import Position, Verdict, compare, router_swaps
 from coreai_zoo.gates.run import _bounds
 from coreai_zoo.plugins import default_plugins
@@ -131,7 +131,7 @@ def test_a_swap_is_told_by_the_oracles_gap_in_the_first_layer_that_differs() -> 
     first = np.array([[4.0, 1.0, 3.0, 2.5], [0.0, 9.0, 8.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
     second = np.array([[1.0, 2.0, 3.0, 0.0], [5.0, 5.1, 4.0, 4.5], [1.0, 2.0, 3.0, 4.0]])
     ours = first.copy(), second.copy()
-    ours[0][0] = [4.0, 1.0, 2.5, 3.0]  # the second chosen and the first rejected change places, half a logit apart
+    ours[0][0] = [4.0, 1.0, 2.5, 3.2]  # the second chosen and the first rejected change places, half a logit apart
     ours[1][0] = [3.0, 2.0, 1.0, 0.0]  # and then so do others, a logit apart
     ours[1][1] = [5.1, 5.0, 4.0, 4.5]  # another order of the chosen is no swap
 
@@ -155,8 +155,19 @@ def test_comparing_gives_hidden_states_and_swaps_where_both_show_them() -> None:
     assert [p.router_margin is None for p in plain.positions] == [False] * 4
 
 
+def test_the_hidden_error_of_a_layer_is_the_median_and_what_is_not_finite_is_as_far_off_as_can_be() -> None:
+    rows, stream = np.eye(3), np.ones((3, 2))
+    one, two = stream.copy(), stream.copy()
+    one[1:] = [[1.1, 1.1], [math.nan, 1.0]]
+    two[1:] = [[1.0, math.inf], [math.nan, 1.0]]
+
+    found = compare([0, 1, 2], Activations(rows, [stream] * 2), Activations(rows, [one, two]))
+
+    assert found.hidden_error == pytest.approx((0.1, math.inf))
+
+
 def test_the_relative_error_is_in_units_of_the_oracles_spread() -> None:
-    oracle = np.array([[1.0, -1.0, 3.0, -3.0]])  # standard deviation: root of 5
+    oracle = np.array([[11.0, 9.0, 13.0, 7.0]])  # standard deviation: root of 5
     candidate = oracle + np.array([[0.1, -0.1, 0.1, -0.1]])
 
     (found,) = compare([0], Activations(oracle), Activations(candidate)).positions
@@ -243,6 +254,24 @@ def test_a_candidate_that_is_far_worse_than_its_control_fails() -> None:
     assert [check.name for check in check_control(worse, control, BOUNDS, PLAIN) if not check.passed] == [
         "median relative error over the control's"
     ]
+
+
+def test_a_candidate_beside_a_control_without_an_error_is_infinitely_worse() -> None:
+    right, wrong = (Verdict((position(relative_error=error),)) for error in (0.0, 1e-9))
+
+    assert [check_control(found, right, BOUNDS, PLAIN)[0].passed for found in (right, wrong)] == [True, False]
+
+
+def test_the_bounds_of_plain_weights_are_the_controls_and_not_the_candidates() -> None:
+    control, noisy = (Verdict((position(relative_error=error),)) for error in (5e-4, 5e-3))
+    checks = check_control(noisy, control, SAMPLES.of_class("int8", "torch"), SAMPLES.of_recipe({}, 8, "torch"))
+
+    assert [check.name for check in checks if not check.passed] == []
+
+
+def test_what_is_no_number_keeps_no_bound() -> None:
+    assert not BoundCheck("error", math.nan, 1.0).passed
+    assert not BoundCheck("cosine", math.nan, 0.5, at_least=True).passed
 
 
 def test_a_control_that_is_wrong_itself_fails_a_bundle_of_any_recipe() -> None:

@@ -29,7 +29,7 @@ from coreai_zoo.gates.corpus_run import measure, run_oracle_on
 from coreai_zoo.gates.divergence import Compared, compare_logits, mean, quantile, statistics
 from coreai_zoo.gates.power import interval
 from coreai_zoo.gates.prompts import CORPUS_WINDOWS, Prompt, TokenizedPrompt, default_prompts
-from coreai_zoo.gates.rule import ROUTED_FLIP_RATE, flips_allowed, judge
+from coreai_zoo.gates.rule import CONFIDENT_MARGIN, ROUTED_FLIP_RATE, flips_allowed, judge
 from coreai_zoo.gates.run import GateOptions
 from coreai_zoo.gates.teacher_forced import Models, PromptResult, Runner, gate, run_oracle
 from coreai_zoo.plugins import default_plugins
@@ -439,6 +439,13 @@ def test_a_disk_without_room_is_said_before_the_oracle_runs(tmp_path: Path, monk
     with pytest.raises(EnvironmentLacks, match=r"take 0\.0 GiB, and .* has no room for them.*-o DIR"):
         run_oracle_on(corpus_of(3), Runner(oracle), VOCABULARY, tmp_path, SILENT)
     assert oracle.watched == []
+
+
+def test_a_flip_over_a_corpus_counts_from_the_margin_on() -> None:
+    margins = np.array([math.nextafter(CONFIDENT_MARGIN, 0.0), CONFIDENT_MARGIN, 1.0])
+    compared = Compared(margins, np.zeros(3, int), np.ones(3, int), *[np.zeros(3)] * 3)
+
+    assert [flip.index for flip in corpus_run._flips(0, corpus_of(1, 3), compared)] == [1, 2]
 
 
 def anonymous_bytes() -> int:

@@ -83,7 +83,7 @@ def test_a_weak_prompt_that_was_asked_for_is_refused_with_the_numbers() -> None:
 
 
 def test_a_weak_prompt_of_the_default_set_is_left_out_and_said_so(capsys: pytest.CaptureFixture[str]) -> None:
-    strong, weak = reference("code", *[1.0] * 8, required=True), reference("text", *[0.0] * 8, required=False)
+    strong, weak = reference("code", 0.0, *[1.0] * 7, required=True), reference("text", *[0.0] * 8, required=False)
 
     assert require_strong([strong, weak], Reporter()) == ("text",)
     assert "'text' is refused: 8 of 8 oracle margins" in capsys.readouterr().err
@@ -206,6 +206,7 @@ def test_a_stop_check_without_a_token_or_a_position_to_expect_fails() -> None:
     assert stop_check(sure_of(1, 2, 3), 2).passed
     assert not stop_check(sure_of(1, 1, 3), 2).passed
     assert not stop_check(sure_of(1, 2, 3), None).passed
+    assert not stop_check(judge([1], logits(0.05), logits(0.05)), 0).passed, "the oracle is not sure of it"
     assert stop_check(sure_of(1, 1, 3), 2, due=False).passed, "the prompt ends before a turn does"
     assert not evolve(StopCheck((1,), (1,)), due=False).passed
     assert not StopCheck((1,), (1,)).passed
@@ -240,6 +241,8 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_the_built_in_set_covers_what_a_person_types_and_has_one_long_prompt() -> None:
     assert list(BUILT_IN) == ["code", "text", "digits", "spanish", "chat", "long"]
+    # As docs/gate.md says: fewer would see less, and nobody would be told.
+    assert [prompt.positions for prompt in BUILT_IN.values()] == [64, 64, 64, 64, 128, 512]
     assert BUILT_IN["long"].minimum == LONG_POSITIONS >= 512
     # Long enough also in a vocabulary of a quarter of a million tokens, with about four characters to one.
     assert len(BUILT_IN["long"].text or "") >= 5 * LONG_POSITIONS

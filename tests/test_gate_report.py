@@ -27,8 +27,9 @@ from coreai_zoo.gates.divergence import compare_logits, statistics
 from coreai_zoo.gates.power import Power, upper_limit
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
 from coreai_zoo.gates.report import damage, markdown, render, significant, totals
+from coreai_zoo.gates.rule import judge
 from coreai_zoo.gates.run import failure
-from coreai_zoo.gates.teacher_forced import GateReport, Models, Runner, gate, run_oracle
+from coreai_zoo.gates.teacher_forced import GateReport, Models, Runner, attribution, gate, run_oracle
 from coreai_zoo.gates.transcript import Run, replace, to_json, transcript, write, write_card
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
@@ -207,6 +208,19 @@ def test_the_text_of_a_token_is_its_name_where_it_is_a_part_of_a_character() -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_what_a_model_gives_of_several_prompts_at_once_is_of_the_prompt_that_it_was_asked_for() -> None:
+    class AtOnce(Table):
+        def run_many(self, prompts: Sequence[Sequence[int]]) -> list[Activations]:
+            return [self.run(tokens) for tokens in prompts]
+
+    answers = {prompt.tokens: oracle_of(prompt) for prompt in prompts()}
+    found = Runner(AtOnce("all", answers)).run(prompts(), "judge", Reporter(silent=True))
+
+    assert {name: id(each) for name, each in found.items()} == {
+        prompt.name: id(answers[prompt.tokens]) for prompt in prompts()
+    }
+
+
 def test_a_bundle_that_computes_the_same_passes_and_the_weak_prompt_is_not_judged(bundle: Bundle) -> None:
     record = record_of(bundle, judged())
 
@@ -335,6 +349,15 @@ def test_a_flip_is_attributed_by_what_the_control_does(bundle: Bundle, control_f
     flips = [row for row in record["prompts"][0]["positions"] if row["verdict"] == "FLIP"]
     assert [(row["index"], row["attribution"]) for row in flips] == [(7, source)]
     assert source in render(record)
+
+
+def test_a_tie_that_the_control_turns_as_well_is_one_of_precision() -> None:
+    rows = np.array([[1.0, 1.05, 0.0]])
+    turned = judge([0], rows, rows[:, [1, 0, 2]])
+
+    assert turned.positions[0].verdict == "tie"
+    assert attribution(turned.positions[0], turned, quantized=True) == "precision"
+    assert attribution(turned.positions[0], judge([0], rows, rows), quantized=True) == "quantization"
 
 
 def test_of_many_flips_the_worst_are_printed_and_the_others_counted(

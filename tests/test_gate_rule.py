@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from coreai_zoo.bounds import kind_of
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, judge, router_margins
 
 Logits = np.ndarray[Any, Any]
@@ -55,6 +56,10 @@ def test_a_flip_from_the_margin_on_is_a_flip(margin: float) -> None:
 
 def test_the_margin_is_a_tenth_of_a_logit() -> None:
     assert CONFIDENT_MARGIN == 0.1
+
+
+def test_who_chooses_experts_is_routed() -> None:
+    assert (kind_of(None), kind_of(8)) == ("dense", "routed")
 
 
 def test_the_margin_is_the_oracles_and_not_the_candidates() -> None:

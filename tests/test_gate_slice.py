@@ -16,7 +16,7 @@ from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIBackend, CoreAIStepper
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.gates.slice import differences, slice_depth
-from coreai_zoo.lowering.graph import Graph, count
+from coreai_zoo.lowering.graph import Graph, LayerKind, count
 from mutants import MUTANTS, applied
 from test_gate_command import forgetful
 
@@ -103,15 +103,71 @@ def test_an_asset_that_is_run_itself_has_no_slice(bundle: tuple[Path, Path], tmp
         assert [gate["gate"] for gate in json.loads(result.stdout)["gates"]] == ["weights"]
 
 
+def cut(whole: dict[str, Graph], depth: int) -> dict[str, Graph]:
+    """The graph of a slice: the first layers of the whole."""
+    kinds = [evolve(kind, layers=tuple(at for at in kind.layers if at < depth)) for kind in whole["main"].kinds]
+    return {"main": evolve(whole["main"], kinds=tuple(kind for kind in kinds if kind.layers))}
+
+
+def each_by_itself(whole: dict[str, Graph], change: Callable[[int, LayerKind], LayerKind]) -> dict[str, Graph]:
+    """The graph with each layer a kind of its own, changed."""
+    kinds = (change(at, evolve(kind, layers=(at,))) for at, kind in enumerate(whole["main"].layers))
+    return {"main": evolve(whole["main"], kinds=tuple(kinds))}
+
+
+def with_line(kind: LayerKind, line: str) -> LayerKind:
+    return evolve(kind, wiring=evolve(kind.wiring, lines={**kind.wiring.lines, line: 1}))
+
+
 def test_two_of_every_kind_of_layer_are_in_a_slice(whole: dict[str, Graph]) -> None:
     assert slice_depth(whole) == 8
     (graph,) = whole.values()
-    assert differences(whole, whole) == []
+    assert differences(whole, whole) == differences(whole, cut(whole, 8)) == []
     less = evolve(graph, kinds=tuple(evolve(kind, operations={**kind.operations, "mul": 0}) for kind in graph.kinds))
     assert len(differences(whole, {"main": less})) == LAYERS
     assert differences(whole, {"other": graph}) == [
         f"the function {name} is in one of them only" for name in ("main", "other")
     ]
-    assert differences(whole, {"main": evolve(graph, composites={})}) == [
+    other = "of main are others in the whole than in the slice"
+    assert differences(whole, {"main": evolve(graph, composites={})}) == [f"the composites {other}"]
+
+
+@pytest.mark.parametrize("odd", [3, 8, 11])
+def test_a_layer_unlike_the_others_of_its_kind_is_seen_wherever_it_is(whole: dict[str, Graph], odd: int) -> None:
+    wrong = each_by_itself(whole, lambda at, kind: with_line(kind, "tanh(add)") if at == odd else kind)
+    assert slice_depth(wrong) == 8, "a slice, whatever the whole looks like"
+    name = whole["main"].layers[odd].name
+    assert differences(wrong, cut(whole, 8)) == [
+        f"layer {odd} ({name}) is another graph in the whole than in the slice"
+    ]
+
+
+def test_a_weight_that_is_folded_into_each_layer_makes_no_layer_a_kind_of_its_own(whole: dict[str, Graph]) -> None:
+    """As the shared expert's gate of a routed model is, a matrix of one row."""
+
+    def folded(at: int, kind: LayerKind) -> LayerKind:
+        return with_line(
+            kind, f"batch_matmul(add, [[3.0e-06], [0.0000... sha256 {at:012x} 32x1xfloat16) -> 1x1x1xfloat16"
+        )
+
+    routed = each_by_itself(whole, folded)
+    assert slice_depth(routed) == 8
+    assert differences(routed, cut(routed, 8)) == []
+    exchanged = each_by_itself(whole, lambda at, kind: folded({3: 7, 7: 3}.get(at, at), kind))
+    assert len(differences(exchanged, cut(routed, 8))) == 2, "where it is the same layer, it is the same weight"
+
+
+def test_another_composite_and_another_final_norm_are_seen(whole: dict[str, Graph]) -> None:
+    (graph,) = whole.values()
+    (line,) = (line for line in graph.wiring.lines if line.startswith("rms_norm") and "model.norm.weight" in line)
+    edited = {text.replace("E-7", "E-6") if text == line else text: n for text, n in graph.wiring.lines.items()}
+    assert edited != graph.wiring.lines
+    final = evolve(graph, wiring=evolve(graph.wiring, lines=edited))
+    assert differences({"main": final}, cut(whole, 8)) == [
+        "what belongs to no layer of main is other in the whole than in the slice"
+    ]
+    name, wiring = next(iter(graph.composite_wiring.items()))
+    inside = {**graph.composite_wiring, name: evolve(wiring, lines={**wiring.lines, "tanh(add)": 1})}
+    assert differences({"main": evolve(graph, composite_wiring=inside)}, cut(whole, 8)) == [
         "the composites of main are others in the whole than in the slice"
     ]

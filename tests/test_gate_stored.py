@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from attrs import frozen
 
 from command import zoo
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.gates.stored import compare_weights
+from coreai_zoo.progress import Reporter
+from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from product_mutants import BODY, HEAD, _stored
 
 ENTRY = "qwen3.6-27b"
@@ -63,6 +68,32 @@ def test_a_wrong_value_fails_the_gate_by_the_name_of_its_tensor(
     assert code == 1
     assert not found["passed"]
     assert told in found["summary"]
+
+
+@frozen
+class Rows:
+    """A parameter of ten rows, of which one may be another."""
+
+    name: str = "rows"
+    wrong: int | None = None
+
+    def read_rows(self, name: str, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(torch.arange(start, stop, dtype=torch.float32)[:, None].expand(-1, 8))
+        if self.wrong is not None and start <= self.wrong < stop:
+            out[self.wrong - start, -1] += 1
+
+
+@pytest.mark.parametrize("row", [0, 3, 4, 9])
+def test_of_a_matrix_that_is_read_in_pieces_every_row_is_compared(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coreai_zoo.gates.stored.chunk_rows", lambda _columns: 4)
+    plan = WeightPlan((PlannedTensor("w", "mlp", (10, 8), "float16", None, None, ()),), ())
+
+    found = [compare_weights(plan, Rows(wrong=wrong), Rows(), Reporter(silent=True)).summary for wrong in (None, row)]
+
+    assert found == [
+        "all 80 are what the recipe makes of the checkpoint",
+        "not what the recipe makes of the checkpoint: w has 1 of 80 other values",
+    ]
 
 
 @pytest.mark.parametrize("entry", [ENTRY, "qwen3.6-35b-a3b"])

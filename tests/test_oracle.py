@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from coreai_zoo.checkpoint.folder import read_config
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import Activations, ReferenceModel
+from coreai_zoo.gates import oracle
 from coreai_zoo.gates.oracle import Oracle, default_cache
 from coreai_zoo.plugins import default_plugins
 from decoders import OVERLAY
@@ -251,6 +253,18 @@ def test_a_result_is_kept_and_belongs_to_its_inputs_only(dense: Path, tmp_path: 
     assert Checkpoint.open(directory).identity() == Checkpoint.open(dense).identity()
     other, computed = counted(directory, tmp_path / "cache")
     assert computed == 4 and not np.array_equal(other.logits, first.logits)
+
+
+@pytest.mark.parametrize("edited", oracle._CODE)
+def test_a_kept_result_belongs_to_the_code_that_computed_it(
+    edited: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = oracle_of(dense).identity(TOKENS)
+    module = import_module(edited)
+    copy = tmp_path / "edited.py"
+    copy.write_text(Path(str(module.__file__)).read_text(encoding="utf-8") + "# more\n", encoding="utf-8")
+    monkeypatch.setattr(module.__spec__, "origin", str(copy))
+    assert oracle_of(dense).identity(TOKENS) != before
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "of something else"])

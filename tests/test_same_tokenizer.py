@@ -48,6 +48,11 @@ def exchange(content: dict[str, Any]) -> None:
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
 
 
+def add_an_ordinary_one(content: dict[str, Any]) -> None:
+    text, number = list(content["model"]["vocab"].items())[300]
+    content["added_tokens"].append({**content["added_tokens"][0], "id": number, "content": text})
+
+
 def forget_the_end(folder: Path) -> None:
     """Engines know no end of a turn any more, though every file names the right one."""
     edited("tokenizer_config.json", lambda content: content.update(eos_token="<|im_start|>"))(folder)
@@ -100,6 +105,21 @@ DIFFERENCES: Mapping[str, tuple[Callable[[Path], None], str, str]] = {
         edited("tokenizer.json", lambda content: content["added_tokens"][0].update(single_word=True)),
         "_fields",
         "added_tokens in tokenizer.json is not the checkpoint's",
+    ),
+    "an added token that engines would show": (
+        edited("tokenizer.json", lambda content: content["added_tokens"][2].update(special=False)),
+        "_fields",
+        "added_tokens in tokenizer.json is not the checkpoint's",
+    ),
+    "an ordinary token among the added ones": (
+        edited("tokenizer.json", add_an_ordinary_one),
+        "_fields",
+        "added_tokens in tokenizer.json is not the checkpoint's",
+    ),
+    "a word that engines would cut": (
+        edited("tokenizer_config.json", lambda content: content.update(additional_special_tokens=["def"])),
+        "_fields",
+        "additional_special_tokens in tokenizer_config.json is not the checkpoint's",
     ),
     "a file more": (
         lambda folder: (folder / "vocab.json").write_text("{}") and None,

@@ -31,6 +31,7 @@ def expected_by(designed: Design, checkpoint: Path | None) -> Expected:
             "layers": designed.facts["layers"],
             "whole_layers": designed.model.whole_facts["layers"],
             "facts": dict(designed.facts),
-            "recipe": {"roles": roles_record(designed)},
+            "recipe.roles": roles_record(designed),
+            **({} if designed.entry is None else {"entry.differences": list(designed.differences)}),
         },
     )

@@ -20,10 +20,10 @@ import attrs
 from attrs import frozen
 
 from coreai_zoo.bundle.layout import BUILD_SCHEMA
+from coreai_zoo.checkpoint.strict_json import read_object
 from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.engine import ENGINES, Engine
 from coreai_zoo.errors import BadInput, CheckFailed, listing
-from coreai_zoo.json_files import read_object
 from coreai_zoo.signature import Axis, InputSpec, StateSpec, TensorSpec, TraceSpec
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Expected:
         functions: the signature of each function by name, the one that decodes first.
         language: the block `language` of metadata.json, but for the name of the tokenizer.
         weights: every weight that has bytes of its own, by name.
-        recorded: what build.json has to say of the model, by which gates choose what they hold a bundle to.
+        recorded: what build.json has to say of the model, by path. By it gates choose what they hold a bundle to.
     """
 
     by: str

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attrs import frozen
+
 from coreai_zoo.checkpoint.chat_template import (
     check_chat_template,
     engine_chat_template,
@@ -21,7 +23,7 @@ from coreai_zoo.checkpoint.chat_template import (
     render_chat,
 )
 from coreai_zoo.checkpoint.end_of_turn import EndTokens, end_tokens
-from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer
+from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer, kept_in_text
 from coreai_zoo.checkpoint.tokenizer import optional_object, read_tokenizer_file, token_texts, tokens_engines_know
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.json_files import read_object
@@ -72,7 +74,7 @@ def copy_problems(checkpoint: Path, folder: Path, classes: Mapping[str, str], *,
         return [
             *_ids(theirs, ours),
             *_texts(theirs, ours),
-            *_fields(checkpoint, folder),
+            *_fields(checkpoint, folder, theirs),
             *_template(checkpoint, folder),
             *_ends(checkpoint, folder, theirs),
             *(_made_again(checkpoint, folder, classes) if of_this_zoo else ()),
@@ -147,8 +149,38 @@ def _texts(theirs: Tokenizer, ours: Tokenizer) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _fields(checkpoint: Path, folder: Path) -> Iterator[str]:
+@frozen
+class _Reasons:
+    """The tokens that a build may name otherwise than the checkpoint does.
+
+    Attributes:
+        markup: those that mark parts of an answer, which need not be special.
+        ends: those that end a turn, which engines are told of.
+        added: all that are added to the vocabulary by any file.
+    """
+
+    markup: frozenset[str]
+    ends: frozenset[str]
+    added: frozenset[str]
+
+    @classmethod
+    def of(cls, checkpoint: Path, theirs: Tokenizer) -> _Reasons:
+        """Those of a checkpoint and its tokenizer."""
+        ends, config = end_tokens(checkpoint), read_object(checkpoint / "tokenizer_config.json")
+        added = [token.content for token in theirs.get_added_tokens_decoder().values()]
+        markup = kept_in_text([*added, *token_texts(config.get("additional_special_tokens"))], ends)
+        return cls(frozenset(markup), frozenset(end.text for end in ends.tokens), frozenset(added))
+
+    def allow(self, before: Any, after: Any) -> bool:
+        """Whether an added token is as it was, or no longer special where it marks a part of an answer."""
+        if before == after or not isinstance(before, dict):
+            return bool(before == after)
+        return before.get("content") in self.markup and after == {**before, "special": False}
+
+
+def _fields(checkpoint: Path, folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """No field differs but those that a build may change, and no file is there that is not of the checkpoint."""
+    reasons = _Reasons.of(checkpoint, tokenizer)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name in ("chat_template.jinja", "chat_template.json"):  # `_template` compares what they say
@@ -167,7 +199,9 @@ def _fields(checkpoint: Path, folder: Path) -> Iterator[str]:
             theirs = read_object(checkpoint / name)
         ours = read_object(path)
         changed = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-        unexplained = [key for key in changed if key not in _MAY_CHANGE[name] or not _may_become(key, theirs, ours)]
+        unexplained = [
+            key for key in changed if key not in _MAY_CHANGE[name] or not _may_become(key, theirs, ours, reasons)
+        ]
         if unexplained:
             yield f"{listing(unexplained, _SHOWN)} in {name} is not the checkpoint's"
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -175,7 +209,7 @@ def _fields(checkpoint: Path, folder: Path) -> Iterator[str]:
             yield f"{name} is missing"
 
 
-def _may_become(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+def _may_become(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], reasons: _Reasons) -> bool:
     """Whether a field that may be changed was changed to what it may become."""
     before, after = theirs.get(key), ours.get(key)
     match key:
@@ -187,20 +221,16 @@ def _may_become(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
             models = [value if isinstance(value, dict) else {} for value in (before, after)]
             return {**models[0], "dropout": None} == {**models[1], "dropout": None}
         case "added_tokens":
-            found = {token["content"]: _ordinary(token) for token in after or []}
-            return all(found.get(token["content"]) == _ordinary(token) for token in before or [])
+            same, more = (after or [])[: len(before or [])], (after or [])[len(before or []) :]
+            named_elsewhere = {*token_texts(more)} <= reasons.added - {*token_texts(before)}
+            return named_elsewhere and all(map(reasons.allow, before or [], same)) and len(same) == len(before or [])
         case "added_tokens_decoder":
-            decoders = [value if isinstance(value, dict) else {} for value in (before, after)]
-            first, second = ({number: _ordinary(token) for number, token in each.items()} for each in decoders)
-            return first == second
-        case "additional_special_tokens":  # less what marks parts of an answer, more what ends a turn
-            return isinstance(after, list)
+            first, second = (value if isinstance(value, dict) else {} for value in (before, after))
+            return first.keys() == second.keys() and all(reasons.allow(first[at], second[at]) for at in first)
+        case "additional_special_tokens":
+            known, named = ({*token_texts(value)} for value in (before, after))
+            return isinstance(after, list) and named - known <= reasons.ends and known - named <= reasons.markup
     return True  # `_texts` judges a post-processor by what it does, `_ends` a token that ends a turn
-
-
-def _ordinary(token: Any) -> Any:
-    """An added token apart from whether it is special."""
-    return {**token, "special": False} if isinstance(token, dict) else token
 
 
 def _template(checkpoint: Path, folder: Path) -> Iterator[str]:

@@ -153,6 +153,7 @@ def _metadata(bundle: Bundle, backend: Backend) -> Check:
         for key in dict.fromkeys((*wanted, *found))
         if found.get(key) != wanted.get(key) or type(found.get(key)) is not type(wanted.get(key))
     ]
+    problems += [f"{key} is null, where a build writes no such key" for key in found if found[key] is None]
     problems += [f"Apple's loader cannot read it: {problem}" for problem in unreadable(data)]
     if not bundle.asset.is_dir():
         problems.append(f"there is no asset {bundle.asset.name}")
@@ -208,7 +209,10 @@ def _source(bundle: Bundle, expected: Expected) -> Check:
         },
     }
     recorded, wanted_record = leaves(bundle.build), leaves(json.loads(json.dumps(expected.recorded)))
-    pairs |= {f"{key} in build.json": (recorded.get(key), wanted) for key, wanted in wanted_record.items()}
+    # What is there and should not be is compared as well: a gate would go by it.
+    within = tuple(f"{path}." for path in expected.recorded)
+    keys = dict.fromkeys((*wanted_record, *(key for key in recorded if key.startswith(within))))
+    pairs |= {f"{key} in build.json": (recorded.get(key), wanted_record.get(key)) for key in keys}
     problems = [f"{key} is {found!r}, not {wanted!r}" for key, (found, wanted) in pairs.items() if found != wanted]
     for name in dict.fromkeys((*wanted_functions, *functions)):
         for part, wanted in wanted_functions.get(name, {}).items():

@@ -26,12 +26,22 @@ from coreai_zoo.build.code import code_digest
 from coreai_zoo.build.design import Design
 from coreai_zoo.cache import cache_folder
 from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.digest import source_digests
 from coreai_zoo.gate import Activations, ReferenceModel
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA = 2
-"""Raised when the layout of a cached result, or what this module computes, changes."""
+_CODE = (
+    "coreai_zoo.checkpoint.files",
+    "coreai_zoo.checkpoint.fp8",
+    "coreai_zoo.checkpoint.headers",
+    "coreai_zoo.checkpoint.originals",
+    "coreai_zoo.dtypes",
+    "coreai_zoo.gates.huggingface",
+    "coreai_zoo.gates.oracle",
+    "coreai_zoo.gates.peaks",
+)
+"""The modules that a result goes through on its way from a checkpoint to the cache; the rest is transformers."""
 
 
 def default_cache() -> Path:
@@ -109,7 +119,7 @@ class Oracle:
         """
         made_by = self.reference and {"name": self.reference.name, "code_sha256": code_digest(self.reference.make)}
         return {
-            "schema": _SCHEMA,
+            "code": source_digests(_CODE),
             "checkpoint": self.checkpoint.identity(),
             "stamps": [list(header.stamp) for header in self.checkpoint.headers],
             "config": dict(self.hf_config),

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import cache, cached_property, partial
-from importlib import import_module
 from importlib import metadata as distributions
 from itertools import chain
 from pathlib import Path
@@ -37,6 +36,7 @@ from attrs import asdict, define, field, frozen
 
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.headers import Stamp
+from coreai_zoo.digest import source_digests
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.weights.convert import (
@@ -471,8 +471,7 @@ _CODE = (
 @cache
 def code_of_values() -> str:
     """SHA-256 over the source of every module of the zoo that has a hand in the bytes of a stored tensor."""
-    sources = (Path(str(import_module(name).__file__)).read_bytes() for name in _CODE)
-    return _digest([hashlib.sha256(source).hexdigest() for source in sources])
+    return _digest(source_digests(_CODE))
 
 
 def ingredients(planned: PlannedTensor, checkpoint: Checkpoint) -> dict[str, Any]:
