@@ -12,7 +12,7 @@ import importlib.resources
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args
@@ -330,15 +330,21 @@ def _problems(error: BaseException, key: str = "") -> Iterator[str]:
         yield f"{key}: {error.args[0] if error.args else error}"
 
 
+@cache
+def _nearest_fact(name: str) -> str | None:
+    """The named fact that a name is probably meant to be; every command reads every entry, and some again and again."""
+    return next(iter(difflib.get_close_matches(name, _NAMED_FACTS, n=1, cutoff=0.85)), None)
+
+
 def _bad_facts(data: Mapping[str, Any]) -> Iterator[str]:
     facts = data.get("facts")
     for name, value in facts.items() if isinstance(facts, dict) else ():
         if name in _NAMED_FACTS:
             continue
         # Any other name may be a fact, so a misspelt one would pass for another fact.
-        near = difflib.get_close_matches(name, _NAMED_FACTS, n=1, cutoff=0.85)
+        near = _nearest_fact(name)
         if near:
-            yield f"facts.{name}: unknown key, nearest is {near[0]}"
+            yield f"facts.{name}: unknown key, nearest is {near}"
         elif not isinstance(value, Scalar):
             yield f"facts.{name}: {_mistyped(value, 'a single value')}"
         elif value == "":

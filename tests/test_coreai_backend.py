@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ import forked
 import toy_plugin
 from coreai_zoo import composites
 from coreai_zoo.backend import Constant, drain
-from coreai_zoo.backends.coreai.backend import _REQUIRED, CoreAIBackend, _without_weights
+from coreai_zoo.backends.coreai.backend import _REQUIRED, CoreAIBackend, CoreAITraced, _without_weights
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
@@ -50,6 +50,7 @@ from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import StoredFile, StoredTensor, WeightStore
 from coreai_zoo_overlays.qwen3_5.table import ROLES
 from decoders import rewrites_of
+from suite import NIGHTLY
 
 TESTS = Path(__file__).parent
 TOKENS = [5, 17, 3, 3, 60, 41]
@@ -503,7 +504,9 @@ def answer(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_lowering_makes_no_copy_of_a_weight_in_anonymous_memory(tmp_path: Path) -> None:
-    measured = json.loads(answer(run_here("compile_big(Path())", directory=tmp_path)).splitlines()[-1])
+    done = run_forked("compile_big(Path())", directory=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["bytecode"] > 2 * BIG_BYTES  # both matrices are in the asset
     assert measured["seen"] > BIG_BYTES // 3  # and a copy would have been noticed
     assert measured["grown"] < BIG_BYTES // 3
@@ -527,20 +530,16 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_processes_with_other_hash_seeds_and_working_directories_write_the_same_bytes(
+def test_a_process_with_another_hash_seed_and_working_directory_writes_the_same_bytes(
     hybrids: Mapping[str, Compiled], tmp_path: Path
 ) -> None:
-    for seed in ("1", "4242"):
-        (tmp_path / seed).mkdir()
     call = f"compile_again(Path({str(hybrids['moe'].store.directory)!r}), Path('again.aimodel'))"
-    process = run_here(call, directory=tmp_path / "4242", PYTHONHASHSEED="4242")
-    done = run_forked(call, directory=tmp_path / "1", PYTHONHASHSEED="1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer(process)
-    first, second = (contents(tmp_path / seed / "again.aimodel") for seed in ("1", "4242"))
-    assert set(first) == {"main.mlirb", "main.hash", "metadata.json"}
-    assert first == second
-    assert first == contents(hybrids["moe"].path)  # third: this process, with another history
+    for seed in ("4242", "1") if NIGHTLY else ("4242",):
+        (tmp_path / seed).mkdir()
+        answer(run_here(call, directory=tmp_path / seed, PYTHONHASHSEED=seed))
+        found = contents(tmp_path / seed / "again.aimodel")
+        assert set(found) == {"main.mlirb", "main.hash", "metadata.json"}
+        assert found == contents(hybrids["moe"].path)  # of this process, with another history
 
 
 def test_every_resource_is_named_after_the_state_that_it_holds(
@@ -723,6 +722,7 @@ def test_a_composite_and_its_replacement_take_the_same_arguments() -> None:
 # Other ways to store a weight
 # ---------------------------------------------------------------------------------------------------------------------
 
+Plain: TypeAlias = tuple[WeightStore, CoreAITraced, Mapping[str, Constant]]
 STORAGE = {
     "int4": QuantizationSpec("int4", "symmetric_with_clipping", 32),
     "uint4 with zero points": QuantizationSpec("uint4", "asymmetric", 32),
@@ -740,9 +740,18 @@ def stored(
     return spec, compiled(toy(vocab_size=73), recipe, tmp_path_factory.mktemp("stored"))
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    """The weights of `stored` unquantized, the trace of their decoder, and its constants."""
+    model = toy(vocab_size=73)
+    store = filled(model, RECIPES["fp16"], tmp_path_factory.mktemp("plain") / "weights")
+    module, constants = model.bound(store, values=False)
+    return store, BACKEND.trace({"main": module}, {"main": model.spec}), constants
+
+
 @pytest.mark.parametrize("stored", STORAGE, indirect=True)
 def test_weights_lower_and_step_however_they_are_stored(
-    stored: tuple[QuantizationSpec, Compiled], tmp_path: Path
+    stored: tuple[QuantizationSpec, Compiled], plain: Plain
 ) -> None:
     (spec, asset), head = stored, "head.parametrizations.weight."
     assert asset.constants[head + "original"].dtype == spec.dtype
@@ -755,8 +764,7 @@ def test_weights_lower_and_step_however_they_are_stored(
     assert np.abs(found - expected).max() < 2e-2
 
     # The same weights unquantized are further away than that: it is the integers that were run.
-    plain, _ = asset.model.bound(filled(asset.model, RECIPES["fp16"], tmp_path / "plain"), values=True)
-    unquantized = asset.model.stepped_in_torch(plain)
+    unquantized = asset.model.stepped_in_torch(asset.model.bound(plain[0], values=True)[0])
     assert np.abs(found - expected).mean() < np.abs(unquantized - expected).mean() / 4
 
     suffix = {"int4": "xsi4", "uint4": "xui4", "int8": "xsi8"}[spec.dtype]
@@ -777,17 +785,14 @@ def test_tracing_needs_no_unpacked_copy_of_a_4_bit_weight(
 
 @pytest.mark.parametrize("stored", STORAGE, indirect=True)
 def test_a_plain_trace_is_lowered_with_quantized_weights_to_the_same_program(
-    stored: tuple[QuantizationSpec, Compiled], tmp_path: Path
+    stored: tuple[QuantizationSpec, Compiled], plain: Plain
 ) -> None:
     def described(program: Program) -> tuple[list[str], object, list[object]]:
         """All but the order of the constants."""
         operations = [str(operation) for operation in program.functions["main"].operations if not operation.is_constant]
         return operations, program.stored, [function.operations for function in program.composites.values()]
 
-    _, asset = stored
-    plain = filled(asset.model, RECIPES["fp16"], tmp_path / "plain")
-    module, constants = asset.model.bound(plain, values=False)
-    traced = BACKEND.trace({"main": module}, {"main": asset.model.spec})
+    (_, asset), (_, traced, constants) = stored, plain
     unquantized, quantized = traced.lowered(constants), traced.lowered(asset.constants)
     assert described(quantized) == described(BACKEND.program(asset.path))
     assert described(quantized) != described(unquantized)

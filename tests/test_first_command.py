@@ -19,7 +19,7 @@ import yaml
 from click.testing import Result
 
 import command
-from checkpoints import tiny_checkpoint, write_json
+from checkpoints import read_weights, tiny_checkpoint, write_json, write_weights
 from coreai_zoo.build.source import Subject, find_subject
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.catalogue import find_entry
@@ -147,12 +147,26 @@ def test_what_names_nothing_is_told_with_what_there_is(plugins: Plugins, text: s
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def first_layers(checkpoint: Path, folder: Path, layers: int = 4) -> Path:
+    """A copy without the later layers."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    types = config["text_config"]["layer_types"][:layers]
+    config["text_config"] |= {"num_hidden_layers": layers, "layer_types": types}
+    write_json(folder / "config.json", config)
+    numbers = ((key, re.search(r"\.layers\.(\d+)\.", key), tensor) for key, tensor in read_weights(checkpoint).items())
+    (folder / "model.safetensors").unlink()
+    write_weights(folder, {key: tensor for key, at, tensor in numbers if at is None or int(at[1]) < layers})
+    return folder
+
+
 @pytest.mark.slow
 def test_an_entry_is_fetched_built_gated_verified_and_published_by_its_name_alone(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_plugin: Callable[..., Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    miniature = find_entry("qwen3.6-27b", default_plugins())[0].sample_directory()
+    sample = find_entry("qwen3.6-27b", default_plugins())[0].sample_directory()
+    miniature = first_layers(sample, tmp_path / "miniature")
     commit = hub.add(ID, miniature, licence="apache-2.0", card={"language": ["en"]})
     command.zoo("new", NAME, "--from", ID)
     plugins = Plugins.discover()

@@ -23,7 +23,6 @@ from command import hear_interruptions
 from coreai_zoo import interruption
 from coreai_zoo.build.design import BuildRequest, design
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.verify import verify
 from coreai_zoo.plugins import default_plugins
 from suite import NIGHTLY
 
@@ -122,14 +121,15 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything below `folder`, and what is in it where it is a file."""
+    paths = {name: folder / name for name in files(folder)}
+    return {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
+
+
 @pytest.fixture(scope="module")
 def bundle(built: Callable[[str, str], Bundle]) -> Bundle:
     return built(ENTRY, "int8hu")
-
-
-def sound(bundle: Bundle) -> bool:
-    plugins = default_plugins()
-    return all(check.passed for check in verify(bundle, plugins.backends(), plugins.tokenizer_classes()))
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_a_command_that_reads_a_bundle_can_be_interrupted_anywhere(
     bundle: Bundle, tmp_path: Path, command: str
 ) -> None:
     options = ("-p", "def main(", "-n", "40") if command == "run" else ()
-    before = files(bundle.directory)
+    before = contents(bundle.directory)  # sound: a build verifies what it has built
 
     outcomes = attempts(
         lambda _: (command, str(bundle.directory), *options),
@@ -147,14 +147,13 @@ def test_a_command_that_reads_a_bundle_can_be_interrupted_anywhere(
     )
 
     assert {outcome.lines for outcome in outcomes} == {("interrupted",)}
-    assert files(bundle.directory) == before
-    assert sound(bundle)
+    assert contents(bundle.directory) == before
 
 
 @pytest.mark.slow
 def test_a_gate_can_be_interrupted_anywhere(bundle: Bundle, tmp_path: Path) -> None:
     options = ("--prompts", "code", "--positions", "12", "--json")
-    before = files(bundle.directory)
+    before = contents(bundle.directory)  # sound: a build verifies what it has built
 
     outcomes = attempts(
         lambda number: ("gate", str(bundle.directory), *options, "-o", str(tmp_path / f"gate-{number}")),
@@ -162,10 +161,9 @@ def test_a_gate_can_be_interrupted_anywhere(bundle: Bundle, tmp_path: Path) -> N
     )
 
     assert {outcome.lines for outcome in outcomes} == {("interrupted",)}
-    assert files(bundle.directory) == before
+    assert contents(bundle.directory) == before
     whole = files(tmp_path / "gate-0")
     assert all(files(report) <= whole for report in tmp_path.glob("gate-*"))
-    assert sound(bundle)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Five thousand positions on a sample, one token at a time, against transformers: what only a long text shows.
+"""Thousands of positions on a sample, one token at a time, against transformers: what only a long text shows.
 
-The key / value cache has grown beyond every size that a trace or another test has seen, positions are beyond 2,048 and
-4,096, and the recurrent state has decayed and been rounded five thousand times.
+The key / value cache has grown beyond every size that a trace or another test has seen, positions are beyond 2,048, up
+to which half precision holds every integer, and the recurrent state has decayed and been rounded as often. By night
+positions are beyond 4,096 too.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from coreai_zoo.gates.stress import prompt_of
 from coreai_zoo.gates.weights import CheckpointWeights
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo_qwen36.bounds import BOUNDS
+from suite import NIGHTLY
 
-POSITIONS = 5000
+POSITIONS = 5000 if NIGHTLY else 2600
 LAYERS = 4  # one of softmax attention among them
 
 pytestmark = pytest.mark.slow
@@ -53,7 +55,7 @@ def test_no_token_flips_and_every_bound_is_kept(verdict: Verdict) -> None:
     assert broken == []
 
 
-def test_the_last_thousand_positions_are_as_good_as_the_first(verdict: Verdict) -> None:
-    errors = np.array([position.relative_error for position in verdict.positions])
-    assert np.median(errors[-1000:]) <= 2 * np.median(errors[:1000])
-    assert errors[-1000:].max() <= 3 * errors[:1000].max()
+def test_the_last_positions_are_as_good_as_the_first(verdict: Verdict) -> None:
+    errors, fifth = np.array([position.relative_error for position in verdict.positions]), POSITIONS // 5
+    assert np.median(errors[-fifth:]) <= 2 * np.median(errors[:fifth])
+    assert errors[-fifth:].max() <= 3 * errors[:fifth].max()

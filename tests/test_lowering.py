@@ -28,6 +28,7 @@ from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY, rewrites_of, signature
+from suite import NIGHTLY
 from test_coreai_backend import INT8, Model, bound, filled, recipe_of, toy
 
 TOKENS = [5, 17, 3, 3, 60, 41]
@@ -64,7 +65,8 @@ class Checkpointed:
 def checkpointed(directory: Path, kind: Any, layers: str, *rewrites: LayerRewrite) -> Checkpointed:
     """A decoder with layers such as `FLLF`; `rewrites` come on top of the overlay's own."""
     types = [KINDS[letter] for letter in layers]
-    tiny_checkpoint(directory, kind, num_hidden_layers=len(layers), layer_types=types)
+    everyone = {"num_experts_per_tok": 4} if kind == "moe" else {}  # no expert is left out because of rounding
+    tiny_checkpoint(directory, kind, num_hidden_layers=len(layers), layer_types=types, **everyone)
     checkpoint = Checkpoint.open(directory)
     config = OVERLAY.read_config(checkpoint.config)
     store = WeightStore(directory / "store")
@@ -101,26 +103,6 @@ def stepped(asset: Path, spec: TraceSpec) -> tuple[np.ndarray[Any, Any], dict[st
         return logits, {state.name: stepper.state(state.name) for state in spec.states}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "layers", "depth"),
-    [
-        ("moe", "FLLFLFLF", 6),  # a dense one is in the test of a rewritten layer
-    ],
-)
-def test_a_continued_program_is_the_whole_one(
-    kind: str, layers: str, depth: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = checkpointed(tmp_path / "checkpoint", kind, layers)
-    repetition = find_repetition(model.module())
-    assert repetition is not None
-    assert repetition.depth == depth
-    assert repetition.path == "model.layers"
-    assert ["FL"[number] if layers[0] == "F" else "LF"[number] for number in repetition.kinds] == list(layers)
-    continued, whole = compiled_both_ways(model, model.store, tmp_path, caplog)
-    assert_same_program(continued, whole)
-
-
 class Halved(nn.Module):
     """A feed-forward of half the weight, with the parameters where they were."""
 
@@ -137,18 +119,31 @@ def halved(pattern: str) -> LayerRewrite:
     return LayerRewrite(name="halved", pattern=pattern, reason="to tell one layer from the others", apply=Halved)
 
 
+# Both kinds of layers are copied, with a mixture of experts, which is more than a dense feed-forward. By night also a
+# decoder in which no layer is odd, and a dense one.
+CONTINUED = [("moe", "FLLLFLFLFLF", "model.layers.2.mlp.shared_expert", 7)]
+if NIGHTLY:
+    CONTINUED += [("moe", "FLLFLFLF", None, 6), ("dense", "FLLFLLFLLFLL", "model.layers.2.mlp", 7)]
+
+
 @pytest.mark.slow
-def test_a_layer_that_a_rewrite_changed_is_not_like_the_others(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("kind", "layers", "changed", "depth"), CONTINUED)
+def test_a_continued_program_is_the_whole_one_and_a_layer_that_a_rewrite_changed_is_not_like_the_others(
+    kind: str, layers: str, changed: str | None, depth: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layers = "FLLFLLFLLFLL"
-    model = checkpointed(tmp_path / "checkpoint", "dense", layers, halved("model.layers.2.mlp"))
+    rewrites = () if changed is None else (halved(changed),)
+    model = checkpointed(tmp_path / "checkpoint", kind, layers, *rewrites)
     repetition = find_repetition(model.module())
     assert repetition is not None
-    assert repetition.kinds == (0, 1, 2, 0, 1, 1, 0, 1, 1, 0, 1, 1)
-    assert 2 not in {repetition.kinds[layer] for layer in repetition.copied}
+    assert repetition.depth == depth
+    assert repetition.path == "model.layers"
+    odd = 2 if changed else None
+    assert repetition.kinds == tuple(2 if place == odd else "FL".index(letter) for place, letter in enumerate(layers))
+    assert {repetition.kinds[layer] for layer in repetition.copied} == {0, 1}
     continued, whole = compiled_both_ways(model, model.store, tmp_path, caplog)
     assert_same_program(continued, whole)
+    if changed is None:
+        return
     logits, states = stepped(continued, model.spec)
     for name, state in states.items():
         assert np.abs(state.astype(np.float32)).reshape(len(state), -1).max(-1).min() > 0, f"a slot of {name} is empty"
@@ -175,10 +170,10 @@ def test_a_decoder_whose_forward_hands_out_the_slots_is_continued(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The toy's layers do not know their place: its decoder selects the slots, between the layers."""
-    model = toy(layers=6)
+    model = toy(layers=4)
     repetition = find_repetition(model.module())
     assert repetition is not None
-    assert (repetition.kinds, repetition.depth) == ((0,) * 6, 3)
+    assert (repetition.kinds, repetition.depth) == ((0,) * 4, 3)
     store = filled(model, recipe_of(INT8), tmp_path / "weights")
     assert_same_program(*compiled_both_ways(model, store, tmp_path, caplog))
 

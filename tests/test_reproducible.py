@@ -85,7 +85,10 @@ for command in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def places(dense: Path, moe: Path, shared: Shared) -> list[Path]:
-    """Folders in which a process has built both checkpoints, each in surroundings and in an order of its own."""
+    """Folders in which a process has built both checkpoints, each in surroundings and in an order of its own.
+
+    One is a fork of a process that has traced another decoder, the other is fresh.
+    """
     checkpoints = {"dense": dense, "moe": moe}
 
     def fill(number: int, folder: Path) -> None:
@@ -96,14 +99,14 @@ def places(dense: Path, moe: Path, shared: Shared) -> list[Path]:
             ["build", ENTRIES[kind], "--checkpoint", str(checkpoints[kind]), *options, f"{where}/{kind}"]
             for kind in kinds
         ]
-        result = subprocess.run(
-            [sys.executable, "-c", _COMMANDS, json.dumps(commands)],
-            env={key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"} | SURROUNDINGS[number],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
+        environment |= SURROUNDINGS[number]
+        told = json.dumps(commands)
+        if number:
+            program = [sys.executable, "-c", _COMMANDS, told]
+            result = subprocess.run(program, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+        else:
+            result = forked.run(told, _COMMANDS, call="forked:execute", env=environment, cwd=folder)
         assert result.returncode == 0, result.stderr
 
     with ThreadPoolExecutor(2) as pool:

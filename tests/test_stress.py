@@ -23,8 +23,19 @@ from coreai_zoo.stress import StressSample
 from mutants import BOTH
 from precision_mutants import GOLDEN, PRECISION
 from product_mutants import table as product_table
+from suite import NIGHTLY
 
-CASES = [(mutant, kind) for mutant in PRECISION.values() if mutant.on != GOLDEN for kind in mutant.kinds]
+MUTANTS = [mutant for mutant in PRECISION.values() if mutant.on != GOLDEN]
+CASES = [(mutant, kind) for mutant in MUTANTS for kind in mutant.kinds]
+# By day each mutant on one of its kinds, in turn, and one of those that four thousand positions show. Each stress
+# sample of each kind has some. At night all on all.
+AT_NIGHT = {"positions-in-bf16", "angles-in-half", "frequencies-in-half"}
+RUN = [
+    (mutant, kind)
+    for number, mutant in enumerate(MUTANTS)
+    for place, kind in enumerate(mutant.kinds)
+    if NIGHTLY or (place == (number + 1) % len(mutant.kinds) and mutant.name not in AT_NIGHT)
+]
 SHORT = ("small-activations", "slow-decay", "large-activations", "offset-scores", "fat-tailed-head")
 SAMPLES = [(kind, name) for kind in BOTH for name in SHORT] + [("dense", "long-context")]
 
@@ -53,6 +64,8 @@ def test_every_stress_sample_is_one_that_a_mutant_needs() -> None:
         }
         assert brought == {name for each, name in SAMPLES if each == kind}
     assert {(kind, mutant.on) for mutant, kind in CASES} >= {("dense", name) for name in (*SHORT, "long-context")}
+    assert {(kind, mutant.on) for mutant, kind in RUN} == {(kind, mutant.on) for mutant, kind in CASES}
+    assert {mutant.name for mutant, _ in CASES} - {mutant.name for mutant, _ in RUN} == (set() if NIGHTLY else AT_NIGHT)
 
 
 @pytest.mark.parametrize(("kind", "name"), SAMPLES)
@@ -64,7 +77,7 @@ def test_the_untouched_decoder_passes(kind: str, name: str, targets: Callable[[s
     assert len(outcome.checks) >= 10  # those of the control too
 
 
-@pytest.mark.parametrize(("mutant", "kind"), CASES, ids=[f"{mutant.name}-{kind}" for mutant, kind in CASES])
+@pytest.mark.parametrize(("mutant", "kind"), RUN, ids=[f"{mutant.name}-{kind}" for mutant, kind in RUN])
 def test_a_stress_sample_catches(mutant: Any, kind: str, targets: Callable[[str, str], Target]) -> None:
     outcome = targets(kind, mutant.on).attack(mutant)
     assert outcome.caught_by is not None, f"{mutant.mistake}, and {mutant.on} does not show it"

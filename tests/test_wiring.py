@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from attrs import frozen
 from click.testing import CliRunner, Result
 
+import forked
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.cli.app import cli
 from coreai_zoo.lowering.graph import count
@@ -22,6 +20,8 @@ from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.review.goldens import compare, counts_of, golden, golden_path, of_recipe, read, take, write
 from coreai_zoo.review.structure import graphs
 from mutants import Edit, Mutant, applied
+from shared import Shared
+from suite import NIGHTLY
 
 RECIPE = "int8hu"
 ENTRY = """\
@@ -78,12 +78,10 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Plugins:
 
 
 @pytest.fixture(scope="module")
-def goldens(plugins: Plugins, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def goldens(plugins: Plugins, shared: Shared) -> Path:
     """A folder with the golden graph of the overlay as it is."""
-    folder = tmp_path_factory.mktemp("goldens")
     entry, _ = find_entry("tiny-moe", plugins)
-    write(take(entry, plugins), golden_path(folder, entry))
-    return folder
+    return shared.folder("tiny-moe-goldens", lambda folder: write(take(entry, plugins), golden_path(folder, entry)))
 
 
 def checked(plugins: Plugins, folder: Path) -> Result:
@@ -244,10 +242,10 @@ def test_every_mistake_is_made_where_its_counts_can_be_told_from_those_of_others
         assert counted.count("") == len(names) or len({*counted} - {""}) == len(names), names
 
 
-# Some that no count shows are tried every time.
+# Some that no count shows are tried every time, and a scale that is dropped by night: by day scales are wrong.
 _CASES = [
     pytest.param(names, marks=pytest.mark.slow if number else (), id=", ".join(names))
-    for number, names in enumerate(TOGETHER)
+    for number, names in enumerate(TOGETHER if NIGHTLY else TOGETHER[:-1])
 ]
 
 
@@ -309,9 +307,9 @@ print(test_wiring.golden(entry, dict(test_wiring.graphs(entry, plugins, [test_wi
 def test_another_process_gives_the_same_digests(plugins: Plugins, goldens: Path) -> None:
     assert isinstance(plugins, OneEntry)
     entry, _ = find_entry("tiny-moe", plugins)
-    arguments = [sys.executable, "-c", _PRINT, str(Path(__file__).parent), str(plugins.file)]
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
+    # The seed of hashes there is fixed, and here it is random.
+    done = forked.run(Path(__file__).parent, plugins.file, _PRINT, call="forked:execute")
+    assert done.returncode == 0, done.stderr
     printed = ast.literal_eval(done.stdout.strip().splitlines()[-1])
     assert printed["digests"] and printed == of_recipe(read(golden_path(goldens, entry)), RECIPE)
 

@@ -474,6 +474,12 @@ def code_of_values() -> str:
     return _digest(source_digests(_CODE))
 
 
+@cache
+def _installed(name: str, version: Callable[[str], str]) -> str:
+    """The version of a distribution by `version`, which reads a file each time: once, and not for each tensor."""
+    return version(name)
+
+
 def ingredients(planned: PlannedTensor, checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything but values that determines the bytes of a stored tensor, by what it is.
 
@@ -486,7 +492,7 @@ def ingredients(planned: PlannedTensor, checkpoint: Checkpoint) -> dict[str, Any
     return {
         "layout": STORE_VERSION,
         "code": code_of_values(),
-        "torch": distributions.version("torch"),
+        "torch": _installed("torch", distributions.version),
         "shape": list(planned.shape),
         "dtype": planned.dtype,
         "quantization": asdict(spec) if spec else None,
