@@ -211,8 +211,7 @@ FIXED_S1 = Contract(
 def _of_prompts(most_tokens: int) -> str:
     return _engine_usage(
         _WARM_UP.replace("A call takes", "A call that decodes takes")
-        + f"\nThe engine reads a prompt with the function `prefill`, up to {most_tokens} tokens per call; it knows that from"
-        "\nmetadata.json."
+        + f"\nThe engine reads a prompt with `prefill`, up to {most_tokens} tokens per call; it knows that from metadata.json."
     )
 
 
