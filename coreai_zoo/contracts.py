@@ -182,6 +182,18 @@ _WARM_UP = """\
 A call takes one token, and the runner would warm up with more than one: keep `--warmup off`, or pass
 `--warmup exact --warmup-length 1`. No environment variable is needed."""
 
+
+def _usage_with_prefill(most_tokens: int) -> str:
+    told = f"The engine reads a prompt with `prefill`, up to {most_tokens} tokens per call, as metadata.json says."
+    return _engine_usage(f"{_WARM_UP.replace('A call takes', 'A call that decodes takes')}\n{told}")
+
+
+_READS_CHUNK_SIZE = (
+    "macOS 27.0 or later",
+    "an engine of [apple/coreai-models](https://github.com/apple/coreai-models) from its pull request 240 on, which "
+    "reads `prefill_chunk_size` and sends prompts to a function `prefill`",
+)
+
 STATIC_S1 = Contract(
     name="static-s1",
     summary="decode-only, loop-free, one token per call; prefill runs as single steps",
@@ -208,19 +220,13 @@ FIXED_S1 = Contract(
 )
 
 
-def _of_prompts(most_tokens: int) -> str:
-    return _engine_usage(
-        _WARM_UP.replace("A call takes", "A call that decodes takes")
-        + f"\nThe engine reads a prompt with `prefill`, up to {most_tokens} tokens per call; it knows that from metadata.json."
-    )
-
-
 CHUNKED = evolve(
     STATIC_S1,
     name="chunked",
     summary="decodes like static-s1; a function `prefill` reads up to 256 tokens of a prompt per call, loop-free",
     prefill=Prefill(most_tokens=256, chunk=64),
-    usage=_of_prompts(256),
+    usage=_usage_with_prefill(256),
+    prerequisites=_READS_CHUNK_SIZE,
 )
 
 CHUNKED_UNROLLED = evolve(
@@ -228,7 +234,8 @@ CHUNKED_UNROLLED = evolve(
     name="chunked-unrolled",
     summary="like chunked, but 16 tokens per call, as 16 steps in a row: a form that others have run on devices",
     prefill=Prefill(most_tokens=16, chunk=1),
-    usage=_of_prompts(16),
+    usage=_usage_with_prefill(16),
+    prerequisites=_READS_CHUNK_SIZE,
 )
 
 DYNAMIC = evolve(
