@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from checkpoints import tiny_checkpoint
 from coreai_zoo.backend import Constant, drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.contracts import STATIC_S1
+from coreai_zoo.contracts import CHUNKED, STATIC_S1, Prefill
 from coreai_zoo.lowering.extension import extend
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.lowering.repetition import NotRepeated, Repetition, find_repetition, short_signature, shortened
@@ -117,6 +117,29 @@ class Halved(nn.Module):
 
 def halved(pattern: str) -> LayerRewrite:
     return LayerRewrite(name="halved", pattern=pattern, reason="to tell one layer from the others", apply=Halved)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NIGHTLY, reason="traces every layer of two functions; make nightly runs it")
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_both_functions_are_continued_where_one_reads_prompts(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    contract = evolve(CHUNKED, prefill=Prefill(most_tokens=16, chunk=8))
+    model = checkpointed(tmp_path / "checkpoint", kind, "FLLFLFLF")
+    extra = qwen3_5.extra_states(model.config, contract)
+    specs = contract.functions(OVERLAY.kv_cache(model.config), extra, model.config.vocab_size, 64)
+    assets = (tmp_path / "continued.aimodel", tmp_path / "whole.aimodel")
+    with caplog.at_level(logging.WARNING):
+        for backend, asset in zip(BOTH, assets, strict=True):
+            modules, constants = {}, {}
+            for name in specs:
+                rewrites = [("test", rewrite) for rewrite in rewrites_of(contract, name)]
+                modules[name] = build_module(lambda: OVERLAY.decoder(model.config, contract), rewrites)
+                constants |= bound(modules[name], model.store, values=False)
+            backend.trace(modules, specs).save(constants, asset)
+    assert caplog.messages == []
+    assert_same_program(*assets)
 
 
 # Both kinds of layers are copied, with a mixture of experts, which is more than a dense feed-forward. By night also a
