@@ -139,7 +139,8 @@ def require_contract(program: ExportedProgram, spec: TraceSpec, written: set[str
 def _traced_axes(program: ExportedProgram, spec: TraceSpec) -> dict[str, str]:
     """The names of the dynamic axes, by the symbols that they were traced as."""
     values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
-    inputs = zip(program.graph_signature.user_inputs, (*spec.inputs, *spec.states), strict=True)
+    # A backend may have traced the states as buffers: then they are not among the inputs.
+    inputs = zip(program.graph_signature.user_inputs, (*spec.inputs, *spec.states), strict=False)
     return {
         str(traced): size
         for name, tensor in inputs
