@@ -276,6 +276,7 @@ or of the fp16 control, which has the same decoder and no quantization noise to 
 
 def document(outcomes: dict[tuple[str, str], Outcome]) -> str:
     """docs/gate-mutants.md."""
+    import prefill_mutants
     from precision_mutants import GOLDEN, PRECISION
     from product_mutants import table
 
@@ -304,6 +305,7 @@ def document(outcomes: dict[tuple[str, str], Outcome]) -> str:
         "Refused before": refused,
         "Fail on a stress sample": [_STRESS, *stress],
         "Shown by the golden graph": [_DRAWN, *drawn],
+        "Reading prompts": [_PROMPTS, prefill_mutants.table()],
         "Around the model": [_AROUND, table()],
     }
     text = "\n\n".join(f"## {title}\n\n" + "\n".join(rows) for title, rows in sections.items())
@@ -322,6 +324,12 @@ _DRAWN = """\
 These round no more than half precision does anyway, whatever they are run on. The golden graph of the decoder shows
 the cast (`tests/test_precision_goldens.py`; at night it is shown every mutant of the table above that edits the
 overlay).
+"""
+
+_PROMPTS = """\
+In the forms of the layers that read many tokens per call. `tests/test_prefill.py` runs each form beside the recurrence
+in fp64, the reference of the convolution, single steps and transformers; `tests/test_contracts.py` sends some through
+`zoo gate` on a real asset.
 """
 
 _AROUND = """\

@@ -295,3 +295,11 @@ DECODER = (
     ),
 )
 """In the decoder over many tokens; single steps and transformers show them."""
+
+
+def table() -> str:
+    """The table of docs/gate-mutants.md."""
+    by = {"the recurrence in fp64": CHUNKS, "the recurrence, or the reference": OTHER_FORMS, "single steps": DECODER}
+    rows = ["| mutant | mistake | shown by |", "|---|---|---|"]
+    rows += [f"| `{mutant.name}` | {mutant.mistake} | {who} |" for who, mutants in by.items() for mutant in mutants]
+    return "\n".join(rows)

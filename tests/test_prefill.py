@@ -256,6 +256,10 @@ def test_a_mistake_in_the_decoder_over_many_tokens_is_seen(
         require_single_steps(checkpoints["dense"], PROMPTS["small chunks"], [CHUNK + 1], tmp_path)
 
 
+def test_the_documentation_has_every_mistake(root: Path) -> None:
+    assert prefill_mutants.table() in (root / "docs" / "gate-mutants.md").read_text(encoding="utf-8")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Chunks
 # ---------------------------------------------------------------------------------------------------------------------
