@@ -198,7 +198,15 @@ class Design:
 
     def with_any_query_length(self) -> Design:
         """The same design with functions that take any number of tokens in one call, in the form for that."""
-        contract, plugins = evolve(self.contract, query_length=None, prefill=None), self.decoders.plugins
+        return self.with_contract(evolve(self.contract, query_length=None, prefill=None))
+
+    def with_contract(self, contract: Contract) -> Design:
+        """The same design with the functions of another contract.
+
+        Raises:
+            PluginError: when its engine would not run them.
+        """
+        plugins = self.decoders.plugins
         functions = _functions(self.model, self.entry, contract, self.max_context, plugins)
         decoders = Decoders(self.model, contract, functions, plugins)
         return evolve(self, contract=contract, functions=functions, decoders=decoders)

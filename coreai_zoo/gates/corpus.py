@@ -27,7 +27,7 @@ WINDOW = 512
 COUNTED = 3072
 """Positions that count unless others are asked for: without a flip, they exclude a rate of a thousandth."""
 
-_BUILTIN_TEXT = Path(__file__).parent / "corpus_text" / "builtin.txt"
+BUILTIN_TEXT = Path(__file__).parent / "corpus_text" / "builtin.txt"
 
 
 @frozen
@@ -74,7 +74,7 @@ def read_corpus(bundle: Bundle, given: str, positions: int | None = None) -> Cor
     Raises:
         BadInput: when the text cannot be read as UTF-8, or is too short.
     """
-    name, content = (given, _BUILTIN_TEXT) if given == BUILTIN else (Path(given).name, Path(given))
+    name, content = (given, BUILTIN_TEXT) if given == BUILTIN else (Path(given).name, Path(given))
     try:
         data = content.read_bytes()
         text = data.decode("utf-8")
