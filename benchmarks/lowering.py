@@ -1,9 +1,10 @@
 """Time and memory of tracing and lowering an entry at its true width, without its weights.
 
-    python benchmarks/lowering.py qwen3.6-27b [--every-layer]
+    python benchmarks/lowering.py qwen3.6-27b [--contract chunked] [--every-layer]
 
 Constants are handed over as untouched memory: the compiler looks at none of the large ones.
-Prints a JSON line. `--every-layer` traces all layers instead of the first few, to compare with.
+Prints a JSON line: seconds of wall time, and of CPU time for both. `--every-layer` traces all layers instead of the first
+few, to compare with. measure.py tells the memory.
 """
 
 from __future__ import annotations
@@ -29,21 +30,19 @@ from coreai_zoo.plugins import default_plugins
 def untouched(resolved: Design) -> dict[str, Constant]:
     """Constants of the right shapes in memory that costs nothing until somebody touches it."""
     constants = {}
-    for name, (shape, dtype) in state_of(resolved.modules["main"], resolved.weights).items():
+    decoder = resolved.modules[resolved.decode]
+    for name, (shape, dtype) in state_of(decoder, resolved.weights).items():
         array = np.zeros(shape, dtype)
         array.flat[0] = len(constants) % 100 + 1  # the compiler would merge equal ones
         constants[name] = Constant(array, shape, dtype)
-    return {
-        name: constant
-        for name, constant in constants.items()
-        if name not in dict(resolved.modules["main"].named_buffers())
-    }
+    return {name: constant for name, constant in constants.items() if name not in dict(decoder.named_buffers())}
 
 
 def main() -> None:
     """Parse the command line, lower, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entry")
+    parser.add_argument("--contract")
     parser.add_argument("--every-layer", action="store_true")
     arguments = parser.parse_args()
     plugins = default_plugins()
@@ -53,16 +52,18 @@ def main() -> None:
         checkpoint = Path(folder) / "checkpoint"
         config = overlay.config_of_facts(entry.facts.stated)
         write_checkpoint(config, entry.sample_directory(), "sparse", checkpoint, plugins)
-        resolved = design(BuildRequest(entry.name, checkpoint), plugins)
+        resolved = design(BuildRequest(entry.name, checkpoint, contract=arguments.contract, custom=True), plugins)
     constants = untouched(resolved)
-    allocate(resolved.modules["main"], {tensor.name: tensor.format for tensor in resolved.weights.tensors})
+    for module in resolved.modules.values():
+        allocate(module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
     backend = CoreAIBackend(every_layer=arguments.every_layer)
-    started = time.monotonic()
+    started, cpu = time.monotonic(), time.process_time()
     traced = backend.trace(resolved.modules, resolved.signatures)
     done = time.monotonic()
     traced.lower(constants)
     lowered = time.monotonic()
     answer = {"trace": done - started, "lower": lowered - done, "both": lowered - started}
+    answer["cpu"] = time.process_time() - cpu
     print(json.dumps({"layers": resolved.facts["layers"], **{name: round(value, 1) for name, value in answer.items()}}))
 
 

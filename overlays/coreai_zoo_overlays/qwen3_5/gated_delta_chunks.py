@@ -7,7 +7,7 @@ A padded token has g = 0 and beta = 0: it decays nothing and writes nothing, so 
 real token. The reference is `GatedDeltaRule`, token by token.
 
 Shapes: S tokens, padded to P = n C, that is n chunks of C; Hk key heads serving Hv value heads (GVA), Dk and Dv head
-widths, K taps. Batch is always 1.
+widths, K taps. Batch is always 1; chunks of all heads are one axis, as matrices that are multiplied together.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class ChunkedGatedDeltaRule(nn.Module):
         u[t] + sum over i < t of beta[t] d[t, i] (k[t] . k[i]) u[i]  =  beta[t] (v[t] - d[t] k[t]^T W)
         out[t]  =  d[t] q[t]^T W + sum over i <= t of d[t, i] (q[t] . k[i]) u[i]
         W  <-  d[C] W + sum over i of d[C, i] k[i] u[i]^T
+
+    Both sides are solved for all chunks at once, for v and for d k, so that one chunk after the other there is left
+
+        u  =  u_v - u_k W
     """
 
     until: Tensor
@@ -75,28 +79,34 @@ class ChunkedGatedDeltaRule(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `GatedDeltaRule` with S <= `length`."""
-        tokens, groups = query.shape[1], value.shape[2] // key.shape[2]
-        query, key = (self._chunks(l2_norm(x.float())) for x in (query, key))  # [Hk, n, C, Dk]
-        value, g, beta = (self._chunks(x.float()) for x in (value, g.unsqueeze(-1), beta.unsqueeze(-1)))
-        query, key = (x.repeat_interleave(groups, dim=0) for x in (query * query.shape[-1] ** -0.5, key))  # [Hv, ...]
+        tokens, heads = value.shape[1:3]
+        query, key, value = (
+            self._chunks(x.float(), heads) for x in (l2_norm(query.float()), l2_norm(key.float()), value)
+        )
+        g, beta = (self._chunks(x.unsqueeze(-1), heads) for x in (g, beta))  # [Hv n, C, 1], and [Hv n, C, D] before
+        query = query * query.shape[-1] ** -0.5
 
-        since, between = self._decays(g)  # d[t] [Hv, n, C, 1], d[t, i] [Hv, n, C, C]
-        until_end = between[..., -1:, :].transpose(-1, -2)  # d[C, i], [Hv, n, C, 1]
-        attention = between * (query @ key.transpose(-1, -2))
-        solved = self._solved(beta * between * (key @ key.transpose(-1, -2)))
+        since, between = self._decays(g)  # d[t] [Hv n, C, 1], d[t, i] [Hv n, C, C]
+        solved = self._solved(beta * between * (key @ key.transpose(1, 2)))
+        written_of_value, written_of_key = solved @ (beta * value), solved @ (beta * since * key)
+        end = between[:, -1:].transpose(1, 2)  # d[C, i], [Hv n, C, 1]
 
-        outputs, state = [], state.squeeze(0)  # [Hv, Dk, Dv]
-        for n in range(self.length // self.chunk):
-            decay, keys = since[:, n], key[:, n]
-            written = solved[:, n] @ (beta[:, n] * (value[:, n] - decay * (keys @ state)))  # u, [Hv, C, Dv]
-            outputs.append(decay * (query[:, n] @ state) + attention[:, n] @ written)
-            state = decay[:, -1:] * state + (until_end[:, n] * keys).transpose(-1, -2) @ written
-        out = torch.cat(outputs, dim=1).transpose(0, 1)  # [P, Hv, Dv]
+        states, written, state = [], [], state.squeeze(0)  # [Hv, Dk, Dv]
+        parts = (written_of_value, written_of_key, (end * key).transpose(1, 2), since[:, -1:])
+        for u_v, u_k, keys, kept in zip(*(x.unflatten(0, (heads, -1)).unbind(1) for x in parts), strict=True):
+            states.append(state)
+            written.append(u_v - u_k @ state)  # u, [Hv, C, Dv]
+            state = kept * state + keys @ written[-1]
+
+        before, u = (torch.stack(x, dim=1).flatten(0, 1) for x in (states, written))  # [Hv n, Dk, Dv], [Hv n, C, Dv]
+        out = since * (query @ before) + between * (query @ key.transpose(1, 2)) @ u
+        out = out.unflatten(0, (heads, -1)).flatten(1, 2).transpose(0, 1)  # [P, Hv, Dv]
         return out.contiguous()[:tokens].unsqueeze(0), state.unsqueeze(0)
 
-    def _chunks(self, x: Tensor) -> Tensor:
-        """[1, S, H, D] to [H, n, C, D]."""
-        return padded(x, self.length).squeeze(0).transpose(0, 1).unflatten(1, (-1, self.chunk))
+    def _chunks(self, x: Tensor, heads: int) -> Tensor:
+        """[1, S, H, D] to [`heads` n, C, D], each of the H heads repeated for those that it serves."""
+        x = padded(x, self.length).squeeze(0).transpose(0, 1)
+        return x.repeat_interleave(heads // x.shape[0], dim=0).reshape(-1, self.chunk, x.shape[-1])
 
     def _decays(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """`g` [..., C, 1]; d[t] as `g`, and d[t, i] [..., C, C], zero for i > t.
