@@ -3,8 +3,8 @@
     python benchmarks/lowering.py qwen3.6-27b [--contract chunked] [--every-layer]
 
 Constants are handed over as untouched memory: the compiler looks at none of the large ones.
-Prints a JSON line: seconds of wall time, and of CPU time for both. `--every-layer` traces all layers instead of the first
-few, to compare with. measure.py tells the memory.
+Prints a JSON line: seconds of wall time, and of CPU time for both. `--every-layer` traces all layers instead of the
+first few, to compare with. measure.py tells the memory.
 """
 
 from __future__ import annotations
