@@ -6,8 +6,8 @@ over the whole text. What a form computes on the runtime is tested in test_contr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from checkpoints import tiny_checkpoint
 from coreai_zoo.checkpoint.folder import read_config
 from coreai_zoo.contracts import CHUNKED, DYNAMIC, Contract, Prefill
 from coreai_zoo.engine import prompt_chunks
+from coreai_zoo.gates.prefill import DECODED, edge_lengths, pieces_with_room, uneven_pieces
 from coreai_zoo_overlays.qwen3_5.gated_delta_chunks import (
     CausalConv1dTokens,
     ChunkedGatedDeltaRule,
@@ -89,7 +90,7 @@ RULES = {
 
 def require_recurrence(name: str, *kinds: str) -> None:
     make, most = RULES[name]
-    for kind, tokens in product(kinds, (1, 2, 15, 16, 17, 63, 64, 65, 130, 255, 256)):
+    for kind, tokens in itertools.product(kinds, (1, 2, 15, 16, 17, 63, 64, 65, 130, 255, 256)):
         if tokens <= most:
             inputs = rule_inputs(tokens, kind)
             out, state = make()(*inputs)
@@ -276,3 +277,27 @@ def test_a_prompt_is_sent_in_chunks_as_even_as_can_be(tokens: int, most: int, ch
 def test_a_contract_whose_chunks_do_not_fill_a_call_is_refused() -> None:
     with pytest.raises(ValueError, match="100 tokens are no whole chunks of 64"):
         Prefill(most_tokens=100, chunk=64)
+
+
+def test_a_chunk_that_is_no_power_of_two_is_refused() -> None:
+    with pytest.raises(ValueError, match="which 48 cannot be"):
+        ChunkedGatedDeltaRule(96, 48)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "lengths"),
+    [(Prefill(256, 64), (65, 64, 63, 1)), (Prefill(16, 1), (16, 16, 15, 1)), (Prefill(None, None), (24, 3, 1))],
+    ids=["chunks", "steps", "a loop"],
+)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40, 66, 200, 512])
+def test_a_gate_reads_every_token_once_in_pieces_of_edge_lengths(
+    prefill: Prefill, lengths: tuple[int, ...], tokens: int
+) -> None:
+    assert edge_lengths(prefill) == lengths
+    pieces = uneven_pieces(tokens, prefill)
+    assert sum(pieces) == tokens and min(pieces) > 0
+    assert pieces[:-1] == list(itertools.islice(itertools.cycle(lengths), len(pieces) - 1))
+    behind = pieces_with_room(tokens, prefill)
+    assert sum(behind) + DECODED * len(behind) <= tokens
+    assert behind[:-1] == list(lengths[: len(behind)])[:-1]
+    assert bool(behind) is (tokens > DECODED)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import frozen
 
 from coreai_zoo.backend import Backend, Stepper
 from coreai_zoo.bounds import Bounds
@@ -25,7 +25,7 @@ from coreai_zoo.errors import listing
 from coreai_zoo.gate import Activations, GateResult, Model
 from coreai_zoo.gates.bounds import broken, check_bounds
 from coreai_zoo.gates.rule import compare, flips_told
-from coreai_zoo.gates.teacher_forced import Reference
+from coreai_zoo.gates.teacher_forced import Reference, flips_allowed_on
 from coreai_zoo.progress import Reporter
 
 NAME = "prefill"
@@ -40,33 +40,29 @@ _FREE = 24  # tokens of the longest piece where the contract has no chunks
 
 @frozen
 class PrefillGate:
-    """What reads prompts, and what it is held to.
+    """How a function that reads prompts is judged.
 
     Attributes:
-        overlay: its decoder in PyTorch on the asset's weights; None where that is not run layer by layer.
-        overlay_bounds: the bounds for it.
         experts_per_token: how many a router chooses; None without one.
     """
 
-    overlay: Model | None
-    overlay_bounds: Bounds
     experts_per_token: int | None
 
-    def judge_overlay(self, references: Sequence[Reference], report: Reporter) -> list[str]:
-        """Flips and broken bounds of the decoder in PyTorch on prompts, a phrase each."""
-        if self.overlay is None:
-            return []
+    def judge_overlay(
+        self, overlay: Model, references: Sequence[Reference], bounds: Bounds, report: Reporter
+    ) -> list[str]:
+        """Flips and broken bounds of its decoder in PyTorch on prompts, a phrase each."""
         positions = sum(len(reference.prompt.tokens) for reference in references)
         problems = []
-        with report.stage(NAME, f"{self.overlay.name}, {positions} positions, many per call"):
+        with report.stage(NAME, f"{overlay.name}, {positions} positions, many per call"):
             for reference in references:
-                found = self.overlay.run(reference.prompt.tokens)
-                told = self._told(reference.prompt.tokens, reference.activations, found, self.overlay_bounds)
+                found = overlay.run(reference.prompt.tokens)
+                told = self._told(reference, range(len(reference.prompt.tokens)), found, bounds)
                 problems += [f"{reference.prompt.name}: {problem}" for problem in told]
         return problems
 
     def judge_asset(
-        self, bundle: Bundle, backend: Backend, prefill: Prefill, bounds: Bounds, longest: Reference, report: Reporter
+        self, bundle: Bundle, backend: Backend, prefill: Prefill, longest: Reference, bounds: Bounds, report: Reporter
     ) -> list[str]:
         """Flips, broken bounds and other faults of the asset on the longest of the prompts, a phrase each."""
         tokens = longest.prompt.tokens
@@ -76,12 +72,15 @@ class PrefillGate:
         with report.stage(NAME, told), backend.stepper(bundle.asset, bundle.functions, len(tokens) + 1) as stepper:
             places, logits = _read(stepper, bundle, tokens, pieces)
             problems = [*_unwritten(stepper, bundle, places[-1] + 1)]
-        oracle = _at(longest.activations, places)
-        return self._told([tokens[at] for at in places], oracle, Activations(logits), bounds) + problems
+        return self._told(longest, places, Activations(logits), bounds) + problems
 
-    def _told(self, tokens: Sequence[int], oracle: Activations, found: Activations, bounds: Bounds) -> list[str]:
-        verdict = compare(tokens, oracle, found, self.experts_per_token)
-        return [*flips_told(verdict), *broken(check_bounds(verdict, bounds))]
+    def _told(self, reference: Reference, places: Sequence[int], found: Activations, bounds: Bounds) -> list[str]:
+        """What breaks the rule or a bound at some positions of a prompt; `found` is of these alone."""
+        tokens = [reference.prompt.tokens[at] for at in places]
+        verdict = compare(tokens, _at(reference.activations, places), found, self.experts_per_token)
+        allowed = flips_allowed_on(reference.prompt, verdict, routed=self.experts_per_token is not None)
+        flips = flips_told(verdict) if len(verdict.confident_flips) > allowed else []
+        return [*flips, *broken(check_bounds(verdict, bounds))]
 
 
 def verdict(problems: list[str], read: str) -> GateResult:
@@ -141,10 +140,8 @@ def _unwritten(stepper: Stepper, bundle: Bundle, positions: int) -> Iterator[str
 
 def _at(activations: Activations, places: Sequence[int]) -> Activations:
     """What a model shows at some positions."""
-    routers = activations.router_logits
-    return evolve(
-        activations,
-        logits=activations.logits[places],
-        hidden=None,
-        router_logits=None if routers is None else [rows[places] for rows in routers],
-    )
+
+    def rows(layers: Sequence[np.ndarray[Any, Any]] | None) -> list[np.ndarray[Any, Any]] | None:
+        return None if layers is None else [layer[list(places)] for layer in layers]
+
+    return Activations(activations.logits[list(places)], rows(activations.hidden), rows(activations.router_logits))

@@ -173,7 +173,7 @@ def run_gate(
             [
                 *_stored(subject, progress),
                 *_slices(subject, options, plugins, checkpoint, references[0].prompt.tokens, progress),
-                *_prefill(subject, references, progress),
+                *_prefill(subject, references, options, progress),
                 *_run_plugin_gates(subject, plugins, checkpoint),
             ],
             partial(token_text, load_tokenizer(subject.bundle.tokenizer)),
@@ -531,27 +531,31 @@ def _slices(
     return [part.judge(tokens[:SLICE_POSITIONS], progress)]
 
 
-def _prefill(subject: _Subject, references: Sequence[Reference], progress: Reporter) -> list[GateResult]:
-    """The verdict on the function that reads prompts, where the contract has one."""
-    from coreai_zoo.gates.prefill import PrefillGate, uneven_pieces, verdict
+def _prefill(
+    subject: _Subject, references: Sequence[Reference], options: GateOptions, progress: Reporter
+) -> list[GateResult]:
+    """The verdict on the function that reads prompts, where the contract has one; by prompts that are not too weak."""
+    from coreai_zoo.gates.prefill import DECODED, PrefillGate, uneven_pieces, verdict
 
     shipped, bundle, prefill = subject.shipped, subject.bundle, subject.shipped.contract.prefill
-    if prefill is None:
+    judged = [each for each in references if options.allow_weak_prompt or not each.strength.weak]
+    if prefill is None or not judged:
         return []
     kind = kind_of(subject.experts_per_token)
     bounds = partial(subject.measured.of_recipe, subject.roles, bundle.build["layers"], kind=kind)
-    overlay = None
+    problems, read = [], []
+    judging = PrefillGate(subject.experts_per_token)
     if subject.weights is not None:
         overlay = _overlay_runner(shipped, subject.weights, PREFILL, partial(uneven_pieces, prefill=prefill)).model
-    judging = PrefillGate(overlay, bounds(arithmetic="torch"), subject.experts_per_token)
-    problems = judging.judge_overlay(references, progress)
-    read = f"{sum(len(reference.prompt.tokens) for reference in references)} positions in PyTorch"
-    if isinstance(subject.models.candidate.model, AssetCandidate):
-        backend, longest = shipped.backend, max(references, key=lambda reference: len(reference.prompt.tokens))
-        asset_bounds = bounds(arithmetic=_arithmetic(backend))
-        problems += judging.judge_asset(bundle, backend, prefill, asset_bounds, longest, progress)
-        read += f" and a text of {len(longest.prompt.tokens)} tokens on the {backend.runtime} runtime"
-    return [verdict(problems, read)]
+        problems += judging.judge_overlay(overlay, judged, bounds(arithmetic="torch"), progress)
+        read.append(f"{sum(len(each.prompt.tokens) for each in judged)} positions in PyTorch")
+    longest = max(judged, key=lambda each: len(each.prompt.tokens))
+    if isinstance(subject.models.candidate.model, AssetCandidate) and len(longest.prompt.tokens) > DECODED:
+        backend = shipped.backend
+        held_to = bounds(arithmetic=_arithmetic(backend))
+        problems += judging.judge_asset(bundle, backend, prefill, longest, held_to, progress)
+        read.append(f"a text of {len(longest.prompt.tokens)} tokens on the {backend.runtime} runtime")
+    return [verdict(problems, " and ".join(read))] if read else []
 
 
 def _run_plugin_gates(subject: _Subject, plugins: Plugins, checkpoint: Path) -> list[GateResult]:

@@ -364,11 +364,12 @@ def _judge(
         control_verdict,
         tuple(checks),
         stop_check(verdict, prompt.stop, due=prompt.ends_turns and not allow_weak) if prompt.prompt.turns else None,
-        _flips_allowed(prompt, verdict, routed=experts_per_token is not None),
+        flips_allowed_on(prompt, verdict, routed=experts_per_token is not None),
     )
 
 
-def _flips_allowed(prompt: TokenizedPrompt, verdict: Verdict, *, routed: bool) -> int:
+def flips_allowed_on(prompt: TokenizedPrompt, verdict: Verdict, *, routed: bool) -> int:
+    """How many confident flips on a prompt are no error: of a routed model on running text some, else none."""
     return flips_allowed(verdict.confident_positions, routed=routed) if prompt.prompt.running_text else 0
 
 

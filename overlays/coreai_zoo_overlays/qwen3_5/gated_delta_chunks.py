@@ -61,6 +61,8 @@ class ChunkedGatedDeltaRule(nn.Module):
 
     def __init__(self, length: int, chunk: int) -> None:
         super().__init__()
+        if chunk & (chunk - 1):
+            raise ValueError(f"a chunk is joined from halves down to single tokens, which {chunk} cannot be")
         self.length, self.chunk = length, chunk
         token = torch.arange(chunk, device="cpu")
         row, column = token.unsqueeze(1), token.unsqueeze(0)
