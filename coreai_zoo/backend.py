@@ -214,17 +214,23 @@ def drain(stepper: Stepper, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, A
         yield stepper.step(token)
 
 
+def call_prefill(stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Sequence[int]) -> None:
+    """Feed tokens at the next positions to the function `prefill`, in the chunks in which an engine sends them."""
+    read = 0
+    for length in prompt_chunks(len(tokens), min(functions[PREFILL].most_tokens, LARGEST_CHUNK)):
+        stepper.call(PREFILL, tokens[read : read + length])
+        read += length
+
+
 def read_prompt(stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Sequence[int]) -> np.ndarray[Any, Any]:
     """Feed a prompt at the next positions as an engine does; the logits after its last token, float16 [V].
 
-    All tokens but the last go to `prefill` where there is such a function, in chunks; the others are decoded.
+    All tokens but the last go to `prefill` where there is such a function; the others are decoded.
     """
-    read = 0
     if PREFILL in functions and len(tokens) > 1:
-        for length in prompt_chunks(len(tokens) - 1, min(functions[PREFILL].most_tokens, LARGEST_CHUNK)):
-            stepper.call(PREFILL, tokens[read : read + length])
-            read += length
-    for token in tokens[read:]:
+        call_prefill(stepper, functions, tokens[:-1])
+        tokens = tokens[-1:]
+    for token in tokens:
         logits = stepper.step(token)
     return logits
 

@@ -220,22 +220,30 @@ FIXED_S1 = Contract(
 )
 
 
-CHUNKED = evolve(
-    STATIC_S1,
-    name="chunked",
-    summary="decodes like static-s1; a function `prefill` reads up to 256 tokens of a prompt per call, loop-free",
-    prefill=Prefill(most_tokens=256, chunk=64),
-    usage=_usage_with_prefill(256),
-    prerequisites=_READS_CHUNK_SIZE,
+def _chunked(name: str, summary: str, most_tokens: int, chunk: int) -> Contract:
+    """`static-s1` with a `prefill` that needs no loop."""
+    return evolve(
+        STATIC_S1,
+        name=name,
+        summary=summary,
+        prefill=Prefill(most_tokens, chunk),
+        usage=_usage_with_prefill(most_tokens),
+        prerequisites=_READS_CHUNK_SIZE,
+    )
+
+
+CHUNKED = _chunked(
+    "chunked",
+    "decodes like static-s1; a function `prefill` reads up to 256 tokens of a prompt per call, loop-free",
+    most_tokens=256,
+    chunk=64,
 )
 
-CHUNKED_UNROLLED = evolve(
-    STATIC_S1,
-    name="chunked-unrolled",
-    summary="like chunked, but 16 tokens per call, as 16 steps in a row: a form that others have run on devices",
-    prefill=Prefill(most_tokens=16, chunk=1),
-    usage=_usage_with_prefill(16),
-    prerequisites=_READS_CHUNK_SIZE,
+CHUNKED_UNROLLED = _chunked(
+    "chunked-unrolled",
+    "like chunked, but 16 tokens per call, as 16 steps in a row: a form that others have run on devices",
+    most_tokens=16,
+    chunk=1,
 )
 
 DYNAMIC = evolve(

@@ -22,9 +22,11 @@ PREFILL = "prefill"
 LARGEST_CHUNK = 2048
 """Tokens of a prompt that engines send at once to a function that takes any number of them."""
 
+CHUNKS = ("prefill_chunk_size", "prefill_chunk_threshold")
+"""Keys of the block `language` that tell an engine how many tokens of a prompt to send at once."""
+
 _INPUTS = ("input_ids", "position_ids")
 _LEAST_STATES, _MOST_STATES = 2, 4
-_CHUNKS = ("prefill_chunk_size", "prefill_chunk_threshold")
 _CACHE = re.compile("cache|kv", re.IGNORECASE)
 _OTHER_MODELS = re.compile(r"extend.*|load_embeddings|image_encode|text_encode|detect|tracker_step")
 
@@ -295,14 +297,14 @@ def _vocab_size(seen: Interface) -> Iterator[Breach]:
 def _prefill_chunks(seen: Interface) -> Iterator[Breach]:
     shape, _dtype = seen.decoder.inputs.get(_INPUTS[0], ((), ""))
     tokens = shape[-1] if shape else -1
-    for key in _CHUNKS:
+    for key in CHUNKS:
         found = seen.language.get(key)
         if tokens > 0 and found != tokens:
             yield Breach(f"`{key}` is {found} and a call of {seen.decode} takes {tokens}")
         elif tokens < 0 and found is not None and not (isinstance(found, int) and found > 0):
             yield Breach(f"`{key}` is {found}")
-    if tokens < 0 and len({seen.language.get(key) for key in _CHUNKS}) > 1:
-        yield Breach(f"{' and '.join(f'`{key}`' for key in _CHUNKS)} differ")
+    if tokens < 0 and len({seen.language.get(key) for key in CHUNKS}) > 1:
+        yield Breach(f"{' and '.join(f'`{key}`' for key in CHUNKS)} differ")
 
 
 @_rule("max-context", "an engine lets a conversation grow up to that length")

@@ -8,13 +8,12 @@ from typing import Any, Literal
 import cattrs
 from attrs import frozen
 
-from coreai_zoo.engine import PREFILL
+from coreai_zoo.engine import CHUNKS, PREFILL
 from coreai_zoo.signature import TraceSpec
 
 METADATA_VERSION = "0.2"
 MODEL_DEFINITION = "torch"
 """What the model was defined in before it was converted; Apple's exporter writes the same."""
-CHUNKS = ("prefill_chunk_size", "prefill_chunk_threshold")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing

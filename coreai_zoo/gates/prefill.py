@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from coreai_zoo.backend import Backend, Stepper
+from coreai_zoo.backend import Backend, Stepper, call_prefill
 from coreai_zoo.bounds import Bounds
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.contracts import Prefill
-from coreai_zoo.engine import LARGEST_CHUNK, PREFILL, prompt_chunks
 from coreai_zoo.errors import listing
 from coreai_zoo.gate import Activations, GateResult, Model
 from coreai_zoo.gates.bounds import broken, check_bounds
@@ -117,17 +116,16 @@ def _read(
     stepper: Stepper, bundle: Bundle, tokens: Sequence[int], pieces: Sequence[int]
 ) -> tuple[list[int], np.ndarray[Any, Any]]:
     """Read pieces by `prefill`, decode behind each; the positions that were decoded, and their logits [P, V]."""
-    most = min(bundle.functions[PREFILL].most_tokens, LARGEST_CHUNK)
     stepper.reset(float("nan"))
-    at, places, rows = 0, [], []
+    at = 0
+    places: list[int] = []
+    rows: list[np.ndarray[Any, Any]] = []
     for piece in pieces:
-        for length in prompt_chunks(piece, most):
-            stepper.call(PREFILL, tokens[at : at + length])
-            at += length
-        for _ in range(DECODED):
-            rows.append(stepper.step(tokens[at]))
-            places.append(at)
-            at += 1
+        call_prefill(stepper, bundle.functions, tokens[at : at + piece])
+        behind = range(at + piece, at + piece + DECODED)
+        rows += [stepper.step(tokens[place]) for place in behind]
+        places += behind
+        at = behind.stop
     return places, np.stack(rows)
 
 
