@@ -52,11 +52,6 @@ class Repetition:
     depth: int
 
     @property
-    def one_of_each(self) -> Repetition:
-        """The same with so few layers traced that every kind is just among them: not enough to copy the others."""
-        return evolve(self, depth=max(self.kinds.index(kind) for kind in set(self.kinds)) + 1)
-
-    @property
     def compared(self) -> tuple[int, ...]:
         """Positions of the traced layers that are alike."""
         return _alike(self.kinds[: self.depth])

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, OutputKind
 
@@ -83,15 +83,17 @@ def without_outputs(program: ExportedProgram) -> ExportedProgram:
 
     This is done to the program of all layers, whose last one is not computed to its end then, as no other is.
     """
-    signature, output = program.graph_signature, program.graph.output_node()
-    kept = [spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs]
-    output.args = (tuple(node for node, keep in zip(output.args[0], kept, strict=True) if keep),)
-    program.graph.eliminate_dead_code()
-    specs = [spec for spec, keep in zip(signature.output_specs, kept, strict=True) if keep]
+    signature, graph = program.graph_signature, fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(program.graph, copies)
+    results = zip(program.graph.output_node().args[0], signature.output_specs, strict=True)
+    kept = [(copies[node], spec) for node, spec in results if spec.kind is not OutputKind.USER_OUTPUT]
+    graph.output(tuple(node for node, _ in kept))
+    graph.eliminate_dead_code()
     return ExportedProgram(
         root=program.graph_module,
-        graph=program.graph,
-        graph_signature=ExportGraphSignature(signature.input_specs, specs),
+        graph=graph,
+        graph_signature=ExportGraphSignature(signature.input_specs, [spec for _, spec in kept]),
         state_dict=program.state_dict,
         range_constraints=program.range_constraints,
         module_call_graph=program.module_call_graph,

@@ -240,14 +240,14 @@ class TracedFunction:
         module: the decoder.
         spec: its signature.
         present: externalization specs of its composites.
-        whole: the program traced from all layers, and its composites; None where layers repeat.
-        repetition: how layers repeat; None where `whole` is there.
+        traced: the program traced from all layers or, where they repeat, from the first few, and its composites.
+        repetition: how layers repeat; None where all are traced.
     """
 
     module: nn.Module
     spec: TraceSpec
     present: list[Any]
-    whole: tuple[ExportedProgram, list[Any]] | None
+    traced: tuple[ExportedProgram, list[Any]]
     repetition: Repetition | None = None
 
     def whole_program(self) -> tuple[ExportedProgram, list[Any]]:
@@ -262,15 +262,15 @@ class TracedFunction:
 
     def _all_layers(self) -> tuple[ExportedProgram, list[Any]]:
         from coreai_zoo.lowering.extension import extend
+        from coreai_zoo.lowering.repetition import short_signature
         from coreai_zoo.lowering.trace import check_traced
 
-        if self.whole is not None:
-            return self.whole
-        assert self.repetition is not None
+        if self.repetition is None:
+            return self.traced
+        short, (program, composites) = short_signature(self.spec, self.repetition), self.traced
         try:
-            short, traced, composites = _traced_short(self.module, self.spec, self.present, self.repetition)
             with interruption.deferred():
-                program = extend(traced, self.module, self.repetition, short, self.spec)
+                program = extend(program, self.module, self.repetition, short, self.spec)
         except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
             return _traced_whole(self.module, self.spec, self.present, reason)
         check_traced(program, self.spec)
@@ -280,33 +280,24 @@ class TracedFunction:
 def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> TracedFunction:
     """The decoder `module` traced with its composites kept whole.
 
-    Where layers repeat, one of each kind is traced to see that it can be done, and forgotten: until the weights are
-    there, a deep decoder takes no more memory than a shallow one.
+    Where layers repeat, the first few are traced and not continued yet: until the weights are there, a deep decoder
+    takes no more memory than a shallow one.
     """
     import coreai_torch  # noqa: F401  # before the compiler's dialects, which import each other in a circle otherwise
 
-    from coreai_zoo.lowering.repetition import find_repetition
+    from coreai_zoo.lowering.repetition import find_repetition, short_signature, shortened
 
     present = _use_toolchain_composites(module)
     repetition = None if every_layer else find_repetition(module)
     if repetition is not None:
         try:
-            _traced_short(module, spec, present, repetition.one_of_each)
-            return TracedFunction(module, spec, present, None, repetition)
+            short = short_signature(spec, repetition)
+            with shortened(module, repetition):
+                traced = _traced_with_composites(module, short, present)
+            return TracedFunction(module, spec, present, traced, repetition)
         except Exception as reason:  # noqa: BLE001  # as above
             return TracedFunction(module, spec, present, _traced_whole(module, spec, present, reason))
     return TracedFunction(module, spec, present, _traced_with_composites(module, spec, present))
-
-
-def _traced_short(
-    module: nn.Module, spec: TraceSpec, present: list[Any], repetition: Repetition
-) -> tuple[TraceSpec, ExportedProgram, list[Any]]:
-    """The first layers of `module`: their signature, their program and its composites."""
-    from coreai_zoo.lowering.repetition import short_signature, shortened
-
-    short = short_signature(spec, repetition)
-    with shortened(module, repetition):
-        return short, *_traced_with_composites(module, short, present)
 
 
 def _traced_whole(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, bmm, nn
 
 from .gated_delta_net import l2_norm, recurrent_gated_delta_rule
 
@@ -85,30 +85,34 @@ class ChunkedGatedDeltaRule(nn.Module):
         query, key, value = (
             self._chunks(x.float(), heads) for x in (l2_norm(query.float()), l2_norm(key.float()), value)
         )
-        g, beta = (self._chunks(x.unsqueeze(-1), heads) for x in (g, beta))  # [Hv n, C, 1], and [Hv n, C, D] before
+        g, beta = (self._chunks(x.unsqueeze(-1), heads) for x in (g, beta))  # [n Hv, C, 1], and [n Hv, C, D] before
         query = query * query.shape[-1] ** -0.5
 
-        since, between = self._decays(g)  # d[t] [Hv n, C, 1], d[t, i] [Hv n, C, C]
-        solved = self._solved(beta * between * (key @ key.transpose(1, 2)))
-        written_of_value, written_of_key = solved @ (beta * value), solved @ (beta * since * key)
-        end = between[:, -1:].transpose(1, 2)  # d[C, i], [Hv n, C, 1]
+        since, between = self._decays(g)  # d[t] [n Hv, C, 1], d[t, i] [n Hv, C, C]
+        solved = self._solved(beta * between * bmm(key, key.transpose(1, 2)))
+        written_of_value, written_of_key = bmm(solved, beta * value), bmm(solved, beta * since * key)
+        end = between[:, -1:].transpose(1, 2)  # d[C, i], [n Hv, C, 1]
 
         states, written, state = [], [], state.squeeze(0)  # [Hv, Dk, Dv]
         parts = (written_of_value, written_of_key, (end * key).transpose(1, 2), since[:, -1:])
-        for u_v, u_k, keys, kept in zip(*(x.unflatten(0, (heads, -1)).unbind(1) for x in parts), strict=True):
+        parts = tuple(x.unflatten(0, (-1, heads)) for x in parts)
+        for chunk in range(self.length // self.chunk):
+            u_v, u_k, keys, kept = (x[chunk] for x in parts)
             states.append(state)
-            written.append(u_v - u_k @ state)  # u, [Hv, C, Dv]
-            state = kept * state + keys @ written[-1]
+            written.append(u_v - bmm(u_k, state))  # u, [Hv, C, Dv]
+            state = kept * state + bmm(keys, written[-1])
 
-        before, u = (torch.stack(x, dim=1).flatten(0, 1) for x in (states, written))  # [Hv n, Dk, Dv], [Hv n, C, Dv]
-        out = since * (query @ before) + between * (query @ key.transpose(1, 2)) @ u
-        out = out.unflatten(0, (heads, -1)).flatten(1, 2).transpose(0, 1)  # [P, Hv, Dv]
-        return out.contiguous()[:tokens].unsqueeze(0), state.unsqueeze(0)
+        before, u = torch.cat(states), torch.cat(written)  # [n Hv, Dk, Dv], [n Hv, C, Dv]
+        out = since * bmm(query, before) + bmm(between * bmm(query, key.transpose(1, 2)), u)
+        out = out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(0, 1)  # [P, Hv, Dv]
+        return out[:tokens].unsqueeze(0), state.unsqueeze(0)
 
     def _chunks(self, x: Tensor, heads: int) -> Tensor:
-        """[1, S, H, D] to [`heads` n, C, D], each of the H heads repeated for those that it serves."""
-        x = padded(x, self.length).squeeze(0).transpose(0, 1)
-        return x.repeat_interleave(heads // x.shape[0], dim=0).reshape(-1, self.chunk, x.shape[-1])
+        """[1, S, H, D] to [n `heads`, C, D], each of the H heads repeated for those that it serves."""
+        x = padded(x, self.length).unflatten(1, (-1, self.chunk)).squeeze(0).transpose(1, 2)  # [n, H, C, D]
+        if x.shape[1] != heads:
+            x = x.repeat_interleave(heads // x.shape[1], dim=1)
+        return x.flatten(0, 1)
 
     def _decays(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """`g` [..., C, 1]; d[t] as `g`, and d[t, i] [..., C, C], zero for i > t.
@@ -134,7 +138,7 @@ class ChunkedGatedDeltaRule(nn.Module):
         """
         inverse = self.identity - system * self.get_buffer("join_1")
         for width in self.widths[1:]:
-            inverse = inverse - inverse @ (system * self.get_buffer(f"join_{width}")) @ inverse
+            inverse = inverse - bmm(bmm(inverse, system * self.get_buffer(f"join_{width}")), inverse)
         return inverse
 
 
