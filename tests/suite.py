@@ -38,6 +38,7 @@ QUICK = frozenset(
         "sensitivity",
         "suite",
         "tables",
+        "target",
         "weights",
     }
 )
