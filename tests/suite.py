@@ -89,6 +89,7 @@ THOROUGH = frozenset(
         "reproducible",
         "resume",
         "same_tokenizer",
+        "run",
         "samples",
         "sizes",
         "store",
