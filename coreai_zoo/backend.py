@@ -214,10 +214,15 @@ def drain(stepper: Stepper, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, A
         yield stepper.step(token)
 
 
+def prefill_calls(functions: Mapping[str, TraceSpec], tokens: int) -> list[int]:
+    """The length of each call of `prefill` by which an engine sends `tokens` tokens; none where it is not there."""
+    return prompt_chunks(tokens, min(functions[PREFILL].most_tokens, LARGEST_CHUNK)) if PREFILL in functions else []
+
+
 def call_prefill(stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Sequence[int]) -> None:
     """Feed tokens at the next positions to the function `prefill`, in the chunks in which an engine sends them."""
     read = 0
-    for length in prompt_chunks(len(tokens), min(functions[PREFILL].most_tokens, LARGEST_CHUNK)):
+    for length in prefill_calls(functions, len(tokens)):
         stepper.call(PREFILL, tokens[read : read + length])
         read += length
 
@@ -227,7 +232,7 @@ def read_prompt(stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Se
 
     All tokens but the last go to `prefill` where there is such a function; the others are decoded.
     """
-    if PREFILL in functions and len(tokens) > 1:
+    if PREFILL in functions:
         call_prefill(stepper, functions, tokens[:-1])
         tokens = tokens[-1:]
     for token in tokens:

@@ -14,6 +14,7 @@ from attrs.validators import ge, optional
 
 from coreai_zoo.engine import COREAI_MODELS, PREFILL, Engine
 from coreai_zoo.signature import Axis, InputSpec, KVCache, StateSpec, TensorSpec, TraceSpec
+from coreai_zoo.systems import System
 
 # The pipelined engine allocates KV at 256 and doubles it; the trace only has to leave the axis free.
 _TRACED_CAPACITY = 256
@@ -48,7 +49,7 @@ class Contract:
         name: as on the command line.
         summary: one line.
         query_length: tokens per call when decoding, or None when the engine may pass any number.
-        prerequisites: what a machine needs to run such a bundle, for the card.
+        prerequisites: what a machine needs to run such a bundle, beside its system, for the card.
         usage: how an engine of this contract is called, for the card: Markdown in which BUNDLE is the bundle's folder.
         fixed_context: whether the KV pair has its full length from the start, and `position_ids` names the new tokens
             only; else both grow with the tokens.
@@ -58,6 +59,8 @@ class Contract:
         engine: the engine whose rules designs and bundles are held against; None for one whose rules are not known
             here, and then there are none.
         prefill: the function that reads prompts; None where the one that decodes reads them.
+        systems: the first version of each operating system that runs such a bundle; none where nothing is known of
+            that, and then no `--target` is for it.
     """
 
     name: str
@@ -71,6 +74,21 @@ class Contract:
     backends: tuple[str, ...] = ("coreai",)
     engine: Engine | None = COREAI_MODELS
     prefill: Prefill | None = None
+    systems: tuple[System, ...] = ()
+
+    @property
+    def needed_system(self) -> str:
+        """The systems that run it, in words; empty where none is known."""
+        return f"{' or '.join(map(str, self.systems))} or later" if self.systems else ""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a machine needs to run such a bundle, a phrase each, its system first."""
+        return (self.needed_system, *self.prerequisites) if self.systems else self.prerequisites
+
+    def system_of(self, target: System) -> System | None:
+        """The first version of the target's system that runs it; None where the target does not."""
+        return next((system for system in self.systems if target.runs(system)), None)
 
     def functions(
         self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int
@@ -188,8 +206,9 @@ def _usage_with_prefill(most_tokens: int) -> str:
     return _engine_usage(f"{_WARM_UP.replace('A call takes', 'A call that decodes takes')}\n{told}")
 
 
+_MACOS_27_0 = (System("macOS", "27.0"),)
+
 _READS_CHUNK_SIZE = (
-    "macOS 27.0 or later",
     "an engine of [apple/coreai-models](https://github.com/apple/coreai-models) from its pull request 240 on, which "
     "reads `prefill_chunk_size` and sends prompts to a function `prefill`",
 )
@@ -198,8 +217,8 @@ STATIC_S1 = Contract(
     name="static-s1",
     summary="decode-only, loop-free, one token per call; prefill runs as single steps",
     query_length=1,
+    systems=_MACOS_27_0,
     prerequisites=(
-        "macOS 27.0 or later",
         "an engine of [apple/coreai-models](https://github.com/apple/coreai-models) from its pull request 227 on "
         "(commit 27a66f9; the release 0.2.0 is older), or from 237 on for a chat of more than one turn",
     ),
@@ -212,7 +231,8 @@ FIXED_S1 = Contract(
     name="fixed-s1",
     summary="decode-only, loop-free, one token per call, no dynamic axis: the context is allocated whole",
     query_length=1,
-    prerequisites=("macOS 15 or iOS 18 or later", "a caller that carries the states from call to call (MLState)"),
+    systems=(System("macOS", "15"), System("iOS", "18")),
+    prerequisites=("a caller that carries the states from call to call (MLState)",),
     fixed_context=True,
     default_context=4096,
     backends=("coreml",),
@@ -255,9 +275,10 @@ DYNAMIC = evolve(
     usage=_engine_usage(
         "A call takes any number of tokens, and the engine reads a prompt with the function `prefill`."
     ),
-    prerequisites=("macOS 27.2 or later", *STATIC_S1.prerequisites[1:]),
+    systems=(System("macOS", "27.2"),),
 )
 
 CONTRACTS: Mapping[str, Contract] = MappingProxyType(
     {contract.name: contract for contract in (STATIC_S1, CHUNKED, CHUNKED_UNROLLED, DYNAMIC, FIXED_S1)}
 )
+"""Of those that need the same system, the one first of which most has been seen on devices: `--target` goes by it."""

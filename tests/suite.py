@@ -38,6 +38,7 @@ QUICK = frozenset(
         "sensitivity",
         "suite",
         "tables",
+        "target",
         "weights",
     }
 )
@@ -88,6 +89,7 @@ THOROUGH = frozenset(
         "reproducible",
         "resume",
         "same_tokenizer",
+        "run",
         "samples",
         "sizes",
         "store",

@@ -69,7 +69,7 @@ def record(**changed: Any) -> dict[str, Any]:
         "whole_layers": 64,
         "contract": {
             "name": "static-s1",
-            "prerequisites": DENSE.contract.prerequisites,
+            "prerequisites": DENSE.contract.needs,
             "usage": DENSE.contract.usage,
         },
         "remarks": [],

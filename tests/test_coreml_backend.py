@@ -796,6 +796,12 @@ def test_a_native_error_is_a_full_disk_where_there_is_no_room(tmp_path: Path) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_contract_names_the_systems_that_a_package_is_written_for() -> None:
+    from coreai_zoo.backends.coreml.lowering import TARGET
+
+    assert [type(TARGET)[f"{system.name}{system.version}"] for system in FIXED_S1.systems] == [TARGET, TARGET]
+
+
 def test_another_version_of_the_toolchain_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coreai_zoo.backends.coreml.backend._REQUIRED", {"coremltools": "8.0"})
     with pytest.raises(EnvironmentLacks, match=r"is 9\.0, and this version of the zoo is written against 8\.0"):

@@ -24,6 +24,7 @@ from coreai_zoo.build.request import (
     BuildRequest,
 )
 from coreai_zoo.build.source import Source, Subject, find_source, other_model, subject_of
+from coreai_zoo.build.target import aimed
 from coreai_zoo.bundle.metadata import language_block
 from coreai_zoo.catalogue import find_backend, find_contract, find_recipe
 from coreai_zoo.checkpoint.files import Checkpoint
@@ -65,7 +66,7 @@ class Design:
 
     Attributes:
         name: name of the bundle.
-        request: what was asked for.
+        request: what was asked for, with the contract and the backend of its target.
         label: what the model is called: the entry's name, or that of the repository or folder.
         entry: the entry; None for a checkpoint that is taken as what its config says.
         model: what the overlay makes of the config, cut to the layers that were asked for.
@@ -233,7 +234,8 @@ def design(
     """
     subject = subject_of(request, plugins, entry)
     entry = subject.entry
-    backend = find_backend(request.backend, plugins)
+    request = aimed(request, entry, plugins)
+    backend = find_backend(request.backend or DEFAULT_BACKEND, plugins)
     contract = _contract(request, entry, backend, plugins)
     recipe = find_recipe(request.recipe or (entry.recipe if entry else DEFAULT_RECIPE), plugins)
     if not request.dry:
@@ -257,7 +259,7 @@ def design(
     weights, notes = _weights(decoders, entry, source, checkpoint, recipe)
     label = _label(request, subject, source)
     made = Design(
-        name=_bundle_name(request, label, recipe, contract, differences),
+        name=_bundle_name(request, label, recipe, contract, backend, differences),
         request=request,
         label=label,
         entry=entry,
@@ -578,6 +580,7 @@ def _bundle_name(
     label: str,
     recipe: Recipe,
     contract: Contract,
+    backend: Backend,
     differences: tuple[str, ...],
 ) -> str:
     parts = [slug(label)]
@@ -590,6 +593,6 @@ def _bundle_name(
     usual = "decode" if contract.query_length == 1 else "dynamic"
     parts.append(slug(contract.name) if contract.prefill else usual)
     parts.append(recipe.published_name)
-    if request.backend != DEFAULT_BACKEND:
-        parts.append(request.backend)
+    if backend.name != DEFAULT_BACKEND:
+        parts.append(backend.name)
     return "_".join(parts)

@@ -82,6 +82,8 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
                 Workspace.of(request.output, name, request.work_dir, keep=request.keep_weights).tidy()
                 return BuildResult.of_existing(existing)
             designed = design(request, plugins, report=report)
+            if request.target is not None:
+                report.note(f"{request.target}: contract {designed.contract.name}, backend {designed.backend.name}")
             report.note(f"origin: {designed.source.origin}; licence: {designed.source.licence.id or 'not known'}")
             if designed.standing is not None:
                 report.note(designed.standing)

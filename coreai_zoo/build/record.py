@@ -140,7 +140,7 @@ def describe(design: Design) -> dict[str, Any]:
         "whole_layers": design.model.whole_facts["layers"],
         "contract": {
             "name": design.contract.name,
-            "prerequisites": list(design.contract.prerequisites),
+            "prerequisites": list(design.contract.needs),
             "usage": design.contract.usage,
             "engine": design.contract.engine.name if design.contract.engine else None,
         },

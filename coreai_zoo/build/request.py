@@ -7,6 +7,7 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.bundle.layout import EXPORTS
+from coreai_zoo.systems import System
 
 DEFAULT_OUTPUT = EXPORTS
 DEFAULT_BACKEND = "coreai"
@@ -21,6 +22,9 @@ class BuildRequest:
     Attributes:
         model: an entry by its name or file, a repository on the hub, or a folder; None for the folder `checkpoint`.
         checkpoint: the folder of an entry's checkpoint; None to fetch it.
+        backend: name of the backend; None for the default one, or for the target's.
+        target: the system of the machine that is to run the bundle, which decides contract and backend where they are
+            None, and refuses those that it does not run; None where nothing is said of the machine.
         label: what to call a model without entry; None for the name of its repository or folder.
         dry: whether to look only. No weight is fetched then: without `checkpoint` or `sample` the model of an entry is
             the one that its facts describe, and a checkpoint may be a folder with nothing but its `config.json`.
@@ -31,7 +35,8 @@ class BuildRequest:
     sample: bool = False
     recipe: str | None = None
     contract: str | None = None
-    backend: str = DEFAULT_BACKEND
+    backend: str | None = None
+    target: System | None = None
     output: Path = DEFAULT_OUTPUT
     max_context: int | None = None
     layers: int | None = None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import define, frozen
 
-from coreai_zoo.backend import Backend, read_prompt
+from coreai_zoo.backend import Backend, Stepper, prefill_calls, read_prompt
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.chat_template import find_chat_template, render_chat
 from coreai_zoo.checkpoint.end_of_turn import end_tokens
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
 from coreai_zoo.errors import BadInput, CheckFailed
+from coreai_zoo.signature import TraceSpec
+
+Logits = np.ndarray[Any, Any]
 
 # Dividing by less than this would overflow, and the most probable token is all that is left anyway.
 _GREEDY = 1e-6
@@ -36,10 +40,61 @@ class Sampling:
             raise BadInput(f"A temperature is a number of at least 0, not {self.temperature}.")
 
 
+@define
+class Pace:
+    """How long a bundle took to read a prompt and to write its answer, in seconds of the runtime alone.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        prompt_seconds: until there were logits behind its last one.
+        prefill_calls: calls of `prefill`, which read all of it but the last token; 0 where every token was decoded.
+        answer_tokens: tokens of the answer; the logits behind the prompt choose the first one.
+        steps: tokens that were decoded for the others, and to see that the answer ends.
+        answer_seconds: of these steps.
+    """
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    prefill_calls: int = 0
+    answer_tokens: int = 0
+    steps: int = 0
+    answer_seconds: float = 0.0
+
+    def read(self, stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Sequence[int]) -> Logits:
+        """Read a prompt as an engine does; the logits after its last token, [V]."""
+        self.prompt_tokens, self.prefill_calls = len(tokens), len(prefill_calls(functions, len(tokens) - 1))
+        started = time.perf_counter()
+        logits = read_prompt(stepper, functions, tokens)
+        self.prompt_seconds = time.perf_counter() - started
+        return logits
+
+    def step(self, stepper: Stepper, token: int) -> Logits:
+        """Decode a token of the answer; the logits after it, [V]."""
+        started = time.perf_counter()
+        logits = stepper.step(token)
+        self.steps, self.answer_seconds = self.steps + 1, self.answer_seconds + time.perf_counter() - started
+        return logits
+
+
 def generate(
-    bundle: Bundle, backend: Backend, prompt: str, new_tokens: int, sampling: Sampling | None = None
+    bundle: Bundle,
+    backend: Backend,
+    prompt: str,
+    new_tokens: int,
+    sampling: Sampling | None = None,
+    pace: Pace | None = None,
 ) -> Iterator[str]:
     """Text piece by piece as it is generated, up to `new_tokens` tokens, any end of turn, or the end of the context.
+
+    The prompt is read as an engine reads it; see `read_prompt`.
+
+    Args:
+        bundle: the bundle.
+        backend: the backend that it was written by.
+        prompt: text to continue.
+        new_tokens: tokens that are generated at the most.
+        sampling: the choice of a token; None for the most probable one.
+        pace: is filled in on the way.
 
     Raises:
         BadInput: when the prompt is empty or does not fit the context.
@@ -55,17 +110,19 @@ def generate(
     stops = end_tokens(bundle.tokenizer).ids
     choose = _chooser(sampling or Sampling())
     stream = DecodeStream(skip_special_tokens=True)
+    pace = Pace() if pace is None else pace
     capacity = min(bundle.max_context, len(prompt_tokens) + new_tokens)
     with backend.stepper(bundle.asset, bundle.functions, capacity) as stepper:
-        logits = read_prompt(stepper, bundle.functions, prompt_tokens)
+        logits = pace.read(stepper, bundle.functions, prompt_tokens)
         for left in range(capacity - len(prompt_tokens), 0, -1):
             token = choose(logits)
             if token in stops:
                 return
+            pace.answer_tokens += 1
             # The stream holds back bytes that are not yet a whole character.
             yield stream.step(tokenizer, token) or ""
             if left > 1:
-                logits = stepper.step(token)
+                logits = pace.step(stepper, token)
 
 
 def chat_prompt(bundle: Bundle, message: str) -> str:
@@ -97,11 +154,11 @@ def chat_text(bundle: Bundle, turns: Sequence[tuple[str, str]], *, answer_follow
     return render_chat(bundle.tokenizer, turns, answer_follows=answer_follows)
 
 
-def _chooser(sampling: Sampling) -> Callable[[np.ndarray[Any, Any]], int]:
+def _chooser(sampling: Sampling) -> Callable[[Logits], int]:
     """A function from logits [V] to the next token."""
     generator = np.random.default_rng(sampling.seed)
 
-    def choose(logits: np.ndarray[Any, Any]) -> int:
+    def choose(logits: Logits) -> int:
         if not np.isfinite(logits).all():
             raise CheckFailed("The bundle computed logits that are not finite.", "Gate it: `zoo gate BUNDLE`.")
         if sampling.temperature < _GREEDY:

@@ -14,6 +14,7 @@ from coreai_zoo.build import pipeline
 from coreai_zoo.build.pipeline import BuildResult
 from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_OUTPUT, BuildRequest
 from coreai_zoo.cli.completion import complete_entry
+from coreai_zoo.cli.target import target_option
 from coreai_zoo.commands import json_option, plugins_of, print_json
 from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.errors import BadInput, tell_failure_as
@@ -29,7 +30,8 @@ _EXISTING = click.Path(path_type=Path)
 @click.option("--sample", is_flag=True, help="The miniature trained checkpoint that ships with the entry.")
 @click.option("--recipe", metavar="R", help=f"Quantization: {', '.join(RECIPES)}. Default: the entry's.")
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
-@click.option("--backend", default=DEFAULT_BACKEND, show_default=True, metavar="B", help="coreai or coreml.")
+@click.option("--backend", metavar="B", help=f"coreai or coreml. Default: {DEFAULT_BACKEND}, or the target's.")
+@target_option
 @click.option(
     "-o",
     "--output",
@@ -68,9 +70,12 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
     A checkpoint that is not the entry's model, by a fact or by what shows where it comes from, is refused under its
     name. With --custom it is built by the entry's defaults, and the bundle's name and card say that it is another one.
 
+    --target names the system of the machine that is to run the bundle, and chooses contract and backend by it.
+
     \b
     Example:
         zoo build qwen3.6-27b
+        zoo build qwen3.6-27b --target macos27.2
         zoo build qwen3.6-27b --sample
         zoo build someone/a-fine-tune@v2 -o bundles
         zoo build ~/a-checkpoint

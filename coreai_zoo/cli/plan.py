@@ -12,6 +12,7 @@ from attrs import asdict, evolve, frozen
 from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.cli.completion import complete_entry
+from coreai_zoo.cli.target import target_option
 from coreai_zoo.commands import (
     Column,
     json_option,
@@ -29,6 +30,7 @@ from coreai_zoo.overlay import COMMON_ROLES
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import RECIPES
+from coreai_zoo.systems import System
 
 
 @frozen
@@ -56,6 +58,7 @@ class _Machines:
 )
 @click.option("--recipe", "recipes", metavar="R", multiple=True, help=f"{', '.join(RECIPES)}. Default: the entry's.")
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
+@target_option
 @click.option(
     "--context",
     "--max-context",
@@ -79,6 +82,7 @@ def plan(
     checkpoints: tuple[Path, ...],
     recipes: tuple[str, ...],
     contract: str | None,
+    target: System | None,
     context: int | None,
     bandwidth: float | None,
     efficiency: float | None,
@@ -99,6 +103,7 @@ def plan(
         zoo plan qwen3.6-27b --recipe int4lin --context 8192 --bandwidth 400
         zoo plan Qwen/Qwen3.6-27B
         zoo plan ~/some-sibling
+        zoo plan qwen3.6-27b --target macos15
         zoo plan qwen3.6-27b --compare
         zoo plan qwen3.6-27b qwen3.6-35b-a3b --compare --json
     """
@@ -116,7 +121,9 @@ def plan(
         )
     subjects = [BuildRequest(name) for name in models] + [BuildRequest(checkpoint=path) for path in checkpoints]
     plans = [
-        make_plan(evolve(subject, recipe=recipe, contract=contract, max_context=context, dry=True), plugins)
+        make_plan(
+            evolve(subject, recipe=recipe, contract=contract, target=target, max_context=context, dry=True), plugins
+        )
         for recipe in chosen
         for subject in subjects
     ]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
+from coreai_zoo.backend import Interpreting
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
 from coreai_zoo.cli.completion import complete_bundle
 from coreai_zoo.commands import plugins_of
+from coreai_zoo.engine import PREFILL
+
+if TYPE_CHECKING:
+    from coreai_zoo.bundle.generate import Pace
 
 
 @click.command("run")
@@ -26,14 +33,15 @@ def run(
     """Generate text with a bundle, on the runtime of this machine.
 
     On Linux that is a slow CPU interpreter: fine for samples and slices. BUNDLE is a path or a name, as for `zoo
-    gate`.
+    gate`. The prompt is read as an engine reads it: by the bundle's function `prefill` where it has one, all but the
+    last token. How fast prompt and answer went is told at the end, on stderr.
 
     \b
     Example:
         zoo run qwen3.6-27b --chat -p "Hello!"
         zoo run exports/qwen3_6_27b_sample_decode_int8hu_block32_sym -p "def main(" -n 40
     """
-    from coreai_zoo.bundle.generate import Sampling, chat_prompt, generate
+    from coreai_zoo.bundle.generate import Pace, Sampling, chat_prompt, generate
     from coreai_zoo.bundle.verify import backend_of, require_asset
 
     plugins = plugins_of(ctx)
@@ -44,7 +52,30 @@ def run(
         prompt = chat_prompt(opened, prompt)
     else:
         click.echo(prompt, nl=False)
-    for text in generate(opened, backend, prompt, new_tokens, Sampling(temperature, seed)):
+    pace = Pace()
+    for text in generate(opened, backend, prompt, new_tokens, Sampling(temperature, seed), pace):
         click.echo(text, nl=False)
         sys.stdout.flush()
     click.echo()
+    for line in _rates(pace):
+        click.echo(line, err=True)
+    if sys.platform != "darwin" or isinstance(backend, Interpreting):
+        click.echo("An interpreter ran this: its rates say nothing about a Mac.", err=True)
+
+
+def _rates(pace: Pace) -> Iterator[str]:
+    """Prompt and answer apart, a line each."""
+    calls = _counted(pace.prefill_calls, "call")
+    by = f"all but the last token by {PREFILL} in {calls}" if pace.prefill_calls else "token by token"
+    yield f"prompt: {_rate(pace.prompt_tokens, 'token', pace.prompt_seconds)}, {by}"
+    # The first token of an answer takes no step, and the token that ends it is not one of its own.
+    took = f"; {_rate(pace.steps, 'step', pace.answer_seconds)}" if pace.steps else ", by the prompt's logits"
+    yield f"answer: {_counted(pace.answer_tokens, 'token')}{took}"
+
+
+def _rate(count: int, what: str, seconds: float) -> str:
+    return f"{_counted(count, what)} in {seconds:.2f} s, {count / seconds:.1f} {what}s/s"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

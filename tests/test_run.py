@@ -1,0 +1,107 @@
+"""`zoo run` reads a prompt as an engine does, and says how fast prompt and answer went."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from command import zoo
+from coreai_zoo.backends.coreai.backend import CoreAIStepper
+from coreai_zoo.bundle.bundle import Bundle
+from player import Player
+from shared import Shared
+from test_contracts import build
+
+pytestmark = pytest.mark.slow
+
+DENSE = "qwen3.6-27b"
+# 300 tokens and more of the sample's vocabulary: two calls of a prefill that takes 256 at the most.
+PROMPT = "def main(argv):\n    for name in argv:\n        print(name)\n\n" * 12
+
+
+@pytest.fixture(scope="module")
+def chunked(shared: Shared) -> Bundle:
+    """The sample of the contract `chunked`; the tests of contracts play the same one."""
+    folder = shared.folder(f"{DENSE}-chunked-played", functools.partial(build, DENSE, "chunked"))
+    (bundle,) = folder.iterdir()
+    return Bundle.open(bundle)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Every call of a function on the runtime from now on: its name and its number of tokens."""
+    made: list[tuple[str, int]] = []
+    real = CoreAIStepper.call
+
+    def call(self: CoreAIStepper, function: str, tokens: Sequence[int]) -> np.ndarray[Any, Any] | None:
+        made.append((function, len(tokens)))
+        return real(self, function, tokens)
+
+    monkeypatch.setattr(CoreAIStepper, "call", call)
+    return made
+
+
+def tokenizer_of(bundle: Bundle) -> Tokenizer:
+    return Tokenizer.from_file(str(bundle.tokenizer / "tokenizer.json"))
+
+
+def told(line: str, what: str) -> tuple[int, float, float]:
+    """What a line says: a number, the seconds that it took, and the rate."""
+    found = re.search(rf"(\d+) {what}s? in (\d+\.\d\d) s, (\d+\.\d) {what}s/s", line)
+    assert found is not None, line
+    return int(found[1]), float(found[2]), float(found[3])
+
+
+def test_a_prompt_is_read_and_answered_in_the_calls_of_an_engine(chunked: Bundle, calls: list[tuple[str, int]]) -> None:
+    tokens = tokenizer_of(chunked).encode(PROMPT).ids
+    assert 256 < len(tokens) - 1 <= 512
+    with Player(chunked.directory) as player:
+        answer = player.answer(tokens, 5)
+    result = zoo("run", chunked.directory, "-p", PROMPT, "-n", "5")
+    assert result.exit_code == 0, result.output
+    assert calls == player.calls
+    half = (len(tokens) - 1) // 2
+    assert calls[:2] == [("prefill", len(tokens) - 1 - half), ("prefill", half)]
+    assert calls[2:] == [("main", 1)] * 5
+    assert result.stdout == PROMPT + tokenizer_of(chunked).decode(answer) + "\n"
+
+
+def test_the_rates_of_prompt_and_answer_are_told_apart_on_stderr(chunked: Bundle) -> None:
+    tokens = len(tokenizer_of(chunked).encode(PROMPT).ids)
+    result = zoo("run", chunked.directory, "-p", PROMPT, "-n", "4")
+    prompt, answer, remark = result.stderr.splitlines()
+    read, seconds, rate = told(prompt, "token")
+    assert prompt.startswith("prompt: ") and prompt.endswith(", all but the last token by prefill in 2 calls")
+    assert read == tokens and rate == pytest.approx(tokens / seconds, rel=0.05)
+    assert answer.startswith("answer: 4 tokens; 3 steps in ")
+    assert told(answer, "step")[0] == 3
+    assert remark == "An interpreter ran this: its rates say nothing about a Mac."
+    assert "tokens/s" not in result.stdout
+
+
+def test_a_bundle_without_prefill_reads_its_prompt_token_by_token(
+    built: Callable[[str, str], Bundle], calls: list[tuple[str, int]]
+) -> None:
+    bundle = built(DENSE, "int8hu")
+    calls.clear()  # of its verification, where it was built just now
+    tokens = len(tokenizer_of(bundle).encode("import ").ids)
+    result = zoo("run", bundle.directory, "-p", "import ", "-n", "1")
+    assert calls == [("main", 1)] * tokens
+    prompt, answer, _remark = result.stderr.splitlines()
+    assert told(prompt, "token")[0] == tokens
+    assert prompt.endswith(", token by token")
+    assert answer == "answer: 1 token, by the prompt's logits"
+
+
+def test_an_answer_of_nothing_but_its_end_is_told_as_such(built: Callable[[str, str], Bundle]) -> None:
+    bundle = built(DENSE, "int8hu")
+    turn = "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n42"
+    result = zoo("run", bundle.directory, "-p", turn, "-n", "3")
+    assert result.stdout == turn + "\n"
+    assert result.stderr.splitlines()[1] == "answer: 0 tokens, by the prompt's logits"
