@@ -55,6 +55,7 @@ class Function:
         declaration: names and types of arguments and results, and of a composite its name and attributes.
         arguments: their names, in the order of their values' numbers.
         attributes: of a composite, such as `eps = 9.99999997E-7 : f32`.
+        outputs: how many values it gives; states that it writes are none.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Function:
     operations: tuple[Operation, ...]
     arguments: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
+    outputs: int = 1
 
     @property
     def size(self) -> int:

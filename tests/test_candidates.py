@@ -214,6 +214,27 @@ def test_prompts_side_by_side_have_the_values_that_each_has_alone(
                 assert_close(one, other)
 
 
+@pytest.mark.parametrize("contract", [STATIC_S1, attrs.evolve(STATIC_S1, query_length=None)])
+def test_weights_are_read_once_for_all_prompts(
+    contract: Contract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = Planned(Checkpoint.open(tiny_checkpoint(tmp_path, "dense")), RECIPES["int8hu"], contract)
+    candidate = planned.candidate(CheckpointWeights("it", planned.checkpoint, planned.plan))
+    read: list[str] = []
+    kept = CheckpointWeights.read_rows
+
+    def read_rows(self: CheckpointWeights, name: str, *arguments: Any) -> None:
+        read.append(name)
+        kept(self, name, *arguments)
+
+    monkeypatch.setattr(CheckpointWeights, "read_rows", read_rows)
+    candidate.run(TOKENS)
+    once = [name for name in read if ".layers." in name]
+    read.clear()
+    candidate.run_many([TOKENS, TOKENS[:4], TOKENS[:1]])
+    assert once and [name for name in read if ".layers." in name] == once
+
+
 def test_the_logits_of_a_router_that_leaves_out_the_batch_are_seen_all_the_same(tmp_path: Path) -> None:
     planned = Planned(Checkpoint.open(tiny_checkpoint(tmp_path, "moe")), RECIPES["fp16"])
     candidate = planned.candidate(CheckpointWeights("it", planned.checkpoint, planned.plan))
@@ -224,7 +245,7 @@ def test_the_logits_of_a_router_that_leaves_out_the_batch_are_seen_all_the_same(
             router(torch.zeros(3, router.in_features, dtype=torch.float16, device="meta"))
     assert len(found) == 2
     for calls in found.values():
-        (rows,) = _by_prompt(calls, [3])
+        (rows,) = _by_prompt([calls], [[3]])
         assert rows.shape == (3, 4)
 
 

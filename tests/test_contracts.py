@@ -67,7 +67,9 @@ def bundle_of(shared: Shared) -> functools.partial[Bundle]:
 def oracle(bundle: Bundle, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
     """Transformers' logits on the sample's checkpoint, cut to the layers of the bundle."""
     checkpoint = checkpoint_of(bundle, default_plugins(), None)
-    config = OVERLAY.with_layers(read_config(checkpoint), int(bundle.build["layers"]))
+    config, layers = read_config(checkpoint), int(bundle.build["layers"])
+    if layers < OVERLAY.facts(OVERLAY.read_config(config))["layers"]:
+        config = OVERLAY.with_layers(config, layers)
     return whole_model(checkpoint, tokens, config).logits
 
 

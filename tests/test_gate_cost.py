@@ -30,6 +30,7 @@ def test_a_position_meets_the_experts_that_are_chosen_and_no_table_is_multiplied
 
 def test_the_time_is_the_oracles_at_one_pace_and_all_others_at_the_other() -> None:
     assert Cost("prompts", 10, 2, 300, 3).seconds(Pace(100.0, 50.0)) == pytest.approx(30 + 3 * 60)
+    assert Cost("prompts", 10, 2, 300, 3, readers=2).seconds(Pace(100.0, 50.0)) == pytest.approx(3 * 30 + 3 * 60)
 
 
 def test_a_large_gate_tells_its_time_and_a_small_one_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,19 +18,24 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.gates.slice import differences, slice_depth
 from coreai_zoo.lowering.graph import Graph, LayerKind, count
 from mutants import MUTANTS, applied
+from prefill_mutants import CHUNKS
+from suite import NIGHTLY
 from test_gate_command import forgetful
 
 LAYERS = 12  # three of softmax attention: the whole is more than a slice
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def build(folder: Path, *options: str) -> tuple[Path, Path]:
     """A bundle with more layers than a slice, and its checkpoint."""
-    folder = tmp_path_factory.mktemp("slice")
     checkpoint = tiny_checkpoint(folder / "checkpoint", "dense", num_hidden_layers=LAYERS, layer_types=None)
-    made = zoo("build", checkpoint, "--recipe", "fp16", "-o", folder / "out", "--work-dir", folder / "work", "--json")
+    made = zoo("build", checkpoint, *options, "-o", folder / "out", "--work-dir", folder / "work", "--json")
     assert made.exit_code == 0, made.output
     return Path(json.loads(made.stdout)["path"]), checkpoint
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return build(tmp_path_factory.mktemp("slice"), "--recipe", "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +43,26 @@ def whole(bundle: tuple[Path, Path]) -> dict[str, Graph]:
     return count(CoreAIBackend().program(Bundle.open(bundle[0]).asset))
 
 
+def sliced(bundle: tuple[Path, Path], output: Path) -> dict[str, Any]:
+    """The slice's line in the transcript of a gate on a bundle."""
+    asked = ("-p", "0123456789", "--allow-weak-prompt", "--no-control", "-o", output, "--json")
+    record = json.loads(zoo("gate", bundle[0], "--checkpoint", bundle[1], *asked).stdout)
+    assert "overlay in PyTorch" in record["prompts"][0]["candidate"]
+    (found,) = (gate for gate in record["gates"] if gate["gate"] == "slice")
+    assert record["verdict"]["passed"] <= found["passed"]
+    return dict(found)
+
+
 @pytest.fixture
 def slice_of(
     bundle: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[contextlib.AbstractContextManager[Any]], dict[str, Any]]:
-    """The slice's line in the transcript of a gate that takes the asset for one too large to be run."""
+    """Gates a bundle whose asset is taken for one too large to be run, with a mistake."""
     monkeypatch.setattr("coreai_zoo.gates.run._INTERPRETED_BYTES", 1)
 
     def gate(mistake: contextlib.AbstractContextManager[Any]) -> dict[str, Any]:
         with mistake:
-            asked = (
-                "--checkpoint",
-                bundle[1],
-                "-p",
-                "0123456789",
-                "--allow-weak-prompt",
-                "--no-control",
-                "-o",
-                tmp_path,
-            )
-            result = zoo("gate", bundle[0], *asked, "--json")
-        record = json.loads(result.stdout)
-        assert "overlay in PyTorch" in record["prompts"][0]["candidate"]
-        (found,) = (gate for gate in record["gates"] if gate["gate"] == "slice")
-        assert record["verdict"]["passed"] <= found["passed"]
-        return dict(found)
+            return sliced(bundle, tmp_path)
 
     return gate
 
@@ -94,6 +94,29 @@ def test_a_runtime_that_forgets_fails_by_the_numbers(
     found = slice_of(contextlib.nullcontext())
     assert not found["passed"]
     assert "relative error" in found["summary"] or "confident flips" in found["summary"]
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="builds an asset with two functions, and two slices; make nightly runs it")
+@pytest.mark.slow
+def test_a_slice_of_two_functions_reads_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = build(tmp_path, "--contract", "chunked")
+    monkeypatch.setattr("coreai_zoo.gates.run._INTERPRETED_BYTES", 1)
+    found = sliced(made, tmp_path / "gate")
+    assert found["passed"], found["summary"]
+
+    mutant = next(mutant for mutant in CHUNKS if mutant.name == "written-does-not-decay")
+    with applied(mutant):
+        found = sliced(made, tmp_path / "gate")
+    assert not found["passed"]
+    assert "layer 0 (linear_attn) is another graph in the whole than in the slice" in found["summary"]
+
+    def unread(stepper: Any, functions: Any, tokens: Any) -> Any:
+        return stepper.step(tokens[-1])
+
+    monkeypatch.setattr("coreai_zoo.gates.slice.read_prompt", unread)
+    found = sliced(made, tmp_path / "gate")
+    assert not found["passed"]
+    assert found["summary"].count("behind a prompt of 2 tokens: ") >= 1
 
 
 def test_an_asset_that_is_run_itself_has_no_slice(bundle: tuple[Path, Path], tmp_path: Path) -> None:
@@ -171,3 +194,20 @@ def test_another_composite_and_another_final_norm_are_seen(whole: dict[str, Grap
     assert differences({"main": evolve(graph, composite_wiring=inside)}, cut(whole, 8)) == [
         "the composites of main are others in the whole than in the slice"
     ]
+
+
+def test_the_last_layer_of_a_function_that_gives_nothing_is_like_the_last_one_and_no_other(
+    whole: dict[str, Graph],
+) -> None:
+    def ends(graph: dict[str, Graph]) -> dict[str, Graph]:
+        last = len(graph["main"].layers) - 1
+        changed = each_by_itself(graph, lambda at, kind: with_line(kind, "cut") if at == last else kind)
+        return {"main": evolve(changed["main"], cut=True)}
+
+    assert differences(ends(whole), ends(cut(whole, 8))) == []
+    told = " is another graph in the whole than in the slice"
+    assert differences(ends(whole), {"main": evolve(cut(whole, 8)["main"], cut=True)}) == [
+        f"layer 11 (self_attn){told}"
+    ]
+    wrong = each_by_itself(ends(whole), lambda at, kind: with_line(kind, "cut") if at == 7 else kind)
+    assert differences({"main": evolve(wrong["main"], cut=True)}, ends(cut(whole, 8))) == [f"layer 7 (self_attn){told}"]

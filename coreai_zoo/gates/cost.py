@@ -42,6 +42,7 @@ class Cost:
         layers: of the model.
         active: weights that one position is multiplied with.
         steppers: how many models take the positions one by one: candidates and controls.
+        readers: how many take them many at once, as the oracle does: functions that read prompts.
     """
 
     what: str
@@ -49,16 +50,18 @@ class Cost:
     layers: int
     active: int
     steppers: int
+    readers: int = 0
 
     def seconds(self, pace: Pace) -> float:
-        """The time for the multiplications of the oracle and of the models that take steps."""
-        return self.active * self.positions * (1 / pace.together + self.steppers / pace.step)
+        """The time for the multiplications of the oracle and of the models beside it."""
+        return self.active * self.positions * ((1 + self.readers) / pace.together + self.steppers / pace.step)
 
     def note(self) -> str:
         """The cost as a line; with a time where it is worth one."""
-        models = f"the oracle and {self.steppers} model{'s' * (self.steppers > 1)} beside it"
+        beside = self.steppers + self.readers
+        models = f"the oracle and {beside} model{'s' * (beside > 1)} beside it"
         line = f"{self.what}: {self.positions:,} positions through {self.layers} layers, by {models}"
-        work = self.active * self.positions * (1 + self.steppers)
+        work = self.active * self.positions * (1 + beside)
         if work < _WORTH_TIMING:
             return line
         some = duration(self.seconds(measured_pace()))

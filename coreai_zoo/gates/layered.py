@@ -8,6 +8,7 @@ emptied before the next one is filled.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -72,51 +73,55 @@ class TorchCandidate:
         return self.run_many([tokens])[0]
 
     def run_many(self, prompts: Sequence[Sequence[int]]) -> list[Activations]:
-        """The same of several prompts, as many side by side as the decoder and the memory for their states allow.
+        """The same of several prompts, as many at once as the memory for their states allows: weights are read once.
 
-        What runs beside a prompt changes nothing in it but the order of sums: torch has kernels by the number of rows.
+        Where a call takes one token of each, what runs beside a prompt changes nothing in it but the order of sums:
+        torch has kernels by the number of rows.
         """
         longest_first = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        together = isinstance(self.module, BatchedDecoder) and self.signature.query_length == 1
         found: dict[int, Activations] = {}
         while longest_first:
-            count = self._side_by_side(len(prompts[longest_first[0]]))
+            count = self._at_once(len(prompts[longest_first[0]]))
             places, longest_first = longest_first[:count], longest_first[count:]
-            found |= zip(places, self._run_batch([prompts[place] for place in places]), strict=True)
+            chosen = [prompts[place] for place in places]
+            batches = [chosen] if together else [[tokens] for tokens in chosen]
+            found |= zip(places, self._run_batches(batches), strict=True)
         return [found[place] for place in range(len(prompts))]
 
-    def _side_by_side(self, positions: int) -> int:
+    def _at_once(self, positions: int) -> int:
         """How many prompts of at most `positions` tokens run at once."""
-        if not isinstance(self.module, BatchedDecoder) or self.signature.query_length != 1:
-            return 1
         one = sum(_zeros(state.shape, state.dtype, positions).nbytes for state in self.signature.states)
         return max(1, _STATE_BYTES // max(1, one))
 
-    def _run_batch(self, prompts: Sequence[Sequence[int]]) -> list[Activations]:
-        """Prompts that run at once, the longest first."""
-        lengths = [len(tokens) for tokens in prompts]
-        states = [self._state(state, len(prompts), lengths[0]) for state in self.signature.states]
+    def _run_batches(self, batches: Sequence[Sequence[Sequence[int]]]) -> list[Activations]:
+        """Prompts through one layer after the other, those of a batch in the same calls, the longest of it first."""
+        lengths = [[len(tokens) for tokens in batch] for batch in batches]
+        states = [[self._state(state, len(own), own[0]) for state in self.signature.states] for own in lengths]
         routers: dict[str, list[Tensor]] = {}
         watched = self._watched(routers) if self.shows_layers else contextlib.nullcontext()
         with torch.no_grad(), watched, self._threads():
-            x = self._calls(prompts)
+            x = [self._calls(batch) for batch in batches]
             hidden = [_by_prompt(x, lengths)] if self.shows_layers else []
             for index, path in enumerate(self.module.layer_paths):
                 with self._filled(path):
-                    self._run_layer(index, x, states)
+                    for calls, own in zip(x, states, strict=True):
+                        self._run_layer(index, calls, own)
                 if self.shows_layers:
                     hidden.append(_by_prompt(x, lengths))
-                for _ in prompts:
+                for _ in itertools.chain.from_iterable(batches):
                     self.on_layer()
             self._buffers.clear()
             logits = self._logits(_by_prompt(x, lengths))
-        chosen = [_by_prompt(calls, lengths) for calls in routers.values()]
+        # A router's calls are those of its layer, batch after batch.
+        chosen = [_by_prompt(_parts(calls, [len(own) for own in x]), lengths) for calls in routers.values()]
         return [
             Activations(
-                logits[place].numpy(),
-                [rows[place].float().numpy() for rows in hidden] or None,
-                [rows[place].float().numpy() for rows in chosen] or None,
+                rows.numpy(),
+                [layer[place].float().numpy() for layer in hidden] or None,
+                [router[place].float().numpy() for router in chosen] or None,
             )
-            for place in range(len(prompts))
+            for place, rows in enumerate(logits)
         ]
 
     def _run_layer(self, index: int, x: list[Tensor], states: Sequence[Tensor]) -> None:
@@ -277,9 +282,19 @@ class TorchCandidate:
             yield
 
 
-def _by_prompt(calls: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+def _parts(calls: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+    """Some calls, then some more, and so on."""
+    rest = iter(calls)
+    return [list(itertools.islice(rest, count)) for count in counts]
+
+
+def _by_prompt(batches: Sequence[Sequence[Tensor]], lengths: Sequence[Sequence[int]]) -> list[Tensor]:
     """The rows of each prompt, [P, D], out of calls [B, S, D] of which the prompts that have ended are no part."""
-    return [torch.cat([call[prompt] for call in calls[:length]]) for prompt, length in enumerate(lengths)]
+    return [
+        torch.cat([call[prompt] for call in calls[:length]])
+        for calls, own in zip(batches, lengths, strict=True)
+        for prompt, length in enumerate(own)
+    ]
 
 
 def _zeros(shape: Sequence[int | str], dtype: str, capacity: int) -> Tensor:

@@ -21,10 +21,10 @@ from coreai_zoo.bounds import Bounds
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.contracts import Prefill
 from coreai_zoo.errors import listing
-from coreai_zoo.gate import Activations, GateResult, Model
+from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates.bounds import broken, check_bounds
 from coreai_zoo.gates.rule import compare, flips_told
-from coreai_zoo.gates.teacher_forced import Reference, flips_allowed_on
+from coreai_zoo.gates.teacher_forced import Reference, Runner, flips_allowed_on
 from coreai_zoo.progress import Reporter
 
 NAME = "prefill"
@@ -48,16 +48,14 @@ class PrefillGate:
     experts_per_token: int | None
 
     def judge_overlay(
-        self, overlay: Model, references: Sequence[Reference], bounds: Bounds, report: Reporter
+        self, overlay: Runner, references: Sequence[Reference], bounds: Bounds, report: Reporter
     ) -> list[str]:
         """Flips and broken bounds of its decoder in PyTorch on prompts, a phrase each."""
-        positions = sum(len(reference.prompt.tokens) for reference in references)
+        found = overlay.run([reference.prompt for reference in references], NAME, report)
         problems = []
-        with report.stage(NAME, f"{overlay.name}, {positions} positions, many per call"):
-            for reference in references:
-                found = overlay.run(reference.prompt.tokens)
-                told = self._told(reference, range(len(reference.prompt.tokens)), found, bounds)
-                problems += [f"{reference.prompt.name}: {problem}" for problem in told]
+        for reference in references:
+            name, places = reference.prompt.name, range(len(reference.prompt.tokens))
+            problems += [f"{name}: {problem}" for problem in self._told(reference, places, found[name], bounds)]
         return problems
 
     def judge_asset(
@@ -76,7 +74,7 @@ class PrefillGate:
     def _told(self, reference: Reference, places: Sequence[int], found: Activations, bounds: Bounds) -> list[str]:
         """What breaks the rule or a bound at some positions of a prompt; `found` is of these alone."""
         tokens = [reference.prompt.tokens[at] for at in places]
-        verdict = compare(tokens, _at(reference.activations, places), found, self.experts_per_token)
+        verdict = compare(tokens, at_places(reference.activations, places), found, self.experts_per_token)
         allowed = flips_allowed_on(reference.prompt, verdict, routed=self.experts_per_token is not None)
         flips = flips_told(verdict) if len(verdict.confident_flips) > allowed else []
         return [*flips, *broken(check_bounds(verdict, bounds))]
@@ -136,7 +134,7 @@ def _unwritten(stepper: Stepper, bundle: Bundle, positions: int) -> Iterator[str
             yield f"{state.name} is written behind the {positions} positions so far"
 
 
-def _at(activations: Activations, places: Sequence[int]) -> Activations:
+def at_places(activations: Activations, places: Sequence[int]) -> Activations:
     """What a model shows at some positions."""
 
     def rows(layers: Sequence[np.ndarray[Any, Any]] | None) -> list[np.ndarray[Any, Any]] | None:

@@ -356,7 +356,8 @@ def _costs(
     build = subjects[0].bundle.build
     layers, active, candidates = int(build["layers"]), active_parameters(build), len(subjects)
     control = subjects[0].models.control is not None
-    yield Cost("prompts", sum(len(prompt.tokens) for prompt in asked), layers, active, candidates + control)
+    readers = sum(each.weights is not None and each.shipped.contract.prefill is not None for each in subjects)
+    yield Cost("prompts", sum(len(prompt.tokens) for prompt in asked), layers, active, candidates + control, readers)
     if corpus is not None:
         yield Cost("corpus", corpus.positions, layers, active, candidates)
 
@@ -546,7 +547,7 @@ def _prefill(
     problems, read = [], []
     judging = PrefillGate(subject.experts_per_token)
     if subject.weights is not None:
-        overlay = _overlay_runner(shipped, subject.weights, PREFILL, partial(uneven_pieces, prefill=prefill)).model
+        overlay = _overlay_runner(shipped, subject.weights, PREFILL, partial(uneven_pieces, prefill=prefill))
         problems += judging.judge_overlay(overlay, judged, bounds(arithmetic="torch"), progress)
         read.append(f"{sum(len(each.prompt.tokens) for each in judged)} positions in PyTorch")
     longest = max(judged, key=lambda each: len(each.prompt.tokens))

@@ -13,18 +13,22 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from attrs import evolve, frozen
 
-from coreai_zoo.backend import Backend
+from coreai_zoo.backend import Backend, read_prompt
 from coreai_zoo.bounds import Bounds
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.engine import PREFILL
 from coreai_zoo.errors import listing
 from coreai_zoo.gate import Activations, GateResult, Model
 from coreai_zoo.gates.bounds import broken, check_bounds
 from coreai_zoo.gates.candidate import AssetCandidate
+from coreai_zoo.gates.prefill import at_places
 from coreai_zoo.gates.rule import compare, flips_told
 from coreai_zoo.lowering.graph import Graph, LayerKind, count, telling_depth
 from coreai_zoo.plugins import Plugins
@@ -81,7 +85,11 @@ class Slice:
             problems = differences(whole, count(self.backend.program(part.asset)))
             found = AssetCandidate(part, self.backend).run(tokens)
             oracle = self.oracle_of(part).run(tokens)
-        problems += self._numbers(tokens, oracle, found, layers)
+            problems += self._numbers(tokens, oracle, found, layers)
+            if PREFILL in part.functions:
+                last = Activations(self._read(part, tokens))
+                wrong = self._numbers(tokens[-1:], at_places(oracle, [len(tokens) - 1]), last, layers)
+                problems += [f"behind a prompt of {len(tokens) - 1} tokens: {problem}" for problem in wrong]
         if problems:
             return GateResult(NAME, passed=False, summary=f"{told}: {listing(problems, _SHOWN, '; ')}")
         kinds = sum(len({kind.name for kind in graph.kinds}) for graph in whole.values())
@@ -92,6 +100,12 @@ class Slice:
             return self.bundle
         request, _ = recorded_request(self.bundle, self.checkpoint, folder)
         return Bundle.open(build(evolve(request, layers=layers), self.plugins, Reporter(silent=True)).path)
+
+    def _read(self, part: Bundle, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
+        """The logits [1, V] of the last token behind all others, which `prefill` reads; elsewhere is no number."""
+        with self.backend.stepper(part.asset, part.functions, len(tokens)) as stepper:
+            stepper.reset(float("nan"))
+            return read_prompt(stepper, part.functions, tokens)[None]
 
     def _numbers(self, tokens: Sequence[int], oracle: Activations, found: Activations, layers: int) -> list[str]:
         """Flips and broken bounds, a phrase each."""
@@ -113,8 +127,7 @@ def differences(whole: Mapping[str, Graph], part: Mapping[str, Graph]) -> list[s
     for name in sorted(whole.keys() & part.keys()):
         ours, theirs = part[name], whole[name]
         for position, kind in enumerate(theirs.layers):
-            own = position < len(ours.layers)
-            known = [ours.layers[position]] if own else [each for each in ours.layers if each.name == kind.name]
+            own, known = _counterparts(ours, theirs, position)
             if not any(_text(each, folded=own) == _text(kind, folded=own) for each in known):
                 problems.append(f"layer {position} ({kind.name}) is another graph in the whole than in the slice")
         if dict(ours.outside) != dict(theirs.outside) or _lines_outside(ours) != _lines_outside(theirs):
@@ -125,6 +138,22 @@ def differences(whole: Mapping[str, Graph], part: Mapping[str, Graph]) -> list[s
         ):
             problems.append(f"the composites of {name} are others in the whole than in the slice")
     return problems
+
+
+def _counterparts(ours: Graph, theirs: Graph, position: int) -> tuple[bool, list[LayerKind]]:
+    """Whether a layer of the whole is in the slice itself, and what it has to be like there.
+
+    The last layer of a function that gives nothing is not computed to its end, in the slice as in the whole: one is
+    like the other, and no other layer is like them.
+    """
+    layers = ours.layers
+    if ours.cut and len(theirs.layers) > len(layers):
+        if position == len(theirs.layers) - 1:
+            return False, [layers[-1]]
+        layers = layers[:-1]
+    if position < len(layers):
+        return True, [layers[position]]
+    return False, [each for each in layers if each.name == theirs.layers[position].name]
 
 
 def _text(kind: LayerKind, *, folded: bool) -> tuple[Counter[str], Counter[str]]:

@@ -47,6 +47,7 @@ class Graph:
         composites: of each composite by name, how many operations one is made of: a number per distinct shape, sorted.
         wiring: the wiring of what belongs to no layer.
         composite_wiring: the wiring of each composite, by name.
+        cut: whether it gives nothing but states, so that its last layer is not computed to the end.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -54,6 +55,7 @@ class Graph:
     composites: Mapping[str, tuple[int, ...]]
     wiring: Wiring = field(factory=Wiring, repr=False)
     composite_wiring: Mapping[str, Wiring] = field(factory=dict, repr=False)
+    cut: bool = False
 
     @property
     def total(self) -> Counter[str]:
@@ -72,13 +74,18 @@ class Graph:
     def repeated(self, names: Sequence[str]) -> Graph:
         """The graph of a deeper decoder whose layer at each position is of the kind `names[position]`.
 
-        Layers that this graph has are taken as they are; those beyond are like the last of their kind.
+        Layers that this graph has are taken as they are; those beyond are like the last of their kind. A layer that is
+        cut stays the last one.
         """
         own = {position: kind for kind in self.kinds for position in kind.layers}
-        last = {own[position].name: own[position] for position in sorted(own)}
+        end, whole = {}, own
+        if self.cut and len(own) < len(names):
+            last = max(own)
+            end, whole = {len(names) - 1: own[last]}, {position: own[position] for position in own if position != last}
+        like = {whole[position].name: whole[position] for position in sorted(whole)}
         members: dict[int, list[int]] = {}
         for position, name in enumerate(names):
-            kind = own.get(position) or last[name]
+            kind = end.get(position) or whole.get(position) or like[name]
             members.setdefault(self.kinds.index(kind), []).append(position)
         kinds = [evolve(self.kinds[kind], layers=tuple(layers)) for kind, layers in sorted(members.items())]
         return evolve(self, kinds=tuple(kinds))
@@ -86,11 +93,19 @@ class Graph:
 
 def count(program: Program) -> dict[str, Graph]:
     """The operation counts of a program's functions, by name."""
-    return {name: _counted(function, program) for name, function in program.functions.items()}
+    anchors = {name: _Anchors.of(_stored_by(function)) for name, function in program.functions.items()}
+    # What a layer is called does not depend on how much of it a function reads.
+    shared = {name for each in anchors.values() for name in each.shared}
+    read = {name for function in program.functions.values() for name in _stored_by(function)}
+    names = _Anchors.of(sorted(read - shared)).kind_names()
+    return {name: _counted(function, program, anchors[name], names) for name, function in program.functions.items()}
 
 
-def _counted(function: Function, program: Program) -> Graph:
-    anchors = _Anchors.of([operation.stored for operation in function.operations if operation.stored])
+def _stored_by(function: Function) -> list[str]:
+    return [operation.stored for operation in function.operations if operation.stored]
+
+
+def _counted(function: Function, program: Program, anchors: _Anchors, names: Mapping[int, str]) -> Graph:
     layers = _assigned(function, anchors)
     counts: dict[int, Counter[str]] = {}
     for operation, layer in zip(function.operations, layers, strict=True):
@@ -104,11 +119,12 @@ def _counted(function: Function, program: Program) -> Graph:
     found = {name: tuple(sorted(each)) for name, each in sorted(sizes.items())}
     wiring = wire(function, layers, program)
     return Graph(
-        _kinds(counts, wiring, anchors),
+        _kinds(counts, wiring, names),
         dict(sorted(outside.items())),
         found,
         wiring[OUTSIDE],
         wire_composites(program, called),
+        cut=function.outputs == 0,
     )
 
 
@@ -173,10 +189,9 @@ class _Anchors:
 
 
 def _kinds(
-    counts: Mapping[int, Counter[str]], wiring: Mapping[int, Wiring], anchors: _Anchors
+    counts: Mapping[int, Counter[str]], wiring: Mapping[int, Wiring], names: Mapping[int, str]
 ) -> tuple[LayerKind, ...]:
     """The layers by kind: those of one hold the same operations, wired alike."""
-    names = anchors.kind_names()
     groups: dict[tuple[str, str, str], list[int]] = {}
     for layer in sorted(counts):
         alike = (names[layer], repr(sorted(counts[layer].items())), wiring[layer].digest)

@@ -160,14 +160,15 @@ class _Reader:
         order = {parameter_of(name)[0]: place for place, name in enumerate(self.program.weights)}
         found: dict[int, dict[str, int]] = {}
         users: dict[int, set[int]] = {}
-        for at, operation in enumerate(self.function.operations):
+        operations = self.function.operations
+        for at, operation in enumerate(operations):
             for value in map(self._resolved, operation.operands):
                 if value in self.weights:
                     name = self.weights[value]
                     found.setdefault(self.layers[at], {})[name] = order.get(name, len(order) - value)
                 if value in self.states:
                     users.setdefault(self.states[value], set()).add(self.layers[at])
-                elif value in self.made and not operation.is_constant:
+                elif value in self.made and not operations[self.made[value][0]].is_constant:
                     maker = self.layers[self.made[value][0]]
                     self.taken.setdefault((self.layers[at], maker, _short(self._type(value))), {}).setdefault(value)
         self.ranks = {

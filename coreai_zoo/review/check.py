@@ -24,7 +24,7 @@ from coreai_zoo.gates.stress import judge_all
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.golden_metadata import golden_metadata_path, metadata_differences
-from coreai_zoo.review.goldens import compare, golden_entries, golden_path, read, take, write
+from coreai_zoo.review.goldens import compare, golden_path, read, take, wanted, write
 
 
 @frozen
@@ -178,9 +178,9 @@ def _stress(self: Checks) -> _Found:
 def _goldens(self: Checks) -> _Found:
     """The golden graphs are those that the code gives."""
     problems, equal = [], []
-    for entry in golden_entries(self.golden_folder, self.plugins):
-        path = golden_path(self.golden_folder, entry)
-        found = take(entry, self.plugins, self.report.note)
+    for entry, contract in wanted(self.golden_folder, self.plugins):
+        path = golden_path(self.golden_folder, entry, contract)
+        found = take(entry, self.plugins, self.report.note, contract)
         if self.update_goldens:
             write(found, path)
         problems += [f"{path.name}: {problem}" for problem in compare(read(path), found)]

@@ -1,7 +1,8 @@
 """Golden graphs: operation counts in readable files, so that a change of an overlay shows up in review.
 
 There is one TOML file per entry, with a table per kind of layer. A count that depends on the recipe is a table by
-recipe.
+recipe. The graphs of another contract than the entry's have a file of their own, under the entry's recipe alone: how
+weights are stored changes nothing about how tokens are read.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ _VARIANT = " from layer "
 _OPERATION = re.compile(r"[({]")  # behind the name of an operation
 
 _HEAD = """\
-# Operation counts of {name}, per kind of layer, as the toolchain lowers it at its true sizes. Constants do not count.
-# Of experts there are fewer: how many has no influence.
+# Operation counts of {name}{contract}, per kind of layer, as the toolchain lowers it at its true sizes.
+# Constants do not count. Of experts there are fewer: how many has no influence.
 # `digests` are of what these operations say and how they are connected, `lines of ...` the same to read: an operation,
 # what it reads and what it makes, and how often. `below` is the layer before, `slot` the layer's own in a state.
 # A table in place of a number is by recipe. Written by `zoo check --update-goldens`; a change of a number belongs into
@@ -71,23 +72,27 @@ _HEAD = """\
 """
 
 
-def take(entry: Entry, plugins: Plugins, on_recipe: Callable[[str], None] = lambda _: None) -> Golden:
+def take(
+    entry: Entry, plugins: Plugins, on_recipe: Callable[[str], None] = lambda _: None, contract: str | None = None
+) -> Golden:
     """The golden graph of an entry, its operations counted under every recipe.
 
     Args:
         entry: the entry.
         plugins: what is installed.
         on_recipe: called with what has been counted.
+        contract: name of another contract than the entry's; its operations are counted under the entry's recipe.
     """
     graphs: dict[str, Mapping[str, Graph]] = {}
-    for recipe, by_function in structure.graphs(entry, plugins, RECIPES):
+    recipes = [*RECIPES] if contract is None else [entry.recipe]
+    for recipe, by_function in structure.graphs(entry, plugins, recipes, contract):
         graphs[recipe] = by_function
-        on_recipe(f"{entry.name} as {recipe}")
-    return golden(entry, graphs)
+        on_recipe(" ".join((entry.name, *([contract] if contract else []), f"as {recipe}")))
+    return golden(entry, graphs, contract)
 
 
-def golden(entry: Entry, graphs: Mapping[str, Mapping[str, Graph]]) -> Golden:
-    """The golden graph of an entry from its graphs, by recipe and function."""
+def golden(entry: Entry, graphs: Mapping[str, Mapping[str, Graph]], contract: str | None = None) -> Golden:
+    """The golden graph of an entry from its graphs, by recipe and function; of another `contract` if one is given."""
     tables: dict[str, dict[str, dict[str, int | str]]] = {}
     for recipe, by_function in graphs.items():
         for function, graph in by_function.items():
@@ -95,7 +100,7 @@ def golden(entry: Entry, graphs: Mapping[str, Mapping[str, Graph]]) -> Golden:
             for table, counts in _tables(graph).items():
                 for name, count in counts.items():
                     tables.setdefault(prefix + table, {}).setdefault(name, {})[recipe] = count
-    made: Golden = {"entry": entry.name, "ffn": entry.facts.ffn}
+    made: Golden = {"entry": entry.name, "ffn": entry.facts.ffn} | ({"contract": contract} if contract else {})
     for table, rows in tables.items():
         made[table] = {name: _folded(by_recipe, [*graphs]) for name, by_recipe in rows.items()}
     return made
@@ -230,7 +235,7 @@ def read(path: Path) -> Golden:
     """The golden graph in a file.
 
     Raises:
-        BadInput: when it cannot be read, or names no entry.
+        BadInput: when it cannot be read, or names no entry; or no contract, where it says that it is of another.
     """
     try:
         golden = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -238,13 +243,16 @@ def read(path: Path) -> Golden:
         raise BadInput(f"{path} cannot be read as a golden graph: {error}.", _WRITE) from error
     if not isinstance(golden.get("entry"), str):
         raise BadInput(f"{path} names no entry.", _WRITE)
+    if not isinstance(golden.get("contract", ""), str):
+        raise BadInput(f"{path} says `contract`, but names none.", _WRITE)
     return golden
 
 
 def write(golden: Golden, path: Path) -> None:
     """Write a golden graph, each number with what it is for."""
-    lines = [_HEAD.format(name=golden["entry"])]
-    lines += [f'{key} = "{golden[key]}"' for key in ("entry", "ffn")]
+    contract = golden.get("contract")
+    lines = [_HEAD.format(name=golden["entry"], contract=f" by contract {contract}" if contract else "")]
+    lines += [f'{key} = "{golden[key]}"' for key in ("entry", "ffn", "contract") if key in golden]
     for table, counts in golden.items():
         if isinstance(counts, Mapping):
             lines += ["", f'["{table}"]']
@@ -262,17 +270,21 @@ def _value(value: int | str | Mapping[str, int | str]) -> str:
     return json.dumps(value)
 
 
-def golden_entries(folder: Path, plugins: Plugins) -> Sequence[Entry]:
-    """The entries that have a golden graph in `folder`, and the first of each feed-forward kind that has none."""
-    entries = [entry for entry, _ in load_entries(plugins).values()]
-    names = {str(read(path)["entry"]) for path in sorted(folder.glob("*.toml"))}
-    chosen = [entry for entry in entries if entry.name in names]
-    for entry in entries:
-        if entry.sample is not None and entry.facts.ffn not in {known.facts.ffn for known in chosen}:
-            chosen.append(entry)
+def wanted(folder: Path, plugins: Plugins) -> list[tuple[Entry, str | None]]:
+    """The entries that have a golden graph in `folder`, and the first of each feed-forward kind that has none.
+
+    With each stands the contract that a file names; None for the entry's own. A file that holds no more than `entry`
+    and `contract` asks for one to be written.
+    """
+    entries = {entry.name: entry for entry, _ in load_entries(plugins).values()}
+    files = [read(path) for path in sorted(folder.glob("*.toml"))]
+    chosen = [(entries[name], file.get("contract")) for file in files if (name := file["entry"]) in entries]
+    for entry in entries.values():
+        if entry.sample is not None and entry.facts.ffn not in {known.facts.ffn for known, _ in chosen}:
+            chosen.append((entry, None))
     return chosen
 
 
-def golden_path(folder: Path, entry: Entry) -> Path:
-    """Where an entry's golden graph is."""
-    return folder / f"{entry.slug}.toml"
+def golden_path(folder: Path, entry: Entry, contract: str | None = None) -> Path:
+    """Where the golden graph of an entry is, or of another `contract` than its own."""
+    return folder / f"{entry.slug}{'.' + contract if contract else ''}.toml"

@@ -226,18 +226,21 @@ def _repeated(graphs: Mapping[str, Graph], names: Sequence[str]) -> dict[str, Gr
     return {function: graph.repeated(names) for function, graph in graphs.items()}
 
 
-def graphs(entry: Entry, plugins: Plugins, recipes: Iterable[str]) -> Iterator[tuple[str, dict[str, Graph]]]:
+def graphs(
+    entry: Entry, plugins: Plugins, recipes: Iterable[str], contract: str | None = None
+) -> Iterator[tuple[str, dict[str, Graph]]]:
     """Each recipe with the graphs that `of_entry` counts under it, by function, in a fraction of the time.
 
     Recipes differ in how weights are stored and not in what is computed with them, so the decoder is traced once, with
     plain weights, and lowered once per recipe with the weights as that stores them. Of experts there are only twice as
     many as a token takes: their number is the size of a tensor and no more to the graph, and the toolchain would
-    transpose each that is plain, which took most of the time.
+    transpose each that is plain, which took most of the time. `contract` is the entry's where it is None.
 
     Raises:
         BadInput: when the entry does not state what its config needs.
     """
-    whole = design(BuildRequest(entry.name, recipe=PLAIN, dry=True), plugins, _with_few_experts(entry))
+    request = BuildRequest(entry.name, recipe=PLAIN, contract=contract, dry=True)
+    whole = design(request, plugins, _with_few_experts(entry))
     names = _layer_names(whole)
     part = _telling_part(whole, names, plugins)
     traced = part.trace()

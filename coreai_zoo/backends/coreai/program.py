@@ -15,6 +15,7 @@ from coreai_zoo.program import Function, Operation, Program, shape_and_dtype
 _NOISE = ("coreai.", "decomposable.", "broadcasting_")
 _PRIVATE = "priv"  # what a function says that no engine calls: a composite
 _ON_STATE = frozenset({"read_handle", "write_handle", "create_token", "output"})
+_WRITTEN = "!coreai.token"  # what writing a state gives
 _SHOWN = 3
 _ELEMENTS = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "i1": "bool", "si": "int", "ui": "uint"}
 _ELEMENT = re.compile(r"(?<=[x<])(f16|f32|bf16|i1(?!\d)|si(?=\d)|ui(?=\d))")
@@ -132,7 +133,9 @@ def _function(graph: Any, name: str, composites: Mapping[str, str], texts: dict[
     arguments = re.findall(r'coreai\.name = "([^"]*)"', _text_of(graph, "arg_attrs"))
     composite = re.search(r"op_attrs = \{([^}]*)\}", _text_of(graph, "composite_decl"))
     attributes = composite[1].split(", ") if composite else []
-    return Function(name, declaration, tuple(body), tuple(arguments), tuple(attributes))
+    types = {value: kind for operation in body for value, kind in zip(operation.results, operation.types, strict=True)}
+    outputs = sum(types.get(value) != _WRITTEN for value in body[-1].operands)
+    return Function(name, declaration, tuple(body), tuple(arguments), tuple(attributes), outputs)
 
 
 def _text_of(graph: Any, attribute: str) -> str:
