@@ -48,6 +48,8 @@ def _newest(target: System, backend: str | None, entry: Entry | None, plugins: P
     if backend is not None:
         find_backend(backend, plugins)
     there = [found for found in plugins.contracts().values() if backend is None or backend in found.backends]
+    if not there:
+        raise BadInput(f"The backend {backend} writes for no contract that is installed.")
     runs = runnable(target, there)
     if not runs:
         what = "the contracts that there are" if backend is None else f"the contracts of the backend {backend}"
