@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from coreai_zoo.contracts import Contract
+    from coreai_zoo.contracts import Contract, Prefill
 
 
 @frozen
@@ -289,7 +289,7 @@ class Overlay(Protocol):
     """A decoder re-authored for export, for one family of architectures.
 
     `config` objects are the overlay's own; the host only hands them back. An overlay may also be a `Variant`, and may
-    have a parameter table (`HasParameterTable`).
+    have a parameter table (`HasParameterTable`), and count operations (`HasOperationCount`).
     """
 
     @property
@@ -355,3 +355,21 @@ class HasParameterTable(Protocol):
 
     def parameters(self, config: Any, contract: Contract) -> Mapping[str, ParameterInfo]:
         """Every parameter of `Overlay.decoder(config, contract)` by name, before any layer rewrite."""
+
+
+@runtime_checkable
+class HasOperationCount(Protocol):
+    """An overlay that counts what its layers compute beside the products with their weights.
+
+    `zoo plan --contracts` adds it to these. Without it only they are counted, and the plan says so.
+    """
+
+    def operations(self, config: Any, prefill: Prefill | None, tokens: int, positions: int) -> int:
+        """Floating-point operations of one call: attention, recurrences and the like; an addition is one.
+
+        Args:
+            config: the overlay's own.
+            prefill: the form of the contract's function that reads prompts; None in the one that decodes.
+            tokens: of the call.
+            positions: tokens so far, with those of the call.
+        """

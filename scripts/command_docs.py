@@ -1,20 +1,29 @@
-"""Write docs/commands.md from the commands' own help, or check that it is up to date.
+"""Write what docs/ takes from the commands, or check that it is up to date.
+
+That is all of docs/commands.md, from the commands' own help, and in docs/contracts.md each block of text below a
+comment `<!-- output: zoo ... -->`: the tables that the command prints, without the explanations below them.
 
 Usage: python scripts/command_docs.py [--check]
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from click.testing import CliRunner
 
 from coreai_zoo.cli.app import COMMANDS, cli
 from coreai_zoo.plugins import Plugins
 
-PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, CONTRACTS = DOCS / "commands.md", DOCS / "contracts.md"
+OUTPUT = re.compile(r"(?<=<!-- output: zoo )(?P<command>.+?)( -->\n+```text\n)(.*?)(?=```$)", re.MULTILINE | re.DOTALL)
+EXPLANATIONS = "\n\nPredictions. "
 WIDTH = 100  # of the help, whatever the terminal's is
 
 INTRODUCTION = """\
@@ -58,19 +67,36 @@ def page() -> str:
     return "\n".join(sections)
 
 
+def with_outputs(text: str) -> str:
+    """A page with what its commands print today.
+
+    Raises:
+        SystemExit: when a command fails.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        result = CliRunner().invoke(cli, shlex.split(found["command"]), prog_name="zoo")
+        if result.exit_code:
+            raise SystemExit(f"zoo {found['command']} failed: {result.output}")
+        return f"{found['command']}{found[2]}{result.stdout.partition(EXPLANATIONS)[0]}\n"
+
+    return OUTPUT.sub(block, text)
+
+
 def main(arguments: list[str]) -> int:
-    """Write the page, or compare; the exit code."""
+    """Write the pages, or compare; the exit code."""
     if arguments not in ([], ["--check"]):
         print(__doc__, file=sys.stderr)
         return 2
-    text = page()
+    pages = {PAGE: page(), CONTRACTS: with_outputs(CONTRACTS.read_text(encoding="utf-8"))}
     if not arguments:
-        PAGE.write_text(text, encoding="utf-8")
-        print(f"{PAGE}: {len(COMMANDS)} commands")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"{PAGE} is not up to date; run: python scripts/command_docs.py", file=sys.stderr)
-        return 1
-    return 0
+        for path, text in pages.items():
+            path.write_text(text, encoding="utf-8")
+        print(f"{PAGE}: {len(COMMANDS)} commands; {CONTRACTS}: {len(OUTPUT.findall(pages[CONTRACTS]))} outputs")
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path} is not up to date; run: python scripts/command_docs.py", file=sys.stderr)
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

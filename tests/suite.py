@@ -33,6 +33,7 @@ QUICK = frozenset(
         "names",
         "overlay",
         "plan",
+        "plan_contracts",
         "plugins",
         "quantize",
         "sensitivity",

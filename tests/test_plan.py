@@ -593,6 +593,7 @@ def test_entries_and_checkpoints_are_compared_side_by_side(bare: Callable[..., P
         ([DENSE, "--context", "3"], "Invalid value for '--context'"),
         ([DENSE, "--context", "262145"], "262145 is not between 8 and 262144, the model's own limit"),
         ([DENSE, "--bandwidth", "0"], "Invalid value for '--bandwidth'"),
+        ([DENSE, "--bandwidth", "100", "--tflops", "5"], "--tflops bounds how fast a prompt is read."),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments: list[str], complaint: str) -> None:

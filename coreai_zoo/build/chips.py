@@ -1,9 +1,9 @@
-"""Chips that a bundle could run on: published memory bandwidth and memory sizes, and how much of them decode gets.
+"""Chips that a bundle could run on: published bandwidth, memory sizes and arithmetic, and how much of it decode gets.
 
-Sources, read in November 2026: Apple's announcements of M4 Pro and M4 Max (October 2024), M4 Max and M3 Ultra in the
-Mac Studio (March 2025), M5 (October 2025), M5 Pro and M5 Max (March 2026) and M5 Ultra (August 2026), as repeated by
-the press and by a collection of Apple's specification pages (rlindsey2/sunkcost, data/hardware.json). GB/s are 10^9
-bytes per second; Apple's GB of memory are 2^30 bytes.
+Sources, read in November 2026. Bandwidth and memory: Apple's announcements of M4 Pro and M4 Max (October 2024), M4 Max
+and M3 Ultra in the Mac Studio (March 2025), M5 (October 2025), M5 Pro and M5 Max (March 2026) and M5 Ultra (August
+2026), as repeated by the press and by a collection of Apple's specification pages (rlindsey2/sunkcost,
+data/hardware.json). GB/s are 10^9 bytes per second; Apple's GB of memory are 2^30 bytes. Arithmetic: `TFLOPS_SOURCE`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ class Chip:
         name: as it is sold; of a chip that is sold with two bandwidths, the slower one is told by its GPU.
         bandwidth: published bandwidth of the memory, in GB/s.
         memory: sizes of memory that it is sold with, in GiB, ascending.
+        tflops: 10^12 floating-point operations that its GPU does per second in half precision; None where no source
+            says it.
     """
 
     name: str
     bandwidth: float
     memory: tuple[int, ...]
+    tflops: float | None = None
 
     def smallest_memory(self, needed: int) -> int | None:
         """The smallest memory in GiB whose GPU share holds `needed` bytes, or None when none does."""
@@ -34,17 +37,27 @@ class Chip:
 
 
 CHIPS = (
-    Chip("M4", 120, (16, 24, 32)),
-    Chip("M4 Pro", 273, (24, 48, 64)),
-    Chip("M4 Max, 32-core GPU", 410, (36,)),
-    Chip("M4 Max", 546, (48, 64, 128)),
-    Chip("M3 Ultra", 819, (96, 256, 512)),
+    Chip("M4", 120, (16, 24, 32), 4.6),
+    Chip("M4 Pro", 273, (24, 48, 64), 9.2),
+    Chip("M4 Max, 32-core GPU", 410, (36,), 14.7),
+    Chip("M4 Max", 546, (48, 64, 128), 18.4),
+    Chip("M3 Ultra", 819, (96, 256, 512), 28.4),
     Chip("M5", 153, (16, 24, 32)),
     Chip("M5 Pro", 307, (24, 48, 64)),
     Chip("M5 Max, 32-core GPU", 460, (36,)),
     Chip("M5 Max", 614, (48, 64, 128)),
     Chip("M5 Ultra", 1200, (96, 256)),
 )
+
+TFLOPS_SOURCE = (
+    "the list of hardware of huggingface.js (pull request 1044; of the M3 Ultra huggingface.co/hardware), in float32; "
+    "other lists have up to 18 % less. float16 is neither faster nor slower on these GPUs "
+    "(philipturner/metal-benchmarks, measured on an M1). 32 cores have 32/40 of what 40 have. Of GPUs from M5 on, "
+    "which have matrix units beside, no source counts these."
+)
+
+MEASURED = ("M4 Pro", "M4 Max")
+"""The chips that measurements of prompts have been published of."""
 
 GPU_SHARE_SOURCE = (
     "macOS lets the GPU hold about two thirds of a memory of up to 32 GB and three quarters of a larger one "

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from attrs import frozen
@@ -88,13 +88,39 @@ class Figures:
             read=round(read * self._share_read(role)),
         )
 
-    def _share_read(self, role: Role) -> float:
-        """The share of a role's weights that a token reads: one row of the embedding table, the chosen experts."""
+    def _share_read(self, role: Role, tokens: int = 1) -> float:
+        """The share of a role's weights that some tokens read: rows of the embedding table, the chosen experts.
+
+        Of experts it is the share that one token or more chooses, if all are chosen equally often.
+        """
         if role.kind == "embedding":
-            return 1 / int(self.design.facts["vocab_size"])
+            return min(1.0, tokens / int(self.design.facts["vocab_size"]))
         share = active_share(role, self.design.facts)
         assert share is not None, "nothing is designed without these facts"
-        return share
+        return share if tokens == 1 else 1 - (1 - share) ** tokens
+
+    def read_by(self, tokens: int, *, head: bool) -> int:
+        """Bytes of weights that a call with so many tokens reads, each once; with or without the head's."""
+        return sum(
+            round(sum(tensor.format.bytes for tensor in tensors) * self._share_read(role, tokens))
+            for role, tensors in self._tensors(head=head)
+        )
+
+    def products(self, tokens: int, *, head: bool) -> int:
+        """Floating-point operations of the products of so many tokens with their weights: two for each weight."""
+        share = {role.name: active_share(role, self.design.facts) or 0.0 for role in self.design.weights.roles.values()}
+        return sum(
+            round(2 * tokens * share[role.name] * sum(tensor.parameters for tensor in tensors))
+            for role, tensors in self._tensors(head=head)
+            if role.kind != "embedding"
+        )
+
+    def _tensors(self, *, head: bool) -> Iterator[tuple[Role, Sequence[PlannedTensor]]]:
+        """The weights of each role that a function uses."""
+        for name, tensors in self.design.weights.by_role().items():
+            role = self.design.weights.roles[name]
+            if head or role.kind != "head":
+                yield role, tensors
 
     @property
     def bits(self) -> float:

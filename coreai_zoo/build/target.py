@@ -36,7 +36,7 @@ def aimed(request: BuildRequest, entry: Entry | None, plugins: Plugins) -> Build
         _require_run(target, contract, plugins)
     else:
         contract = _newest(target, request.backend, entry, plugins)
-    return evolve(request, contract=contract.name, backend=request.backend or _backend(contract))
+    return evolve(request, contract=contract.name, backend=request.backend or backend_of(contract))
 
 
 def runnable(target: System, contracts: Iterable[Contract]) -> list[Contract]:
@@ -48,6 +48,8 @@ def _newest(target: System, backend: str | None, entry: Entry | None, plugins: P
     if backend is not None:
         find_backend(backend, plugins)
     there = [found for found in plugins.contracts().values() if backend is None or backend in found.backends]
+    if not there:
+        raise BadInput(f"The backend {backend} writes for no contract that is installed.")
     runs = runnable(target, there)
     if not runs:
         what = "the contracts that there are" if backend is None else f"the contracts of the backend {backend}"
@@ -66,7 +68,7 @@ def _require_run(target: System, contract: Contract, plugins: Plugins) -> None:
         )
 
 
-def _backend(contract: Contract) -> str:
+def backend_of(contract: Contract) -> str:
     """The backend that writes for a contract: the usual one if it does, else the first that it names."""
     return DEFAULT_BACKEND if DEFAULT_BACKEND in contract.backends else contract.backends[0]
 
@@ -87,7 +89,7 @@ def _needs(contracts: Sequence[Contract]) -> str:
 
 def _advice(target: System, plugins: Plugins) -> str:
     runs = [
-        contract.name if DEFAULT_BACKEND in contract.backends else f"{contract.name} ({_backend(contract)})"
+        contract.name if DEFAULT_BACKEND in contract.backends else f"{contract.name} ({backend_of(contract)})"
         for contract in runnable(target, plugins.contracts().values())
     ]
     return f"It runs {listing(runs)}: name one with --contract, or none for the newest." if runs else ""

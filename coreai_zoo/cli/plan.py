@@ -9,9 +9,18 @@ from typing import Any
 import click
 from attrs import asdict, evolve, frozen
 
-from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
+from coreai_zoo.build.chips import (
+    CHIPS,
+    EFFICIENCY,
+    EFFICIENCY_SOURCE,
+    GPU_SHARE_SOURCE,
+    MEASURED,
+    Chip,
+    tokens_per_second,
+)
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.cli.completion import complete_entry
+from coreai_zoo.cli.plan_contracts import describe_contracts, fits_from, print_contracts
 from coreai_zoo.cli.target import target_option
 from coreai_zoo.commands import (
     Column,
@@ -25,12 +34,12 @@ from coreai_zoo.commands import (
 )
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.dtypes import size
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, did_you_mean
 from coreai_zoo.overlay import COMMON_ROLES
+from coreai_zoo.planning.contracts import compare_contracts
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import RECIPES
-from coreai_zoo.systems import System
 
 
 @frozen
@@ -66,7 +75,14 @@ class _Machines:
     metavar="N",
     help="Positions to count states at.",
 )
+@click.option("--chip", "chips", metavar="NAME", multiple=True, help="Of the machines only this; may be repeated.")
 @click.option("--bandwidth", type=click.FloatRange(0, min_open=True), metavar="GB/s", help="Of another machine.")
+@click.option(
+    "--tflops",
+    type=click.FloatRange(0, min_open=True),
+    metavar="N",
+    help="Of that machine's GPU, in half precision: bounds how fast it reads a prompt.",
+)
 @click.option(
     "--efficiency",
     type=click.FloatRange(0, 1, min_open=True),
@@ -74,20 +90,32 @@ class _Machines:
     help=f"Of the bandwidth that decode reaches. Default: {EFFICIENCY}, from a published measurement.",
 )
 @click.option("--compare", is_flag=True, help="Several entries or recipes side by side. Default: every recipe.")
+@click.option(
+    "--contracts",
+    is_flag=True,
+    help=f"The contracts side by side: rates of decoding and of prompts, on {' and '.join(MEASURED)} by default.",
+)
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    default=2000,
+    show_default=True,
+    help="Tokens of the prompt for --contracts.",
+)
 @json_option
 @click.pass_context
 def plan(
     ctx: click.Context,
+    /,
     models: tuple[str, ...],
     checkpoints: tuple[Path, ...],
     recipes: tuple[str, ...],
-    contract: str | None,
-    target: System | None,
-    context: int | None,
-    bandwidth: float | None,
-    efficiency: float | None,
     compare: bool,
+    contracts: bool,
+    prompt_tokens: int,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """What a bundle would hold, need and run at, from a config alone.
 
@@ -97,6 +125,9 @@ def plan(
     experts, the chosen ones), and nothing but the memory takes time. Reading the states comes on top, and grows
     with the context.
 
+    --contracts compares what a bundle of each contract needs, how fast it decodes, and what memory and arithmetic
+    of a chip allow for a prompt.
+
     \b
     Example:
         zoo plan qwen3.6-27b
@@ -104,6 +135,7 @@ def plan(
         zoo plan Qwen/Qwen3.6-27B
         zoo plan ~/some-sibling
         zoo plan qwen3.6-27b --target macos15
+        zoo plan qwen3.6-27b --contracts --chip "M4 Max"
         zoo plan qwen3.6-27b --compare
         zoo plan qwen3.6-27b qwen3.6-35b-a3b --compare --json
     """
@@ -119,19 +151,24 @@ def plan(
             "This asks for several plans.",
             "Pass --compare to see them side by side, or name one: --checkpoint DIR is one by itself.",
         )
-    subjects = [BuildRequest(name) for name in models] + [BuildRequest(checkpoint=path) for path in checkpoints]
-    plans = [
-        make_plan(
-            evolve(subject, recipe=recipe, contract=contract, target=target, max_context=context, dry=True), plugins
-        )
-        for recipe in chosen
-        for subject in subjects
-    ]
-    machines = _Machines(
-        chips=CHIPS if bandwidth is None else (Chip(f"{bandwidth:g} GB/s", bandwidth, ()),),
-        efficiency=efficiency or EFFICIENCY,
-        efficiency_source="--efficiency" if efficiency else EFFICIENCY_SOURCE,
+    asked = BuildRequest(
+        recipe=chosen[0], contract=given["contract"], target=given["target"], max_context=given["context"], dry=True
     )
+    subjects = [evolve(asked, model=name) for name in models] + [evolve(asked, checkpoint=path) for path in checkpoints]
+    machines = _machines(given, MEASURED if contracts else None)
+    if contracts:
+        if compare or asked.contract:
+            raise BadInput("--contracts compares all of them: it goes with neither --compare nor --contract.")
+        options = compare_contracts(subjects[0], plugins, prompt_tokens)
+        output = (options, machines.chips, machines.efficiency, prompt_tokens)
+        if as_json:
+            print_json(describe_contracts(*output))
+        else:
+            print_contracts(*output)
+        return
+    if given["tflops"] is not None:
+        raise BadInput("--tflops bounds how fast a prompt is read.", "Pass --contracts to see that.")
+    plans = [make_plan(evolve(subject, recipe=recipe), plugins) for recipe in chosen for subject in subjects]
     if as_json:
         described = [_described(made, machines) for made in plans]
         print_json(described if compare else described[0])
@@ -139,6 +176,30 @@ def plan(
         _print_side_by_side(plans, machines)
     else:
         _print(plans[0], machines)
+
+
+def _machines(given: Mapping[str, Any], usual: Sequence[str] | None) -> _Machines:
+    """The machines that the options name, or the usual ones; None for every chip that is known."""
+    bandwidth, tflops, names, efficiency = (given[name] for name in ("bandwidth", "tflops", "chips", "efficiency"))
+    if bandwidth is None and tflops is not None:
+        raise BadInput("--tflops is of the machine that --bandwidth is of.", "Pass both, or --chip NAME.")
+    if bandwidth is not None and names:
+        raise BadInput("--bandwidth is of another machine than --chip.", "Pass one of the two.")
+    if bandwidth is not None:
+        chips: tuple[Chip, ...] = (Chip(f"{bandwidth:g} GB/s", bandwidth, (), tflops),)
+    elif names or usual:
+        chips = tuple(_chip(name) for name in names or usual or ())
+    else:
+        chips = CHIPS
+    return _Machines(chips, efficiency or EFFICIENCY, "--efficiency" if efficiency else EFFICIENCY_SOURCE)
+
+
+def _chip(name: str) -> Chip:
+    """The chip of that name, in capitals or not."""
+    for chip in CHIPS:
+        if chip.name.lower() == name.lower():
+            return chip
+    raise BadInput(f"No chip is called {name!r}.", did_you_mean(name, [chip.name for chip in CHIPS], 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,16 +307,13 @@ def _print_rates(plan: Plan, machines: _Machines) -> None:
         rates += [tokens_per_second(plan.dense_read, chip.bandwidth)] if dense else []
         published = ", ".join(f"{known.decode:g}" for known in plan.published if known.machine == chip.name)
         table.add_row(
-            chip.name, f"{chip.bandwidth:g}", _fits(plan, chip), *(f"{rate:.1f}" for rate in rates), published
+            chip.name,
+            f"{chip.bandwidth:g}",
+            fits_from(chip, plan.resident),
+            *(f"{rate:.1f}" for rate in rates),
+            published,
         )
     print_table(table)
-
-
-def _fits(plan: Plan, chip: Chip) -> str:
-    if not chip.memory:
-        return ""
-    smallest = chip.smallest_memory(plan.resident)
-    return "does not" if smallest is None else f"{smallest} GB"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +342,7 @@ def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
     ]
     for chip in machines.chips:
         rates = [tokens_per_second(plan.read, chip.bandwidth, machines.efficiency) for plan in plans]
-        fits = [_fits(plan, chip) for plan in plans]
+        fits = [fits_from(chip, plan.resident) for plan in plans]
         cells = [f"{rate:.1f}{f' ({fit})' if fit else ''}" for rate, fit in zip(rates, fits, strict=True)]
         rows.append((f"tokens/s, {chip.name}", cells))
     for name, cells in rows:

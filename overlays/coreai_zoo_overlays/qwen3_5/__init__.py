@@ -2,8 +2,8 @@
 
 Read in this order: `config` (`reader` checks its fields), `states`, `decoder`, `attention` (and `yarn`),
 `gated_delta_net`, `gated_delta_chunks`, `feed_forward`, `dense_or_moe`, then what the host is told about them: `table`,
-`weights`, `facts`, `rewrites`, `quantization`. Each module opens by saying how it differs from transformers, and why.
-Only the modules that hold layers import torch.
+`weights`, `facts`, `operations`, `rewrites`, `quantization`. Each module opens by saying how it differs from
+transformers, and why. Only the modules that hold layers import torch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from coreai_zoo.contracts import Contract
+from coreai_zoo.contracts import Contract, Prefill
 from coreai_zoo.overlay import ParameterInfo
 from coreai_zoo.signature import KVCache
 
 from .config import Qwen35Config, read_config, with_layers
 from .dense_or_moe import MODEL_TYPES
 from .facts import config_of_facts, facts_of
+from .operations import operations
 from .quantization import HEAD
 from .rewrites import layer_rewrites
 from .states import extra_states, kv_cache
@@ -60,6 +61,10 @@ class Qwen35Overlay:
     def parameters(self, config: Qwen35Config, contract: Contract) -> Mapping[str, ParameterInfo]:
         """Every parameter of the decoder in the contract's dtype, without building it."""
         return parameters(config, contract.compute_dtype)
+
+    def operations(self, config: Qwen35Config, prefill: Prefill | None, tokens: int, positions: int) -> int:
+        """Floating-point operations of a call beside the products with its weights."""
+        return operations(config, prefill, tokens, positions)
 
     def decoder(self, config: Qwen35Config, contract: Contract) -> nn.Module:
         """The decoder in the contract's dtype, uninitialised."""

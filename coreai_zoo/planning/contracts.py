@@ -1,0 +1,72 @@
+"""The contracts of one model side by side, for `zoo plan --contracts`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import evolve, frozen
+
+from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.build.target import backend_of, runnable
+from coreai_zoo.catalogue import find_backend
+from coreai_zoo.contracts import Contract
+from coreai_zoo.errors import BadInput, PluginError, ZooError
+from coreai_zoo.planning.plan import Plan, plan
+from coreai_zoo.planning.prompts import Call, prompt_calls
+from coreai_zoo.plugins import Plugins
+
+
+@frozen
+class Option:
+    """A contract that a model could be built for.
+
+    Attributes:
+        plan: of the bundle.
+        calls: those by which an engine reads the prompt with it.
+    """
+
+    plan: Plan
+    calls: tuple[Call, ...]
+
+
+@frozen
+class Options:
+    """The contracts that a model could be built for, in their order.
+
+    Attributes:
+        options: each with its plan.
+        left_out: the others by name, with the reason.
+    """
+
+    options: tuple[Option, ...]
+    left_out: Mapping[str, str]
+
+
+def compare_contracts(request: BuildRequest, plugins: Plugins, prompt_tokens: int) -> Options:
+    """Every contract that the request's target runs, or every one where it has none, with a prompt of so many tokens.
+
+    Raises:
+        BadInput: when no contract is left: what is wrong with the first one.
+    """
+    there = list(plugins.contracts().values())
+    contracts = there if request.target is None else runnable(request.target, there)
+    options, left_out = [], {}
+    first: ZooError | None = None
+    for contract in contracts:
+        try:
+            options.append(_option(request, contract, plugins, prompt_tokens))
+        except (BadInput, PluginError) as error:
+            left_out[contract.name] = error.message
+            first = first or error
+    if not options:
+        raise first or BadInput(f"{request.target} is not known to run any contract.")
+    return Options(tuple(options), left_out)
+
+
+def _option(request: BuildRequest, contract: Contract, plugins: Plugins, prompt_tokens: int) -> Option:
+    backend = find_backend(backend_of(contract), plugins)
+    made = plan(evolve(request, contract=contract.name, backend=backend.name), plugins)
+    backend.require(made.design.signatures, made.design.weights.quantizations)
+    if prompt_tokens > made.context:
+        raise BadInput(f"A prompt of {prompt_tokens:,} tokens does not fit a context of {made.context:,}.")
+    return Option(made, prompt_calls(made, prompt_tokens))
