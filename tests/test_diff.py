@@ -24,7 +24,7 @@ from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, LayerKind, count
-from coreai_zoo.program import Function
+from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.review.diff import Change, Difference, Section, as_markdown, compare, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
 from coreai_zoo.review.structure import Structure, of_bundle
@@ -332,6 +332,43 @@ def test_layers_that_were_not_lowered_are_counted_like_the_last_of_their_kind() 
     graph = Graph(kinds, {"cos": 1}, {}).repeated(["l", "l", "f", "l", "l", "f"])
     assert [(kind.name, kind.layers) for kind in graph.kinds] == [("l", (0,)), ("l", (1, 3, 4)), ("f", (2, 5))]
     assert graph.total == {"mul": 1 + 3 * 2 + 2 * 3, "cos": 1}
+
+
+def test_a_layer_that_is_cut_stays_the_last_one() -> None:
+    kinds = LayerKind("l", (0,), {"mul": 1}), LayerKind("f", (1,), {"mul": 3}), LayerKind("f", (2,), {"add": 1})
+    names = ["l", "f", "f", "l", "f"]
+    whole, cut = (Graph(kinds, {}, {}, cut=cut).repeated(names) for cut in (False, True))
+    assert [(kind.layers, dict(kind.operations)) for kind in cut.kinds] == [
+        ((0, 3), {"mul": 1}),
+        ((1, 2), {"mul": 3}),
+        ((4,), {"add": 1}),
+    ]
+    assert [kind.layers for kind in whole.kinds] == [(0, 3), (1,), (2, 4)]
+    shallow = Graph(kinds, {}, {}, cut=True).repeated(names[:3])
+    assert [kind.layers for kind in shallow.kinds] == [(0,), (1,), (2,)]
+
+
+def test_a_layer_is_called_the_same_in_a_function_that_reads_less_of_it() -> None:
+    row = "tensor<4xfloat16>"
+
+    def function(name: str, *read: str, outputs: int = 1) -> Function:
+        operations: list[Operation] = []
+        for at, weight in enumerate(read):
+            operations += [
+                Operation("constant", (), (10 * at + 10,), (row,), stored=weight),
+                Operation("mul", (10 * at + 1, 10 * at + 10), (10 * at + 11,), (row,)),
+            ]
+        return Function(name, (), tuple(operations), ("x",), outputs=outputs)
+
+    layers = [[f"layers.{at}.{part}.weight" for part in parts] for at, parts in enumerate((("a", "mlp"), ("b", "mlp")))]
+    main = function("main", *layers[0], *layers[1])
+    prefill = function("prefill", *layers[0], layers[1][0], outputs=0)  # the last layer is not computed to its end
+    graphs = count(Program({"main": main, "prefill": prefill}, {}))
+    assert {name: [kind.name for kind in graph.layers] for name, graph in graphs.items()} == {
+        "main": ["a", "b"],
+        "prefill": ["a", "b"],
+    }
+    assert (graphs["main"].cut, graphs["prefill"].cut) == (False, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from attrs import frozen
+from attrs import evolve, frozen
 from click.testing import CliRunner, Result
 
 import forked
@@ -361,6 +361,27 @@ def test_layers_that_differ_in_their_slot_only_have_one_digest_however_values_ar
     assert kind.layers == (0, 1, 2)
     assert "slice(state memory, [slot, 0], [slot + 1, end], 1) -> 1x4xfloat16" in kind.wiring.lines
     assert count(layered(first=40))["main"] == count(layered())["main"]
+
+
+def test_how_constants_are_numbered_does_not_tell_layers_apart() -> None:
+    """A shape that is computed outside, of the type of a slot's beginning: after that of one layer, before the next."""
+
+    def apart(values: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(value if value < 2 else 10 * value for value in values)  # arguments are numbered first
+
+    (main,) = layered().functions.values()
+    operations = [evolve(each, operands=apart(each.operands), results=apart(each.results)) for each in main.operations]
+    shape, shaped = 1055, 5000  # the beginnings are 1050, 1140 and 1230
+    computed = Operation("concat", (0,), (shape,), ("tensor<2xint32>",))
+    with_shapes = [*operations[:3], computed]
+    for at, operation in enumerate(operations[3:]):
+        if operation.name == "add":
+            with_shapes.append(Operation("reshape", (operation.operands[0], shape), (shaped + at,), (ROW,)))
+            operation = evolve(operation, operands=(shaped + at, operation.operands[1]))  # noqa: PLW2901
+        with_shapes.append(operation)
+    found = count(Program({"main": evolve(main, operations=tuple(with_shapes))}, {}))["main"]
+    assert [kind.layers for kind in found.kinds] == [(0, 1, 2)]
+    assert found.kinds[0].operations["reshape"] == 1
 
 
 def test_the_slot_of_another_layer_is_another_wiring() -> None:

@@ -186,7 +186,9 @@ def flattened(content: Mapping[str, Any], separator: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sample: bool = False) -> Structure:
+def of_entry(
+    entry: Entry, plugins: Plugins, *, recipe: str | None = None, contract: str | None = None, sample: bool = False
+) -> Structure:
     """The structure of the bundle that an entry would give, from its facts.
 
     No weight is at hand and none is needed: as many layers are lowered as show each kind twice, with nothing in their
@@ -196,12 +198,13 @@ def of_entry(entry: Entry, plugins: Plugins, *, recipe: str | None = None, sampl
         entry: the entry.
         plugins: what is installed.
         recipe: name of a recipe; None for the entry's.
+        contract: name of a contract; None for the entry's.
         sample: whether to take the sizes of the entry's sample.
 
     Raises:
         BadInput: when the entry does not state what its config needs.
     """
-    request = BuildRequest(entry.name, sample=sample, recipe=recipe, dry=True)
+    request = BuildRequest(entry.name, sample=sample, recipe=recipe, contract=contract, dry=True)
     whole = design(request, plugins, entry)
     names = _layer_names(whole)
     part = _telling_part(whole, names, plugins)
