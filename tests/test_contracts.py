@@ -103,6 +103,31 @@ def test_an_engine_says_with_a_bundle_what_transformers_says(
         assert sum(sent) == 259
 
 
+# A token less or more than a chunk of 64, than a call of 256, and two calls and three more.
+EDGES = (1, 63, 64, 65, 256, 257, 515) if NIGHTLY else (65, 257)
+
+
+@pytest.mark.parametrize("entry", [DENSE, MOE] if NIGHTLY else [DENSE])
+def test_a_prompt_that_ends_at_the_edge_of_a_chunk_is_read_to_its_end(
+    entry: str, bundle_of: functools.partial[Bundle]
+) -> None:
+    bundle = bundle_of(entry, "chunked")
+    text = np.random.default_rng(6).integers(0, 900, EDGES[-1] + 1).tolist()
+    sure = 0
+    with Player(bundle.directory) as player:
+        for read in EDGES:
+            player.reset()
+            player.calls.clear()
+            answer = player.answer(text[: read + 1], 2)
+            assert sum(count for name, count in player.calls if name == "prefill") == read
+            logits = oracle(bundle, [*text[: read + 1], *answer])[read:-1]
+            ranked = np.sort(logits, axis=-1)
+            certain = ranked[:, -1] - ranked[:, -2] >= CERTAIN
+            assert (np.array(answer) == logits.argmax(-1))[certain].all(), read
+            sure += certain.sum()
+    assert sure >= len(EDGES)
+
+
 def test_both_functions_share_their_weights_under_the_same_names(bundle_of: functools.partial[Bundle]) -> None:
     backend = CoreAIBackend()
     one, two = (backend.constants(bundle_of(DENSE, contract).asset) for contract in ("dynamic", "chunked"))
