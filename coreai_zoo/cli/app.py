@@ -5,6 +5,8 @@ Answers come without torch: a command's module is imported when it runs, and its
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import importlib.metadata
 import io
@@ -178,5 +180,7 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run `zoo` with the arguments of this process."""
+    # The interpreter looks for circles among all that torch and a traced decoder are made of once more before it ends.
+    atexit.register(gc.freeze)
     cli.main(prog_name="zoo")
     raise AssertionError("main exits by itself in standalone mode")
