@@ -120,8 +120,13 @@ class Backend(Protocol):
             BadInput: naming it.
         """
 
-    def memory(self, layers: int) -> int:
-        """Bytes of anonymous memory that a build of so many layers takes at its peak, at any width: as measured."""
+    def memory(self, layers: int, functions: int) -> int:
+        """Bytes of anonymous memory that a build of so many layers takes at its peak, at any width: as measured.
+
+        Args:
+            layers: of the decoder.
+            functions: of the asset, each with all layers.
+        """
 
     @property
     def versions(self) -> Mapping[str, str]:

@@ -235,17 +235,20 @@ def test_a_process_that_complains_of_what_is_removed_does_not_hide_what_the_libr
     assert result.stderr.startswith(f"error: There is no space left to write {tmp_path / 'x'}")
 
 
-@pytest.mark.parametrize("backend", ["coreai", "coreml"])
+@pytest.mark.parametrize(("backend", "contract"), [("coreai", None), ("coreai", "dynamic"), ("coreml", None)])
 @pytest.mark.parametrize("layers", [8, 64])
 def test_memory_that_does_not_suffice_is_refused_with_the_numbers(
-    backend: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, contract: str | None, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coreai_zoo.build.preflight.available_memory", lambda: 300 * 2**20)
-    resolved = design(BuildRequest("qwen3.6-27b", sample=True, backend=backend, output=tmp_path), default_plugins())
+    request = BuildRequest("qwen3.6-27b", sample=True, backend=backend, contract=contract, output=tmp_path)
+    resolved = design(request, default_plugins())
     deep = evolve(resolved, model=evolve(resolved.model, facts={**resolved.facts, "layers": layers}))
     needs = preflight(deep, Workspace.of(tmp_path, resolved.name, None, keep=False))
-    wanted = max(LEAST_MEMORY, resolved.backend.memory(layers))
-    assert (wanted > LEAST_MEMORY) is (layers == 64)  # a deep decoder takes more than any build does
+    functions = 2 if contract else 1
+    wanted = max(LEAST_MEMORY, resolved.backend.memory(layers, functions))
+    # A deep decoder takes more than any build does, and so do two functions.
+    assert (wanted > LEAST_MEMORY) is (layers == 64 or functions == 2)
     words = re.escape(f"needs {size(wanted)} of memory at least, and 300.0 MiB are available")
     with pytest.raises(EnvironmentLacks, match=words):
         needs.require()

@@ -119,7 +119,7 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
         before = needs[device].needs if device in needs else 0
         needs.setdefault(device, Disk(existing, 0, shutil.disk_usage(existing).free))
         needs[device] = attrs.evolve(needs[device], needs=before + count)
-    least_memory = max(LEAST_MEMORY, design.backend.memory(int(design.facts["layers"])))
+    least_memory = max(LEAST_MEMORY, design.backend.memory(int(design.facts["layers"]), len(design.functions)))
     return Preflight(
         fetched, bytes_read(design), scratch, written, tuple(needs.values()), available_memory(), least_memory
     )
