@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -45,12 +45,13 @@ from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
-from decoders import OVERLAY, feed, fresh_states, one_thread, rewrites_of, signature
+from decoders import OVERLAY, fed, fresh_states, one_thread, rewrites_of, signature
 from mutants import BOTH, MUTANTS, REFUSALS, SAMPLE, Mutant, applied
 
 ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
 POSITIONS = 32
 PIECE = 512  # of a long prompt, in one call
+LOOKS = (4, 8, 16)  # after how many calls who wants to know only whether a token flips looks for one
 UNTOUCHED = Mutant("untouched", "nothing is wrong")
 
 
@@ -128,15 +129,20 @@ class Target:
         self.oracle = Oracle(self.checkpoint, self.checkpoint.config).run(self.tokens)
         self._stores: dict[str, WeightStore] = {}
 
-    def attack(self, mutant: Mutant) -> Outcome:
+    def attack(self, mutant: Mutant, *, briefly: bool = False) -> Outcome:
         """The gate's verdict on `mutant`. The control runs where no token flips: it cannot undo a failure.
 
         A control is built from the checkpoint, so it shares what is wrong with the decoder and the weight map, and
         nothing that is wrong with a quantized file.
+
+        Args:
+            mutant: what is wrong.
+            briefly: go no further once a token has flipped that the oracle is sure of. That fails the gate whatever
+                comes after it, but how many would have flipped is not known then.
         """
         layers = len(self.config.layer_types)
         bounds = self.bounds.of_recipe(_record(mutant.declared or mutant.recipe), layers, "torch", self.bounds_kind)
-        verdict = self.compare(self.run(mutant, mutant.recipe))
+        verdict = self.compare(self.run(mutant, mutant.recipe, briefly=briefly))
         checks = check_bounds(verdict, bounds)
         if not verdict.passed:
             return Outcome(verdict, checks)
@@ -165,22 +171,31 @@ class Target:
         return experts
 
     def compare(self, found: Activations) -> Verdict:
-        """The margin rule on what a candidate computed."""
-        oracle, found = (positions_from(each, self.first) for each in (self.oracle, found))
+        """The margin rule on what a candidate computed of the first positions, or of all."""
+        end = len(found.logits)
+        oracle, found = (positions_from(each, self.first) for each in (_until(end, self.oracle), found))
         with np.errstate(all="ignore"):  # mutants overflow
-            return rule.compare(self.tokens[self.first :], oracle, found, self._experts_per_token)
+            return rule.compare(self.tokens[self.first : end], oracle, found, self._experts_per_token)
 
-    def run(self, mutant: Mutant, recipe: Recipe) -> Activations:
-        """What the mutated decoder computes."""
+    def run(self, mutant: Mutant, recipe: Recipe, *, briefly: bool = False) -> Activations:
+        """What the mutated decoder computes; of the first positions where a token flips `briefly`, see `attack`."""
         with one_thread(), applied(mutant), parametrize.cached():
             decoder = self._decoder(recipe)
             mutant.weights(decoder)
-            for _ in range(mutant.runs):
+            for number in range(1, mutant.runs + 1):
+                rows: list[Tensor] = []
                 # A seventh faster than `no_grad`, where steps are as small.
                 with _watched(decoder) as watched, torch.inference_mode():
                     states = fresh_states(signature(self.config), len(self.tokens))
-                    logits = feed(decoder, self.tokens, states, *self._pieces)
-        return Activations(logits.float().numpy(), watched.rows("hidden"), watched.rows("router"))
+                    for logits in fed(decoder, self.tokens, states, *self._pieces):
+                        rows.append(logits)
+                        looked = briefly and number == mutant.runs and len(rows) in LOOKS
+                        if looked and self._flips(watched.activations(rows)):
+                            break
+        return watched.activations(rows)
+
+    def _flips(self, found: Activations) -> bool:
+        return len(found.logits) > self.first and not self.compare(found).passed
 
     def _decoder(self, recipe: Recipe) -> nn.Module:
         rewrites = [] if self.at_once else [("overlay", rewrite) for rewrite in rewrites_of(STATIC_S1)]
@@ -215,6 +230,15 @@ def targets_in(work: Path) -> Callable[[str, str], Target]:
     return functools.cache(lambda kind, on: Target(kind, work / kind) if on == SAMPLE else StressTarget(kind, on, work))
 
 
+def _until(end: int, activations: Activations) -> Activations:
+    """The activations of the positions before `end`."""
+    hidden, routers = (
+        None if arrays is None else [array[:end] for array in arrays]
+        for arrays in (activations.hidden, activations.router_logits)
+    )
+    return evolve(activations, logits=activations.logits[:end], hidden=hidden, router_logits=routers)
+
+
 def _record(recipe: Recipe) -> dict[str, dict[str, Any] | None]:
     """How `build.json` states a recipe."""
     return {role: None if spec is None else {"dtype": spec.dtype} for role, spec in recipe.specs.items()}
@@ -231,7 +255,11 @@ class _Watched:
         pieces = self._seen[kind].setdefault(name, [])
         return lambda _module, _arguments, output: pieces.append(output[0].float())
 
-    def rows(self, kind: str) -> list[np.ndarray[Any, Any]] | None:
+    def activations(self, logits: Sequence[Tensor]) -> Activations:
+        """What was seen until now, with the logits of each call."""
+        return Activations(torch.cat(list(logits)).float().numpy(), self._rows("hidden"), self._rows("router"))
+
+    def _rows(self, kind: str) -> list[np.ndarray[Any, Any]] | None:
         """One array [P, ...] for each module, or None when there are none of this kind."""
         return [torch.cat(pieces).numpy() for pieces in self._seen[kind].values()] or None
 

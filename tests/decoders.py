@@ -69,23 +69,30 @@ def fresh_states(spec: TraceSpec, capacity: int = 64) -> list[Tensor]:
 
 def feed(module: nn.Module, tokens: list[int], states: list[Tensor], *pieces: int) -> Tensor:
     """Logits [len(tokens), V] when the tokens are fed in pieces that end at `pieces`, or one by one without any."""
-    return _fed(module, tokens, states, sorted({*pieces, len(tokens)}) if pieces else range(1, len(tokens) + 1), 0)
+    return torch.cat(list(fed(module, tokens, states, *pieces)))
+
+
+def fed(module: nn.Module, tokens: list[int], states: list[Tensor], *pieces: int) -> Iterator[Tensor]:
+    """The same piece by piece: logits [length of the piece, V]."""
+    yield from _fed(module, tokens, states, sorted({*pieces, len(tokens)}) if pieces else range(1, len(tokens) + 1), 0)
 
 
 def feed_by_position(module: nn.Module, tokens: list[int], states: list[Tensor]) -> Tensor:
     """The same one by one, where `position_ids` is the new token's position only."""
-    return _fed(module, tokens, states, range(1, len(tokens) + 1), None)
+    return torch.cat(list(_fed(module, tokens, states, range(1, len(tokens) + 1), None)))
 
 
-def _fed(module: nn.Module, tokens: list[int], states: list[Tensor], ends: Sequence[int], first: int | None) -> Tensor:
-    rows, start = [], 0
-    with torch.no_grad():
-        for end in ends:
-            ids = torch.tensor([tokens[start:end]], dtype=torch.int32)
-            positions = torch.arange(start if first is None else first, end, dtype=torch.int32)[None]
-            rows.append(module(ids, positions, *states)[0])
-            start = end
-    return torch.cat(rows)
+def _fed(
+    module: nn.Module, tokens: list[int], states: list[Tensor], ends: Sequence[int], first: int | None
+) -> Iterator[Tensor]:
+    start = 0
+    for end in ends:
+        ids = torch.tensor([tokens[start:end]], dtype=torch.int32)
+        positions = torch.arange(start if first is None else first, end, dtype=torch.int32)[None]
+        with torch.no_grad():
+            logits = module(ids, positions, *states)[0]
+        yield logits
+        start = end
 
 
 def paths(module: nn.Module, pattern: str) -> list[str]:

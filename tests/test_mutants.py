@@ -52,7 +52,7 @@ def test_the_untouched_samples_pass_as_every_recipe_that_a_mutant_damages(
 def test_the_gate_catches(
     mutant: Mutant, kind: str, targets: Callable[[str], Target], listed: dict[tuple[str, str], str]
 ) -> None:
-    outcome: Outcome = targets(kind).attack(mutant)
+    outcome: Outcome = targets(kind).attack(mutant, briefly=True)
     assert outcome.caught_by is not None, f"{mutant.mistake}, and the gate does not see it"
     assert listed[mutant.name, kind] == outcome.caught_by, f"now {outcome.evidence}: print {DOCUMENT.name} again"
 

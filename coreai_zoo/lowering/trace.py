@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, OutputKind
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
@@ -52,7 +53,13 @@ def trace(module: nn.Module, spec: TraceSpec, decompositions: Mapping[Any, Any])
             another output than the contract, leaves a state unwritten, or writes to something that is not a state.
     """
     mistakes.require_arguments(module, [tensor.name for tensor in (*spec.inputs, *spec.states)])
-    with torch.no_grad(), warnings.catch_warnings(), mistakes.explained("traced", module), _narrowed(module, spec):
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        mistakes.explained("traced", module),
+        _narrowed(module, spec),
+        _use_lazy_graph_module(True),  # or a dozen graphs on the way are written as Python, which nobody calls
+    ):
         warnings.simplefilter("ignore", FutureWarning)
         program = torch.export.export(module, example_inputs(spec), dynamic_shapes=dynamic_shapes(spec), strict=False)
         program = program.run_decompositions(dict(decompositions))
