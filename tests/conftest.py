@@ -24,7 +24,7 @@ from coreai_zoo.cli.app import cli
 from coreai_zoo.plugins import Plugins
 from hub import Hub
 from shared import Shared
-from suite import QUICK
+from suite import QUICK, THOROUGH, TRACED_ANEW
 
 # Before anything imports torch. A step of a miniature is over before a second thread has woken up, and with as many
 # workers as cores the threads of one wait for those of the other, busily: measured, four times as long.
@@ -144,12 +144,18 @@ def built(shared: Shared) -> Callable[[str, str], Bundle]:
     return build
 
 
-@pytest.fixture
-def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See `traces.trace_once`; not for tests of what is traced, nor for those that edit the overlay."""
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Decoders that are the same are traced once, in files of tests that are about something else; see `traces`."""
+    name = Path(str(request.fspath)).stem.removeprefix("test_")
+    if name not in THOROUGH - TRACED_ANEW:
+        yield
+        return
     from traces import trace_once  # torch is not for the quick tests
 
-    trace_once(monkeypatch)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        trace_once(monkeypatch)
+        yield
 
 
 @pytest.fixture

@@ -109,5 +109,8 @@ THOROUGH = frozenset(
     }
 )
 
+# These are about tracing: each of their decoders is traced, though one that is the same was traced before.
+TRACED_ANEW = frozenset({"coreai_backend", "interruption", "lowering", "mistakes", "walk"})
+
 NIGHTLY = os.environ.get("ZOO_NIGHTLY", "") not in {"", "0"}
 """Whether the long runs have their full size (`make nightly`)."""

@@ -31,8 +31,6 @@ from coreai_zoo.plugins import LISTS, Plugins
 from coreai_zoo_overlays import qwen3_5
 from shared import Shared
 
-pytestmark = pytest.mark.usefixtures("traced_once")  # what is bad is found before, or is not the decoder
-
 MakePlugin = Callable[..., types.ModuleType]
 DENSE, MOE = "qwen3.6-27b", "qwen3.6-35b-a3b"
 NAME = "qwen3_6_27b_custom_decode_int8hu_block32_sym"

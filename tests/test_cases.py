@@ -27,7 +27,6 @@ TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 256, 40)]
 FEW = 12  # of them, where the case is not about positions: a step on the runtime takes half a tenth of a second
 
 
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("name", CASES)
 def test_an_odd_checkpoint_comes_out_right(name: str, tmp_path: Path) -> None:
     with quiet_transformers():

@@ -28,8 +28,6 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins, default_plugins
 from hub import Hub
 
-pytestmark = pytest.mark.usefixtures("traced_once")  # all build the same decoder
-
 ID, NAME = "acme/Tiny-1.5", "tiny-1.5"
 SIBLING = "acme/Tiny-1.4"
 INDEX = "model.safetensors.index.json"

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import hashlib
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
+import types
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 from torch import nn
 from torch.nn.utils import parametrize
 
+import coreai_zoo.backends.coreai
+import coreai_zoo.lowering
+import coreai_zoo_overlays
+from coreai_zoo import composites
 from coreai_zoo.backends.coreai.backend import CoreAIBackend, CoreAITraced
 from coreai_zoo.contracts import TraceSpec
 
 _INTERNAL = frozenset(vars(nn.Module()))
-_traced: dict[object, CoreAITraced] = {}
+_KEPT = 12  # a trace is some hundred thousand objects
+_traced: collections.OrderedDict[object, CoreAITraced] = collections.OrderedDict()
+
+# What a trace comes of. Whoever replaces a function of these, as a mutant does, gets a trace of his own.
+_SOURCES = (coreai_zoo_overlays, coreai_zoo.lowering, coreai_zoo.backends.coreai)
 
 
 def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the Core AI backend give the trace that it made of the same decoders before.
 
-    A trace has no weights: `Traced.save` takes them, by name. What it depends on is all of `_everything`. To trace is
-    two thirds of a build of a miniature, and such tests build dozens that have other files but the same decoder.
+    A trace has no weights: `Traced.save` takes them, by name. What it depends on is all of `_everything`, and the code
+    that is in force. To trace is two thirds of a build of a miniature, and the tests build dozens that have other files
+    but the same decoder.
     """
     monkeypatch.setattr(CoreAIBackend, "trace", _remembering(CoreAIBackend.trace))
 
@@ -37,12 +51,38 @@ def _remembering(trace: Trace) -> Trace:
     def remembered(
         self: CoreAIBackend, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]
     ) -> CoreAITraced:
-        key = (repr(self), *((name, repr(functions[name]), _everything(module)) for name, module in modules.items()))
+        decoders = tuple((name, repr(functions[name]), _everything(module)) for name, module in modules.items())
+        key = (repr(self), tuple(_code()), decoders)
         if key not in _traced:
             _traced[key] = trace(self, modules, functions)
+            if len(_traced) > _KEPT:
+                _traced.popitem(last=False)
+        _traced.move_to_end(key)
         return _traced[key]
 
     return remembered
+
+
+@functools.cache
+def _sources() -> tuple[types.ModuleType, ...]:
+    """The modules of `_SOURCES`, imported."""
+    found = (
+        each.name for package in _SOURCES for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    )
+    return composites, *map(importlib.import_module, sorted(found))
+
+
+def _code() -> Iterator[object]:
+    """Functions and plain values of `_SOURCES` as they are now, of modules and of their classes, by name."""
+    for module in _sources():
+        for attribute, value in list(vars(module).items()):
+            own = isinstance(value, type) and value.__module__ == module.__name__
+            for inside, each in list(vars(value).items()) if own else [("", value)]:
+                function = getattr(each, "__func__", None) or getattr(each, "fget", None) or each
+                if isinstance(function, types.FunctionType):
+                    yield module.__name__, attribute, inside, function.__code__
+                elif isinstance(function, int | float | str | tuple):
+                    yield module.__name__, attribute, inside, repr(function)
 
 
 def _everything(module: nn.Module) -> object:
