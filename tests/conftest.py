@@ -24,7 +24,7 @@ from coreai_zoo.cli.app import cli
 from coreai_zoo.plugins import Plugins
 from hub import Hub
 from shared import Shared
-from suite import QUICK, THOROUGH, TRACED_ANEW
+from suite import QUICK, THOROUGH, TRACED_ANEW, long_ones_first
 
 # Before anything imports torch. A step of a miniature is over before a second thread has woken up, and with as many
 # workers as cores the threads of one wait for those of the other, busily: measured, four times as long.
@@ -74,6 +74,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.getoption("quick") and name.startswith("test_") and name.removeprefix("test_") not in QUICK:
         return True
     return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have each worker begin with long tests."""
+    items[:] = long_ones_first(items, lambda item: item.path.stem.removeprefix("test_"))
 
 
 @pytest.fixture

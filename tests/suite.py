@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 # `make quick`: whether a change is sane, in a minute on two cores. Nothing here builds a bundle of a sample.
 QUICK = frozenset(
@@ -112,5 +114,20 @@ THOROUGH = frozenset(
 # These are about tracing: each of their decoders is traced, though one that is the same was traced before.
 TRACED_ANEW = frozenset({"coreai_backend", "interruption", "lowering", "mistakes", "walk"})
 
+# Files with tests that take most of a minute, longest first. They begin, or one of them would be what all wait for.
+LONG = ("contracts", "lowering", "coreml_backend", "tutorial", "check", "coreai_backend", "samples", "run")
+
 NIGHTLY = os.environ.get("ZOO_NIGHTLY", "") not in {"", "0"}
 """Whether the long runs have their full size (`make nightly`)."""
+
+_Test = TypeVar("_Test")
+
+
+def long_ones_first(tests: Sequence[_Test], file_of: Callable[[_Test], str]) -> list[_Test]:
+    """The tests in two halves, each of which begins with files of `LONG`: with two workers each gets one of them."""
+    short = [test for test in tests if file_of(test) not in LONG]
+    one, other = (
+        [test for name in names for test in tests if file_of(test) == name] for names in (LONG[::2], LONG[1::2])
+    )
+    middle = max(0, len(tests) // 2 - len(one))
+    return [*one, *short[:middle], *other, *short[middle:]]

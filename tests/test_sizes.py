@@ -27,8 +27,8 @@ PUBLISHED_27B_INT8HU = 29_774_040_281
 WIDE = {
     "vocab_size": 8192,
     "hidden_size": 512,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
     "num_attention_heads": 6,
     "num_key_value_heads": 1,
     "head_dim": 64,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from shared import Shared
-from suite import QUICK, THOROUGH
+from suite import LONG, QUICK, THOROUGH, TRACED_ANEW, long_ones_first
 
 TESTS = Path(__file__).parent
 
@@ -21,6 +21,7 @@ def test_every_file_of_tests_is_either_quick_or_thorough() -> None:
     files = {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")}
     assert files == QUICK | THOROUGH, "tests/suite.py has to list what is there"
     assert not QUICK & THOROUGH
+    assert {*LONG} | TRACED_ANEW <= THOROUGH
 
 
 def test_the_quick_loop_collects_the_quick_files_only(
@@ -34,6 +35,14 @@ def test_the_quick_loop_collects_the_quick_files_only(
     for asked in (False, True):
         monkeypatch.setattr(pytestconfig.option, "quick", asked)
         assert {name for name in QUICK | THOROUGH if ignored(name)} == (THOROUGH if asked else set())
+
+
+def test_each_half_of_the_tests_begins_with_long_ones_and_none_is_lost() -> None:
+    files = sorted([*LONG, *(f"short_{number}" for number in range(20))])
+    ordered = long_ones_first(files, str)
+    assert sorted(ordered) == files
+    assert (ordered[:4], ordered[len(files) // 2 :][:4]) == ([*LONG[::2]], [*LONG[1::2]])
+    assert long_ones_first(["a", "b"], str) == ["a", "b"]
 
 
 def test_no_example_fails_because_the_machine_is_busy() -> None:
