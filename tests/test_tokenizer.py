@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from coreai_zoo.bundle.same_tokenizer import copy_problems
 from coreai_zoo.bundle.verify_tokenizer import tokenizer_problems
 from coreai_zoo.catalogue import find_entry
+from coreai_zoo.checkpoint import chat_template
 from coreai_zoo.checkpoint.chat_template import find_chat_template, render_chat
 from coreai_zoo.checkpoint.end_of_turn import end_tokens
 from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer
@@ -219,6 +221,28 @@ def test_a_tokenizer_config_adds_no_token(folder: Path, copied: Callable[[], tup
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat templates
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_waits_twice_for_a_template_that_does_not_end(
+    folder: Path, copied: Callable[[], tuple[Path, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    deadline = chat_template._deadline
+
+    def counted(seconds: float) -> contextlib.AbstractContextManager[None]:
+        waited.append(seconds)
+        return deadline(seconds)
+
+    monkeypatch.setattr(chat_template, "_deadline", counted)
+    monkeypatch.setattr(chat_template, "_MOST_SECONDS", 0.5)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{# anew #}{% endfor %}{% endfor %}"
+    write_json(folder / "tokenizer_config.json", tokenizer_config(chat_template=endless))
+
+    copy, _ = copied()
+    for turns in (HELLO, (*HELLO, ("assistant", "Yes?"))):
+        with pytest.raises(BadInput, match="does not come to an end"):
+            render_chat(copy, turns)
+    assert waited == [0.5]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ KEY = "tokenizer_config.json:chat_template"
 # No chat of a few turns comes near these; a template that does is stuck in a loop.
 _MOST_CHARACTERS, _MOST_SECONDS = 2**22, 10.0
 
+# Templates that did not come to an end, and how many characters they had made: nobody waits for one twice.
+_endless: dict[str, int] = {}
+
 _SHOWN_CHARACTERS = 300  # of what a template says when it fails
 
 
@@ -143,8 +146,10 @@ def _rendered(
     messages = [{"role": role, "content": content} for role, content in turns]
     variables = {**named, "tools": None, "documents": None, "add_generation_prompt": answer_follows}
     pieces: list[str] = []
-    length = 0
+    length = _endless.get(template.text, 0)
     try:
+        if template.text in _endless:
+            raise TimeoutError
         with _deadline(_MOST_SECONDS):
             for piece in compiled.generate(messages=messages, **variables):
                 pieces.append(piece)
@@ -152,6 +157,7 @@ def _rendered(
                 if length > _MOST_CHARACTERS:
                     raise TimeoutError
     except TimeoutError as error:
+        _endless[template.text] = length
         message = f"The chat template in {template.place} does not come to an end: {length:,} characters so far."
         raise BadInput(message) from error
     except Exception as error:  # a template can raise anything
