@@ -99,7 +99,7 @@ def test_a_runtime_that_forgets_fails_by_the_numbers(
 @pytest.mark.skipif(not NIGHTLY, reason="builds an asset with two functions, and two slices; make nightly runs it")
 @pytest.mark.slow
 def test_a_slice_of_two_functions_reads_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = build(tmp_path, "--contract", "chunked")
+    made = build(tmp_path, "--recipe", "fp16", "--contract", "chunked")
     monkeypatch.setattr("coreai_zoo.gates.run._INTERPRETED_BYTES", 1)
     found = sliced(made, tmp_path / "gate")
     assert found["passed"], found["summary"]

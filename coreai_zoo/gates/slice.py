@@ -28,7 +28,6 @@ from coreai_zoo.errors import listing
 from coreai_zoo.gate import Activations, GateResult, Model
 from coreai_zoo.gates.bounds import broken, check_bounds
 from coreai_zoo.gates.candidate import AssetCandidate
-from coreai_zoo.gates.prefill import at_places
 from coreai_zoo.gates.rule import compare, flips_told
 from coreai_zoo.lowering.graph import Graph, LayerKind, count, telling_depth
 from coreai_zoo.plugins import Plugins
@@ -45,9 +44,11 @@ _WHOLE = re.compile(r"only slot|\(state |broadcast_in_dims\(expand_dims\(slice_u
 _SLOTS = re.compile(r"(, \d+)?(?=, 0\) -> \d+x)|(?<=-> )\d+(?=x)")
 _FOLDED = re.compile(r"\[\[[^(]*? sha256 \w+ ")  # a matrix of one row, which every layer has another of
 _LAYER = re.compile(r"(?<=layer )\d+")
-_GATHERED = re.compile(
+_GATHERED = re.compile(  # states, with all their slots; of a layer that is cut, its writing of its own slot too
     r"concat\(0, .*|reshape\(concat, \[\d+, |(read|write)_handle\(.*"
-)  # states, with all their slots
+    r"|broadcast_in_dims\(expand_dims\(slice_update.*|where\(\[+(false|true).*|slice\(layer \d+: where.*"
+)
+_ELSEWHERE = re.compile(r"(?<=<)[\w.]+?\.\d+\.(?=[\w.]+>)")  # what layers share is called as that of the last one
 
 
 @frozen
@@ -87,8 +88,9 @@ class Slice:
             oracle = self.oracle_of(part).run(tokens)
             problems += self._numbers(tokens, oracle, found, layers)
             if PREFILL in part.functions:
-                last = Activations(self._read(part, tokens))
-                wrong = self._numbers(tokens[-1:], at_places(oracle, [len(tokens) - 1]), last, layers)
+                # Beside the other positions: bounds on a median are not for one.
+                read = Activations(np.concatenate([found.logits[:-1], self._read(part, tokens)]))
+                wrong = self._numbers(tokens, oracle, read, layers)
                 problems += [f"behind a prompt of {len(tokens) - 1} tokens: {problem}" for problem in wrong]
         if problems:
             return GateResult(NAME, passed=False, summary=f"{told}: {listing(problems, _SHOWN, '; ')}")
@@ -165,7 +167,7 @@ def _text(kind: LayerKind, *, folded: bool) -> tuple[Counter[str], Counter[str]]
     """
     lines: Counter[str] = Counter()
     for line, times in kind.wiring.lines.items():
-        text = _SLOTS.sub("", line) if _WHOLE.search(line) else line
+        text = _ELSEWHERE.sub("", _SLOTS.sub("", line) if _WHOLE.search(line) else line)
         lines[text if folded else _FOLDED.sub("", text)] += times
     return Counter(kind.operations), lines
 
