@@ -270,9 +270,7 @@ def test_a_template_that_does_not_take_a_chat_says_why_in_one_paragraph(
     words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Four dozen chats are rendered. One that has no end goes on however long it may; the others need some time.
-    seconds = 0.05 if "99999" in template else 0.5
-    monkeypatch.setattr("coreai_zoo.checkpoint.chat_template._MOST_SECONDS", seconds)
+    monkeypatch.setattr("coreai_zoo.checkpoint.chat_template._MOST_SECONDS", 0.5)
     write_json(folder / "tokenizer_config.json", tokenizer_config(chat_template=template))
 
     copy, changes = copied()

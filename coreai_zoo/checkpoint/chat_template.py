@@ -145,11 +145,11 @@ def _rendered(
     compiled = _compiled(template)
     messages = [{"role": role, "content": content} for role, content in turns]
     variables = {**named, "tools": None, "documents": None, "add_generation_prompt": answer_follows}
+    if template.text in _endless:
+        raise _without_end(template)
     pieces: list[str] = []
-    length = _endless.get(template.text, 0)
+    length = 0
     try:
-        if template.text in _endless:
-            raise TimeoutError
         with _deadline(_MOST_SECONDS):
             for piece in compiled.generate(messages=messages, **variables):
                 pieces.append(piece)
@@ -158,14 +158,18 @@ def _rendered(
                     raise TimeoutError
     except TimeoutError as error:
         _endless[template.text] = length
-        message = f"The chat template in {template.place} does not come to an end: {length:,} characters so far."
-        raise BadInput(message) from error
+        raise _without_end(template) from error
     except Exception as error:  # a template can raise anything
         raise BadInput(f"The chat template in {template.place} does not take this chat: {_reason(error)}.") from error
     rendered = "".join(pieces)
     if not rendered.isascii() and any("\ud800" <= letter <= "\udfff" for letter in rendered):
         raise BadInput(f"The chat template in {template.place} renders half of a character, which is no text.")
     return rendered
+
+
+def _without_end(template: ChatTemplate) -> BadInput:
+    length = _endless[template.text]
+    return BadInput(f"The chat template in {template.place} does not come to an end: {length:,} characters so far.")
 
 
 @contextlib.contextmanager
