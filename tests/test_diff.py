@@ -23,7 +23,7 @@ from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.errors import BadInput
-from coreai_zoo.lowering.graph import Graph, LayerKind, count
+from coreai_zoo.lowering.graph import Graph, LayerKind, count, telling_depth
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.review.diff import Change, Difference, Section, as_markdown, compare, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
@@ -346,6 +346,13 @@ def test_a_layer_that_is_cut_stays_the_last_one() -> None:
     assert [kind.layers for kind in whole.kinds] == [(0, 3), (1,), (2, 4)]
     shallow = Graph(kinds, {}, {}, cut=True).repeated(names[:3])
     assert [kind.layers for kind in shallow.kinds] == [(0,), (1,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "depth"), [("llfllfllf", 6), ("llfllfllfl", 7), ("llfllfllfll", 7), ("lllf", 4), ("ll", 2), ("l", 1)]
+)
+def test_the_first_layers_show_each_kind_twice_and_end_as_all_do(kinds: str, depth: int) -> None:
+    assert telling_depth(kinds) == depth
 
 
 def test_a_layer_is_called_the_same_in_a_function_that_reads_less_of_it() -> None:

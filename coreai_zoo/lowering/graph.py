@@ -8,9 +8,10 @@ last one, or shared by several is `outside`.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
 from attrs import evolve, field, frozen
 
@@ -93,16 +94,15 @@ class Graph:
 
 def count(program: Program) -> dict[str, Graph]:
     """The operation counts of a program's functions, by name."""
-    anchors = {name: _Anchors.of(_stored_by(function)) for name, function in program.functions.items()}
+    stored = {
+        name: [operation.stored for operation in function.operations if operation.stored]
+        for name, function in program.functions.items()
+    }
+    anchors = {name: _Anchors.of(read) for name, read in stored.items()}
     # What a layer is called does not depend on how much of it a function reads.
     shared = {name for each in anchors.values() for name in each.shared}
-    read = {name for function in program.functions.values() for name in _stored_by(function)}
-    names = _Anchors.of(sorted(read - shared)).kind_names()
+    names = _Anchors.of(sorted({*itertools.chain.from_iterable(stored.values())} - shared)).kind_names()
     return {name: _counted(function, program, anchors[name], names) for name, function in program.functions.items()}
-
-
-def _stored_by(function: Function) -> list[str]:
-    return [operation.stored for operation in function.operations if operation.stored]
 
 
 def _counted(function: Function, program: Program, anchors: _Anchors, names: Mapping[int, str]) -> Graph:
@@ -138,6 +138,8 @@ def layer_names(parameters: Iterable[str]) -> list[str]:
 def telling_depth(kinds: Sequence[Hashable]) -> int:
     """How many of the first layers show each kind twice: a state of one slot is compiled otherwise than others.
 
+    The last of them is of the kind of the last of all, which a function that gives nothing does not compute to its end.
+
     Args:
         kinds: of each layer, what tells its kind from others.
     """
@@ -145,7 +147,7 @@ def telling_depth(kinds: Sequence[Hashable]) -> int:
     return next(
         depth
         for depth in range(1, len(kinds) + 1)
-        if all(kinds[:depth].count(kind) >= count for kind, count in wanted.items())
+        if kinds[depth - 1] == kinds[-1] and all(kinds[:depth].count(kind) >= count for kind, count in wanted.items())
     )
 
 
@@ -226,8 +228,8 @@ def _assigned(function: Function, anchors: _Anchors) -> list[int]:
     ahead = [OUTSIDE] * len(operations)  # the last layer that anything behind this operation reads a parameter of
     for index in reversed(range(len(operations))):
         ahead[index] = max((max(anchored[user], ahead[user]) for user in flow.users[index]), default=OUTSIDE)
-    after = _after_the_layers(flow, anchored, layer, ahead)
     slots = _slot_reads(flow, layer)
+    after = _after_the_layers(flow, anchored, layer, ahead, slots)
     for index in reversed(range(len(operations))):
         if flow.on_state[index] or index in after:
             layer[index] = OUTSIDE
@@ -241,7 +243,9 @@ def _assigned(function: Function, anchors: _Anchors) -> list[int]:
     return layer
 
 
-def _after_the_layers(flow: _Flow, anchored: Sequence[int], layer: Sequence[int], ahead: Sequence[int]) -> set[int]:
+def _after_the_layers(
+    flow: _Flow, anchored: Sequence[int], layer: Sequence[int], ahead: Sequence[int], slots: Collection[int]
+) -> set[int]:
     """Operations behind the last layer: those that read another parameter, and those that gather the new states."""
     after: set[int] = set()
 
@@ -260,7 +264,9 @@ def _after_the_layers(flow: _Flow, anchored: Sequence[int], layer: Sequence[int]
         if any(user in after or user in leads_there for user in flow.users[index]):
             leads_there.add(index)
     for index in behind:
-        sources = {layer[before] for before in flow.producers[index]} - {OUTSIDE}
+        # A state goes from layer to layer with all its slots: who reads or writes one of them gathers nothing.
+        gathered = [before for before in flow.producers[index] if before not in slots and not flow.whole_state[before]]
+        sources = {layer[before] for before in gathered} - {OUTSIDE}
         if continues(index) or (len(sources) > 1 and index not in leads_there):
             after.add(index)
     return after
