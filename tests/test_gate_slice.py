@@ -110,13 +110,10 @@ def test_a_slice_of_two_functions_reads_a_prompt(tmp_path: Path, monkeypatch: py
     assert not found["passed"]
     assert "layer 0 (linear_attn) is another graph in the whole than in the slice" in found["summary"]
 
-    def unread(stepper: Any, functions: Any, tokens: Any) -> Any:
-        return stepper.step(tokens[-1])
-
-    monkeypatch.setattr("coreai_zoo.gates.slice.read_prompt", unread)
+    monkeypatch.setattr("coreai_zoo.gates.prefill.call_prefill", lambda *_: None)
     found = sliced(made, tmp_path / "gate")
     assert not found["passed"]
-    assert found["summary"].count("behind a prompt of 2 tokens: ") >= 1
+    assert found["summary"].count(": prefill: ") + found["summary"].count("; prefill: ") >= 1
 
 
 def test_an_asset_that_is_run_itself_has_no_slice(bundle: tuple[Path, Path], tmp_path: Path) -> None:

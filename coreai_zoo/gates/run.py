@@ -34,7 +34,6 @@ from coreai_zoo.gates.corpus import Corpus, read_corpus
 from coreai_zoo.gates.corpus_run import CorpusResult, measure, run_oracle_on
 from coreai_zoo.gates.cost import Cost, active_parameters
 from coreai_zoo.gates.oracle import Oracle
-from coreai_zoo.gates.slice import POSITIONS as SLICE_POSITIONS
 from coreai_zoo.gates.slice import Slice
 from coreai_zoo.gates.teacher_forced import (
     GateReport,
@@ -172,7 +171,7 @@ def run_gate(
             progress.seconds,
             [
                 *_stored(subject, progress),
-                *_slices(subject, options, plugins, checkpoint, references[0].prompt.tokens, progress),
+                *_slices(subject, options, plugins, checkpoint, references[0].prompt, progress),
                 *_prefill(subject, references, options, progress),
                 *_run_plugin_gates(subject, plugins, checkpoint),
             ],
@@ -513,7 +512,7 @@ def _slices(
     options: GateOptions,
     plugins: Plugins,
     checkpoint: Path,
-    tokens: Sequence[int],
+    prompt: prompts.TokenizedPrompt,
     progress: Reporter,
 ) -> list[GateResult]:
     """The verdict on a slice, where the asset is too large to be run and nobody asked for anything else."""
@@ -522,14 +521,14 @@ def _slices(
     backend, kind = subject.shipped.backend, kind_of(subject.experts_per_token)
     part = Slice(
         subject.bundle,
-        backend,
+        subject.shipped,
         checkpoint,
         plugins,
         lambda bundle: oracle_of(bundle, plugins, checkpoint, options.oracle_dtype),
         lambda layers: subject.measured.of_recipe(subject.roles, layers, _arithmetic(backend), kind),
         subject.experts_per_token,
     )
-    return [part.judge(tokens[:SLICE_POSITIONS], progress)]
+    return [part.judge(prompt, progress)]
 
 
 def _prefill(

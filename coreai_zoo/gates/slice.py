@@ -8,18 +8,18 @@ kind has to hold the same operations, connected in the same way.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from attrs import evolve, frozen
 
-from coreai_zoo.backend import Backend, read_prompt
+from coreai_zoo.backend import Backend
 from coreai_zoo.bounds import Bounds
+from coreai_zoo.build.design import Design
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
@@ -28,9 +28,12 @@ from coreai_zoo.errors import listing
 from coreai_zoo.gate import Activations, GateResult, Model
 from coreai_zoo.gates.bounds import broken, check_bounds
 from coreai_zoo.gates.candidate import AssetCandidate
-from coreai_zoo.gates.prefill import at_places
+from coreai_zoo.gates.prefill import PrefillGate
+from coreai_zoo.gates.prompts import TokenizedPrompt, strength
 from coreai_zoo.gates.rule import compare, flips_told
+from coreai_zoo.gates.teacher_forced import Reference
 from coreai_zoo.lowering.graph import Graph, LayerKind, count, telling_depth
+from coreai_zoo.names import parameter_of
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
@@ -45,11 +48,9 @@ _WHOLE = re.compile(r"only slot|\(state |broadcast_in_dims\(expand_dims\(slice_u
 _SLOTS = re.compile(r"(, \d+)?(?=, 0\) -> \d+x)|(?<=-> )\d+(?=x)")
 _FOLDED = re.compile(r"\[\[[^(]*? sha256 \w+ ")  # a matrix of one row, which every layer has another of
 _LAYER = re.compile(r"(?<=layer )\d+")
-_GATHERED = re.compile(  # states, with all their slots; of a layer that is cut, its writing of its own slot too
+_GATHERED = re.compile(
     r"concat\(0, .*|reshape\(concat, \[\d+, |(read|write)_handle\(.*"
-    r"|broadcast_in_dims\(expand_dims\(slice_update.*|where\(\[+(false|true).*|slice\(layer \d+: where.*"
-)
-_ELSEWHERE = re.compile(r"(?<=<)[\w.]+?\.\d+\.(?=[\w.]+>)")  # what layers share is called as that of the last one
+)  # states, with all their slots
 
 
 @frozen
@@ -58,7 +59,7 @@ class Slice:
 
     Attributes:
         bundle: the whole.
-        backend: the one that wrote it.
+        design: what it was made of.
         checkpoint: the folder of its checkpoint.
         plugins: for the build.
         oracle_of: the oracle for a bundle of that checkpoint.
@@ -67,48 +68,57 @@ class Slice:
     """
 
     bundle: Bundle
-    backend: Backend
+    design: Design
     checkpoint: Path
     plugins: Plugins
     oracle_of: Callable[[Bundle], Model]
     bounds: Callable[[int], Bounds]
     experts_per_token: int | None
 
-    def judge(self, tokens: Sequence[int], report: Reporter) -> GateResult:
+    def judge(self, prompt: TokenizedPrompt, report: Reporter) -> GateResult:
         """Build the slice in a folder of its own, run it, compare both graphs; the folder is gone afterwards.
 
         A whole that is no deeper than a slice is run itself.
         """
-        whole = count(self.backend.program(self.bundle.asset))
-        layers = slice_depth(whole)
-        told = f"the first {layers} layers on the {self.backend.runtime} runtime, {len(tokens)} positions"
+        whole = self._graphs(self.bundle)
+        layers, tokens = slice_depth(whole), prompt.tokens[:POSITIONS]
+        told = f"the first {layers} layers on the {self._backend.runtime} runtime, {len(tokens)} positions"
         with tempfile.TemporaryDirectory(prefix="zoo-slice-") as folder, report.stage(NAME, told):
             part = self._part(layers, Path(folder))
-            problems = differences(whole, count(self.backend.program(part.asset)))
-            found = AssetCandidate(part, self.backend).run(tokens)
+            problems = differences(whole, self._graphs(part))
+            found = AssetCandidate(part, self._backend).run(tokens)
             oracle = self.oracle_of(part).run(tokens)
             problems += self._numbers(tokens, oracle, found, layers)
-            if PREFILL in part.functions:
-                last = Activations(self._read(part, tokens))
-                wrong = self._numbers(tokens[-1:], at_places(oracle, [len(tokens) - 1]), last, layers)
-                wrong = [each for each in wrong if not each.startswith("median ")]  # a single position has none
-                problems += [f"behind a prompt of {len(tokens) - 1} tokens: {problem}" for problem in wrong]
+            if (prefill := self.design.contract.prefill) is not None:
+                reference = Reference(evolve(prompt, tokens=tokens), oracle, strength(oracle.logits))
+                judging = PrefillGate(self.experts_per_token)
+                wrong = judging.judge_asset(part, self._backend, prefill, reference, self.bounds(layers), report)
+                problems += [f"{PREFILL}: {problem}" for problem in wrong]
         if problems:
             return GateResult(NAME, passed=False, summary=f"{told}: {listing(problems, _SHOWN, '; ')}")
         kinds = sum(len({kind.name for kind in graph.kinds}) for graph in whole.values())
         return GateResult(NAME, passed=True, summary=f"{told}; {kinds} kinds of layer are as in the whole")
+
+    @property
+    def _backend(self) -> Backend:
+        return self.design.backend
+
+    def _graphs(self, bundle: Bundle) -> dict[str, Graph]:
+        """The graphs of its functions. What is stored and no weight, such as a mask, is known by its bytes."""
+        weights = {tensor.name for tensor in self.design.weights.tensors}
+        program, stored = self._backend.program(bundle.asset), self._backend.constants(bundle.asset)
+        literals = {
+            name: f"sha256 {hashlib.sha256(stored[name]).hexdigest()[:16]} : {'x'.join(map(str, (*shape, dtype)))}"
+            for name, (shape, dtype) in program.stored.items()
+            if parameter_of(name)[0] not in weights
+        }
+        return count(evolve(program, literals=literals))
 
     def _part(self, layers: int, folder: Path) -> Bundle:
         if layers >= int(self.bundle.build["layers"]):
             return self.bundle
         request, _ = recorded_request(self.bundle, self.checkpoint, folder)
         return Bundle.open(build(evolve(request, layers=layers), self.plugins, Reporter(silent=True)).path)
-
-    def _read(self, part: Bundle, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
-        """The logits [1, V] of the last token behind all others, which `prefill` reads; elsewhere is no number."""
-        with self.backend.stepper(part.asset, part.functions, len(tokens)) as stepper:
-            stepper.reset(float("nan"))
-            return read_prompt(stepper, part.functions, tokens)[None]
 
     def _numbers(self, tokens: Sequence[int], oracle: Activations, found: Activations, layers: int) -> list[str]:
         """Flips and broken bounds, a phrase each."""
@@ -168,7 +178,7 @@ def _text(kind: LayerKind, *, folded: bool) -> tuple[Counter[str], Counter[str]]
     """
     lines: Counter[str] = Counter()
     for line, times in kind.wiring.lines.items():
-        text = _ELSEWHERE.sub("", _SLOTS.sub("", line) if _WHOLE.search(line) else line)
+        text = _SLOTS.sub("", line) if _WHOLE.search(line) else line
         lines[text if folded else _FOLDED.sub("", text)] += times
     return Counter(kind.operations), lines
 
