@@ -87,7 +87,7 @@ def take(
     recipes = [*RECIPES] if contract is None else [entry.recipe]
     for recipe, by_function in structure.graphs(entry, plugins, recipes, contract):
         graphs[recipe] = by_function
-        on_recipe(" ".join((entry.name, *([contract] if contract else []), f"as {recipe}")))
+        on_recipe(f"{entry.name}{f' {contract}' if contract else ''} as {recipe}")
     return golden(entry, graphs, contract)
 
 
