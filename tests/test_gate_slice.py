@@ -162,21 +162,6 @@ def test_a_layer_unlike_the_others_of_its_kind_is_seen_wherever_it_is(whole: dic
     ]
 
 
-def test_a_weight_that_is_folded_into_each_layer_makes_no_layer_a_kind_of_its_own(whole: dict[str, Graph]) -> None:
-    """As the shared expert's gate of a routed model is, a matrix of one row."""
-
-    def folded(at: int, kind: LayerKind) -> LayerKind:
-        return with_line(
-            kind, f"batch_matmul(add, [[3.0e-06], [0.0000... sha256 {at:012x} 32x1xfloat16) -> 1x1x1xfloat16"
-        )
-
-    routed = each_by_itself(whole, folded)
-    assert slice_depth(routed) == 8
-    assert differences(routed, cut(routed, 8)) == []
-    exchanged = each_by_itself(whole, lambda at, kind: folded({3: 7, 7: 3}.get(at, at), kind))
-    assert len(differences(exchanged, cut(routed, 8))) == 2, "where it is the same layer, it is the same weight"
-
-
 def test_another_composite_and_another_final_norm_are_seen(whole: dict[str, Graph]) -> None:
     (graph,) = whole.values()
     (line,) = (line for line in graph.wiring.lines if line.startswith("rms_norm") and "model.norm.weight" in line)

@@ -62,8 +62,9 @@ class StoredForm:
         return f"{self.dtype} {list(self.shape)} in blocks of {self.block_size}{offsets}, {range_[self.lowest]}"
 
     def is_of(self, format_: Format) -> bool:
-        """Whether a weight of a format can look like this in an asset."""
-        return self.shape == format_.shape and self.fits(format_.quantization, format_.columns, format_.dtype)
+        """Whether a weight of a format can look like this in an asset, a matrix of one row also as its transpose."""
+        shapes = (format_.shape, format_.shape[::-1] if 1 in format_.shape else format_.shape)
+        return self.shape in shapes and self.fits(format_.quantization, format_.columns, format_.dtype)
 
     def is_turned(self, format_: Format) -> bool:
         """Whether a plain weight of a format can look like this where the compiler has folded a transposition of it."""
@@ -85,8 +86,8 @@ class StoredForm:
 def stored_forms(asset: Path, backend: Backend) -> dict[str, StoredForm]:
     """How every weight of an asset is stored, by the name of the parameter.
 
-    Constants that no weight fills, such as tables of frequencies, are among them. Equal ones are stored once, and a
-    matrix of one row may have lost its name: neither is there under every name that it had.
+    Constants that no weight fills, such as tables of frequencies, are among them. Equal ones are stored once, and not
+    there under every name that they had.
 
     Raises:
         CheckFailed: when the asset cannot be read.
@@ -174,11 +175,9 @@ def _as_designed(forms: Mapping[str, StoredForm], claimed: Recipe, expected: Exp
         wanted = Format(weight.shape, weight.dtype, spec)
         if name in forms and not forms[name].is_of(wanted):
             yield f"{name} is {forms[name]}, and by the bundle's name {spec or weight.dtype} {list(weight.shape)}"
-        # One that is stored under another's name looks like it; one of a single row may have no name.
+        # One that is stored under another's name looks like it.
         elif name not in forms and not (
-            weight.shape[:1] == (1,)
-            or any(form.is_of(wanted) for form in forms.values())
-            or any(form.is_turned(wanted) for form in nameless)
+            any(form.is_of(wanted) for form in forms.values()) or any(form.is_turned(wanted) for form in nameless)
         ):
             yield f"{name} is not stored, nor is another like it"
 

@@ -46,11 +46,8 @@ POSITIONS = 3
 _SHOWN = 3
 _WHOLE = re.compile(r"only slot|\(state |broadcast_in_dims\(expand_dims\(slice_update")  # what is made of a whole state
 _SLOTS = re.compile(r"(, \d+)?(?=, 0\) -> \d+x)|(?<=-> )\d+(?=x)")
-_FOLDED = re.compile(r"\[\[[^(]*? sha256 \w+ ")  # a matrix of one row, which every layer has another of
 _LAYER = re.compile(r"(?<=layer )\d+")
-_GATHERED = re.compile(
-    r"concat\(0, .*|reshape\(concat, \[\d+, |(read|write)_handle\(.*"
-)  # states, with all their slots
+_GATHERED = re.compile(r"concat\(0, .*|reshape\(concat, \[\d+, |(read|write)_handle\(.*")  # states, with all slots
 
 
 @frozen
@@ -140,8 +137,7 @@ def differences(whole: Mapping[str, Graph], part: Mapping[str, Graph]) -> list[s
     for name in sorted(whole.keys() & part.keys()):
         ours, theirs = part[name], whole[name]
         for position, kind in enumerate(theirs.layers):
-            own, known = _counterparts(ours, theirs, position)
-            if not any(_text(each, folded=own) == _text(kind, folded=own) for each in known):
+            if not any(_text(each) == _text(kind) for each in _counterparts(ours, theirs, position)):
                 problems.append(f"layer {position} ({kind.name}) is another graph in the whole than in the slice")
         if dict(ours.outside) != dict(theirs.outside) or _lines_outside(ours) != _lines_outside(theirs):
             problems.append(f"what belongs to no layer of {name} is other in the whole than in the slice")
@@ -153,8 +149,8 @@ def differences(whole: Mapping[str, Graph], part: Mapping[str, Graph]) -> list[s
     return problems
 
 
-def _counterparts(ours: Graph, theirs: Graph, position: int) -> tuple[bool, list[LayerKind]]:
-    """Whether a layer of the whole is in the slice itself, and what it has to be like there.
+def _counterparts(ours: Graph, theirs: Graph, position: int) -> list[LayerKind]:
+    """What a layer of the whole has to be like one of: itself, where it is in the slice.
 
     The last layer of a function that gives nothing is not computed to its end, in the slice as in the whole: one is
     like the other, and no other layer is like them.
@@ -162,24 +158,18 @@ def _counterparts(ours: Graph, theirs: Graph, position: int) -> tuple[bool, list
     layers = ours.layers
     if ours.cut and len(theirs.layers) > len(layers):
         if position == len(theirs.layers) - 1:
-            return False, [layers[-1]]
+            return [layers[-1]]
         layers = layers[:-1]
     if position < len(layers):
-        return True, [layers[position]]
-    return False, [each for each in layers if each.name == theirs.layers[position].name]
+        return [layers[position]]
+    return [each for each in layers if each.name == theirs.layers[position].name]
 
 
-def _text(kind: LayerKind, *, folded: bool) -> tuple[Counter[str], Counter[str]]:
-    """The operations of a layer and the lines of its wiring, without how many slots a state has.
-
-    Args:
-        kind: the layer.
-        folded: whether the values of a weight that the compiler has folded into a line are kept.
-    """
+def _text(kind: LayerKind) -> tuple[Counter[str], Counter[str]]:
+    """The operations of a layer and the lines of its wiring, without how many slots a state has."""
     lines: Counter[str] = Counter()
     for line, times in kind.wiring.lines.items():
-        text = _SLOTS.sub("", line) if _WHOLE.search(line) else line
-        lines[text if folded else _FOLDED.sub("", text)] += times
+        lines[_SLOTS.sub("", line) if _WHOLE.search(line) else line] += times
     return Counter(kind.operations), lines
 
 

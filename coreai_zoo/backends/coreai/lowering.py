@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import coreai.authoring  # before the dialects, which import each other through it
 import torch
+from attrs import evolve
 from coreai._compiler.dialects import coreai
 from coreai._compiler.ir import (
     BF16Type,
@@ -113,15 +114,21 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
     def _handle_placeholder_op(self, node: fx.Node) -> None:
         state = self._states.get(id(self.exported_program), {})
         if node.name in state:
-            constants = [self._constant(name, constant) for name, constant in state[node.name].items()]
-            if len(constants) == 1:
+            given, plain = state[node.name], len(state[node.name]) == 1
+            turned = plain and _is_read_turned(node)
+            constants = [self._constant(name, _turned(each) if turned else each) for name, each in given.items()]
+            if plain:
                 self._values_map[node.name] = constants[0]
             else:
                 self._quantized[node.name] = constants
+            if turned:
+                self._values_map |= {user.name: constants[0] for user in node.users}
         else:
             super()._handle_placeholder_op(node)
 
     def _handle_call_function_op(self, node: fx.Node) -> None:
+        if node.name in self._values_map:  # the transpose of a vector
+            return
         for read in node.all_input_nodes:
             # Where it is read first, as in a graph that was traced with quantized weights.
             if read.name in self._quantized and id(self.exported_program) in self._states:
@@ -145,6 +152,24 @@ def _same(one: Constant, other: Constant) -> bool:
     """Whether two constants of one name are the same: stored weights are one object, literals are compared."""
     alike = (one.shape, one.dtype) == (other.shape, other.dtype)
     return one is other or (alike and bool((one.data == other.data).all()))
+
+
+def _is_read_turned(placeholder: fx.Node) -> bool:
+    """Whether a matrix has one row or column, and nothing but its transpose is read.
+
+    That has the same bytes, so the compiler would fold it into another constant, which has no name or one that differs
+    from process to process. Given as it is read, the matrix keeps its own.
+    """
+    shape = placeholder.meta["val"].shape
+    return len(shape) == 2 and 1 in shape and all(map(_transposes, placeholder.users))
+
+
+def _transposes(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.permute.default and node.args[1] in ([1, 0], [-1, -2])
+
+
+def _turned(matrix: Constant) -> Constant:
+    return evolve(matrix, shape=matrix.shape[::-1])
 
 
 def require_lowered(program: ExportedProgram, module: torch.nn.Module) -> None:
