@@ -120,12 +120,13 @@ class Backend(Protocol):
             BadInput: naming it.
         """
 
-    def memory(self, layers: int, functions: int) -> int:
+    def memory(self, layers: int, functions: int, steps: int) -> int:
         """Bytes of anonymous memory that a build of so many layers takes at its peak, at any width: as measured.
 
         Args:
             layers: of the decoder.
             functions: of the asset, each with all layers.
+            steps: how many times a recurrence stands in a function that reads prompts; see `Prefill.steps`.
         """
 
     @property

@@ -40,6 +40,11 @@ class Prefill:
         if self.chunk is not None and (self.most_tokens is None or self.most_tokens % self.chunk):
             raise ValueError(f"{self.most_tokens} tokens are no whole chunks of {self.chunk}")
 
+    @property
+    def steps(self) -> int:
+        """How many times a recurrence stands in the graph, one behind the other; a loop stands there once."""
+        return 1 if self.chunk is None or self.most_tokens is None else self.most_tokens // self.chunk
+
 
 @frozen
 class Contract:
@@ -61,6 +66,7 @@ class Contract:
         prefill: the function that reads prompts; None where the one that decodes reads them.
         systems: the first version of each operating system that runs such a bundle; none where nothing is known of
             that, and then no `--target` is for it.
+        on_devices: what is known of such bundles on devices, a sentence for the card; empty where nothing is to say.
     """
 
     name: str
@@ -75,6 +81,7 @@ class Contract:
     engine: Engine | None = COREAI_MODELS
     prefill: Prefill | None = None
     systems: tuple[System, ...] = ()
+    on_devices: str = ""
 
     @property
     def needed_system(self) -> str:
@@ -202,7 +209,7 @@ A call takes one token, and the runner would warm up with more than one: keep `-
 
 
 def _usage_with_prefill(most_tokens: int) -> str:
-    told = f"The engine reads a prompt with `prefill`, up to {most_tokens} tokens per call, as metadata.json says."
+    told = f"The engine reads a prompt with `prefill`, up to {most_tokens} tokens per call."
     return _engine_usage(f"{_WARM_UP.replace('A call takes', 'A call that decodes takes')}\n{told}")
 
 
@@ -240,7 +247,7 @@ FIXED_S1 = Contract(
 )
 
 
-def _chunked(name: str, summary: str, most_tokens: int, chunk: int) -> Contract:
+def _chunked(name: str, summary: str, most_tokens: int, chunk: int, on_devices: str) -> Contract:
     """`static-s1` with a `prefill` that needs no loop."""
     return evolve(
         STATIC_S1,
@@ -249,6 +256,7 @@ def _chunked(name: str, summary: str, most_tokens: int, chunk: int) -> Contract:
         prefill=Prefill(most_tokens, chunk),
         usage=_usage_with_prefill(most_tokens),
         prerequisites=_READS_CHUNK_SIZE,
+        on_devices=on_devices,
     )
 
 
@@ -257,6 +265,7 @@ CHUNKED = _chunked(
     "decodes like static-s1; a function `prefill` reads up to 256 tokens of a prompt per call, loop-free",
     most_tokens=256,
     chunk=64,
+    on_devices="No device is known to have run a `prefill` of this form, nor any bundle of this contract.",
 )
 
 CHUNKED_UNROLLED = _chunked(
@@ -264,6 +273,7 @@ CHUNKED_UNROLLED = _chunked(
     "like chunked, but 16 tokens per call, as 16 steps in a row: a form that others have run on devices",
     most_tokens=16,
     chunk=1,
+    on_devices="Others have run a `prefill` of this form on devices, but no bundle of this contract.",
 )
 
 DYNAMIC = evolve(
@@ -276,9 +286,11 @@ DYNAMIC = evolve(
         "A call takes any number of tokens, and the engine reads a prompt with the function `prefill`."
     ),
     systems=(System("macOS", "27.2"),),
+    on_devices="Apple's exporter writes this form for macOS 27.2, but no device is known to have run a bundle of this "
+    "contract.",
 )
 
 CONTRACTS: Mapping[str, Contract] = MappingProxyType(
-    {contract.name: contract for contract in (STATIC_S1, CHUNKED, CHUNKED_UNROLLED, DYNAMIC, FIXED_S1)}
+    {contract.name: contract for contract in (STATIC_S1, CHUNKED_UNROLLED, CHUNKED, DYNAMIC, FIXED_S1)}
 )
 """Of those that need the same system, the one first of which most has been seen on devices: `--target` goes by it."""

@@ -286,7 +286,7 @@ def test_a_chunk_that_is_no_power_of_two_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("prefill", "lengths"),
-    [(Prefill(256, 64), (65, 64, 63, 1)), (Prefill(16, 1), (16, 16, 15, 1)), (Prefill(None, None), (24, 3, 1))],
+    [(Prefill(256, 64), (65, 64, 63, 1, 256)), (Prefill(16, 1), (16, 16, 15, 1)), (Prefill(None, None), (24, 3, 1))],
     ids=["chunks", "steps", "a loop"],
 )
 @pytest.mark.parametrize("tokens", [1, 2, 3, 40, 66, 200, 512])

@@ -235,7 +235,9 @@ def test_a_process_that_complains_of_what_is_removed_does_not_hide_what_the_libr
     assert result.stderr.startswith(f"error: There is no space left to write {tmp_path / 'x'}")
 
 
-@pytest.mark.parametrize(("backend", "contract"), [("coreai", None), ("coreai", "dynamic"), ("coreml", None)])
+@pytest.mark.parametrize(
+    ("backend", "contract"), [("coreai", None), ("coreai", "dynamic"), ("coreai", "chunked-unrolled"), ("coreml", None)]
+)
 @pytest.mark.parametrize("layers", [8, 64])
 def test_memory_that_does_not_suffice_is_refused_with_the_numbers(
     backend: str, contract: str | None, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -246,7 +248,8 @@ def test_memory_that_does_not_suffice_is_refused_with_the_numbers(
     deep = evolve(resolved, model=evolve(resolved.model, facts={**resolved.facts, "layers": layers}))
     needs = preflight(deep, Workspace.of(tmp_path, resolved.name, None, keep=False))
     functions = 2 if contract else 1
-    wanted = max(LEAST_MEMORY, resolved.backend.memory(layers, functions))
+    steps = resolved.contract.prefill.steps if resolved.contract.prefill else 1
+    wanted = max(LEAST_MEMORY, resolved.backend.memory(layers, functions, steps))
     # A deep decoder takes more than any build does, and so do two functions.
     assert (wanted > LEAST_MEMORY) is (layers == 64 or functions == 2)
     words = re.escape(f"needs {size(wanted)} of memory at least, and 300.0 MiB are available")

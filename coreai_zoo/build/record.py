@@ -130,9 +130,11 @@ def describe(design: Design) -> dict[str, Any]:
                     "plugin": plugin,
                     "pattern": rewrite.pattern,
                     "reason": rewrite.reason,
+                    "functions": [name for name, function in design.functions.items() if found in function.rewrites],
                     "code_sha256": code_digest(rewrite.apply),
                 }
-                for plugin, rewrite in _rewrites(design)
+                for found in _rewrites(design)
+                for plugin, rewrite in [found]
             ],
         },
         "facts": dict(design.facts),
@@ -141,6 +143,7 @@ def describe(design: Design) -> dict[str, Any]:
         "contract": {
             "name": design.contract.name,
             "prerequisites": list(design.contract.needs),
+            "on_devices": design.contract.on_devices,
             "usage": design.contract.usage,
             "engine": design.contract.engine.name if design.contract.engine else None,
         },

@@ -331,6 +331,8 @@ def _needs(record: Mapping[str, Any], needs: Needs) -> str:
     lines = ["## What it needs"]
     if record["contract"]["prerequisites"]:
         lines.append(f"It needs {', and '.join(record['contract']['prerequisites'])}.")
+    if record["contract"]["on_devices"]:
+        lines.append(record["contract"]["on_devices"])
     lines.append(
         f"Memory for the asset, {size(needs.asset)}, and for the states, {size(needs.states)} when all "
         f"{record['max_context']:,} positions are in use{growth}; what the engine takes itself comes on top."
@@ -403,9 +405,17 @@ def _architecture(record: Mapping[str, Any]) -> str:
         + f" The contract is `{record['contract']['name']}`.",
     ]
     if rewrites := record["overlay"]["rewrites"]:
-        forms = "\n".join(f"- `{rewrite['name']}`: {rewrite['reason']}" for rewrite in rewrites)
+        forms = "\n".join(
+            f"- `{rewrite['name']}`{_within(record, rewrite)}: {rewrite['reason']}" for rewrite in rewrites
+        )
         parts.append(f"Layers that compute the same as the checkpoint's own, in another form:\n\n{forms}")
     return "\n\n".join(parts)
+
+
+def _within(record: Mapping[str, Any], rewrite: Mapping[str, Any]) -> str:
+    """Which of several functions a rewrite is in."""
+    own = rewrite["functions"]
+    return f", in {_listed(f'`{name}`' for name in own)}" if len(own) < len(record["functions"]) else ""
 
 
 def _role(record: Mapping[str, Any], role: str) -> str:

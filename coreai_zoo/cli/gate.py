@@ -192,6 +192,8 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
         print_text(_power_line(record))
         if record.get("headroom"):
             print_text(headroom_line(record["headroom"]))
+        for gate in record.get("gates", ()):
+            print_text(f"{gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}, {gate['summary']}.")
         if record.get("corpus"):
             _show_corpus(record["corpus"])
 

@@ -88,11 +88,13 @@ def verdict(problems: list[str], read: str) -> GateResult:
 
 
 def edge_lengths(prefill: Prefill) -> tuple[int, ...]:
-    """Lengths at which a mistake shows: a chunk and a token more or less, and a single token."""
-    chunk = prefill.most_tokens if prefill.chunk == 1 else prefill.chunk
-    if chunk is None:
+    """Lengths at which a mistake shows: a chunk and a token more or less, a single token, and as many as a call takes."""
+    most = prefill.most_tokens
+    if most is None:
         return (_FREE, 3, 1)
-    return tuple(min(length, prefill.most_tokens or length) for length in (chunk + 1, chunk, chunk - 1, 1))
+    chunk = most if prefill.chunk in (None, 1) else prefill.chunk
+    edges = (min(chunk + 1, most), chunk, chunk - 1, 1)
+    return edges if chunk == most else (*edges, most)
 
 
 def uneven_pieces(tokens: int, prefill: Prefill) -> list[int]:

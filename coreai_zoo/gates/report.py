@@ -127,6 +127,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         parts.append(headroom_line(record["headroom"]))
     if record.get("corpus"):
         parts.append(_corpus_markdown(record["corpus"]))
+    if passed := [f"- {gate['gate']}: {gate['summary']}" for gate in record.get("gates", ()) if gate["passed"]]:
+        parts.append("\n".join(["Other gates that it passed:\n", *passed]))
     if refused := [prompt["name"] for prompt in record["prompts"] if not prompt["judged"]]:
         parts.append(f"Not judged, because the reference is unsure of itself there: {', '.join(refused)}.")
     if verdict["weak_prompts_allowed"]:

@@ -535,7 +535,7 @@ def _prefill(
     subject: _Subject, references: Sequence[Reference], options: GateOptions, progress: Reporter
 ) -> list[GateResult]:
     """The verdict on the function that reads prompts, where the contract has one; by prompts that are not too weak."""
-    from coreai_zoo.gates.prefill import DECODED, PrefillGate, uneven_pieces, verdict
+    from coreai_zoo.gates.prefill import DECODED, PrefillGate, pieces_with_room, uneven_pieces, verdict
 
     shipped, bundle, prefill = subject.shipped, subject.bundle, subject.shipped.contract.prefill
     judged = [each for each in references if options.allow_weak_prompt or not each.strength.weak]
@@ -554,7 +554,7 @@ def _prefill(
         backend = shipped.backend
         held_to = bounds(arithmetic=_arithmetic(backend))
         problems += judging.judge_asset(bundle, backend, prefill, longest, held_to, progress)
-        read.append(f"a text of {len(longest.prompt.tokens)} tokens on the {backend.runtime} runtime")
+        read.append(f"{sum(pieces_with_room(len(longest.prompt.tokens), prefill))} on the {backend.runtime} runtime")
     return [verdict(problems, " and ".join(read))] if read else []
 
 

@@ -81,9 +81,12 @@ class CoreAIBackend:
     def require(self, functions: Mapping[str, TraceSpec], quantizations: Collection[QuantizationSpec]) -> None:
         """See `Backend.require`: there is nothing known that the format cannot hold."""
 
-    def memory(self, layers: int, functions: int) -> int:
-        """See `Backend.memory`: 331 MB at 4 layers, 405 at 16, 499 at 64; with `prefill` 472 at 8, 706 at 64."""
-        return (360 + 2 * layers + (functions - 1) * (110 + 3 * layers // 2)) * 2**20
+    def memory(self, layers: int, functions: int, steps: int) -> int:
+        """See `Backend.memory`: 331 MB at 4 layers, 405 at 16, 499 at 64.
+
+        With `prefill` in 4 steps 472 at 8 layers and 706 at 64, in 16 steps 1,033 at 64.
+        """
+        return (360 + 2 * layers + (functions - 1) * (110 + 21 * steps * layers // 50)) * 2**20
 
     def trace(self, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]) -> CoreAITraced:
         """See `Backend.trace`."""

@@ -104,7 +104,7 @@ class CoreMLBackend:
                 "Use the recipe int8hu, int8lin or fp16.",
             )
 
-    def memory(self, layers: int, functions: int) -> int:  # noqa: ARG002  # it writes one
+    def memory(self, layers: int, functions: int, steps: int) -> int:  # noqa: ARG002  # it writes one function
         """See `Backend.memory`: coremltools' program takes 363 MB at 4 layers, 609 at 64; weights take none."""
         return (340 + 4 * layers) * 2**20
 
