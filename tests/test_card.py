@@ -47,6 +47,7 @@ FILES = {
     "toy.aimodel/main.mlirb": {"bytes": 3 * 2**30, "sha256": "b" * 64},
     "tokenizer/tokenizer.json": {"bytes": 2**20, "sha256": "c" * 64},
 }
+STEP = {"name": "loop-free-step", "reason": "a loop does not lower", "functions": ["main"]}
 INT8 = {"dtype": "int8", "scheme": "symmetric_with_clipping", "block": 32}
 
 
@@ -63,13 +64,14 @@ def record(**changed: Any) -> dict[str, Any]:
         "command": ["zoo", "build", "qwen3.6-27b"],
         "sample": False,
         "backend": "coreai",
-        "overlay": {"name": "qwen3_5", "rewrites": [{"name": "loop-free-step", "reason": "a loop does not lower"}]},
+        "overlay": {"name": "qwen3_5", "rewrites": [STEP]},
         "facts": {"layers": 64, "ffn": "dense"},
         "layers": 64,
         "whole_layers": 64,
         "contract": {
             "name": "static-s1",
             "prerequisites": DENSE.contract.needs,
+            "on_devices": DENSE.contract.on_devices,
             "usage": DENSE.contract.usage,
         },
         "remarks": [],
@@ -263,8 +265,16 @@ def test_the_lines_to_run_it_are_those_of_the_contract_with_the_bundles_name() -
     assert "llm-runner --model 'a b' --warmup off" in text and "llm-benchmark --model 'a b'" in text
     assert "CoreAILanguageModel(resourcesAt:" in text and "BUNDLE" not in text
     assert "COREAI_CHUNK_THRESHOLD" not in rendered()
-    plain = rendered(contract={"name": "toy-pair", "prerequisites": ["a box of toys"], "usage": ""})
-    assert "It needs a box of toys." in plain and "llm-runner" not in plain
+    toy = {"name": "toy-pair", "prerequisites": ["a box of toys"], "usage": "", "on_devices": "No box has run it."}
+    plain = rendered(contract=toy)
+    assert "It needs a box of toys.\n\nNo box has run it.\n" in plain and "llm-runner" not in plain
+
+
+def test_a_form_of_a_layer_is_told_with_its_function_where_it_is_not_in_all() -> None:
+    assert "- `loop-free-step`: a loop does not lower\n" in rendered()
+    (main,) = record()["functions"].values()
+    both = {"main": main, "prefill": main}
+    assert "- `loop-free-step`, in `main`: a loop does not lower\n" in rendered(functions=both)
 
 
 def test_what_was_left_out_is_told_with_the_reason() -> None:

@@ -88,7 +88,7 @@ def verdict(problems: list[str], read: str) -> GateResult:
 
 
 def edge_lengths(prefill: Prefill) -> tuple[int, ...]:
-    """Lengths at which a mistake shows: a chunk and a token more or less, a single token, and as many as a call takes."""
+    """Lengths at which a mistake shows: a chunk and a token more or less, a single token, as many as a call takes."""
     most = prefill.most_tokens
     if most is None:
         return (_FREE, 3, 1)

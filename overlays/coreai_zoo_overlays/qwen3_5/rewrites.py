@@ -107,14 +107,14 @@ def _rule_of_prompts(prefill: Prefill) -> LayerRewrite:
         return LayerRewrite(
             name="rule-unrolled",
             pattern=_RULE,
-            reason="the loop over tokens does not lower on the GPU delegate of macOS 27.0; others have run steps in a row",
+            reason="the loop over tokens does not lower on the GPU delegate of macOS 27.0, steps in a row need none",
             apply=partial(_rule_unrolled, prefill.most_tokens),
             keeps_parameters=True,
         )
     return LayerRewrite(
         name="rule-in-chunks",
         pattern=_RULE,
-        reason="the loop over tokens does not lower on the GPU delegate of macOS 27.0; products over a chunk need none",
+        reason="the loop over tokens does not lower on the GPU delegate of macOS 27.0, products over a chunk need none",
         apply=partial(_rule_in_chunks, prefill.most_tokens, prefill.chunk),
         keeps_parameters=True,
     )
