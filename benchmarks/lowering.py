@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from attrs import evolve
 from synthetic_checkpoint import write_checkpoint
 
 from coreai_zoo.backend import Constant
@@ -55,7 +56,7 @@ def main() -> None:
         resolved = design(BuildRequest(entry.name, checkpoint, contract=arguments.contract, custom=True), plugins)
     constants = untouched(resolved)
     for module in resolved.modules.values():
-        allocate(module, {tensor.name: tensor.format for tensor in resolved.weights.tensors})
+        allocate(module, {each.name: evolve(each.format, quantization=None) for each in resolved.weights.tensors})
     backend = CoreAIBackend(every_layer=arguments.every_layer)
     started, cpu = time.monotonic(), time.process_time()
     traced = backend.trace(resolved.modules, resolved.signatures)

@@ -106,6 +106,10 @@ class Backend(Protocol):
         """The precision in which `runtime` adds products of half-precision values: what a gate has to allow for."""
 
     @property
+    def traces_quantized(self) -> bool:
+        """Whether quantized weights are traced as such; else they take the place of plain ones in lowering."""
+
+    @property
     def version_warnings(self) -> tuple[str, ...]:
         """What the toolchain says of the versions that it finds; recorded in build.json."""
 
@@ -137,8 +141,8 @@ class Backend(Protocol):
         """Trace every function; what can be wrong with a decoder shows here, before a weight is read.
 
         Args:
-            modules: the decoder of each function, its parameters allocated, see `lowering.module.allocate`. Parameters
-                of one name are the same weight. They are modified.
+            modules: the decoder of each function, its parameters allocated, see `lowering.module.allocate`: plain ones
+                unless the backend `traces_quantized`. Parameters of one name are the same weight. They are modified.
             functions: their signatures; the first one decodes.
 
         Raises:

@@ -85,7 +85,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
         directory = tmp_path_factory.mktemp(kind)
         planned = Planned(Checkpoint.open(with_equal_norms(directory / "checkpoint", kind)), RECIPES["int8hu"])
         module, tensors = planned.module(), {tensor.name: tensor for tensor in planned.plan.tensors}
-        lowering.allocate(module, {name: tensor.format for name, tensor in tensors.items()})
+        lowering.allocate(
+            module, {name: attrs.evolve(each.format, quantization=None) for name, each in tensors.items()}
+        )
         constants = lowering.constants(planned.store(directory / "store"), tensors)
         BACKEND.trace({"main": module}, {"main": planned.signature}).save(constants, directory / "m.aimodel")
         return Compiled(planned, directory / "m.aimodel", constants)

@@ -109,12 +109,12 @@ class Model:
 
 
 def bound(module: nn.Module, store: WeightStore, *, values: bool) -> dict[str, Constant]:
-    """Bind a module, or allocate it as it would be bound; its constants."""
+    """Bind a module, or allocate it to be traced; its constants."""
     names = [name for name, _ in module.named_parameters()]
     if values:
         lowering.bind(module, store)
     else:
-        lowering.allocate(module, {name: store[name].format for name in names})
+        lowering.allocate(module, {name: evolve(store[name].format, quantization=None) for name in names})
     return lowering.constants(store, names)
 
 
@@ -771,17 +771,19 @@ def test_weights_lower_and_step_however_they_are_stored(
 
 
 @pytest.mark.parametrize("stored", ["uint4 with zero points"], indirect=True)
-def test_tracing_needs_no_unpacked_copy_of_a_4_bit_weight(
+def test_an_asset_holds_nothing_of_the_memory_that_was_traced(
     stored: tuple[QuantizationSpec, Compiled], tmp_path: Path
 ) -> None:
-    _, asset = stored  # bound with values=False, which leaves the unpacked integers uninitialised
-    module, constants = asset.model.bound(asset.store, values=True)
+    _, asset = stored
+    module, constants = asset.model.bound(asset.store, values=False)
+    for parameter in module.parameters():
+        parameter.fill_(1)
     BACKEND.trace({"main": module}, {"main": asset.model.spec}).save(constants, tmp_path / "again.aimodel")
     assert contents(tmp_path / "again.aimodel") == contents(asset.path)
 
 
 @pytest.mark.parametrize("stored", STORAGE, indirect=True)
-def test_a_plain_trace_is_lowered_with_quantized_weights_to_the_same_program(
+def test_one_trace_is_lowered_with_the_weights_of_any_recipe(
     stored: tuple[QuantizationSpec, Compiled], plain: Plain
 ) -> None:
     def described(program: Program) -> tuple[list[str], object, list[object]]:

@@ -174,7 +174,7 @@ class Design:
         return f"{self.name}{self.backend.asset_suffix}"
 
     def trace(self) -> Traced:
-        """The functions' decoders, traced. Weights are allocated as they are planned, with nothing in them.
+        """The functions' decoders, traced, their weights with nothing in them.
 
         Raises:
             PluginError: when a decoder cannot be traced, or does not meet its contract.
@@ -182,6 +182,8 @@ class Design:
         from coreai_zoo.lowering.module import allocate
 
         formats = {tensor.name: tensor.format for tensor in self.weights.tensors}
+        if not self.backend.traces_quantized:
+            formats = {name: evolve(format_, quantization=None) for name, format_ in formats.items()}
         for module in self.modules.values():
             allocate(module, formats)
         return self.backend.trace(self.modules, self.signatures)

@@ -70,6 +70,7 @@ class CoreAIBackend:
     asset_suffix: str = ".aimodel"
     runtime: str = "coreai"
     accumulation: Literal["half", "single"] = "half"
+    traces_quantized: bool = False
     version_warnings: tuple[str, ...] = ()
     every_layer: bool = False
 
@@ -203,11 +204,7 @@ class CoreAITraced:
             _save(self.lower(constants), destination)
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
-        """See `Traced.lowered`. One trace serves every recipe.
-
-        For a parameter that was allocated plain, `constants` may hold integers and scales: they are lowered to the
-        weight that was traced.
-        """
+        """See `Traced.lowered`. One trace serves every recipe: integers and scales are lowered to the weight traced."""
         from coreai_zoo.backends.coreai.program import read_program
 
         with _toolchain():

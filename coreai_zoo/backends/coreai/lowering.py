@@ -74,7 +74,6 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         self._attributes: dict[str, tuple[Any, Constant]] = {}  # by name
         self._quantized: dict[str, list[Value]] = {}  # by placeholder, until it is read
         self._serial = itertools.count()
-        self.register_torch_lowering("coreai_zoo::dequantize.default")(_lower_dequantize)
 
     def add(
         self,
@@ -130,7 +129,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         if node.name in self._values_map:  # the transpose of a vector
             return
         for read in node.all_input_nodes:
-            # Where it is read first, as in a graph that was traced with quantized weights.
+            # Where it is read first, as a layer does that unpacks its own weight.
             if read.name in self._quantized and id(self.exported_program) in self._states:
                 self._values_map[read.name] = _dequantized(*self._quantized.pop(read.name))
         super()._handle_call_function_op(node)
@@ -187,17 +186,11 @@ def _splat_zero(shape: Sequence[int], element: Type) -> Value:
     return coreai.ConstantOp(value=DenseElementsAttr.get_splat(RankedTensorType.get(list(shape), element), zero)).result
 
 
-def _lower_dequantize(values: dict[str, Value], node: fx.Node, loc: Any) -> Value:
-    """`coreai_zoo::dequantize` as `coreai.blockwise_shift_scale`; a missing zero point costs a splat, not a tensor."""
-    arguments: tuple[Any, ...] = node.args
-    codes, scales, zero_points = values[arguments[0].name], values[arguments[1].name], arguments[2]
-    return _dequantized(codes, scales, values[zero_points.name] if isinstance(zero_points, fx.Node) else None, loc)
-
-
-def _dequantized(codes: Value, scales: Value, zero_points: Value | None = None, loc: Any = None) -> Value:
+def _dequantized(codes: Value, scales: Value, zero_points: Value | None = None) -> Value:
+    """The weight that integers and scales stand for; a missing zero point costs a splat, not a tensor."""
     shape = list(scales.type.shape)
     offset = _splat_zero(shape, codes.type.element_type) if zero_points is None else zero_points
-    return coreai.blockwise_shift_scale(codes, scales, offset, _splat_zero(shape, scales.type.element_type), loc=loc)
+    return coreai.blockwise_shift_scale(codes, scales, offset, _splat_zero(shape, scales.type.element_type))
 
 
 def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list[_ExternalizedExportedProgram]:

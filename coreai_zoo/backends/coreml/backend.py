@@ -66,6 +66,7 @@ class CoreMLBackend:
     asset_suffix: str = ".mlpackage"
     runtime: str = "mil"
     accumulation: Literal["half", "single"] = "single"
+    traces_quantized: bool = True
 
     @property
     def versions(self) -> Mapping[str, str]:
