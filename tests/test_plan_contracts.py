@@ -349,7 +349,7 @@ def test_an_overlay_that_counts_no_operations_is_planned_by_its_weights_alone(tm
         (("--tflops", "10"), "--tflops is of the machine that --bandwidth is of."),
         (("--chip", "M4", "--bandwidth", "100"), "--bandwidth is of another machine than --chip."),
         (("--prompt-tokens", "300000"), "A prompt of 300,000 tokens does not fit a context of 32,768."),
-        (("--target", "macos14"), "macOS 14 is not known to run any contract."),
+        (("--target", "macos14"), "macOS 14 is not known to run any of the contracts that there are: static-s1"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments: tuple[str, ...], complaint: str) -> None:

@@ -67,13 +67,21 @@ def test_a_system_runs_what_it_and_every_earlier_version_runs() -> None:
     assert System("macOS", "27").runs(System("macOS", "27.0"))
 
 
-@pytest.mark.parametrize("text", ["", "macos", "27.0", "windows11", "macos27.", "macos27.0 beta"])
+@pytest.mark.parametrize(
+    "text", ["", "macos", "27.0", "windows11", "macos27.", "macos27.0 beta", "macos\u0662\u0667", "macos27\n"]
+)
 def test_what_names_no_system_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="names no system"):
         System.parse(text)
     result = zoo("plan", DENSE, "--target", text)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Invalid value for '--target'" in result.stderr
+    assert "names no system. Write macos or ios and its version, such as macos27.0 or ios18." in result.stderr
+
+
+def test_a_version_is_written_in_the_digits_of_ascii() -> None:
+    with pytest.raises(ValueError, match="version"):
+        System("macOS", "\u0662\u0667")
 
 
 def test_the_card_still_names_the_system_first() -> None:

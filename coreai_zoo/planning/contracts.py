@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from attrs import evolve, frozen
 
 from coreai_zoo.build.request import BuildRequest
-from coreai_zoo.build.target import backend_of, runnable
+from coreai_zoo.build.target import backend_of, require_runnable
 from coreai_zoo.catalogue import find_backend
 from coreai_zoo.contracts import Contract
 from coreai_zoo.errors import BadInput, PluginError, ZooError
@@ -48,8 +48,8 @@ def compare_contracts(request: BuildRequest, plugins: Plugins, prompt_tokens: in
     Raises:
         BadInput: when no contract is left: what is wrong with the first one.
     """
-    there = list(plugins.contracts().values())
-    contracts = there if request.target is None else runnable(request.target, there)
+    target = request.target
+    contracts = list(plugins.contracts().values()) if target is None else require_runnable(target, plugins)
     options, left_out = [], {}
     first: ZooError | None = None
     for contract in contracts:
@@ -59,7 +59,7 @@ def compare_contracts(request: BuildRequest, plugins: Plugins, prompt_tokens: in
             left_out[contract.name] = error.message
             first = first or error
     if not options:
-        raise first or BadInput(f"{request.target} is not known to run any contract.")
+        raise first or BadInput("No contract is installed.")
     return Options(tuple(options), left_out)
 
 
