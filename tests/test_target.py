@@ -15,6 +15,7 @@ from attrs import evolve
 from command import zoo
 from coreai_zoo.backends import builtin
 from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.figures import Figures
 from coreai_zoo.build.record import describe
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.cli.app import COMMANDS, cli
@@ -201,6 +202,44 @@ def test_a_build_refuses_what_its_target_does_not_run(
 def test_a_plan_is_of_what_the_target_chooses() -> None:
     plan = json.loads(zoo("plan", DENSE, "--target", "macos15", "--json").stdout)
     assert (plan["contract"], plan["states"]["context"]) == ("fixed-s1", 4096)
+    assert (plan["backend"], plan["target"]) == ("coreml", "macOS 15")
+    output = zoo("plan", DENSE, "--target", "macos15").output
+    assert output.startswith(
+        "qwen3.6-27b, unverified: int8hu_block32_sym, contract fixed-s1, backend coreml for macOS 15, overlay"
+    )
+    assert (
+        "qwen3.6-27b for macOS 15: int8hu_block32_sym\n"
+        in zoo("plan", DENSE, "--target", "macos15", "--contracts").output
+    )
+    side_by_side = zoo("plan", DENSE, "--target", "macos15", "--recipe", "int8hu", "--compare").output
+    assert [line.split() for line in side_by_side.splitlines() if line.startswith(("contract", "backend"))] == [
+        ["contract", "fixed-s1"],
+        ["backend", "coreml"],
+    ]
+
+
+def test_what_was_published_of_an_entry_is_shown_for_its_own_contract_and_backend_alone() -> None:
+    assert {known.machine for known in Figures(designed(target="macos27.0")).published} == {"M4 Max", "M4 Pro"}
+    for asked in ({"target": "macos15"}, {"contract": "chunked"}, {"target": "macos27.2"}):
+        assert Figures(designed(**asked)).published == ()
+    output = zoo("plan", DENSE, "--target", "macos15").output
+    assert "published: " not in output and "Published: " not in output
+
+
+@pytest.mark.parametrize("command", [("plan", DENSE), ("build", DENSE, "--sample")])
+def test_a_contract_that_the_usual_backend_does_not_write_for_names_the_one_that_does(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    output = ("-o", tmp_path) if command[0] == "build" else ()
+    (tmp_path / designed(sample=True).name).mkdir()  # of the contract that the usual backend writes for
+    result = zoo(*command, "--contract", "fixed-s1", *output)
+    assert result.exit_code == 2
+    assert (
+        "error: The backend coreai does not write for the contract fixed-s1. Pass --backend coreml: that does. coreai "
+        "writes for static-s1, chunked, chunked-unrolled, dynamic.\n"
+    ) in result.stderr
+    plan = json.loads(zoo("plan", DENSE, "--contract", "fixed-s1", "--backend", "coreml", "--json").stdout)
+    assert plan["backend"] == "coreml"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
