@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from attrs import frozen
 
 from coreai_zoo.engine import LARGEST_CHUNK, PREFILL, prompt_chunks
+from coreai_zoo.errors import BadInput
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import Signature, TraceSpec
@@ -229,24 +230,63 @@ def prefill_calls(functions: Mapping[str, TraceSpec], tokens: int) -> list[int]:
     return prompt_chunks(tokens, min(functions[PREFILL].most_tokens, LARGEST_CHUNK)) if PREFILL in functions else []
 
 
-def call_prefill(stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Sequence[int]) -> None:
-    """Feed tokens at the next positions to the function `prefill`, in the chunks in which an engine sends them."""
+def require_room(tokens: int, context: int, hint: str) -> None:
+    """Refuse a prompt that leaves no position of a context for an answer.
+
+    Args:
+        tokens: of the prompt.
+        context: positions that a bundle allows.
+        hint: what to type for a larger context.
+
+    Raises:
+        BadInput: when there are too many.
+    """
+    if tokens >= context:
+        raise BadInput(
+            f"A prompt of {tokens:,} tokens leaves no room for an answer in a context of {context:,}: the longest is "
+            f"{context - 1:,}.",
+            f"Shorten it, or {hint}.",
+        )
+
+
+def call_prefill(
+    stepper: Stepper,
+    functions: Mapping[str, TraceSpec],
+    tokens: Sequence[int],
+    called: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Feed tokens at the next positions to the function `prefill`, in the chunks in which an engine sends them.
+
+    Args:
+        stepper: an asset that is loaded.
+        functions: the signatures of its functions.
+        tokens: what to feed.
+        called: is told after each call how many tokens it took.
+    """
     read = 0
     for length in prefill_calls(functions, len(tokens)):
         stepper.call(PREFILL, tokens[read : read + length])
         read += length
+        called(length)
 
 
-def read_prompt(stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Sequence[int]) -> np.ndarray[Any, Any]:
+def read_prompt(
+    stepper: Stepper,
+    functions: Mapping[str, TraceSpec],
+    tokens: Sequence[int],
+    called: Callable[[int], None] = lambda _: None,
+) -> np.ndarray[Any, Any]:
     """Feed a prompt at the next positions as an engine does; the logits after its last token, float16 [V].
 
-    All tokens but the last go to `prefill` where there is such a function; the others are decoded.
+    All tokens but the last go to `prefill` where there is such a function; the others are decoded. Arguments are those
+    of `call_prefill`.
     """
     if PREFILL in functions:
-        call_prefill(stepper, functions, tokens[:-1])
+        call_prefill(stepper, functions, tokens[:-1], called)
         tokens = tokens[-1:]
     for token in tokens:
         logits = stepper.step(token)
+        called(1)
     return logits
 
 

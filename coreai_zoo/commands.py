@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import click
 from attrs import field, frozen
@@ -18,6 +20,19 @@ def plugins_of(ctx: click.Context) -> Plugins:
     """The installed plugins, or those that a test passed as `obj`."""
     given = ctx.find_object(Plugins)
     return given if given is not None else default_plugins()
+
+
+class Number(click.FloatRange):
+    """A finite number within bounds, both included; click's own ranges let nan through, and inf where they end open."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType.convert`."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -153,6 +153,8 @@ class BundleDefaults:
 class Published:
     """A measurement that somebody published of a bundle of this entry: `zoo plan` shows it beside its prediction.
 
+    The bundle is of the entry's own contract.
+
     Attributes:
         recipe: that the bundle was made with.
         machine: the chip, as `zoo plan` names it.

@@ -118,4 +118,7 @@ def did_you_mean(name: str, known: Collection[str], count: int = 1, cutoff: floa
         cutoff: how much alike they have to be, from 0 to 1.
     """
     near = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
-    return f"Did you mean {' or '.join(near)}?" if near else f"There are {listing(list(known)) or 'none'}."
+    if near:
+        return f"Did you mean {' or '.join(near)}?"
+    separator = "; " if any("," in each for each in known) else ", "
+    return f"There are {listing(list(known), separator=separator) or 'none'}."

@@ -7,10 +7,11 @@ import re
 from attrs import field, frozen
 from attrs.validators import in_, matches_re
 
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput
 
 _NAMES = ("macOS", "iOS")
-_TARGET = re.compile(r"([a-z]+) ?(\d+(?:\.\d+)*)", re.IGNORECASE)
+_VERSION = r"[0-9]+(?:\.[0-9]+)*"  # not \d, which digits of every script are
+_TARGET = re.compile(rf"([a-z]+) ?({_VERSION})", re.IGNORECASE | re.ASCII)
 
 
 @frozen
@@ -23,7 +24,7 @@ class System:
     """
 
     name: str = field(validator=in_(_NAMES))
-    version: str = field(validator=matches_re(r"\d+(\.\d+)*"))
+    version: str = field(validator=matches_re(_VERSION))
 
     @classmethod
     def parse(cls, text: str) -> System:
@@ -35,7 +36,8 @@ class System:
         found = _TARGET.fullmatch(text)
         names = [name for name in _NAMES if found and name.lower() == found[1].lower()]
         if found is None or not names:
-            raise BadInput(f"{text!r} names no system.", f"One is {listing([*map(str.lower, _NAMES)])} with a version.")
+            known = " or ".join(map(str.lower, _NAMES))
+            raise BadInput(f"{text!r} names no system.", f"Write {known} and its version, such as macos27.0 or ios18.")
         return cls(names[0], found[2])
 
     @property

@@ -1214,7 +1214,10 @@ def test_a_bundle_without_its_tokenizer_is_refused(bundle: Path, dense: Path, co
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
-    [("", "The prompt is empty"), ("x" * 512, "The prompt is 512 tokens, this bundle's context is 512")],
+    [
+        ("", "The prompt is empty"),
+        ("x" * 512, "A prompt of 512 tokens leaves no room for an answer in a context of 512: the longest is 511."),
+    ],
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(built: Path, prompt: str, words: str) -> None:
     assert words in paragraph(zoo("run", built, "-p", prompt))

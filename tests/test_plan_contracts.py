@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -19,8 +21,20 @@ import toy_plugin
 from checkpoints import text_config, tiny_checkpoint, write_json
 from command import zoo
 from coreai_zoo.backends import builtin
-from coreai_zoo.build.chips import CHIPS, EFFICIENCY, MEASURED, Chip, tokens_per_second
+from coreai_zoo.build.chips import (
+    CHIPS,
+    EFFICIENCY,
+    EFFICIENCY_SOURCE,
+    MEASURED,
+    TFLOPS_SOURCE,
+    Chip,
+    tokens_per_second,
+)
 from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.build.target import backend_of
+from coreai_zoo.cli.app import COMMANDS, cli
+from coreai_zoo.cli.plan_machines import figure
+from coreai_zoo.commands import Number
 from coreai_zoo.contracts import CHUNKED, CONTRACTS, DYNAMIC, Prefill
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
@@ -35,7 +49,8 @@ CHIP = {chip.name: chip for chip in CHIPS}
 
 
 def planned(model: str, contract: str, **asked: Any) -> Plan:
-    return make_plan(BuildRequest(model, contract=contract, dry=True, **asked), default_plugins())
+    backend = backend_of(CONTRACTS[contract])
+    return make_plan(BuildRequest(model, contract=contract, backend=backend, dry=True, **asked), default_plugins())
 
 
 def reading(model: str, contract: str, machine: str, tokens: int = 2000) -> Reading:
@@ -184,7 +199,7 @@ def test_a_prompt_takes_of_each_call_the_longer_of_memory_and_arithmetic() -> No
     assert (both.memory_seconds, both.arithmetic_seconds, both.seconds) == (2.5, 7, 2 + 6)
     assert (both.bandwidth_bound, both.compute_bound, both.bound) == (160, 400 / 7, 50)
     memory = read_on(Chip("toy", 2, ()), calls)
-    assert (memory.seconds, memory.compute_bound, memory.bound) == (2.5, None, 160)
+    assert (memory.bandwidth_bound, memory.seconds, memory.compute_bound, memory.bound) == (160, None, None, None)
 
 
 def published() -> list[tuple[str, str, float, float, int]]:
@@ -206,6 +221,7 @@ def test_what_was_measured_is_below_the_bounds_and_the_page_says_how_far() -> No
         predicted = reading(DENSE, name, machine)
         assert predicted.compute_bound is not None
         assert rate < min(predicted.bandwidth_bound, predicted.compute_bound)
+        assert predicted.bound is not None
         assert bound == round(predicted.bound, 1)
         assert share == round(100 * rate / predicted.bound)
 
@@ -219,7 +235,8 @@ def test_chunks_are_bounded_by_arithmetic_and_steps_by_bandwidth() -> None:
             "chunked-unrolled",
             "fixed-s1",
         }
-        assert bounds["static-s1"].seconds > 10 * bounds["chunked"].seconds
+        steps, chunks = (bounds[name].seconds for name in ("static-s1", "chunked"))
+        assert steps is not None and chunks is not None and steps > 10 * chunks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,15 +252,19 @@ def test_chips_with_a_known_arithmetic_do_the_same_per_core_as_their_family() ->
     ]
 
 
-def test_a_chip_of_unknown_arithmetic_is_bounded_by_bandwidth_alone_and_that_is_said() -> None:
+def test_a_chip_of_unknown_arithmetic_has_no_bound_that_makes_it_look_better_than_one_that_is_known() -> None:
     (machine,) = next(found for found in compared("--chip", "m5 max")["contracts"] if found["contract"] == "chunked")[
         "machines"
     ]
     assert (machine["name"], machine["tflops"], machine["prompt_compute_bound"]) == ("M5 Max", None, None)
-    assert machine["prompt_tokens_per_second"] == machine["prompt_bandwidth_bound"]
-    output = zoo("plan", DENSE, "--contracts", "--chip", "M5 Max").output
-    assert "M5 Max: 614 GB/s, arithmetic not known; tokens/s" in output
-    assert "a prompt is bounded by the bandwidth alone" in output and "TFLOPS: " not in output
+    assert machine["prompt_bandwidth_bound"] > 5000
+    assert machine["prompt_bound"] is machine["least_seconds_to_first_token"] is None
+    for asked in (("--chip", "M5 Max"), ("--bandwidth", "614")):
+        output = zoo("plan", DENSE, "--contracts", *asked).output
+        assert ": 614 GB/s, arithmetic not known; tokens/s, a prompt of 2,000\n" in output
+        (_, row) = (re.split(r"  +", line) for line in output.splitlines() if line.startswith("chunked  "))
+        assert row[-3:] == ["not known"] * 3
+        assert "what it takes at the least is not known." in output and "TFLOPS: " not in output
 
 
 def test_a_machine_of_ones_own_is_given_by_bandwidth_and_arithmetic() -> None:
@@ -255,6 +276,88 @@ def test_a_machine_of_ones_own_is_given_by_bandwidth_and_arithmetic() -> None:
             for found in (own, known)
         )
         assert one == other
+    assert (ours["tflops_source"], chip["tflops_source"]) == ("--tflops", TFLOPS_SOURCE)
+    output = zoo("plan", DENSE, "--contracts", "--bandwidth", "546", "--tflops", "18.4").output
+    assert "huggingface" not in output
+    assert "huggingface" in zoo("plan", DENSE, "--contracts", "--chip", "M4 Max").output
+
+
+@pytest.mark.parametrize("option", ["--bandwidth", "--tflops", "--efficiency"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e300", "1e-320", "0", "-1"])
+def test_what_is_no_number_of_a_machine_is_refused(option: str, number: str) -> None:
+    result = zoo("plan", DENSE, "--contracts", "--bandwidth", "100", "--tflops", "5", option, number)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"Invalid value for '{option}': " in result.stderr
+
+
+@pytest.mark.parametrize("bandwidth", ["0.001", "1000000"])
+@pytest.mark.parametrize("tflops", ["0.001", "1000000"])
+def test_every_number_that_is_taken_gives_figures(bandwidth: str, tflops: str) -> None:
+    for option in compared("--bandwidth", bandwidth, "--tflops", tflops, "--prompt-tokens", "1")["contracts"]:
+        (machine,) = option["machines"]
+        assert 0 < machine["least_seconds_to_first_token"] < float("inf") and machine["prompt_bound"] > 0
+
+
+def commands() -> Iterator[click.Command]:
+    context = click.Context(cli)
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        yield command
+
+
+def test_no_option_takes_numbers_that_are_not_finite() -> None:
+    floats = [
+        option.type
+        for command in commands()
+        for option in command.params
+        if isinstance(option.type, click.types.FloatParamType)
+    ]
+    assert len(floats) >= 4 and {type(each) for each in floats} == {Number}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "not known"),
+        (0.0, "0.0"),
+        (0.0498, "0.050"),
+        (0.57, "0.57"),
+        (1.04, "1.0"),
+        (5.46, "5.5"),
+        (12345.6, "12,345.6"),
+        (3e-6, "0.0000030"),
+    ],
+)
+def test_a_figure_has_two_digits_that_count(value: float | None, text: str) -> None:
+    assert figure(value) == text
+
+
+def test_a_short_time_and_a_low_rate_are_not_nothing() -> None:
+    output = zoo("plan", DENSE, "--contracts", "--chip", "M4 Max", "--prompt-tokens", "1").output
+    assert [line for line in output.splitlines() if line.startswith("static-s1  ")][1].endswith("  0.050 s")
+    output = zoo("plan", DENSE, "--bandwidth", "1").output
+    assert next(line for line in output.splitlines() if line.startswith("1 GB/s")).split()[-2:] == ["0.037", "0.029"]
+
+
+def test_a_chip_is_shown_once_however_often_it_is_named() -> None:
+    for found in compared("--chip", "M4 Max", "--chip", "m4 max")["contracts"]:
+        assert [machine["name"] for machine in found["machines"]] == ["M4 Max"]
+
+
+def test_an_unknown_chip_is_told_which_there_are_and_what_to_do_for_another() -> None:
+    stderr = zoo("plan", DENSE, "--contracts", "--chip", "Z9").stderr
+    assert "M4 Pro; M4 Max, 32-core GPU; M4 Max; M3 Ultra" in stderr
+    assert "--bandwidth GB/s, and with --contracts also --tflops N." in stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("--compare",), ("--contracts",)])
+def test_a_target_that_is_no_mac_has_no_macs_unless_they_are_named(arguments: tuple[str, ...]) -> None:
+    asked = ("plan", DENSE, "--target", "ios18", "--recipe", "int8hu", *arguments)
+    output = zoo(*asked).output
+    assert "M4" not in output and "The chips that are known run macOS: " in output
+    assert re.search(r"\bM5\b", zoo(*asked, "--chip", "M5").output)
+    assert "100 GB/s" in zoo(*asked, "--bandwidth", "100").output
 
 
 def test_one_chip_can_be_asked_for_in_an_ordinary_plan() -> None:
@@ -270,17 +373,42 @@ def test_one_chip_can_be_asked_for_in_an_ordinary_plan() -> None:
 def test_every_contract_is_compared_on_the_chips_that_were_measured() -> None:
     found = compared()
     assert [option["contract"] for option in found["contracts"]] == list(CONTRACTS)
-    assert (found["prompt_tokens"], found["efficiency"], found["left_out"]) == (2000, EFFICIENCY, {})
+    assert (found["prompt_tokens"], found["left_out"]) == (2000, {})
+    assert found["efficiency"] == {"share": EFFICIENCY, "source": EFFICIENCY_SOURCE}
     for option in found["contracts"]:
         plan = planned(DENSE, option["contract"])
         assert option["asset_bytes"] == plan.asset
+        assert (option["states"]["context"], option["states"]["bytes"]) == (plan.context, plan.state_bytes)
         assert option["systems"] == [str(system) for system in CONTRACTS[option["contract"]].systems]
         for machine in option["machines"]:
             chip, expected = CHIP[machine["name"]], reading(DENSE, option["contract"], machine["name"])
-            assert machine["decode_tokens_per_second"] == tokens_per_second(plan.read, chip.bandwidth, EFFICIENCY)
-            assert machine["prompt_tokens_per_second"] == expected.bound
-            assert machine["seconds_to_first_token"] == expected.seconds
+            rate = tokens_per_second(plan.read, chip.bandwidth, EFFICIENCY)
+            assert machine["tokens_per_second_at_efficiency"] == rate
+            assert machine["prompt_bound"] == expected.bound
+            assert machine["least_seconds_to_first_token"] == expected.seconds
         assert [machine["name"] for machine in option["machines"]] == list(MEASURED)
+    assert {option["contract"]: option["states"]["context"] for option in found["contracts"]} == {
+        **dict.fromkeys(CONTRACTS, 32768),
+        FIXED: 4096,
+    }
+
+
+def test_what_both_forms_for_programs_say_is_said_alike() -> None:
+    asked = ("--chip", "M4 Max", "--target", "macos27.0")
+    found = compared(*asked)
+    (option,) = (each for each in found["contracts"] if each["contract"] == "static-s1")
+    plan = json.loads(zoo("plan", DENSE, *asked, "--json").stdout)
+    for here, there, more in (
+        (found, plan, {"prompt_tokens", "tflops_source", "contracts", "left_out"}),
+        (option, plan, {"systems", "prompt_calls", "prompt_tokens_per_call", "machines"}),
+        (option["machines"][0], plan["machines"][0], None),
+    ):
+        common = set(here) & set(there) - {"machines"}
+        assert {key: here[key] for key in common} == {key: there[key] for key in common}
+        assert more is None or set(here) - common == more
+    assert set(plan["machines"][0]) < set(option["machines"][0])
+    assert (plan["target"], plan["backend"], plan["bundle"]) == ("macOS 27.0", "coreai", option["bundle"])
+    assert {"name", "entry", "recipe", "efficiency", "target"} <= set(found)
 
 
 def test_the_text_has_what_json_has() -> None:
@@ -291,18 +419,22 @@ def test_the_text_has_what_json_has() -> None:
     assert first[1:] == [
         "macOS 27.0 or later",
         "coreai",
+        "32,768",
+        "2.1 GiB",
         f"{option['asset_bytes']:,}",
-        f"{option['read_per_token']:,}",
+        f"{option['decode']['read_per_token']:,}",
         "250",
     ]
     assert second[1:] == [
         f"{machine['fits_from_gib']} GB",
-        f"{machine['decode_tokens_per_second']:.1f}",
+        f"{machine['tokens_per_second_at_efficiency']:.1f}",
         f"{machine['prompt_bandwidth_bound']:,.1f}",
         f"{machine['prompt_compute_bound']:,.1f}",
-        f"{machine['prompt_tokens_per_second']:,.1f}",
-        f"{machine['seconds_to_first_token']:,.1f} s",
+        f"{machine['prompt_bound']:,.1f}",
+        f"{machine['least_seconds_to_first_token']:,.1f} s",
     ]
+    assert "   at the most   first token, at the earliest\n" in output
+    assert f"Decode at 79 % of the bandwidth: {EFFICIENCY_SOURCE}" in output
     assert "Predictions. Decode: bandwidth x 0.79 / bytes read per token." in output
     assert "1 - (1 - k/E)^T" not in output
     assert "1 - (1 - k/E)^T" in zoo("plan", MOE, "--contracts").output
@@ -320,7 +452,11 @@ def test_a_contract_that_cannot_be_is_left_out_with_the_reason() -> None:
     output = zoo("plan", DENSE, "--contracts", "--recipe", "int4lin").output
     assert f"{FIXED} is left out: {found['left_out'][FIXED]}" in output
     long = compared("--prompt-tokens", "5000")
-    assert long["left_out"] == {FIXED: "A prompt of 5,000 tokens does not fit a context of 4,096."}
+    assert long["left_out"] == {
+        FIXED: "A prompt of 5,000 tokens leaves no room for an answer in a context of 4,096: the longest is 4,095."
+    }
+    assert FIXED in compared("--prompt-tokens", "4096")["left_out"]
+    assert not compared("--prompt-tokens", "4095")["left_out"]
 
 
 def test_an_overlay_that_counts_no_operations_is_planned_by_its_weights_alone(tmp_path: Path) -> None:
@@ -341,22 +477,35 @@ def test_an_overlay_that_counts_no_operations_is_planned_by_its_weights_alone(tm
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--compare",), "--contracts compares all of them: it goes with neither --compare nor --contract."),
+        (("--compare",), "--contracts compares all of them: it goes with neither --compare nor --contract nor"),
         (("--contract", "chunked"), "--contracts compares all of them"),
-        ((MOE,), "This asks for several plans."),
-        (("--recipe", "fp16", "--recipe", "int8hu"), "This asks for several plans."),
+        (("--backend", "coreml"), "--contracts compares all of them"),
+        ((MOE,), "This asks for several plans. Name one model and one recipe, whose contracts are compared"),
+        (("--recipe", "fp16", "--recipe", "int8hu"), "This asks for several plans. Name one model and one recipe"),
         (("--recipe", "int3"), "There is no recipe 'int3'"),
         (("--chip", "M4 Mex"), "No chip is called 'M4 Mex'. Did you mean M4 Max"),
         (("--tflops", "10"), "--tflops is of the machine that --bandwidth is of."),
         (("--chip", "M4", "--bandwidth", "100"), "--bandwidth is of another machine than --chip."),
-        (("--prompt-tokens", "300000"), "A prompt of 300,000 tokens does not fit a context of 32,768."),
-        (("--target", "macos14"), "macOS 14 is not known to run any contract."),
+        (
+            ("--prompt-tokens", "32768"),
+            "A prompt of 32,768 tokens leaves no room for an answer in a context of 32,768: the longest is 32,767. "
+            "Shorten it, or allow more with --max-context 32769 or above.",
+        ),
+        (("--target", "macos14"), "macOS 14 is not known to run any of the contracts that there are: static-s1"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments: tuple[str, ...], complaint: str) -> None:
     result = zoo("plan", DENSE, "--contracts", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert complaint in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--prompt-tokens", "2000"), ("--bandwidth", "100", "--tflops", "5")])
+def test_what_is_of_prompts_is_refused_where_nothing_is_said_of_prompts(arguments: tuple[str, ...]) -> None:
+    for more in ((), ("--compare",)):
+        result = zoo("plan", DENSE, *arguments, *more)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "Pass --contracts to see" in result.stderr
 
 
 def test_the_page_shows_the_comparison_that_the_command_prints(root: Path) -> None:

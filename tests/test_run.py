@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer
 from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIStepper
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.progress import Reporter
 from player import Player
 from shared import Shared
 from test_contracts import build
@@ -96,7 +99,7 @@ def test_a_bundle_without_prefill_reads_its_prompt_token_by_token(
     prompt, answer, _remark = result.stderr.splitlines()
     assert told(prompt, "token")[0] == tokens
     assert prompt.endswith(", token by token")
-    assert answer == "answer: 1 token, by the prompt's logits"
+    assert answer == "answer: 1 token, which came with the prompt: no rate"
 
 
 def test_an_answer_of_nothing_but_its_end_is_told_as_such(built: Callable[[str, str], Bundle]) -> None:
@@ -104,4 +107,76 @@ def test_an_answer_of_nothing_but_its_end_is_told_as_such(built: Callable[[str, 
     turn = "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n42"
     result = zoo("run", bundle.directory, "-p", turn, "-n", "3")
     assert result.stdout == turn + "\n"
-    assert result.stderr.splitlines()[1] == "answer: 0 tokens, by the prompt's logits"
+    assert result.stderr.splitlines()[1] == "answer: 0 tokens: it ended at once"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1"])
+def test_a_temperature_that_is_none_is_refused_before_anything_is_printed(chunked: Bundle, number: str) -> None:
+    result = zoo("run", chunked.directory, "-p", "import ", "--temperature", number)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Invalid value for '--temperature': " in result.stderr
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_before_it_is_printed(
+    chunked: Bundle, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, int]]
+) -> None:
+    tokens = len(tokenizer_of(chunked).encode("import os").ids)
+    monkeypatch.setattr(Bundle, "max_context", property(lambda _: tokens))
+    result = zoo("run", chunked.directory, "-p", "import os")
+    assert (result.exit_code, result.stdout, calls) == (2, "", [])
+    assert result.stderr == (
+        f"error: A prompt of {tokens} tokens leaves no room for an answer in a context of {tokens}: the longest is "
+        f"{tokens - 1}. Shorten it, or build the bundle with --max-context {tokens + 1} or above.\n"
+    )
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    """Ctrl-C in the call of this number, the first one 0."""
+    real, made = CoreAIStepper.call, itertools.count()
+
+    def call(self: CoreAIStepper, function: str, tokens: Sequence[int]) -> np.ndarray[Any, Any] | None:
+        if next(made) == last:
+            raise KeyboardInterrupt
+        return real(self, function, tokens)
+
+    monkeypatch.setattr(CoreAIStepper, "call", call)
+
+
+@pytest.mark.parametrize("call", [0, 1, 4])
+def test_what_is_interrupted_still_tells_its_rates(chunked: Bundle, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """In the first call of prefill nothing is read yet; in the second, half of the prompt; then two steps are done."""
+    tokens = len(tokenizer_of(chunked).encode(PROMPT).ids)
+    interrupt_at(monkeypatch, call)
+    result = zoo("run", chunked.directory, "-p", PROMPT, "-n", "9")
+    assert result.exit_code == 130 and result.stderr.endswith("interrupted\n")
+    told_rates = [line for line in result.stderr.splitlines() if line.startswith(("prompt", "answer"))]
+    if call == 0:
+        assert (told_rates, result.stdout) == ([], "")
+    elif call == 1:
+        (prompt,) = told_rates
+        assert told(prompt, "token")[0] == tokens - 1 - (tokens - 1) // 2
+        assert prompt.endswith(f" tokens/s, of {tokens} tokens") and result.stdout == ""
+    else:
+        prompt, answer = told_rates
+        assert told(prompt, "token")[0] == tokens and answer.startswith("answer: 2 tokens; 1 step in ")
+        assert result.stdout.startswith(PROMPT) and result.stdout.endswith("\n")
+
+
+def test_a_terminal_shows_how_far_a_prompt_is_read_and_a_pipe_does_not(
+    chunked: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[str, int, int]] = []
+
+    class Watched(Reporter):
+        @contextlib.contextmanager
+        def steps(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+            counted = itertools.count(1)
+            silent = self._console.quiet
+            yield lambda: None if silent else steps.append((what, next(counted), total))
+
+    monkeypatch.setattr("coreai_zoo.cli.run.Reporter", Watched)
+    assert zoo("run", chunked.directory, "-p", PROMPT, "-n", "1").exit_code == 0
+    assert steps == []
+    monkeypatch.setattr("coreai_zoo.cli.run._shows_progress", lambda: True)
+    assert zoo("run", chunked.directory, "-p", PROMPT, "-n", "1").exit_code == 0
+    assert steps == [("reading the prompt", call, 3) for call in (1, 2, 3)]

@@ -15,6 +15,7 @@ from attrs import evolve
 from command import zoo
 from coreai_zoo.backends import builtin
 from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.figures import Figures
 from coreai_zoo.build.record import describe
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.cli.app import COMMANDS, cli
@@ -67,13 +68,21 @@ def test_a_system_runs_what_it_and_every_earlier_version_runs() -> None:
     assert System("macOS", "27").runs(System("macOS", "27.0"))
 
 
-@pytest.mark.parametrize("text", ["", "macos", "27.0", "windows11", "macos27.", "macos27.0 beta"])
+@pytest.mark.parametrize(
+    "text", ["", "macos", "27.0", "windows11", "macos27.", "macos27.0 beta", "macos\u0662\u0667", "macos27\n"]
+)
 def test_what_names_no_system_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="names no system"):
         System.parse(text)
     result = zoo("plan", DENSE, "--target", text)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Invalid value for '--target'" in result.stderr
+    assert "names no system. Write macos or ios and its version, such as macos27.0 or ios18." in result.stderr
+
+
+def test_a_version_is_written_in_the_digits_of_ascii() -> None:
+    with pytest.raises(ValueError, match="version"):
+        System("macOS", "\u0662\u0667")
 
 
 def test_the_card_still_names_the_system_first() -> None:
@@ -164,13 +173,13 @@ def test_a_bundle_for_a_target_is_the_one_of_its_contract(target: str, asked: di
         (
             ("--target", "macos27.0", "--contract", "dynamic"),
             "macOS 27.0 is not known to run the contract dynamic: dynamic needs macOS 27.2 or later. It runs "
-            "static-s1, chunked, chunked-unrolled, fixed-s1 (coreml): name one with --contract, or none for the "
+            "static-s1, chunked-unrolled, chunked, fixed-s1 (coreml): name one with --contract, or none for the "
             "newest.",
         ),
         (
             ("--target", "macos15", "--backend", "coreai"),
-            "macOS 15 is not known to run any of the contracts of the backend coreai: static-s1 and chunked and "
-            "chunked-unrolled need macOS 27.0 or later; dynamic needs macOS 27.2 or later. It runs fixed-s1 (coreml)",
+            "macOS 15 is not known to run any of the contracts of the backend coreai: static-s1, chunked-unrolled and "
+            "chunked need macOS 27.0 or later; dynamic needs macOS 27.2 or later. It runs fixed-s1 (coreml)",
         ),
         (("--target", "macos14"), "macOS 14 is not known to run any of the contracts that there are: static-s1"),
         (("--target", "macos27.0", "--backend", "onnx"), "There is no backend 'onnx'"),
@@ -193,6 +202,44 @@ def test_a_build_refuses_what_its_target_does_not_run(
 def test_a_plan_is_of_what_the_target_chooses() -> None:
     plan = json.loads(zoo("plan", DENSE, "--target", "macos15", "--json").stdout)
     assert (plan["contract"], plan["states"]["context"]) == ("fixed-s1", 4096)
+    assert (plan["backend"], plan["target"]) == ("coreml", "macOS 15")
+    output = zoo("plan", DENSE, "--target", "macos15").output
+    assert output.startswith(
+        "qwen3.6-27b, unverified: int8hu_block32_sym, contract fixed-s1, backend coreml for macOS 15, overlay"
+    )
+    assert (
+        "qwen3.6-27b for macOS 15: int8hu_block32_sym\n"
+        in zoo("plan", DENSE, "--target", "macos15", "--contracts").output
+    )
+    side_by_side = zoo("plan", DENSE, "--target", "macos15", "--recipe", "int8hu", "--compare").output
+    assert [line.split() for line in side_by_side.splitlines() if line.startswith(("contract", "backend"))] == [
+        ["contract", "fixed-s1"],
+        ["backend", "coreml"],
+    ]
+
+
+def test_what_was_published_of_an_entry_is_shown_for_its_own_contract_and_backend_alone() -> None:
+    assert {known.machine for known in Figures(designed(target="macos27.0")).published} == {"M4 Max", "M4 Pro"}
+    for asked in ({"target": "macos15"}, {"contract": "chunked"}, {"target": "macos27.2"}):
+        assert Figures(designed(**asked)).published == ()
+    output = zoo("plan", DENSE, "--target", "macos15").output
+    assert "published: " not in output and "Published: " not in output
+
+
+@pytest.mark.parametrize("command", [("plan", DENSE), ("build", DENSE, "--sample")])
+def test_a_contract_that_the_usual_backend_does_not_write_for_names_the_one_that_does(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    output = ("-o", tmp_path) if command[0] == "build" else ()
+    (tmp_path / designed(sample=True).name).mkdir()  # of the contract that the usual backend writes for
+    result = zoo(*command, "--contract", "fixed-s1", *output)
+    assert result.exit_code == 2
+    assert (
+        "error: The backend coreai does not write for the contract fixed-s1. Pass --backend coreml: that does. coreai "
+        "writes for static-s1, chunked-unrolled, chunked, dynamic.\n"
+    ) in result.stderr
+    plan = json.loads(zoo("plan", DENSE, "--contract", "fixed-s1", "--backend", "coreml", "--json").stdout)
+    assert plan["backend"] == "coreml"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

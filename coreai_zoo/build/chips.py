@@ -36,6 +36,9 @@ class Chip:
         return next((size for size in self.memory if gpu_bytes(size) >= needed), None)
 
 
+SYSTEM = "macOS"
+"""What machines with these chips run."""
+
 CHIPS = (
     Chip("M4", 120, (16, 24, 32), 4.6),
     Chip("M4 Pro", 273, (24, 48, 64), 9.2),

@@ -304,13 +304,15 @@ def fetched(designed: Design, plugins: Plugins, report: Reporter) -> Design:
 def _contract(request: BuildRequest, entry: Entry | None, backend: Backend, plugins: Plugins) -> Contract:
     """The contract that was asked for, or the entry's; where the backend does not write for that, its own first one."""
     contract = find_contract(request.contract or (entry.contract if entry else DEFAULT_CONTRACT), plugins)
-    if (request.dry and request.contract) or backend.name in contract.backends:
+    if backend.name in contract.backends:
         return contract
     own = [other for other in plugins.contracts().values() if backend.name in other.backends]
     if request.contract or not own:
+        others = " or ".join(f"--backend {name}" for name in contract.backends if name in plugins.backends())
+        contracts = listing([other.name for other in own]) or "none that is installed"
         raise BadInput(
             f"The backend {backend.name} does not write for the contract {contract.name}.",
-            f"It writes for {listing([other.name for other in own]) or 'none that is installed'}.",
+            f"{f'Pass {others}: that does. ' if others else ''}{backend.name} writes for {contracts}.",
         )
     return own[0]
 

@@ -13,6 +13,7 @@ from attrs import frozen
 from coreai_zoo.build.chips import CHIPS, EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE, Chip, tokens_per_second
 from coreai_zoo.build.design import Design
 from coreai_zoo.build.preflight import asset_bytes, tokenizer_bytes
+from coreai_zoo.build.target import backend_of
 from coreai_zoo.bundle.card import Machine, Needs
 from coreai_zoo.dtypes import packed_bytes
 from coreai_zoo.entry import Published
@@ -183,9 +184,14 @@ class Figures:
 
     @property
     def published(self) -> tuple[Published, ...]:
-        """Measurements that others published of this entry with this recipe."""
-        entries = self.design.entry.published if self.design.entry else ()
-        return tuple(measured for measured in entries if measured.recipe == self.design.recipe.name)
+        """Measurements that others published of this entry with this recipe.
+
+        They are of the entry's own contract, written by the backend that is usual for it: of any other there are none.
+        """
+        entry, contract = self.design.entry, self.design.contract
+        if entry is None or contract.name != entry.contract or self.design.backend.name != backend_of(contract):
+            return ()
+        return tuple(measured for measured in entry.published if measured.recipe == self.design.recipe.name)
 
 
 def needs(design: Design) -> Needs:

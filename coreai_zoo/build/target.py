@@ -39,21 +39,29 @@ def aimed(request: BuildRequest, entry: Entry | None, plugins: Plugins) -> Build
     return evolve(request, contract=contract.name, backend=request.backend or backend_of(contract))
 
 
-def runnable(target: System, contracts: Iterable[Contract]) -> list[Contract]:
-    """The contracts that a system runs, in their order."""
+def require_runnable(target: System, plugins: Plugins, backend: str | None = None) -> list[Contract]:
+    """The contracts that a system runs, in their order: of all, or of those that a backend writes for.
+
+    Raises:
+        BadInput: when it runs none, with what each of them needs.
+    """
+    there = [found for found in plugins.contracts().values() if backend is None or backend in found.backends]
+    if not there:
+        raise BadInput(f"The backend {backend} writes for no contract that is installed.")
+    if runs := _runnable(target, there):
+        return runs
+    what = "the contracts that there are" if backend is None else f"the contracts of the backend {backend}"
+    raise BadInput(f"{target} is not known to run any of {what}: {_needs(there)}.", _advice(target, plugins))
+
+
+def _runnable(target: System, contracts: Iterable[Contract]) -> list[Contract]:
     return [contract for contract in contracts if contract.system_of(target) is not None]
 
 
 def _newest(target: System, backend: str | None, entry: Entry | None, plugins: Plugins) -> Contract:
     if backend is not None:
         find_backend(backend, plugins)
-    there = [found for found in plugins.contracts().values() if backend is None or backend in found.backends]
-    if not there:
-        raise BadInput(f"The backend {backend} writes for no contract that is installed.")
-    runs = runnable(target, there)
-    if not runs:
-        what = "the contracts that there are" if backend is None else f"the contracts of the backend {backend}"
-        raise BadInput(f"{target} is not known to run any of {what}: {_needs(there)}.", _advice(target, plugins))
+    runs = require_runnable(target, plugins, backend)
     order = {found.name: minimum.order for found in runs if (minimum := found.system_of(target)) is not None}
     newest = [found for found in runs if order[found.name] == max(order.values())]
     usual = entry.contract if entry else DEFAULT_CONTRACT
@@ -78,18 +86,16 @@ def _needs(contracts: Sequence[Contract]) -> str:
     names: dict[str, list[str]] = {}
     for contract in contracts:
         names.setdefault(contract.needed_system, []).append(contract.name)
-    return listing(
-        [
-            f"{' and '.join(those)} {'needs' if len(those) == 1 else 'need'} {system or 'a system that is not known'}"
-            for system, those in names.items()
-        ],
-        separator="; ",
-    )
+    told = []
+    for system, (*others, last) in names.items():
+        who = f"{listing(others)} and {last} need" if others else f"{last} needs"
+        told.append(f"{who} {system or 'a system that is not known'}")
+    return listing(told, separator="; ")
 
 
 def _advice(target: System, plugins: Plugins) -> str:
     runs = [
         contract.name if DEFAULT_BACKEND in contract.backends else f"{contract.name} ({backend_of(contract)})"
-        for contract in runnable(target, plugins.contracts().values())
+        for contract in _runnable(target, plugins.contracts().values())
     ]
     return f"It runs {listing(runs)}: name one with --contract, or none for the newest." if runs else ""

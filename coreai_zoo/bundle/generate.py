@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from attrs import define, frozen
 
-from coreai_zoo.backend import Backend, Stepper, prefill_calls, read_prompt
+from coreai_zoo.backend import Backend, Stepper, prefill_calls, read_prompt, require_room
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.chat_template import find_chat_template, render_chat
 from coreai_zoo.checkpoint.end_of_turn import end_tokens
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
 from coreai_zoo.errors import BadInput, CheckFailed
+from coreai_zoo.progress import Reporter
 from coreai_zoo.signature import TraceSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Logits = np.ndarray[Any, Any]
 
@@ -42,31 +46,41 @@ class Sampling:
 
 @define
 class Pace:
-    """How long a bundle took to read a prompt and to write its answer, in seconds of the runtime alone.
+    """How long a bundle took to read a prompt and to write its answer so far, in seconds of the runtime alone.
 
     Attributes:
         prompt_tokens: tokens of the prompt.
-        prompt_seconds: until there were logits behind its last one.
-        prefill_calls: calls of `prefill`, which read all of it but the last token; 0 where every token was decoded.
+        read_tokens: of these, those that were read: all of them once there are logits behind the last one.
+        prompt_seconds: for reading them.
+        prefill_calls: calls of `prefill`, which read all of it but the last token; 0 where every token is decoded.
         answer_tokens: tokens of the answer; the logits behind the prompt choose the first one.
         steps: tokens that were decoded for the others, and to see that the answer ends.
         answer_seconds: of these steps.
     """
 
     prompt_tokens: int = 0
+    read_tokens: int = 0
     prompt_seconds: float = 0.0
     prefill_calls: int = 0
     answer_tokens: int = 0
     steps: int = 0
     answer_seconds: float = 0.0
 
-    def read(self, stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Sequence[int]) -> Logits:
-        """Read a prompt as an engine does; the logits after its last token, [V]."""
+    def read(
+        self, stepper: Stepper, functions: Mapping[str, TraceSpec], tokens: Sequence[int], report: Reporter
+    ) -> Logits:
+        """Read a prompt as an engine does, and report how far it is; the logits after its last token, [V]."""
         self.prompt_tokens, self.prefill_calls = len(tokens), len(prefill_calls(functions, len(tokens) - 1))
-        started = time.perf_counter()
-        logits = read_prompt(stepper, functions, tokens)
-        self.prompt_seconds = time.perf_counter() - started
-        return logits
+        calls = self.prefill_calls + 1 if self.prefill_calls else len(tokens)
+        with report.steps("reading the prompt", calls) as count:
+            started = time.perf_counter()
+
+            def called(length: int) -> None:
+                self.read_tokens += length
+                self.prompt_seconds = time.perf_counter() - started
+                count()
+
+            return read_prompt(stepper, functions, tokens, called)
 
     def step(self, stepper: Stepper, token: int) -> Logits:
         """Decode a token of the answer; the logits after it, [V]."""
@@ -83,10 +97,11 @@ def generate(
     new_tokens: int,
     sampling: Sampling | None = None,
     pace: Pace | None = None,
+    report: Reporter | None = None,
 ) -> Iterator[str]:
     """Text piece by piece as it is generated, up to `new_tokens` tokens, any end of turn, or the end of the context.
 
-    The prompt is read as an engine reads it; see `read_prompt`.
+    The prompt is checked at once, and read with the first piece, as an engine reads it; see `read_prompt`.
 
     Args:
         bundle: the bundle.
@@ -95,25 +110,40 @@ def generate(
         new_tokens: tokens that are generated at the most.
         sampling: the choice of a token; None for the most probable one.
         pace: is filled in on the way.
+        report: is told how far the prompt is read.
 
     Raises:
         BadInput: when the prompt is empty or does not fit the context.
     """
-    from tokenizers.decoders import DecodeStream
-
     tokenizer = load_tokenizer(bundle.tokenizer)
     prompt_tokens = encode(tokenizer, prompt)
     if not prompt_tokens:
         raise BadInput("The prompt is empty.", 'Give one with -p "...".')
-    if len(prompt_tokens) >= bundle.max_context:
-        raise BadInput(f"The prompt is {len(prompt_tokens)} tokens, this bundle's context is {bundle.max_context}.")
-    stops = end_tokens(bundle.tokenizer).ids
+    hint = f"build the bundle with --max-context {len(prompt_tokens) + 1} or above"
+    require_room(len(prompt_tokens), bundle.max_context, hint)
     choose = _chooser(sampling or Sampling())
+    return _pieces(
+        bundle, backend, tokenizer, prompt_tokens, new_tokens, choose, pace or Pace(), report or Reporter(silent=True)
+    )
+
+
+def _pieces(
+    bundle: Bundle,
+    backend: Backend,
+    tokenizer: Tokenizer,
+    prompt_tokens: Sequence[int],
+    new_tokens: int,
+    choose: Callable[[Logits], int],
+    pace: Pace,
+    report: Reporter,
+) -> Iterator[str]:
+    from tokenizers.decoders import DecodeStream
+
+    stops = end_tokens(bundle.tokenizer).ids
     stream = DecodeStream(skip_special_tokens=True)
-    pace = Pace() if pace is None else pace
     capacity = min(bundle.max_context, len(prompt_tokens) + new_tokens)
     with backend.stepper(bundle.asset, bundle.functions, capacity) as stepper:
-        logits = pace.read(stepper, bundle.functions, prompt_tokens)
+        logits = pace.read(stepper, bundle.functions, prompt_tokens, report)
         for left in range(capacity - len(prompt_tokens), 0, -1):
             token = choose(logits)
             if token in stops:

@@ -7,23 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import click
-from attrs import asdict, evolve, frozen
+from attrs import asdict, evolve
 
-from coreai_zoo.build.chips import (
-    CHIPS,
-    EFFICIENCY,
-    EFFICIENCY_SOURCE,
-    GPU_SHARE_SOURCE,
-    MEASURED,
-    Chip,
-    tokens_per_second,
-)
-from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.build.chips import EFFICIENCY, GPU_SHARE_SOURCE, MEASURED, tokens_per_second
+from coreai_zoo.build.request import DEFAULT_BACKEND, BuildRequest
 from coreai_zoo.cli.completion import complete_entry
-from coreai_zoo.cli.plan_contracts import describe_contracts, fits_from, print_contracts
+from coreai_zoo.cli.plan_contracts import describe_contracts, print_contracts
+from coreai_zoo.cli.plan_machines import (
+    NO_MACHINES,
+    Machines,
+    describe_bundle,
+    describe_decode,
+    describe_efficiency,
+    describe_model,
+    figure,
+    find_machines,
+    fits_from,
+)
 from coreai_zoo.cli.target import target_option
 from coreai_zoo.commands import (
     Column,
+    Number,
     json_option,
     new_table,
     plugins_of,
@@ -34,25 +38,17 @@ from coreai_zoo.commands import (
 )
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.dtypes import size
-from coreai_zoo.errors import BadInput, did_you_mean
+from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import COMMON_ROLES
 from coreai_zoo.planning.contracts import compare_contracts
 from coreai_zoo.planning.plan import Plan
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import RECIPES
 
+PROMPT_TOKENS = 2000
+"""Tokens of a prompt that nobody said the length of."""
 
-@frozen
-class _Machines:
-    """The machines that decode rates are predicted for, and the share of their bandwidth that decode reaches."""
-
-    chips: tuple[Chip, ...]
-    efficiency: float
-    efficiency_source: str
-
-    @property
-    def at_efficiency(self) -> str:
-        return f"at {100 * self.efficiency:.0f} %"
+_RATES = (1e-3, 1e6)  # GB/s and TFLOPS of anything that may be a machine: with these nothing overflows or vanishes
 
 
 @click.command("plan")
@@ -67,6 +63,7 @@ class _Machines:
 )
 @click.option("--recipe", "recipes", metavar="R", multiple=True, help=f"{', '.join(RECIPES)}. Default: the entry's.")
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
+@click.option("--backend", metavar="B", help=f"coreai or coreml. Default: {DEFAULT_BACKEND}, or the target's.")
 @target_option
 @click.option(
     "--context",
@@ -76,16 +73,16 @@ class _Machines:
     help="Positions to count states at.",
 )
 @click.option("--chip", "chips", metavar="NAME", multiple=True, help="Of the machines only this; may be repeated.")
-@click.option("--bandwidth", type=click.FloatRange(0, min_open=True), metavar="GB/s", help="Of another machine.")
+@click.option("--bandwidth", type=Number(*_RATES), metavar="GB/s", help="Of another machine.")
 @click.option(
     "--tflops",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(*_RATES),
     metavar="N",
     help="Of that machine's GPU, in half precision: bounds how fast it reads a prompt.",
 )
 @click.option(
     "--efficiency",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0.001, 1),
     metavar="SHARE",
     help=f"Of the bandwidth that decode reaches. Default: {EFFICIENCY}, from a published measurement.",
 )
@@ -99,9 +96,7 @@ class _Machines:
     "--prompt-tokens",
     type=click.IntRange(1),
     metavar="N",
-    default=2000,
-    show_default=True,
-    help="Tokens of the prompt for --contracts.",
+    help=f"Tokens of the prompt for --contracts. Default: {PROMPT_TOKENS}.",
 )
 @json_option
 @click.pass_context
@@ -113,7 +108,7 @@ def plan(
     recipes: tuple[str, ...],
     compare: bool,
     contracts: bool,
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -136,6 +131,7 @@ def plan(
         zoo plan ~/some-sibling
         zoo plan qwen3.6-27b --target macos15
         zoo plan qwen3.6-27b --contracts --chip "M4 Max"
+        zoo plan qwen3.6-27b --contracts --target ios18 --bandwidth 100
         zoo plan qwen3.6-27b --compare
         zoo plan qwen3.6-27b qwen3.6-35b-a3b --compare --json
     """
@@ -143,31 +139,34 @@ def plan(
         raise BadInput(
             "There is nothing to plan.", "Name an entry, a repository or a folder; `zoo list` shows entries."
         )
+    _require_one_question(given, prompt_tokens, contracts=contracts, compare=compare)
     plugins = plugins_of(ctx)
     several = len(models) + len(checkpoints) > 1
     chosen: Sequence[str | None] = recipes or ((*plugins.recipes(),) if compare and not several else (None,))
     if not compare and (several or len(chosen) > 1):
         raise BadInput(
             "This asks for several plans.",
-            "Pass --compare to see them side by side, or name one: --checkpoint DIR is one by itself.",
+            "Name one model and one recipe, whose contracts are compared; --checkpoint DIR is one by itself."
+            if contracts
+            else "Pass --compare to see them side by side, or name one: --checkpoint DIR is one by itself.",
         )
     asked = BuildRequest(
-        recipe=chosen[0], contract=given["contract"], target=given["target"], max_context=given["context"], dry=True
+        recipe=chosen[0],
+        contract=given["contract"],
+        backend=given["backend"],
+        target=given["target"],
+        max_context=given["context"],
+        dry=True,
     )
     subjects = [evolve(asked, model=name) for name in models] + [evolve(asked, checkpoint=path) for path in checkpoints]
-    machines = _machines(given, MEASURED if contracts else None)
+    machines = find_machines(given, measured=contracts)
     if contracts:
-        if compare or asked.contract:
-            raise BadInput("--contracts compares all of them: it goes with neither --compare nor --contract.")
-        options = compare_contracts(subjects[0], plugins, prompt_tokens)
-        output = (options, machines.chips, machines.efficiency, prompt_tokens)
+        options = compare_contracts(subjects[0], plugins, prompt_tokens or PROMPT_TOKENS)
         if as_json:
-            print_json(describe_contracts(*output))
+            print_json(describe_contracts(options, machines))
         else:
-            print_contracts(*output)
+            print_contracts(options, machines)
         return
-    if given["tflops"] is not None:
-        raise BadInput("--tflops bounds how fast a prompt is read.", "Pass --contracts to see that.")
     plans = [make_plan(evolve(subject, recipe=recipe), plugins) for recipe in chosen for subject in subjects]
     if as_json:
         described = [_described(made, machines) for made in plans]
@@ -178,28 +177,23 @@ def plan(
         _print(plans[0], machines)
 
 
-def _machines(given: Mapping[str, Any], usual: Sequence[str] | None) -> _Machines:
-    """The machines that the options name, or the usual ones; None for every chip that is known."""
-    bandwidth, tflops, names, efficiency = (given[name] for name in ("bandwidth", "tflops", "chips", "efficiency"))
-    if bandwidth is None and tflops is not None:
-        raise BadInput("--tflops is of the machine that --bandwidth is of.", "Pass both, or --chip NAME.")
-    if bandwidth is not None and names:
-        raise BadInput("--bandwidth is of another machine than --chip.", "Pass one of the two.")
-    if bandwidth is not None:
-        chips: tuple[Chip, ...] = (Chip(f"{bandwidth:g} GB/s", bandwidth, (), tflops),)
-    elif names or usual:
-        chips = tuple(_chip(name) for name in names or usual or ())
-    else:
-        chips = CHIPS
-    return _Machines(chips, efficiency or EFFICIENCY, "--efficiency" if efficiency else EFFICIENCY_SOURCE)
+def _require_one_question(
+    given: Mapping[str, Any], prompt_tokens: int | None, *, contracts: bool, compare: bool
+) -> None:
+    """Refuse options that contradict each other, or that would be passed over.
 
-
-def _chip(name: str) -> Chip:
-    """The chip of that name, in capitals or not."""
-    for chip in CHIPS:
-        if chip.name.lower() == name.lower():
-            return chip
-    raise BadInput(f"No chip is called {name!r}.", did_you_mean(name, [chip.name for chip in CHIPS], 3))
+    Raises:
+        BadInput: naming them.
+    """
+    if contracts and (compare or given["contract"] or given["backend"]):
+        raise BadInput(
+            "--contracts compares all of them: it goes with neither --compare nor --contract nor --backend.",
+            "Leave one of them out; --target leaves only the contracts that a system runs.",
+        )
+    if not contracts and given["tflops"] is not None:
+        raise BadInput("--tflops bounds how fast a prompt is read.", "Pass --contracts to see that.")
+    if not contracts and prompt_tokens is not None:
+        raise BadInput("--prompt-tokens is the length of a prompt that is read.", "Pass --contracts to see how fast.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,23 +201,29 @@ def _chip(name: str) -> Chip:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _print(plan: Plan, machines: _Machines) -> None:
-    status = f", {plan.design.entry.status}" if plan.design.entry else ""
+def _print(plan: Plan, machines: Machines) -> None:
+    design = plan.design
+    status = f", {design.entry.status}" if design.entry else ""
+    target = f" for {design.request.target}" if design.request.target else ""
     print_text(
-        f"{plan.name}{status}: {plan.design.recipe.published_name}, contract {plan.design.contract.name}, overlay "
-        f"{plan.design.model.overlay.name} of plugin {plan.design.model.plugin}\n"
+        f"{plan.name}{status}: {design.recipe.published_name}, contract {design.contract.name}, backend "
+        f"{design.backend.name}{target}, overlay {design.model.overlay.name} of plugin {design.model.plugin}\n"
     )
     _print_roles(plan)
     click.echo()
     print_rows(_figures(plan))
     click.echo()
-    _print_rates(plan, machines)
-    click.echo()
+    if machines.chips:
+        _print_rates(plan, machines)
+        click.echo()
     for note in plan.design.notes:
         print_text(f"Note: {note}.")
     for measured in plan.published:
         special = f" ({measured.note})" if measured.note else ""
         print_text(f"Published: {measured.decode:g} tokens/s on {measured.machine}{special}; {measured.source}.")
+    if not machines.chips:
+        print_text(NO_MACHINES)
+        return
     print_text(f"The rate {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
     if plan.dense_read > plan.read:
         print_text(
@@ -290,7 +290,7 @@ def _published_size(plan: Plan) -> str:
     return "".join(f"; published: {known:,} ({100 * (plan.asset / known - 1):+.3f} %)" for known in sizes)
 
 
-def _print_rates(plan: Plan, machines: _Machines) -> None:
+def _print_rates(plan: Plan, machines: Machines) -> None:
     dense = plan.dense_read > plan.read
     every_expert = [Column("every expert, 100 %", number=True, drop=3)] if dense else []
     table = new_table(
@@ -310,7 +310,7 @@ def _print_rates(plan: Plan, machines: _Machines) -> None:
             chip.name,
             f"{chip.bandwidth:g}",
             fits_from(chip, plan.resident),
-            *(f"{rate:.1f}" for rate in rates),
+            *map(figure, rates),
             published,
         )
     print_table(table)
@@ -321,7 +321,7 @@ def _print_rates(plan: Plan, machines: _Machines) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
+def _print_side_by_side(plans: Sequence[Plan], machines: Machines) -> None:
     one_name = len({plan.name for plan in plans}) == 1
     one_recipe = len({plan.design.recipe.name for plan in plans}) == 1
     heads = [plan.design.recipe.name if one_name else plan.name for plan in plans]
@@ -330,6 +330,8 @@ def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
     title = plans[0].name if one_name else plans[0].design.recipe.name if one_recipe else None
     table = new_table("", *(Column(head, number=True) for head in heads), title=title)
     rows: list[tuple[str, list[str]]] = [
+        ("contract", [plan.design.contract.name for plan in plans]),
+        ("backend", [plan.design.backend.name for plan in plans]),
         ("parameters", [f"{plan.design.weights.parameters:,}" for plan in plans]),
         ("bits per parameter", [f"{plan.bits:.2f}" for plan in plans]),
         ("asset", [f"{plan.asset:,}" for plan in plans]),
@@ -343,13 +345,17 @@ def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
     for chip in machines.chips:
         rates = [tokens_per_second(plan.read, chip.bandwidth, machines.efficiency) for plan in plans]
         fits = [fits_from(chip, plan.resident) for plan in plans]
-        cells = [f"{rate:.1f}{f' ({fit})' if fit else ''}" for rate, fit in zip(rates, fits, strict=True)]
+        cells = [f"{figure(rate)}{f' ({fit})' if fit else ''}" for rate, fit in zip(rates, fits, strict=True)]
         rows.append((f"tokens/s, {chip.name}", cells))
     for name, cells in rows:
         if any(cells):
             table.add_row(name, *cells)
     print_table(table)
-    print_text(f"\nRates {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
+    click.echo()
+    if not machines.chips:
+        print_text(NO_MACHINES)
+        return
+    print_text(f"Rates {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
     if any(chip.memory for chip in machines.chips):
         print_text(f"In parentheses, the memory from which it fits. {GPU_SHARE_SOURCE}")
 
@@ -359,16 +365,10 @@ def _print_side_by_side(plans: Sequence[Plan], machines: _Machines) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _described(plan: Plan, machines: _Machines) -> Mapping[str, Any]:
+def _described(plan: Plan, machines: Machines) -> Mapping[str, Any]:
     return {
-        "name": plan.name,
-        "entry": plan.design.entry.name if plan.design.entry else None,
-        "status": plan.design.entry.status if plan.design.entry else None,
-        "overlay": plan.design.model.overlay.name,
-        "plugin": plan.design.model.plugin,
-        "recipe": plan.design.recipe.name,
-        "published_name": plan.design.recipe.published_name,
-        "contract": plan.design.contract.name,
+        **describe_model(plan),
+        **describe_bundle(plan),
         "facts": dict(plan.design.model.facts),
         "notes": list(plan.design.notes),
         "parameters": plan.design.weights.parameters,
@@ -385,27 +385,8 @@ def _described(plan: Plan, machines: _Machines) -> Mapping[str, Any]:
             }
             for role in plan.roles
         },
-        "asset_bytes": plan.asset,
-        "tokenizer_bytes": plan.tokenizer,
-        "bundle_bytes": plan.bundle,
-        "decode": {
-            "read_per_token": plan.read,
-            "dense_read_per_token": plan.dense_read,
-            "state_growth_per_position": plan.growth,
-        },
-        "states": {"context": plan.context, "bytes": plan.state_bytes, "by_name": dict(plan.states)},
         "build": plan.build.as_json(),
-        "efficiency": {"share": machines.efficiency, "source": machines.efficiency_source},
-        "machines": [
-            {
-                "name": chip.name,
-                "bandwidth_gb_per_second": chip.bandwidth,
-                "fits_from_gib": chip.smallest_memory(plan.resident),
-                "tokens_per_second": tokens_per_second(plan.read, chip.bandwidth),
-                "tokens_per_second_at_efficiency": tokens_per_second(plan.read, chip.bandwidth, machines.efficiency),
-                "tokens_per_second_dense_read": tokens_per_second(plan.dense_read, chip.bandwidth),
-            }
-            for chip in machines.chips
-        ],
+        "efficiency": describe_efficiency(machines),
+        "machines": [describe_decode(plan, chip, machines.efficiency) for chip in machines.chips],
         "published": [asdict(measured) for measured in plan.published],
     }

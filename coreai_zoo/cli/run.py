@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,8 +13,9 @@ from coreai_zoo.backend import Interpreting
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
 from coreai_zoo.cli.completion import complete_bundle
-from coreai_zoo.commands import plugins_of
+from coreai_zoo.commands import Number, plugins_of
 from coreai_zoo.engine import PREFILL
+from coreai_zoo.progress import Reporter
 
 if TYPE_CHECKING:
     from coreai_zoo.bundle.generate import Pace
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("-p", "--prompt", required=True, help="Text to continue.")
 @click.option("-n", "--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="At most so many.")
 @click.option("--chat", is_flag=True, help="Treat the prompt as a user's message, in the bundle's chat template.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: most probable token.")
+@click.option("--temperature", type=Number(0), default=0.0, show_default=True, help="0: most probable token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler.")
 @click.pass_context
 def run(
@@ -34,7 +36,8 @@ def run(
 
     On Linux that is a slow CPU interpreter: fine for samples and slices. BUNDLE is a path or a name, as for `zoo
     gate`. The prompt is read as an engine reads it: by the bundle's function `prefill` where it has one, all but the
-    last token. How fast prompt and answer went is told at the end, on stderr.
+    last token. It is printed once it has been read, and the answer as it comes. How fast both went is told at the end,
+    on stderr, also after Ctrl-C.
 
     \b
     Example:
@@ -48,28 +51,54 @@ def run(
     opened = Bundle.open(find_bundle(bundle, plugins))
     backend = backend_of(opened, plugins.backends())
     require_asset(opened)
-    if chat:
-        prompt = chat_prompt(opened, prompt)
-    else:
-        click.echo(prompt, nl=False)
-    pace = Pace()
-    for text in generate(opened, backend, prompt, new_tokens, Sampling(temperature, seed), pace):
-        click.echo(text, nl=False)
-        sys.stdout.flush()
-    click.echo()
-    for line in _rates(pace):
-        click.echo(line, err=True)
+    pace, shown = Pace(), "" if chat else prompt
+    read = chat_prompt(opened, prompt) if chat else prompt
+    report = Reporter(silent=not _shows_progress())
+    try:
+        _print(shown, generate(opened, backend, read, new_tokens, Sampling(temperature, seed), pace, report))
+    except KeyboardInterrupt:
+        _tell_rates(pace)
+        raise
+    _tell_rates(pace)
     if sys.platform != "darwin" or isinstance(backend, Interpreting):
         click.echo("An interpreter ran this: its rates say nothing about a Mac.", err=True)
 
 
+def _shows_progress() -> bool:
+    return sys.stderr.isatty()
+
+
+def _print(prompt: str, pieces: Iterator[str]) -> None:
+    """Print the prompt and what follows, once there is something: whatever goes wrong before, nothing is printed."""
+    first = next(pieces, "")
+    try:
+        for text in itertools.chain((prompt, first), pieces):
+            click.echo(text, nl=False)
+            sys.stdout.flush()
+    finally:
+        click.echo()
+
+
+def _tell_rates(pace: Pace) -> None:
+    for line in _rates(pace):
+        click.echo(line, err=True)
+
+
 def _rates(pace: Pace) -> Iterator[str]:
-    """Prompt and answer apart, a line each."""
+    """Prompt and answer apart, a line each; of a prompt that is not read to its end, how far it is."""
+    if pace.read_tokens < pace.prompt_tokens or not pace.prompt_tokens:
+        if pace.read_tokens:
+            took = _rate(pace.read_tokens, "token", pace.prompt_seconds)
+            yield f"prompt: {took}, of {_counted(pace.prompt_tokens, 'token')}"
+        return
     calls = _counted(pace.prefill_calls, "call")
     by = f"all but the last token by {PREFILL} in {calls}" if pace.prefill_calls else "token by token"
     yield f"prompt: {_rate(pace.prompt_tokens, 'token', pace.prompt_seconds)}, {by}"
     # The first token of an answer takes no step, and the token that ends it is not one of its own.
-    took = f"; {_rate(pace.steps, 'step', pace.answer_seconds)}" if pace.steps else ", by the prompt's logits"
+    if pace.steps:
+        took = f"; {_rate(pace.steps, 'step', pace.answer_seconds)}"
+    else:
+        took = ", which came with the prompt: no rate" if pace.answer_tokens else ": it ended at once"
     yield f"answer: {_counted(pace.answer_tokens, 'token')}{took}"
 
 

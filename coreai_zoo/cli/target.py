@@ -37,6 +37,6 @@ target_option = click.option(
     "--target",
     type=_SystemType(),
     metavar="SYSTEM",
-    help="System of the machine, such as macos27.0, macos27.2 or macos15: chooses contract and backend where they are "
-    "not given, and refuses those that it does not run.",
+    help="System of the machine, such as macos27.0, macos27.2, macos15 or ios18: chooses contract and backend where "
+    "they are not given, and refuses those that it does not run.",
 )

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from attrs import evolve, frozen
 
+from coreai_zoo.backend import require_room
 from coreai_zoo.build.request import BuildRequest
-from coreai_zoo.build.target import backend_of, runnable
+from coreai_zoo.build.target import backend_of, require_runnable
 from coreai_zoo.catalogue import find_backend
 from coreai_zoo.contracts import Contract
 from coreai_zoo.errors import BadInput, PluginError, ZooError
@@ -34,10 +35,12 @@ class Options:
     """The contracts that a model could be built for, in their order.
 
     Attributes:
+        prompt_tokens: of the prompt that each reads.
         options: each with its plan.
         left_out: the others by name, with the reason.
     """
 
+    prompt_tokens: int
     options: tuple[Option, ...]
     left_out: Mapping[str, str]
 
@@ -48,8 +51,8 @@ def compare_contracts(request: BuildRequest, plugins: Plugins, prompt_tokens: in
     Raises:
         BadInput: when no contract is left: what is wrong with the first one.
     """
-    there = list(plugins.contracts().values())
-    contracts = there if request.target is None else runnable(request.target, there)
+    target = request.target
+    contracts = list(plugins.contracts().values()) if target is None else require_runnable(target, plugins)
     options, left_out = [], {}
     first: ZooError | None = None
     for contract in contracts:
@@ -59,14 +62,13 @@ def compare_contracts(request: BuildRequest, plugins: Plugins, prompt_tokens: in
             left_out[contract.name] = error.message
             first = first or error
     if not options:
-        raise first or BadInput(f"{request.target} is not known to run any contract.")
-    return Options(tuple(options), left_out)
+        raise first or BadInput("No contract is installed.")
+    return Options(prompt_tokens, tuple(options), left_out)
 
 
 def _option(request: BuildRequest, contract: Contract, plugins: Plugins, prompt_tokens: int) -> Option:
     backend = find_backend(backend_of(contract), plugins)
     made = plan(evolve(request, contract=contract.name, backend=backend.name), plugins)
     backend.require(made.design.signatures, made.design.weights.quantizations)
-    if prompt_tokens > made.context:
-        raise BadInput(f"A prompt of {prompt_tokens:,} tokens does not fit a context of {made.context:,}.")
+    require_room(prompt_tokens, made.context, f"allow more with --max-context {prompt_tokens + 1} or above")
     return Option(made, prompt_calls(made, prompt_tokens))

@@ -39,13 +39,15 @@ class Reading:
         tokens: of the prompt.
         memory_seconds: for the weights of all calls, at the whole bandwidth.
         arithmetic_seconds: for the operations of all calls, at the whole rate; None where that is not known.
-        seconds: of all calls one after the other, each as long as its slower one of the two.
+        seconds: of all calls one after the other, each as long as its slower one of the two: the earliest time of a
+            first token. None where the arithmetic is not known, for the memory alone would make a chip look better
+            than one of which both are known.
     """
 
     tokens: int
     memory_seconds: float
     arithmetic_seconds: float | None
-    seconds: float
+    seconds: float | None
 
     @property
     def bandwidth_bound(self) -> float:
@@ -58,9 +60,9 @@ class Reading:
         return None if self.arithmetic_seconds is None else self.tokens / self.arithmetic_seconds
 
     @property
-    def bound(self) -> float:
-        """Tokens per second at the most."""
-        return self.tokens / self.seconds
+    def bound(self) -> float | None:
+        """Tokens per second at the most; None where the arithmetic is not known."""
+        return None if self.seconds is None else self.tokens / self.seconds
 
 
 def prompt_calls(figures: Figures, tokens: int) -> tuple[Call, ...]:
@@ -101,5 +103,5 @@ def read_on(chip: Chip, calls: Sequence[Call]) -> Reading:
         tokens=sum(call.tokens for call in calls),
         memory_seconds=sum(memory),
         arithmetic_seconds=None if arithmetic is None else sum(arithmetic),
-        seconds=sum(map(max, memory, arithmetic or memory)),
+        seconds=None if arithmetic is None else sum(map(max, memory, arithmetic)),
     )
