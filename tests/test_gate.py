@@ -19,6 +19,7 @@ from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.bounds import Measured, MeasuredBounds
 from coreai_zoo.build.rebuild import differences
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.gate import ReferenceModel
 from coreai_zoo.gates.huggingface import _by_config
 from coreai_zoo.plugins import Plugins
@@ -110,11 +111,13 @@ def test_the_samples_are_held_to_what_was_measured_on_them(gated: tuple[Path, Re
 
 def test_a_plugin_brings_a_runtime_a_reference_and_bounds(copy: Path, make_plugin: MakePlugin) -> None:
     build = json.loads((copy / "build.json").read_text(encoding="utf-8"))
-    (copy / "build.json").write_text(json.dumps(build | {"backend": "acme"}), encoding="utf-8")
+    acme = {"backend": "acme", "contract": build["contract"] | {"name": "acme-s1"}}
+    (copy / "build.json").write_text(json.dumps(build | acme), encoding="utf-8")
     unreachable = Measured(*[0.0] * 8)
     bounds = MeasuredBounds("nothing but wishes", 8, {("int8", "runtime", "dense"): unreachable}, {})
     hooks = {
         "zoo_backends": lambda: [CoreAIBackend(name="acme", runtime="acme-cpu")],
+        "zoo_contracts": lambda: [attrs.evolve(STATIC_S1, name="acme-s1", backends=("acme",))],
         "zoo_oracle": lambda: ReferenceModel("acme-models 2.1", _by_config),
         "zoo_gate_bounds": lambda: bounds,
     }
