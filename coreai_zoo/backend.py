@@ -253,7 +253,7 @@ def call_prefill(
     stepper: Stepper,
     functions: Mapping[str, TraceSpec],
     tokens: Sequence[int],
-    called: Callable[[int], None] = lambda _: None,
+    called: Callable[[], None] = lambda: None,
 ) -> None:
     """Feed tokens at the next positions to the function `prefill`, in the chunks in which an engine sends them.
 
@@ -261,20 +261,20 @@ def call_prefill(
         stepper: an asset that is loaded.
         functions: the signatures of its functions.
         tokens: what to feed.
-        called: is told after each call how many tokens it took.
+        called: is called after each call.
     """
     read = 0
     for length in prefill_calls(functions, len(tokens)):
         stepper.call(PREFILL, tokens[read : read + length])
         read += length
-        called(length)
+        called()
 
 
 def read_prompt(
     stepper: Stepper,
     functions: Mapping[str, TraceSpec],
     tokens: Sequence[int],
-    called: Callable[[int], None] = lambda _: None,
+    called: Callable[[], None] = lambda: None,
 ) -> np.ndarray[Any, Any]:
     """Feed a prompt at the next positions as an engine does; the logits after its last token, float16 [V].
 
@@ -286,7 +286,7 @@ def read_prompt(
         tokens = tokens[-1:]
     for token in tokens:
         logits = stepper.step(token)
-        called(1)
+        called()
     return logits
 
 

@@ -130,38 +130,6 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_before_it_is_prin
     )
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-    """Ctrl-C in the call of this number, the first one 0."""
-    real, made = CoreAIStepper.call, itertools.count()
-
-    def call(self: CoreAIStepper, function: str, tokens: Sequence[int]) -> np.ndarray[Any, Any] | None:
-        if next(made) == last:
-            raise KeyboardInterrupt
-        return real(self, function, tokens)
-
-    monkeypatch.setattr(CoreAIStepper, "call", call)
-
-
-@pytest.mark.parametrize("call", [0, 1, 4])
-def test_what_is_interrupted_still_tells_its_rates(chunked: Bundle, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """In the first call of prefill nothing is read yet; in the second, half of the prompt; then two steps are done."""
-    tokens = len(tokenizer_of(chunked).encode(PROMPT).ids)
-    interrupt_at(monkeypatch, call)
-    result = zoo("run", chunked.directory, "-p", PROMPT, "-n", "9")
-    assert result.exit_code == 130 and result.stderr.endswith("interrupted\n")
-    told_rates = [line for line in result.stderr.splitlines() if line.startswith(("prompt", "answer"))]
-    if call == 0:
-        assert (told_rates, result.stdout) == ([], "")
-    elif call == 1:
-        (prompt,) = told_rates
-        assert told(prompt, "token")[0] == tokens - 1 - (tokens - 1) // 2
-        assert prompt.endswith(f" tokens/s, of {tokens} tokens") and result.stdout == ""
-    else:
-        prompt, answer = told_rates
-        assert told(prompt, "token")[0] == tokens and answer.startswith("answer: 2 tokens; 1 step in ")
-        assert result.stdout.startswith(PROMPT) and result.stdout.endswith("\n")
-
-
 def test_a_terminal_shows_how_far_a_prompt_is_read_and_a_pipe_does_not(
     chunked: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -540,7 +540,7 @@ def test_a_contract_in_another_precision_is_refused_since_engines_read_float16(t
 
 def test_the_contract_of_core_ml_is_bound_by_no_rule_of_core_ai(tmp_path: Path) -> None:
     plugins = host(tmp_path, States(evolve(FIXED, name="oneCache"), evolve(FIXED, name="twoCache")))
-    planned = zoo("plan", "toy-mean", "--contract", "fixed-s1", plugins=plugins)
+    planned = zoo("plan", "toy-mean", "--contract", "fixed-s1", "--backend", "coreml", plugins=plugins)
     assert planned.exit_code == 0, planned.output
 
 

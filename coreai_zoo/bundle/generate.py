@@ -46,12 +46,11 @@ class Sampling:
 
 @define
 class Pace:
-    """How long a bundle took to read a prompt and to write its answer so far, in seconds of the runtime alone.
+    """How long a bundle took to read a prompt and to write its answer, in seconds of the runtime alone.
 
     Attributes:
         prompt_tokens: tokens of the prompt.
-        read_tokens: of these, those that were read: all of them once there are logits behind the last one.
-        prompt_seconds: for reading them.
+        prompt_seconds: until there were logits behind its last one.
         prefill_calls: calls of `prefill`, which read all of it but the last token; 0 where every token is decoded.
         answer_tokens: tokens of the answer; the logits behind the prompt choose the first one.
         steps: tokens that were decoded for the others, and to see that the answer ends.
@@ -59,7 +58,6 @@ class Pace:
     """
 
     prompt_tokens: int = 0
-    read_tokens: int = 0
     prompt_seconds: float = 0.0
     prefill_calls: int = 0
     answer_tokens: int = 0
@@ -74,13 +72,9 @@ class Pace:
         calls = self.prefill_calls + 1 if self.prefill_calls else len(tokens)
         with report.steps("reading the prompt", calls) as count:
             started = time.perf_counter()
-
-            def called(length: int) -> None:
-                self.read_tokens += length
-                self.prompt_seconds = time.perf_counter() - started
-                count()
-
-            return read_prompt(stepper, functions, tokens, called)
+            logits = read_prompt(stepper, functions, tokens, count)
+            self.prompt_seconds = time.perf_counter() - started
+        return logits
 
     def step(self, stepper: Stepper, token: int) -> Logits:
         """Decode a token of the answer; the logits after it, [V]."""

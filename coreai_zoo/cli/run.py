@@ -37,7 +37,7 @@ def run(
     On Linux that is a slow CPU interpreter: fine for samples and slices. BUNDLE is a path or a name, as for `zoo
     gate`. The prompt is read as an engine reads it: by the bundle's function `prefill` where it has one, all but the
     last token. It is printed once it has been read, and the answer as it comes. How fast both went is told at the end,
-    on stderr, also after Ctrl-C.
+    on stderr.
 
     \b
     Example:
@@ -54,12 +54,9 @@ def run(
     pace, shown = Pace(), "" if chat else prompt
     read = chat_prompt(opened, prompt) if chat else prompt
     report = Reporter(silent=not _shows_progress())
-    try:
-        _print(shown, generate(opened, backend, read, new_tokens, Sampling(temperature, seed), pace, report))
-    except KeyboardInterrupt:
-        _tell_rates(pace)
-        raise
-    _tell_rates(pace)
+    _print(shown, generate(opened, backend, read, new_tokens, Sampling(temperature, seed), pace, report))
+    for line in _rates(pace):
+        click.echo(line, err=True)
     if sys.platform != "darwin" or isinstance(backend, Interpreting):
         click.echo("An interpreter ran this: its rates say nothing about a Mac.", err=True)
 
@@ -79,18 +76,8 @@ def _print(prompt: str, pieces: Iterator[str]) -> None:
         click.echo()
 
 
-def _tell_rates(pace: Pace) -> None:
-    for line in _rates(pace):
-        click.echo(line, err=True)
-
-
 def _rates(pace: Pace) -> Iterator[str]:
-    """Prompt and answer apart, a line each; of a prompt that is not read to its end, how far it is."""
-    if pace.read_tokens < pace.prompt_tokens or not pace.prompt_tokens:
-        if pace.read_tokens:
-            took = _rate(pace.read_tokens, "token", pace.prompt_seconds)
-            yield f"prompt: {took}, of {_counted(pace.prompt_tokens, 'token')}"
-        return
+    """Prompt and answer apart, a line each."""
     calls = _counted(pace.prefill_calls, "call")
     by = f"all but the last token by {PREFILL} in {calls}" if pace.prefill_calls else "token by token"
     yield f"prompt: {_rate(pace.prompt_tokens, 'token', pace.prompt_seconds)}, {by}"
