@@ -16,10 +16,12 @@ from attrs import evolve
 import forked
 from checkpoints import tiny_checkpoint
 from command import hear_interruptions, zoo
+from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.build.design import design
 from coreai_zoo.build.preflight import LEAST_MEMORY, preflight
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.workspace import Workspace
+from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.plugins import default_plugins
@@ -233,6 +235,17 @@ def test_a_process_that_complains_of_what_is_removed_does_not_hide_what_the_libr
     result = subprocess.run([sys.executable, "-c", script, tmp_path / "x"], capture_output=True, text=True, check=False)
     assert result.returncode == 3
     assert result.stderr.startswith(f"error: There is no space left to write {tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize(
+    ("contract", "layers", "measured"),
+    [("static-s1", 64, 499), ("chunked", 8, 472), ("chunked", 64, 706), ("chunked-unrolled", 64, 1033)],
+)
+def test_the_memory_of_a_build_is_as_it_was_measured(contract: str, layers: int, measured: int) -> None:
+    """Peak anonymous MB of `benchmarks/lowering.py`."""
+    prefill = CONTRACTS[contract].prefill
+    told = CoreAIBackend().memory(layers, 2 if prefill else 1, prefill.steps if prefill else 1)
+    assert 0.95 * measured < told / 1e6 < 1.15 * measured
 
 
 @pytest.mark.parametrize(
