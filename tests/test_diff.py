@@ -389,7 +389,10 @@ def refused(*arguments: object) -> str:
     return " ".join(result.output.split())
 
 
-def test_a_bundle_and_an_entry_cannot_be_compared(built: Callable[[str], Path]) -> None:
+def test_a_bundle_and_an_entry_cannot_be_compared(
+    built: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no bundle of that entry is, as `make demo` leaves one
     assert "is a bundle and qwen3.6-27b is none" in refused(built("int8hu"), "qwen3.6-27b")
     assert "is a bundle and qwen3.6-27b is none" in refused("qwen3.6-27b", built("int8hu"))
 
