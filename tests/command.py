@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
+import click
 from click.testing import CliRunner, Result
 
-from coreai_zoo.cli.app import cli
+from coreai_zoo.cli.app import COMMANDS, cli
 from coreai_zoo.plugins import Plugins
 
 
 def zoo(*arguments: object, plugins: Plugins | None = None) -> Result:
     """`zoo` with these arguments; with the installed plugins, or with those that are given."""
     return CliRunner().invoke(cli, [str(argument) for argument in arguments], obj=plugins, prog_name="zoo")
+
+
+def commands() -> Iterator[click.Command]:
+    """Every command of `zoo`."""
+    context = click.Context(cli)
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        yield command
 
 
 def hear_interruptions() -> None:

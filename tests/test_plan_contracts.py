@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import toy_plugin
 from checkpoints import text_config, tiny_checkpoint, write_json
-from command import zoo
+from command import commands, zoo
 from coreai_zoo.backends import builtin
 from coreai_zoo.build.chips import (
     CHIPS,
@@ -32,7 +31,6 @@ from coreai_zoo.build.chips import (
 )
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.target import backend_of
-from coreai_zoo.cli.app import COMMANDS, cli
 from coreai_zoo.cli.plan_machines import figure
 from coreai_zoo.commands import Number
 from coreai_zoo.contracts import CHUNKED, CONTRACTS, DYNAMIC, Prefill
@@ -296,14 +294,6 @@ def test_every_number_that_is_taken_gives_figures(bandwidth: str, tflops: str) -
     for option in compared("--bandwidth", bandwidth, "--tflops", tflops, "--prompt-tokens", "1")["contracts"]:
         (machine,) = option["machines"]
         assert 0 < machine["least_seconds_to_first_token"] < float("inf") and machine["prompt_bound"] > 0
-
-
-def commands() -> Iterator[click.Command]:
-    context = click.Context(cli)
-    for name in COMMANDS:
-        command = cli.get_command(context, name)
-        assert command is not None
-        yield command
 
 
 def test_no_option_takes_numbers_that_are_not_finite() -> None:

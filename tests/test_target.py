@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import click
 import pytest
 from attrs import evolve
 
-from command import zoo
+from command import commands, zoo
 from coreai_zoo.backends import builtin
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.figures import Figures
 from coreai_zoo.build.record import describe
 from coreai_zoo.build.request import BuildRequest
-from coreai_zoo.cli.app import COMMANDS, cli
+from coreai_zoo.cli.app import cli
 from coreai_zoo.contracts import CONTRACTS, FIXED_S1, STATIC_S1, Contract
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins, default_plugins
@@ -245,14 +245,6 @@ def test_a_contract_that_the_usual_backend_does_not_write_for_names_the_one_that
 # ---------------------------------------------------------------------------------------------------------------------
 # The option
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def commands() -> Iterator[click.Command]:
-    context = click.Context(cli)
-    for name in COMMANDS:
-        command = cli.get_command(context, name)
-        assert command is not None
-        yield command
 
 
 def test_every_command_that_takes_a_contract_takes_a_target() -> None:
