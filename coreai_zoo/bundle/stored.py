@@ -63,8 +63,9 @@ class StoredForm:
 
     def is_of(self, format_: Format) -> bool:
         """Whether a weight of a format can look like this in an asset, a matrix of one row also as its transpose."""
-        shapes = (format_.shape, format_.shape[::-1] if 1 in format_.shape else format_.shape)
-        return self.shape in shapes and self.fits(format_.quantization, format_.columns, format_.dtype)
+        one_row = len(format_.shape) == 2 and 1 in format_.shape
+        as_it_is = self.shape == format_.shape or (one_row and self.shape == format_.shape[::-1])
+        return as_it_is and self.fits(format_.quantization, format_.columns, format_.dtype)
 
     def is_turned(self, format_: Format) -> bool:
         """Whether a plain weight of a format can look like this where the compiler has folded a transposition of it."""
