@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import Any
@@ -130,11 +130,10 @@ def describe(design: Design) -> dict[str, Any]:
                     "plugin": plugin,
                     "pattern": rewrite.pattern,
                     "reason": rewrite.reason,
-                    "functions": [name for name, function in design.functions.items() if found in function.rewrites],
+                    "functions": functions,
                     "code_sha256": code_digest(rewrite.apply),
                 }
-                for found in _rewrites(design)
-                for plugin, rewrite in [found]
+                for plugin, rewrite, functions in _rewrites(design)
             ],
         },
         "facts": dict(design.facts),
@@ -216,10 +215,12 @@ def _loose_entry(design: Design) -> str | None:
     return Path(name).read_text(encoding="utf-8") if name and name.endswith(".toml") else None
 
 
-def _rewrites(design: Design) -> list[tuple[str, LayerRewrite]]:
-    """The rewrites of all functions, each once, with its plugin."""
+def _rewrites(design: Design) -> Iterator[tuple[str, LayerRewrite, list[str]]]:
+    """The rewrites of all functions, each once, with its plugin and the functions that it is in."""
     rewrites = [found for function in design.functions.values() for found in function.rewrites]
-    return [found for at, found in enumerate(rewrites) if found not in rewrites[:at]]
+    for at, found in enumerate(rewrites):
+        if found not in rewrites[:at]:
+            yield *found, [name for name, function in design.functions.items() if found in function.rewrites]
 
 
 def _total(total: RoleTotal) -> dict[str, Any]:

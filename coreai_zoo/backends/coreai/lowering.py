@@ -126,7 +126,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
             super()._handle_placeholder_op(node)
 
     def _handle_call_function_op(self, node: fx.Node) -> None:
-        if node.name in self._values_map:  # the transpose of a vector
+        if node.name in self._values_map:  # the transpose of a matrix of one row
             return
         for read in node.all_input_nodes:
             # Where it is read first, as a layer does that unpacks its own weight.
