@@ -138,16 +138,23 @@ class Backend(Protocol):
     def versions(self) -> Mapping[str, str]:
         """Distribution name to version of everything that determines the asset's bytes."""
 
-    def trace(self, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]) -> Traced:
+    def trace(
+        self,
+        modules: Mapping[str, nn.Module],
+        functions: Mapping[str, TraceSpec],
+        read_transposed: Collection[str] | None = None,
+    ) -> Traced:
         """Trace every function; what can be wrong with a decoder shows here, before a weight is read.
 
         Args:
             modules: the decoder of each function, its parameters allocated, see `lowering.module.allocate`: plain ones
                 unless the backend `traces_quantized`. Parameters of one name are the same weight. They are modified.
             functions: their signatures; the first one decodes.
+            read_transposed: the parameters of which the weight map says that their transpose alone is read; None where
+                that is not known.
 
         Raises:
-            PluginError: when a module does not meet the contract.
+            PluginError: when a module does not meet the contract, or reads a weight otherwise than the weight map says.
             EnvironmentLacks: when the toolchain is missing or another version.
         """
 
@@ -298,8 +305,10 @@ class Constant:
         data: bytes in memory or a memory map of them; nothing is read until it is written out.
         shape: logical shape, in elements.
         dtype: logical dtype, for example `float16`, `int8` or `int4` (two to a byte, low half first).
+        transposed: whether the last two axes are exchanged, those of `shape` too, against the decoder's parameter.
     """
 
     data: Any
     shape: tuple[int, ...]
     dtype: str
+    transposed: bool = False

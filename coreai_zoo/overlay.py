@@ -155,6 +155,8 @@ class WeightRule:
         source_shape: the checkpoint's shape from the parameter's, when they hold the same rows in another shape.
         part: which slab of the target this source fills, or None for all of it.
         fallback: take this source only when no other rule fills the target.
+        read_transposed: whether the decoder reads of the target, of three axes or more, nothing but its transpose in
+            the last two. Plain values are then stored in this order. A build refuses a decoder that does otherwise.
     """
 
     source: str
@@ -164,6 +166,7 @@ class WeightRule:
     source_shape: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
     part: Part | None = None
     fallback: bool = False
+    read_transposed: bool = False
 
 
 @frozen

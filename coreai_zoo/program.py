@@ -21,7 +21,6 @@ class Operation:
         types: of the results, for example `tensor<64x2xfloat16>`; a dynamic size is `?`.
         attributes: everything else that it says, as text: for a constant its value, or the name of a stored one.
         stored: name of the stored constant that this is, or None.
-        weight: name of the weight whose values this constant holds, where it is another name or none.
         callee: name of the composite's function that this calls, or None.
         on_state: whether it reads or writes a whole state, orders such accesses, or returns.
     """
@@ -32,7 +31,6 @@ class Operation:
     types: tuple[str, ...]
     attributes: tuple[str, ...] = ()
     stored: str | None = None
-    weight: str | None = None
     callee: str | None = None
     on_state: bool = False
 

@@ -103,6 +103,7 @@ THOROUGH = frozenset(
         "tokenizer",
         "toy_plugin",
         "toy_vocabulary",
+        "transposed",
         "tutorial",
         "two_functions",
         "verify",

@@ -81,9 +81,9 @@ class Compiled:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
     """Both kinds, with constants of equal bytes among their weights."""
 
-    def compile_(kind: Any) -> Compiled:
+    def compile_(kind: Any, recipe: str) -> Compiled:
         directory = tmp_path_factory.mktemp(kind)
-        planned = Planned(Checkpoint.open(with_equal_norms(directory / "checkpoint", kind)), RECIPES["int8hu"])
+        planned = Planned(Checkpoint.open(with_equal_norms(directory / "checkpoint", kind)), RECIPES[recipe])
         module, tensors = planned.module(), {tensor.name: tensor for tensor in planned.plan.tensors}
         lowering.allocate(
             module, {name: attrs.evolve(each.format, quantization=None) for name, each in tensors.items()}
@@ -92,7 +92,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
         BACKEND.trace({"main": module}, {"main": planned.signature}).save(constants, directory / "m.aimodel")
         return Compiled(planned, directory / "m.aimodel", constants)
 
-    return {kind: compile_(kind) for kind in KINDS}
+    return {**{kind: compile_(kind, "int8hu") for kind in KINDS}, "plain moe": compile_("moe", "fp16")}
 
 
 def with_equal_norms(directory: Path, kind: Any) -> Path:
@@ -111,7 +111,7 @@ def with_equal_norms(directory: Path, kind: Any) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "plain moe"])
 def test_every_state_comes_back_wherever_the_compiler_put_it(kind: str, compiled: dict[str, Compiled]) -> None:
     built = compiled[kind]
     state = BACKEND.state(built.asset, "main", lowering.state_of(built.planned.module(), built.planned.plan))
@@ -122,6 +122,28 @@ def test_every_state_comes_back_wherever_the_compiler_put_it(kind: str, compiled
     missing = set(built.constants) - set(BACKEND.constants(built.asset))
     assert len([name for name in missing if "layernorm" in name]) == 4
     assert not any("shared_expert_gate" in name for name in missing)
+
+
+def test_plain_experts_are_stored_as_they_are_read_and_come_back_as_they_are(compiled: dict[str, Compiled]) -> None:
+    """Stored otherwise, the compiler would lay them out anew under names that differ from process to process."""
+    built = compiled["plain moe"]
+    experts = [tensor for tensor in built.planned.plan.tensors if tensor.role == "moe.expert"]
+    assert len(experts) == 6 and all(tensor.format.transposed for tensor in experts)
+    stored = BACKEND.constants(built.asset)
+    assert not any(name.startswith("resource") for name in stored)
+    weights, checkpoint = built.weights(), CheckpointWeights("it", built.planned.checkpoint, built.planned.plan)
+    for tensor in experts:
+        ours = torch.frombuffer(stored[tensor.name], dtype=torch.float16).view(tensor.format.arrays["data"].shape)
+        rows, columns = tensor.format.rows, tensor.format.columns
+        found, expected = torch.empty(2, rows, columns, dtype=torch.float16)
+        checkpoint.read_rows(tensor.name, 0, rows, expected)
+        assert torch.equal(ours, expected.view(tensor.shape).transpose(1, 2))
+        cut = tensor.shape[1] + 3  # within the second expert
+        for start, stop in ((0, cut), (cut, cut + 2), (cut + 2, rows)):
+            weights.read_rows(tensor.name, start, stop, found[start:stop])
+        assert torch.equal(found, expected)
+    runtime, ours = on_the_runtime(built), built.planned.candidate(weights).run(TOKENS).logits
+    assert np.abs(runtime - ours).mean() <= 0.005 * np.abs(ours).max()
 
 
 def test_an_asset_of_other_weights_is_refused(compiled: dict[str, Compiled]) -> None:
@@ -136,6 +158,7 @@ def test_an_asset_of_other_weights_is_refused(compiled: dict[str, Compiled]) -> 
 @pytest.mark.parametrize(
     "spec",
     [
+        None,
         QuantizationSpec("int4", "symmetric_with_clipping", 32),
         QuantizationSpec("uint4", "asymmetric", 32),
         QuantizationSpec("uint8", "asymmetric", 16),
@@ -143,8 +166,11 @@ def test_an_asset_of_other_weights_is_refused(compiled: dict[str, Compiled]) -> 
     ],
     ids=str,
 )
-def test_integers_become_the_values_that_the_graph_makes_of_them(spec: QuantizationSpec, tmp_path: Path) -> None:
-    planned = Planned(Checkpoint.open(tiny_checkpoint(tmp_path / "checkpoint")), recipe_of(spec))
+def test_what_is_stored_becomes_the_values_that_the_graph_makes_of_it(
+    spec: QuantizationSpec | None, tmp_path: Path
+) -> None:
+    recipe, kind = (RECIPES["fp16"], "moe") if spec is None else (recipe_of(spec), "dense")
+    planned = Planned(Checkpoint.open(tiny_checkpoint(tmp_path / "checkpoint", kind)), recipe)  # type: ignore[arg-type]
     module = planned.module()
     store = planned.store(tmp_path / "store")
     lowering.bind(module, store)
@@ -152,7 +178,8 @@ def test_integers_become_the_values_that_the_graph_makes_of_them(spec: Quantizat
     state = {name: torch.from_numpy(c.data.reshape(-1).view(np.uint8)) for name, c in constants.items()}
     weights = AssetWeights("the store", {tensor.name: tensor for tensor in planned.plan.tensors}, state)
     quantized = [tensor for tensor in planned.plan.tensors if tensor.quantization is not None]
-    assert len(quantized) >= 9
+    transposed = [tensor for tensor in planned.plan.tensors if tensor.format.transposed]
+    assert (len(quantized) >= 9, len(transposed)) == (spec is not None, 4 if spec is None else 0)
     for tensor in planned.plan.tensors:
         path, _, leaf = tensor.name.rpartition(".")
         expected = getattr(module.get_submodule(path), leaf).detach().reshape(tensor.format.rows, tensor.format.columns)

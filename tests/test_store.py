@@ -141,6 +141,29 @@ def test_integers_scales_and_zero_points_are_the_quantizers(
         assert torch.equal(torch.from_numpy(zero_points).flatten(), flat)
 
 
+@pytest.mark.parametrize("height", [1, 3, 7, 12])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_stack_that_is_read_transposed_is_stored_so_however_its_rows_come(
+    tmp_path: Path, height: int, parts: int
+) -> None:
+    columns = CHUNK_ELEMENTS // 5 // 32 * 32  # five rows are a chunk: some matrices are in several, some chunks in two
+    stack = torch.randn(3, height * parts, columns).bfloat16()
+    if parts == 1:
+        found, rules = {"w": stack}, (WeightRule("w", "w", "mlp", read_transposed=True),)
+    else:
+        halves = [Part("i", piece, 2) for piece in (0, 1)]
+        rules = tuple(WeightRule(f"{{i}}.{p.piece}", "w", "mlp", part=p, read_transposed=True) for p in halves)
+        found = {f"{i}.{p.piece}": stack[i].chunk(2)[p.piece].contiguous() for i in range(3) for p in halves}
+    checkpoint, store = write(tmp_path / "c", found), WeightStore(tmp_path / "s")
+    table, infos = WeightMap(rules), {"w": ParameterInfo(tuple(stack.shape), "float16")}
+    store.fill(plan_weights(table, infos, checkpoint.tensors, RECIPES["fp16"]), checkpoint)
+    assert torch.equal(torch.from_numpy(store["w"].array("data")), stack.half().transpose(1, 2))
+    assert store["w"].format.transposed
+    # Integers lie in the order of the weight: they are turned to values before they are read.
+    store.fill(plan_weights(table, infos, checkpoint.tensors, RECIPES["int8lin"]), checkpoint)
+    assert store["w"].array("data").shape == stack.shape and not store["w"].format.transposed
+
+
 @pytest.mark.parametrize("spec", [None, QuantizationSpec("uint4", "asymmetric", None)])
 def test_a_tensor_of_many_chunks_is_the_same_as_in_one(tmp_path: Path, spec: QuantizationSpec | None) -> None:
     # 3 chunks with an odd number of rows each, so that packed zero points end within a byte.
@@ -229,6 +252,13 @@ def test_another_recipe_computes_again_what_it_stores_differently(checkpoint: Ch
     assert computed(store, plan(checkpoint, RECIPES["fp16"]), checkpoint) == ["l.0.w", "l.1.w", "experts"]
     assert not (store.directory / "l.0.w.scales").exists()
     assert computed(store, plan(checkpoint), checkpoint) == ["l.0.w", "l.1.w", "experts"]
+
+
+def test_to_read_a_stack_transposed_computes_exactly_that_tensor(checkpoint: Checkpoint, store: WeightStore) -> None:
+    store.fill(plan(checkpoint, RECIPES["fp16"]), checkpoint)
+    rules = tuple(evolve(rule, read_transposed=rule.target == "experts") for rule in RULES)
+    assert store.fill(plan(checkpoint, RECIPES["fp16"], rules), checkpoint).computed == 1
+    assert store["experts"].array("data").shape == (3, 32, 4)
 
 
 def test_another_transform_computes_its_tensor_again(checkpoint: Checkpoint, store: WeightStore) -> None:

@@ -251,12 +251,17 @@ def test_a_table_that_cannot_work_is_the_overlays_bug(wrong: WeightRule, message
         plan((wrong,), {"w": (2, 4, 8)}, {"w.0": (4, 8)})
 
 
-def test_rules_that_fill_one_parameter_must_agree_on_role_and_transform() -> None:
-    rules = (
-        WeightRule("e.{i}.a", "w", "moe.expert", part=Part("i", 0, 2)),
+@pytest.mark.parametrize(
+    "other",
+    [
         WeightRule("e.{i}.b", "w", "moe.expert", Transform("double", lambda x: x * 2), part=Part("i", 1, 2)),
-    )
-    with pytest.raises(ValueError, match="differ in role or transform"):
+        WeightRule("e.{i}.b", "w", "mlp", part=Part("i", 1, 2)),
+        WeightRule("e.{i}.b", "w", "moe.expert", part=Part("i", 1, 2), read_transposed=True),
+    ],
+)
+def test_rules_that_fill_one_parameter_must_agree(other: WeightRule) -> None:
+    rules = (WeightRule("e.{i}.a", "w", "moe.expert", part=Part("i", 0, 2)), other)
+    with pytest.raises(ValueError, match="differ in role, transform or read_transposed"):
         plan(rules, {"w": (1, 2, 4)}, {"e.0.a": (1, 4), "e.0.b": (1, 4)})
 
 

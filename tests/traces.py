@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 import types
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 from torch import nn
@@ -44,17 +45,20 @@ def inherit() -> None:
     CoreAIBackend.trace = _remembering(CoreAIBackend.trace)  # type: ignore[method-assign]
 
 
-Trace = Callable[[CoreAIBackend, Mapping[str, nn.Module], Mapping[str, TraceSpec]], CoreAITraced]
+Trace = Callable[[CoreAIBackend, Mapping[str, nn.Module], Mapping[str, TraceSpec], Any], CoreAITraced]
 
 
 def _remembering(trace: Trace) -> Trace:
     def remembered(
-        self: CoreAIBackend, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]
+        self: CoreAIBackend,
+        modules: Mapping[str, nn.Module],
+        functions: Mapping[str, TraceSpec],
+        read_transposed: Any = None,
     ) -> CoreAITraced:
         decoders = tuple((name, repr(functions[name]), _everything(module)) for name, module in modules.items())
-        key = (repr(self), tuple(_code()), decoders)
+        key = (repr(self), tuple(_code()), decoders, None if read_transposed is None else tuple(read_transposed))
         if key not in _traced:
-            _traced[key] = trace(self, modules, functions)
+            _traced[key] = trace(self, modules, functions, read_transposed)
             if len(_traced) > _KEPT:
                 _traced.popitem(last=False)
         _traced.move_to_end(key)

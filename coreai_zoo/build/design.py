@@ -186,7 +186,8 @@ class Design:
             formats = {name: evolve(format_, quantization=None) for name, format_ in formats.items()}
         for module in self.modules.values():
             allocate(module, formats)
-        return self.backend.trace(self.modules, self.signatures)
+        transposed = [tensor.name for tensor in self.weights.tensors if tensor.read_transposed]
+        return self.backend.trace(self.modules, self.signatures, transposed)
 
     def with_recipe(self, name: str) -> Design:
         """The same design with its weights stored by another recipe.

@@ -22,7 +22,7 @@ def expected_by(designed: Design, checkpoint: Path | None) -> Expected:
         functions=designed.signatures,
         language=language_block(designed.signatures, designed.facts["vocab_size"], designed.max_context),
         weights={
-            tensor.name: ExpectedWeight(tensor.shape, tensor.dtype, roles[tensor.role])
+            tensor.name: ExpectedWeight(tensor.shape, tensor.dtype, roles[tensor.role], tensor.read_transposed)
             for tensor in designed.weights.stored
         },
         recorded={

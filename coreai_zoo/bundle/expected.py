@@ -18,11 +18,12 @@ from coreai_zoo.signature import TraceSpec
 
 @frozen
 class ExpectedWeight:
-    """One weight of the decoder that has bytes of its own."""
+    """One weight of the decoder that has bytes of its own; see `PlannedTensor`."""
 
     shape: tuple[int, ...]
     dtype: str
     role: Role
+    read_transposed: bool
 
 
 @frozen

@@ -64,13 +64,9 @@ class StoredForm:
     def is_of(self, format_: Format) -> bool:
         """Whether a weight of a format can look like this in an asset, a matrix of one row also as its transpose."""
         one_row = len(format_.shape) == 2 and 1 in format_.shape
-        as_it_is = self.shape == format_.shape or (one_row and self.shape == format_.shape[::-1])
+        stored = format_.arrays["data"].shape
+        as_it_is = self.shape == stored or (one_row and self.shape == stored[::-1])
         return as_it_is and self.fits(format_.quantization, format_.columns, format_.dtype)
-
-    def is_turned(self, format_: Format) -> bool:
-        """Whether a plain weight of a format can look like this where the compiler has folded a transposition of it."""
-        plain = self.scales is None and format_.quantization is None
-        return plain and self.dtype == format_.dtype and sorted(self.shape) == sorted(format_.shape)
 
     def fits(self, spec: QuantizationSpec | None, columns: int, dtype: str) -> bool:
         """Whether a weight can look like this that is `columns` wide, of a dtype, and quantized by `spec`."""
@@ -170,16 +166,13 @@ def _names(bundle: Bundle, compression: str) -> Iterator[str]:
 
 def _as_designed(forms: Mapping[str, StoredForm], claimed: Recipe, expected: Expected) -> Iterator[str]:
     """What is stored otherwise than the name says, or not at all, weight by weight."""
-    nameless = [form for name, form in forms.items() if name not in expected.weights]
     for name, weight in expected.weights.items():
         spec = claimed.spec(weight.role)
-        wanted = Format(weight.shape, weight.dtype, spec)
+        wanted = Format(weight.shape, weight.dtype, spec, weight.read_transposed)
         if name in forms and not forms[name].is_of(wanted):
             yield f"{name} is {forms[name]}, and by the bundle's name {spec or weight.dtype} {list(weight.shape)}"
         # One that is stored under another's name looks like it.
-        elif name not in forms and not (
-            any(form.is_of(wanted) for form in forms.values()) or any(form.is_turned(wanted) for form in nameless)
-        ):
+        elif name not in forms and not any(form.is_of(wanted) for form in forms.values()):
             yield f"{name} is not stored, nor is another like it"
 
 

@@ -93,6 +93,8 @@ class AssetWeights:
         """Rows of one of a weight's arrays, as a matrix."""
         array = tensor.format.arrays[kind]
         memory = self.state[tensor.format.state_names(tensor.stored_as)[kind]].view(getattr(torch, array.memory_dtype))
+        if tensor.format.transposed:
+            return _rows_of_transposed(memory.view(-1, *array.shape[-2:]), start, stop)
         if not array.packed:
             return memory.view(tensor.format.rows, -1)[start:stop]
         signed = not array.dtype.startswith("u")
@@ -100,6 +102,16 @@ class AssetWeights:
             return unpack_int4(memory.view(tensor.format.rows, -1)[start:stop], signed=signed)
         # Packed as one row, whose last half-byte may be unused.
         return unpacked(memory, array).view(tensor.format.rows, -1)[start:stop]
+
+
+def _rows_of_transposed(stack: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of a stack of matrices [N, R, C], of which the transposes, [N, C, R], are stored: [stop - start, C]."""
+    height = stack.shape[-1]
+    parts = []
+    for index in range(start // height, -(-stop // height)):
+        first = index * height
+        parts.append(stack[index].T[max(start - first, 0) : stop - first])
+    return torch.cat(parts)
 
 
 @frozen

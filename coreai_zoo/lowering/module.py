@@ -150,7 +150,8 @@ def allocate(module: nn.Module, formats: Mapping[str, Format]) -> None:
     """
     for name, _ in list(module.named_parameters()):
         arrays = formats[name].arrays.items()
-        _put(module, name, formats[name], {kind: torch.empty(a.shape, dtype=_carrier(a)) for kind, a in arrays})
+        values = {kind: torch.empty(array.shape, dtype=_carrier(array)) for kind, array in arrays}
+        _put(module, name, formats[name], values)
 
 
 def bind(module: nn.Module, store: WeightStore) -> None:
@@ -180,7 +181,8 @@ def _put(module: nn.Module, name: str, format_: Format, values: Mapping[ArrayKin
     """Make `values` the parameter called `name`: as they are, or as the integers, scales and zero points of it."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    setattr(owner, leaf, nn.Parameter(values["data"], requires_grad=False))
+    data = values["data"].transpose(-1, -2) if format_.transposed else values["data"]
+    setattr(owner, leaf, nn.Parameter(data, requires_grad=False))
     if format_.quantization is not None:
         dequantize = Dequantize(values["scales"], values.get("zero_points"), format_.quantization.dtype)
         parametrize.register_parametrization(owner, leaf, dequantize, unsafe=True)
@@ -198,7 +200,8 @@ def constants(store: WeightStore | Mapping[str, Stored], names: Iterable[str]) -
         for kind, state in stored.format.state_names(name).items():
             array = stored.format.arrays[kind]
             if (stored.name, kind) not in shared:
-                shared[stored.name, kind] = Constant(stored.array(kind), array.shape, array.dtype)
+                transposed = stored.format.transposed
+                shared[stored.name, kind] = Constant(stored.array(kind), array.shape, array.dtype, transposed)
             found[state] = shared[stored.name, kind]
     return found
 

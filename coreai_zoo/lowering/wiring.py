@@ -324,7 +324,7 @@ def _weights(operations: Sequence[Operation], literals: Collection[str]) -> Iter
     """Values that are a weight, as it is stored or unpacked, with its name."""
     found: dict[int, str] = {}
     for operation in operations:
-        stored = operation.weight or operation.stored
+        stored = operation.stored
         name = parameter_of(stored)[0] if stored is not None and stored not in literals else None
         if operation.name.endswith(_UNPACKS) and operation.operands[0] in found:
             name = found[operation.operands[0]]

@@ -69,17 +69,22 @@ class Format:
         shape: of the weight.
         dtype: of the plain values, or of the scales.
         quantization: how it is quantized, None for plain values.
+        read_transposed: whether a decoder reads it with the last two axes exchanged, so that plain values are stored
+            in this order.
 
     Raises:
-        ValueError: when the block does not divide the weight's width, or two 4-bit integers would share a byte across
-            rows.
+        ValueError: when the block does not divide the weight's width, two 4-bit integers would share a byte across
+            rows, or one of fewer than three axes is read transposed.
     """
 
     shape: tuple[int, ...]
     dtype: str
     quantization: QuantizationSpec | None = None
+    read_transposed: bool = False
 
     def __attrs_post_init__(self) -> None:
+        if self.read_transposed and len(self.shape) < 3:
+            raise ValueError(f"a weight of shape {list(self.shape)} is no stack of matrices to be read transposed")
         if self.quantization is not None:
             require_divisible(self.columns, self.quantization)
 
@@ -94,6 +99,11 @@ class Format:
         return as_matrix(self.shape)[1]
 
     @property
+    def transposed(self) -> bool:
+        """Whether it is stored with its last two axes exchanged."""
+        return self.read_transposed and self.quantization is None
+
+    @property
     def scales_shape(self) -> tuple[int, ...]:
         """[*shape[:-1], blocks]: one scale for each block of a row; () of a weight that is not quantized."""
         spec = self.quantization
@@ -104,7 +114,8 @@ class Format:
         """The stored arrays by kind, in the order in which they are written."""
         spec = self.quantization
         if spec is None:
-            return {"data": StoredArray("data", self.shape, self.dtype)}
+            shape = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+            return {"data": StoredArray("data", shape, self.dtype)}
         arrays: dict[ArrayKind, StoredArray] = {
             "data": StoredArray("data", self.shape, spec.dtype),
             "scales": StoredArray("scales", self.scales_shape, self.dtype),

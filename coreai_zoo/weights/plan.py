@@ -56,6 +56,7 @@ class PlannedTensor:
         sources: what fills it, in the order of its rows, without gap or overlap; none while there is no checkpoint.
         stored_as: name of the parameter under which its bytes are stored: its own, or that of an earlier one which has
             the same values in the same format, as the embedding table of a tied head.
+        read_transposed: see `Format.read_transposed`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class PlannedTensor:
     transform: Transform | None
     sources: tuple[Source, ...]
     stored_as: str = field()
+    read_transposed: bool = False
 
     @stored_as.default
     def _by_itself(self) -> str:
@@ -79,7 +81,7 @@ class PlannedTensor:
     @cached_property
     def format(self) -> Format:
         """How it lies in memory."""
-        return Format(self.shape, self.dtype, self.quantization)
+        return Format(self.shape, self.dtype, self.quantization, self.read_transposed)
 
     @property
     def parameters(self) -> int:
@@ -427,8 +429,9 @@ class _Planner:
         if not target.matches:
             return None
         rule = target.matches[0].rule
-        if any((match.rule.role, match.rule.transform) != (rule.role, rule.transform) for match in target.matches):
-            raise ValueError(f"the weight rules that fill {target.name} differ in role or transform")
+        said = {(match.rule.role, match.rule.transform, match.rule.read_transposed) for match in target.matches}
+        if len(said) > 1:
+            raise ValueError(f"the weight rules that fill {target.name} differ in role, transform or read_transposed")
         return self._planned(target, rule, recipe, sources)
 
     def plan_without_sources(self, target: _Target, recipe: Recipe) -> PlannedTensor:
@@ -453,7 +456,14 @@ class _Planner:
     def _planned(self, target: _Target, rule: WeightRule, recipe: Recipe, sources: tuple[Source, ...]) -> PlannedTensor:
         spec = recipe.spec(self.roles[rule.role])
         planned = PlannedTensor(
-            target.name, rule.role, target.info.shape, target.info.dtype, spec, rule.transform, sources
+            target.name,
+            rule.role,
+            target.info.shape,
+            target.info.dtype,
+            spec,
+            rule.transform,
+            sources,
+            read_transposed=rule.read_transposed,
         )
         try:
             _ = planned.format

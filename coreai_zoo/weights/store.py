@@ -95,6 +95,7 @@ class StoredTensor:
         quantization: how it is quantized, or None.
         source_digest: SHA-256 over the SHA-256 of each chunk of the source values, as stored in the checkpoint.
         files: by kind: `data`, `scales`, `zero_points`.
+        read_transposed: see `Format.read_transposed`.
     """
 
     name: str
@@ -104,11 +105,12 @@ class StoredTensor:
     quantization: QuantizationSpec | None
     source_digest: str
     files: Mapping[str, StoredFile]
+    read_transposed: bool = False
 
     @cached_property
     def format(self) -> Format:
         """How it lies in memory."""
-        return Format(self.shape, self.dtype, self.quantization)
+        return Format(self.shape, self.dtype, self.quantization, self.read_transposed)
 
     def array(self, kind: ArrayKind) -> np.memmap[Any, Any]:
         """One of its arrays, mapped: in `StoredArray.memory_shape` and `memory_dtype`.
@@ -293,9 +295,12 @@ class _TensorWriter:
 
     directory: Path
     name: str
+    format: Format
     outputs: dict[str, _Output] = field(factory=dict)
     # A zero point that waits for its pair: rows with an odd number of blocks end within a byte.
     carry: torch.Tensor | None = None
+    # Rows that wait for the others of their matrix, to be written transposed.
+    rows: list[torch.Tensor] = field(factory=list)
 
     @classmethod
     def open(cls, directory: Path, planned: PlannedTensor) -> _TensorWriter:
@@ -306,7 +311,7 @@ class _TensorWriter:
         """
         if not _SAFE_NAME.fullmatch(planned.name):
             raise BadInput(f"The parameter name {planned.name!r} cannot be a file name.", "Rename it in the overlay.")
-        writer = cls(directory, planned.name)
+        writer = cls(directory, planned.name, planned.format)
         try:
             for kind in planned.format.arrays:
                 path = directory / f"{planned.name}.{kind}"
@@ -318,6 +323,23 @@ class _TensorWriter:
 
     def write(self, kind: str, values: torch.Tensor) -> None:
         self.outputs[kind].write(bytes_of(values))
+
+    def write_plain(self, values: torch.Tensor) -> None:
+        """Write rows, or keep those of a matrix that is written transposed until it is whole."""
+        import torch
+
+        if not self.format.transposed:
+            self.write("data", values)
+            return
+        self.rows.append(values)
+        height = self.format.shape[-2]
+        if sum(map(len, self.rows)) < height:
+            return
+        waiting = torch.cat(self.rows)
+        whole = len(waiting) // height * height
+        for matrix in waiting[:whole].split(height):
+            self.write("data", matrix.T)
+        self.rows = [waiting[whole:]]
 
     def write_quantized(self, quantized: QuantizedRows, spec: QuantizationSpec) -> None:
         self.write("data", quantized.codes)
@@ -496,6 +518,7 @@ def ingredients(planned: PlannedTensor, checkpoint: Checkpoint) -> dict[str, Any
         "shape": list(planned.shape),
         "dtype": planned.dtype,
         "quantization": asdict(spec) if spec else None,
+        "read transposed": planned.read_transposed,
         "quantizer": QUANTIZER_VERSION if spec else None,
         "storing": storage_digest(columns, planned.dtype, spec),
         "transform": [transform.name, effect_digest(transform, columns)] if transform else None,
@@ -622,6 +645,7 @@ class WeightStore:
                 kind: StoredFile(self.directory / f"{name}.{kind}", file["bytes"], file["sha256"])
                 for kind, file in entry["files"].items()
             },
+            entry["read_transposed"],
         )
 
     def __contains__(self, name: object) -> bool:
@@ -717,7 +741,7 @@ class _Work:
         """Write a chunk; the number of its elements."""
         spec = result.chunk.planned.quantization
         if result.plain is not None:
-            writer.write("data", result.plain)
+            writer.write_plain(result.plain)
             return result.plain.numel()
         assert result.quantized is not None and spec is not None
         writer.write_quantized(result.quantized, spec)
@@ -733,6 +757,7 @@ class _Work:
             "shape": list(planned.shape),
             "dtype": planned.dtype,
             "quantization": asdict(planned.quantization) if planned.quantization else None,
+            "read_transposed": planned.read_transposed,
             "files": files,
         }
 

@@ -89,13 +89,24 @@ class CoreAIBackend:
         """
         return (360 + 2 * layers + (functions - 1) * (110 + 21 * steps * layers // 50)) * 2**20
 
-    def trace(self, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]) -> CoreAITraced:
+    def trace(
+        self,
+        modules: Mapping[str, nn.Module],
+        functions: Mapping[str, TraceSpec],
+        read_transposed: Collection[str] | None = None,
+    ) -> CoreAITraced:
         """See `Backend.trace`."""
+        from coreai_zoo.lowering.transposed import stacks_read_transposed
+
         checked_versions(_REQUIRED)
         with _toolchain():
             traced = {
                 name: _trace(module, functions[name], every_layer=self.every_layer) for name, module in modules.items()
             }
+        for function in traced.values():
+            program, _ = function.traced
+            parameters = program.graph_signature.inputs_to_parameters
+            stacks_read_transposed(program, parameters, read_transposed)
         return CoreAITraced(traced)
 
     def check_integrity(self, asset: Path) -> Check:

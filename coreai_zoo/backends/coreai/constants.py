@@ -22,7 +22,7 @@ State = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @frozen
-class _Found:
+class Found:
     """A stored constant of the program.
 
     Attributes:
@@ -34,6 +34,11 @@ class _Found:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+def stored_constants(program: Any) -> list[Found]:
+    """Every stored constant of an `AIProgram`, function by function."""
+    return [found for graph in _graphs(program) for found in _constants_of(graph)]
 
 
 def read_state(program: Any, function: str, stored: Mapping[str, memoryview], state: State) -> dict[str, memoryview]:
@@ -48,18 +53,21 @@ def read_state(program: Any, function: str, stored: Mapping[str, memoryview], st
     Raises:
         RuntimeError: when the constants are not those of `state`.
     """
-    placed = _placed(list(_constants_of(program, function)), state)
+    graphs = [graph for graph in _graphs(program) if graph.attributes["sym_name"].value == function]
+    if len(graphs) != 1:
+        raise RuntimeError(f"it has no function {function}")
+    placed = _placed(list(_constants_of(graphs[0])), state)
     return {name: stored[placed[name]] for name in state}
 
 
-def _constants_of(program: Any, function: str) -> Iterator[_Found]:
+def _graphs(program: Any) -> list[Any]:
+    """The functions and composites."""
+    return [each for each in program._module._mlir_module.body.operations if "sym_name" in each.attributes]
+
+
+def _constants_of(graph: Any) -> Iterator[Found]:
     """Every stored constant of a function, in the function's order."""
-    module = program._module._mlir_module
-    named = [op for op in module.body.operations if "sym_name" in op.attributes]
-    graphs = [op for op in named if op.attributes["sym_name"].value == function]
-    if len(graphs) != 1:
-        raise RuntimeError(f"it has no function {function}")
-    for operation in graphs[0].regions[0].blocks[0].operations:
+    for operation in graph.regions[0].blocks[0].operations:
         if operation.operation.name != "coreai.constant":
             continue
         value, type_ = operation.attributes["value"], operation.results[0].type
@@ -70,10 +78,10 @@ def _constants_of(program: Any, function: str) -> Iterator[_Found]:
         name = re.match(r"dense_resource<([^>]+)>", str(value))  # that is all that it prints
         if name is None:
             raise RuntimeError(f"a constant is neither a resource nor values: {str(value)[:80]}")
-        yield _Found(name[1], _row(type_.shape), dtype)
+        yield Found(name[1], _row(type_.shape), dtype)
 
 
-def _placed(found: Sequence[_Found], state: State) -> dict[str, str]:
+def _placed(found: Sequence[Found], state: State) -> dict[str, str]:
     """The resource that holds the bytes of each state."""
     placed: dict[str, str] = {}
     kinds = {name: (_row(shape), dtype) for name, (shape, dtype) in state.items()}

@@ -42,7 +42,10 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from coreai_zoo.backend import Constant
+from coreai_zoo.backends.coreai.constants import stored_constants
+from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
+from coreai_zoo.lowering.transposed import is_read_transposed, is_row
 from coreai_zoo.signature import TraceSpec
 
 # A larger alignment is written but cannot be read back: AIModelAsset.summary() then expects sections aligned to 64.
@@ -106,6 +109,23 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
             )
         )
 
+    def to_coreai(self) -> Any:
+        """The `AIProgram` of all functions.
+
+        Raises:
+            PluginError: when the compiler computed stored constants from others. It would take the memory of both, and
+                the names of what it makes differ from process to process.
+        """
+        program = super().to_coreai()
+        made = [found for found in stored_constants(program) if found.name not in self._attributes]
+        if made:
+            told = listing([f"{each.dtype} {list(each.shape)}" for each in made])
+            raise PluginError(
+                f"The compiler computed {len(made)} stored constants of its own ({told}) from the weights: the decoder "
+                "changes a weight before it uses it. What does not depend on a token belongs in the weight map."
+            )
+        return program
+
     def validate(self, program: ExportedProgram) -> None:
         """Raise ValueError for operations that are not lowered, naming them."""
         validate_exported_program(program, self._user_defined_torch_lowering)
@@ -113,20 +133,21 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
     def _handle_placeholder_op(self, node: fx.Node) -> None:
         state = self._states.get(id(self.exported_program), {})
         if node.name in state:
-            given, plain = state[node.name], len(state[node.name]) == 1
-            turned = plain and _is_read_turned(node)
-            constants = [self._constant(name, _turned(each) if turned else each) for name, each in given.items()]
-            if plain:
-                self._values_map[node.name] = constants[0]
-            else:
-                self._quantized[node.name] = constants
-            if turned:
-                self._values_map |= {user.name: constants[0] for user in node.users}
+            given = state[node.name]
+            if len(given) > 1:
+                self._quantized[node.name] = [self._constant(name, each) for name, each in given.items()]
+                return
+            ((name, constant),) = given.items()
+            if not constant.transposed and is_row(node) and is_read_transposed(node):
+                constant = _transposed(constant)
+            self._values_map[node.name] = value = self._constant(name, constant)
+            if constant.transposed:
+                self._values_map |= {user.name: value for user in node.users}
         else:
             super()._handle_placeholder_op(node)
 
     def _handle_call_function_op(self, node: fx.Node) -> None:
-        if node.name in self._values_map:  # the transpose of a matrix of one row
+        if node.name in self._values_map:  # the transpose of what is given so
             return
         for read in node.all_input_nodes:
             # Where it is read first, as a layer does that unpacks its own weight.
@@ -153,22 +174,9 @@ def _same(one: Constant, other: Constant) -> bool:
     return one is other or (alike and bool((one.data == other.data).all()))
 
 
-def _is_read_turned(placeholder: fx.Node) -> bool:
-    """Whether a matrix has one row or column, and nothing but its transpose is read.
-
-    That has the same bytes, so the compiler would fold it into another constant, which has no name or one that differs
-    from process to process. Given as it is read, the matrix keeps its own.
-    """
-    shape = placeholder.meta["val"].shape
-    return len(shape) == 2 and 1 in shape and all(map(_transposes, placeholder.users))
-
-
-def _transposes(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.permute.default and node.args[1] in ([1, 0], [-1, -2])
-
-
-def _turned(matrix: Constant) -> Constant:
-    return evolve(matrix, shape=matrix.shape[::-1])
+def _transposed(constant: Constant) -> Constant:
+    """A matrix of one row or column as its transpose."""
+    return evolve(constant, shape=constant.shape[::-1], transposed=True)
 
 
 def require_lowered(program: ExportedProgram, module: torch.nn.Module) -> None:

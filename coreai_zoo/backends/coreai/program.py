@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from attrs import evolve
-
 from coreai_zoo.backend import Constant
-from coreai_zoo.program import Function, Operation, Program, shape_and_dtype
+from coreai_zoo.program import Function, Operation, Program
 
 _NOISE = ("coreai.", "decomposable.", "broadcasting_")
 _PRIVATE = "priv"  # what a function says that no engine calls: a composite
@@ -36,43 +34,12 @@ def read_program(program: Any, state: Mapping[str, Constant] | None = None, weig
     kinds: dict[bool, dict[str, Function]] = {False: {}, True: {}}
     for name, graph in zip(composites, graphs, strict=True):
         kinds[_PRIVATE in graph.attributes][name] = _function(graph, name, composites, texts)
-    present = {op.stored for function in kinds[False].values() for op in function.operations if op.stored}
-    folded = {name: state[name] for name in state if name in weights and name not in present}
     return Program(
-        functions={name: _with_folded(function, state, folded) for name, function in kinds[False].items()},
+        functions=kinds[False],
         composites=kinds[True],
         weights=tuple(name for name in state if name in weights),
         literals={name: _described(constant) for name, constant in state.items() if name not in weights},
     )
-
-
-def _with_folded(function: Function, state: Collection[str], folded: Mapping[str, Constant]) -> Function:
-    """The function, its constants that hold a weight which the compiler laid out anew said to be that weight.
-
-    They bear no name, or one that differs from process to process. Of as many weights of one size as there are such
-    constants, each is found in the order in which they are used.
-    """
-    operations = list(function.operations)
-    nameless: dict[object, list[int]] = {}
-    used = dict.fromkeys(value for operation in operations for value in operation.operands)
-    made = {operation.results[0]: at for at, operation in enumerate(operations) if operation.is_constant}
-    for at in (made[value] for value in used if value in made):
-        if operations[at].stored not in state and "x" in operations[at].types[0]:
-            nameless.setdefault(_size(*shape_and_dtype(operations[at].types[0])), []).append(at)
-    missing: dict[object, list[str]] = {}
-    for name, constant in folded.items():
-        missing.setdefault(_size(constant.shape, constant.dtype), []).append(name)
-    for size, names in missing.items():
-        places = nameless.get(size, [])
-        if len(places) == len(names):
-            for at, name in zip(places, names, strict=True):
-                operations[at] = evolve(operations[at], weight=name)
-    return evolve(function, operations=tuple(operations))
-
-
-def _size(shape: Sequence[int], dtype: str) -> object:
-    """What laying a tensor out anew does not change."""
-    return tuple(sorted(shape)), dtype
 
 
 def _described(constant: Constant) -> str:

@@ -109,12 +109,17 @@ class CoreMLBackend:
         """See `Backend.memory`: coremltools' program takes 363 MB at 4 layers, 609 at 64; weights take none."""
         return (340 + 4 * layers) * 2**20
 
-    def trace(self, modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]) -> CoreMLTraced:
+    def trace(
+        self,
+        modules: Mapping[str, nn.Module],
+        functions: Mapping[str, TraceSpec],
+        read_transposed: Collection[str] | None = None,
+    ) -> CoreMLTraced:
         """See `Backend.trace`."""
         from coreai_zoo.backends.coreml.lowering import convert
 
         checked_versions(_REQUIRED)
-        return CoreMLTraced(convert(modules[FUNCTION], functions[FUNCTION]))
+        return CoreMLTraced(convert(modules[FUNCTION], functions[FUNCTION], read_transposed))
 
     def check_integrity(self, asset: Path) -> None:
         """See `Backend.check_integrity`: a package has no checksum."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from coreai_zoo.backends.coreml.package import NAMES, WEIGHT_FILE, WEIGHTS, quie
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
 from coreai_zoo.lowering.trace import example_inputs, require_contract
+from coreai_zoo.lowering.transposed import stacks_read_transposed
 from coreai_zoo.names import scales_name
 from coreai_zoo.signature import TraceSpec
 
@@ -175,19 +176,21 @@ class Converted:
         return found
 
 
-def convert(decoder: nn.Module, spec: TraceSpec) -> Converted:
+def convert(decoder: nn.Module, spec: TraceSpec, read_transposed: Collection[str] | None) -> Converted:
     """A decoder, traced and converted.
 
     Args:
         decoder: the decoder, its parameters allocated as they will be stored, see `lowering.module.allocate`. What the
             parameters hold is not read.
         spec: its signature, without dynamic axes.
+        read_transposed: see `Backend.trace`.
 
     Raises:
         PluginError: when the decoder does not meet its contract or has an operation that is not lowered, or its weights
             do not arrive in the program as they are.
     """
     traced = trace(decoder, spec)
+    _give_as_read(traced, read_transposed)
     names = _hide_weights(traced)
     pipeline = ct.PassPipeline.DEFAULT
     pipeline.remove_passes({*_SKIPPED_PASSES, _TO_HALF})
@@ -227,6 +230,24 @@ def _unchecked() -> Iterator[None]:
         yield
     finally:
         Program.validate = validate
+
+
+def _give_as_read(traced: ExportedProgram, said: Collection[str] | None) -> None:
+    """Exchange the axes of every stack of plain matrices that is read transposed, and leave the transposition out."""
+    parameters = {
+        placeholder: name.removeprefix(_DECODER)
+        for placeholder, name in traced.graph_signature.inputs_to_parameters.items()
+    }
+    stacks = stacks_read_transposed(traced, parameters, said)
+    for node in traced.graph.find_nodes(op="placeholder"):
+        if parameters.get(node.name) in stacks:
+            path = traced.graph_signature.inputs_to_parameters[node.name]
+            traced.state_dict[path] = nn.Parameter(traced.state_dict[path].transpose(-1, -2), requires_grad=False)
+            node.meta["val"] = node.meta["val"].transpose(-1, -2)
+            for transposition in list(node.users):
+                transposition.replace_all_uses_with(node)
+                traced.graph.erase_node(transposition)
+    traced.graph_module.recompile()
 
 
 def _hide_weights(traced: ExportedProgram) -> dict[str, str]:

@@ -111,12 +111,14 @@ class MoE(FeedForward):
                 (experts, 2 * width, hidden_size),  # [E, 2I, D]
                 "moe.expert",
                 parts={"experts.{expert}.gate_proj.weight": gate, "experts.{expert}.up_proj.weight": up},
+                read_transposed=True,
             ),
             Row(
                 "experts.down_proj",
                 (experts, hidden_size, width),  # [E, D, I]
                 "moe.expert",
                 parts={"experts.{expert}.down_proj.weight": Part("expert")},
+                read_transposed=True,
             ),
             *below("shared_expert", _mlp(hidden_size, self.shared_expert_intermediate_size)),
             Row("shared_expert_gate.weight", (1, hidden_size), "moe.shared_gate"),

@@ -49,6 +49,7 @@ class Row:
         source_shape: the checkpoint's shape from the parameter's, where that differs.
         parts: checkpoint tensors that fill it one slab each, for checkpoints that do not hold it whole.
         float32: whether it is fp32 in a decoder of any dtype.
+        read_transposed: whether the decoder reads nothing of it but its transpose in the last two axes.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Row:
     source_shape: Callable[[tuple[int, ...]], tuple[int, ...]] | None = field(default=None, kw_only=True)
     parts: Mapping[str, Part] = field(factory=dict, kw_only=True)
     float32: bool = field(default=False, kw_only=True)
+    read_transposed: bool = field(default=False, kw_only=True)
 
     @source.default
     def _same_as_name(self) -> str:
@@ -66,9 +68,10 @@ class Row:
 
     def rules(self) -> Iterator[WeightRule]:
         """What fills the parameter: one tensor, or its parts. Which of the two is there, the checkpoint decides."""
-        yield WeightRule(self.source, self.name, self.role, self.transform, self.source_shape)
+        rule = WeightRule(self.source, self.name, self.role, self.transform, read_transposed=self.read_transposed)
+        yield evolve(rule, source_shape=self.source_shape)
         for source, part in self.parts.items():
-            yield WeightRule(source, self.name, self.role, self.transform, part=part)
+            yield evolve(rule, source=source, part=part)
 
 
 def below(module: str, rows: Iterable[Row]) -> tuple[Row, ...]:
