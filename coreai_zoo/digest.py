@@ -7,18 +7,19 @@ written.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
 _REMEMBERED_BYTES = 2**20  # smaller files are hashed again
+_BLOCK_BYTES = 2**22
+_AHEAD = 4  # blocks that may wait to be hashed
 
 # A change within the same tick of the file system's clock leaves the times as they were, so a file is left alone for
 # some ticks before it is hashed.
@@ -57,48 +58,30 @@ def source_digests(modules: Iterable[str]) -> list[str]:
     return [hashlib.sha256(origin.read_bytes()).hexdigest() for origin in origins]
 
 
-# Hashes a file until its end is reached after the standard input has ended, which stands for the writer being done.
-_FOLLOW = """
-import hashlib, os, select, sys
-digest, size, ended = hashlib.sha256(), 0, False
-with open(sys.argv[1], "rb", buffering=0) as file:
-    while True:
-        block = file.read(1 << 20)
-        if block:
-            digest.update(block)
-            size += len(block)
-        elif ended:
-            break
-        else:
-            ended = bool(select.select([0], [], [], 0.02)[0])
-    print(os.fstat(file.fileno()).st_ino, size, digest.hexdigest())
-"""
+def write_hashed(path: Path, pieces: Iterable[memoryview]) -> str:
+    """Write a file piece by piece; its hexadecimal SHA-256, which `file_sha256` knows afterwards.
 
+    Another thread hashes what is written meanwhile: both leave the interpreter alone.
 
-@contextlib.contextmanager
-def hashed_while_written(path: Path) -> Iterator[None]:
-    """Within the block a file is written from its beginning to its end; `file_sha256` knows its hash afterwards.
-
-    Another process follows: native code that writes may not let this one's threads run. Where it cannot, because the
-    file is removed before it has begun, it says nothing.
+    Raises:
+        OSError: when it cannot be written.
     """
-    path.touch()
-    command = [sys.executable, "-I", "-S", "-c", _FOLLOW, str(path)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as follower:
-        try:
-            yield
-        except BaseException:
-            follower.kill()
-            raise
-        status = path.stat()
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool, path.open("wb") as file:
+        hashing: deque[Future[None]] = deque()
+        for piece in pieces:
+            for start in range(0, piece.nbytes, _BLOCK_BYTES):
+                block = piece[start : start + _BLOCK_BYTES]
+                hashing.append(pool.submit(digest.update, block))
+                file.write(block)
+                if len(hashing) > _AHEAD:
+                    hashing.popleft().result()
+    status = path.stat()
+    if status.st_size >= _REMEMBERED_BYTES:
         _let_tick(status)
-        answer, _ = follower.communicate()
-        *hashed, digest = answer.split() or [""]
-        if hashed == [str(status.st_ino), str(status.st_size)] and _identity(path.stat()) == _identity(status):
-            with _lock:
-                _known[_identity(status)] = digest
+        with _lock:
+            _known[_identity(status)] = digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _let_tick(status: os.stat_result) -> None:

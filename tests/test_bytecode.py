@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coreai_zoo.backends.coreai.bytecode import Bytecode, _Cursor, _varint
+from coreai_zoo.backends.coreai.bytecode import Blob, Bytecode, _Cursor, _varint
 
 ALIGNMENT = 16
 
@@ -60,6 +60,22 @@ def test_blobs_are_found_by_name_and_emptied(length: int, tmp_path: Path) -> Non
     path.write_bytes(bytecode.without_blobs())
     emptied = Bytecode.open(path).blobs
     assert [(blob.name, blob.bytes, blob.offset % ALIGNMENT) for blob in emptied] == [(name, 0, 0) for name in held]
+
+
+@pytest.mark.parametrize("length", range(1, 33))
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (3, 70_000, 0), (16, 17, 300), (2**21, 1, 5)])
+def test_constants_of_other_sizes_stand_where_the_compiler_would_put_them(
+    length: int, sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    path, names = tmp_path / "main.mlirb", [b"first", b"second", b"third"]
+    path.write_bytes(program(names, [b"abc", b"\xff" * 16, b"z" * 300], producer=b"p" * length))
+    bytecode = Bytecode.open(path)
+    contents = {
+        blob: bytes([65 + at]) * size for at, (blob, size) in enumerate(zip(bytecode.blobs, sizes, strict=True))
+    }
+    pieces = bytecode.resized({blob: len(content) for blob, content in contents.items()})
+    written = b"".join(contents[piece] if isinstance(piece, Blob) else piece for piece in pieces)
+    assert written == program(names, list(contents.values()), producer=b"p" * length)
 
 
 @pytest.mark.parametrize(

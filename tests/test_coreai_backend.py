@@ -34,11 +34,12 @@ import forked
 import toy_plugin
 from coreai_zoo import composites
 from coreai_zoo.backend import Constant, drain
+from coreai_zoo.backends.coreai import holes
 from coreai_zoo.backends.coreai.backend import _REQUIRED, CoreAIBackend, CoreAITraced, _without_weights
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
-from coreai_zoo.errors import CheckFailed, EnvironmentLacks
+from coreai_zoo.errors import CheckFailed, EnvironmentLacks, PluginError, failure_line
 from coreai_zoo.lowering import module as lowering
 from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo, WeightMap, WeightRule
@@ -590,6 +591,27 @@ def test_every_resource_holds_the_bytes_of_the_store(
         assert data == constant.data.tobytes(), name
 
 
+@pytest.mark.parametrize("large", [1024, 2**40])
+def test_constants_that_are_put_in_behind_the_compiler_stand_where_it_puts_them(
+    hybrids: Mapping[str, Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    """With all but the smallest as holes, and with none: then the file is as the compiler's own writer made it."""
+    monkeypatch.setattr(holes, "LARGE_BYTES", large)
+    for kind, asset in hybrids.items():
+        module, constants = asset.model.bound(asset.store, values=False)
+        count = len(holes.Holes.of(constants, tmp_path).large)
+        assert (count > 10) == (large == 1024) and (count == 0) == (large == 2**40)
+        BACKEND.trace({"main": module}, {"main": asset.model.spec}).save(constants, tmp_path / kind)
+        assert contents(tmp_path / kind) == contents(asset.path)
+
+
+def test_a_hole_that_the_compiler_has_computed_with_is_refused(toy_asset: Compiled, tmp_path: Path) -> None:
+    made = holes.Holes.of({"w": Constant(np.zeros(holes.LARGE_BYTES + 1, np.uint8), (4,), "uint8")}, tmp_path)
+    with pytest.raises(PluginError, match=r"computed with weights that it cannot have the values of: w\."):
+        next(made.filled(Bytecode.open(toy_asset.path / "main.mlirb")))
+    assert not any(tmp_path.iterdir())
+
+
 def test_no_path_of_this_machine_is_in_an_asset(hybrids: Mapping[str, Compiled]) -> None:
     for asset in hybrids.values():
         bytecode = asset.path.joinpath("main.mlirb").read_bytes()
@@ -858,25 +880,37 @@ def test_the_hash_taken_while_the_asset_is_written_is_that_of_the_file(tmp_path:
     assert asset.joinpath("main.hash").read_bytes() == hashlib.sha256(bytecode).digest()
 
 
-def save_on_a_small_disk(store: Path, room: int) -> None:
+def save_on_a_small_disk(store: Path, room: int, large: int) -> None:
     """In a process of its own, which the toolchain ends."""
     import resource
 
     model = toy(intermediate_size=512)
     module, constants = model.bound(WeightStore(store), values=False)
     traced = BACKEND.trace({"main": module}, {"main": model.spec})
+    holes.LARGE_BYTES = large
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    traced.save(constants, Path("small.aimodel"))
+    try:
+        traced.save(constants, Path("small.aimodel"))
+    except EnvironmentLacks as error:
+        print(failure_line(error), file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
-def test_a_disk_that_fills_in_the_toolchains_own_writer_is_said(toy_asset: Compiled, tmp_path: Path) -> None:
-    room = (toy_asset.path / "main.mlirb").stat().st_size // 2
-    call = f"save_on_a_small_disk(Path({str(toy_asset.store.directory)!r}), {room})"
+@pytest.mark.parametrize(
+    ("large", "said"),
+    [(2**40, "There is no space left to write small.aimodel; "), (1024, "small.aimodel cannot be written: ")],
+    ids=["in the toolchain's own writer", "where weights are put in"],
+)
+def test_a_disk_that_fills_while_an_asset_is_written_is_said(
+    toy_asset: Compiled, tmp_path: Path, large: int, said: str
+) -> None:
+    room = (toy_asset.path / "main.mlirb").stat().st_size * 9 // 10
+    call = f"save_on_a_small_disk(Path({str(toy_asset.store.directory)!r}), {room}, {large})"
     process = run_forked(call, directory=tmp_path)
     errors = process.stderr
     assert process.returncode == EnvironmentLacks.exit_code
-    assert errors.splitlines()[-1].startswith("error: There is no space left to write small.aimodel; ")
+    assert errors.splitlines()[-1].startswith(f"error: {said}")
     assert "LLVM" not in errors
     assert not any(tmp_path.iterdir())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,38 +61,28 @@ def test_a_file_that_took_the_place_of_another_is_not_taken_for_it(tmp_path: Pat
 
 
 def test_a_file_is_hashed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, block = tmp_path / "big", bytes(range(256)) * 5000
-    with digest.hashed_while_written(path), path.open("wb") as file:
-        for _ in range(3):
-            file.write(block)
-            file.flush()
-            time.sleep(0.05)
+    path, block = tmp_path / "big", bytes(range(256)) * 40_000  # more than two blocks are written of
+    pieces = [b"", block, b"x", block[1:]]
+    expected = hashlib.sha256(b"".join(pieces)).hexdigest()
+    assert digest.write_hashed(path, map(memoryview, pieces)) == expected
+    assert path.read_bytes() == b"".join(pieces)
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("the file was read again"))
-    assert digest.file_sha256(path) == hashlib.sha256(3 * block).hexdigest()
+    assert digest.file_sha256(path) == expected
 
 
-def test_what_replaces_the_file_that_was_being_hashed_is_hashed_itself(tmp_path: Path) -> None:
-    path, other = tmp_path / "big", tmp_path / "other"
-    with digest.hashed_while_written(path):
-        path.write_bytes(b"y" * MIB)
-        other.write_bytes(b"x" * MIB)
-        other.replace(path)
-    assert digest.file_sha256(path) == hashlib.sha256(b"x" * MIB).hexdigest()
+def test_what_is_changed_after_it_was_written_is_hashed_again(tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    digest.write_hashed(path, [memoryview(b"y" * MIB)])
+    with path.open("r+b") as file:
+        file.write(b"x")
+    assert digest.file_sha256(path) == hashlib.sha256(b"x" + b"y" * (MIB - 1)).hexdigest()
 
 
-def test_a_file_removed_before_the_follower_has_begun_prints_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def remove(path: Path) -> None:
-        path.unlink()
-        time.sleep(1)  # the follower comes to it
-
-    with pytest.raises(FileNotFoundError), digest.hashed_while_written(tmp_path / "big"):
-        remove(tmp_path / "big")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_nothing_follows_a_file_whose_writing_failed(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="no more"), digest.hashed_while_written(tmp_path / "big"):
+def test_pieces_that_cannot_be_had_leave_no_hash(tmp_path: Path) -> None:
+    def failing() -> Iterator[memoryview]:
+        yield memoryview(b"y" * MIB)
         raise RuntimeError("no more")
-    assert digest.file_sha256(tmp_path / "big") == hashlib.sha256(b"").hexdigest()
+
+    with pytest.raises(RuntimeError, match="no more"):
+        digest.write_hashed(tmp_path / "big", failing())
+    assert digest.file_sha256(tmp_path / "big") == hashlib.sha256(b"y" * MIB).hexdigest()

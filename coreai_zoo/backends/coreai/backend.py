@@ -30,10 +30,10 @@ from attrs import frozen
 from coreai_zoo import interruption
 from coreai_zoo.backend import Check
 from coreai_zoo.backends.coreai.bytecode import Bytecode
-from coreai_zoo.backends.native import exit_explained, output_captured
+from coreai_zoo.backends.native import exit_explained, output_captured, write_error
 from coreai_zoo.backends.versions import checked_versions
 from coreai_zoo.dates import source_date_epoch
-from coreai_zoo.digest import file_sha256, hashed_while_written
+from coreai_zoo.digest import file_sha256, write_hashed
 from coreai_zoo.errors import CheckFailed
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import QuantizationSpec
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from coreai_zoo.backend import Constant
+    from coreai_zoo.backends.coreai.holes import Holes
     from coreai_zoo.backends.coreai.lowering import State
     from coreai_zoo.lowering.repetition import Repetition
 
@@ -211,8 +212,17 @@ class CoreAITraced:
 
     def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
         """See `Traced.save`."""
-        with _toolchain():
-            _save(self.lower(constants), destination)
+        from coreai_zoo.backends.coreai.holes import Holes
+
+        destination.mkdir(parents=True)
+        try:
+            holes = Holes.of(constants, destination)
+            with _toolchain():
+                _save(self.lower(holes.constants), holes, destination)
+        except OSError as error:
+            explained = write_error(destination, error, 0)
+            shutil.rmtree(destination, ignore_errors=True)
+            raise explained from error
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
         """See `Traced.lowered`. One trace serves every recipe: integers and scales are lowered to the weight traced."""
@@ -412,21 +422,20 @@ def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _save(program: Any, destination: Path) -> None:
-    """Write the asset as `AIProgram.save_asset` does, but without its time of day.
-
-    The bytecode is not read back whole to be hashed either.
-    """
+def _save(program: Any, holes: Holes, destination: Path) -> None:
+    """Write the asset as `AIProgram.save_asset` does, but without its time of day, and with the holes filled."""
     from coreai.authoring.asset import _COREAI_PRODUCER
     from coreai.runtime import _AIModelAsset
 
-    destination.mkdir(parents=True)
     asset = _AIModelAsset._create(path=str(destination), metadata=None)
     bytecode = Path(asset._program_bytecode_path)
-    with interruption.deferred():
-        _take_signals_back()
-        with exit_explained(destination), hashed_while_written(bytecode):
-            program._save_bytecode(asset._program_bytecode_path)
+    with tempfile.TemporaryDirectory(dir=destination) as folder:
+        with_holes = Path(folder) / bytecode.name
+        with interruption.deferred():
+            _take_signals_back()
+            with exit_explained(destination):
+                program._save_bytecode(str(with_holes))
+        digest = write_hashed(bytecode, holes.filled(Bytecode.open(with_holes)))
 
     def stamp(fields: Any) -> None:
         fields.creation_date = float(source_date_epoch())
@@ -436,7 +445,6 @@ def _save(program: Any, destination: Path) -> None:
     # The runtime writes the keys in an order that differs from process to process.
     fields = destination / "metadata.json"
     fields.write_text(json.dumps(json.loads(fields.read_text()), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    digest = file_sha256(Path(asset._program_bytecode_path))
     Path(asset._program_hash_path).write_bytes(bytes.fromhex(digest))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -90,35 +90,56 @@ class Bytecode:
 
     def without_blobs(self) -> bytes:
         """The program with every stored constant empty: graph, types and names, some 100 KB for any model."""
-        entries, table = self._empty_blobs()
-        result = bytearray(self.data[: self.prologue])
-        for section in self.sections:
-            content = {_BLOBS: entries, _BLOB_TABLE: table}.get(section.id)
-            if content is None:
-                content = self.data[section.start : section.end]
-            alignment = section.alignment
-            if section.id == _BLOBS and self.blobs:  # a section that happens to start where it should does not say so
-                alignment = max(blob.alignment for blob in self.blobs)
-            if alignment is None:
-                result += bytes([section.id]) + _varint(len(content))
-            else:
-                result += bytes([section.id | _ALIGNED]) + _varint(len(content)) + _varint(alignment)
-                result += _PADDING * (-len(result) % alignment)
-            result += content
-        return bytes(result)
+        pieces = self.resized(dict.fromkeys(self.blobs, 0))
+        return b"".join(piece for piece in pieces if not isinstance(piece, Blob))
 
-    def _empty_blobs(self) -> tuple[bytes, bytes]:
-        """Contents of the two sections that describe `blobs`, each blob of no bytes."""
-        entries, table = bytearray(), bytearray(_varint(0))
+    def resized(self, sizes: Mapping[Blob, int]) -> Iterator[bytes | Blob]:
+        """The file as the compiler writes it where each constant has `sizes` bytes.
+
+        Yields:
+            Bytes of the file, and between them a constant where its bytes are.
+        """
+        place = self.prologue
+        yield self.data[:place]
+        heads, size = self._heads(sizes)
+        for section in self.sections:
+            content = self.data[section.start : section.end]
+            if section.id == _BLOB_TABLE:
+                content = self._table(heads, sizes)
+            aligned = max((blob.alignment for blob in self.blobs), default=1) if section.id == _BLOBS else 1
+            length = size if section.id == _BLOBS else len(content)
+            head = bytes([section.id]) + _varint(length)
+            if (place + len(head)) % aligned:  # a section that happens to start where it should does not say so
+                head = bytes([section.id | _ALIGNED]) + head[1:] + _varint(aligned)
+                head += _PADDING * (-(place + len(head)) % aligned)
+            yield head
+            if section.id == _BLOBS:
+                for blob in self.blobs:
+                    yield heads[blob]
+                    yield blob
+            else:
+                yield content
+            place += len(head) + length
+
+    def _heads(self, sizes: Mapping[Blob, int]) -> tuple[dict[Blob, bytes], int]:
+        """What stands before each constant in their section, and the length of that."""
+        heads: dict[Blob, bytes] = {}
+        place = 0
+        for blob in self.blobs:
+            head = _varint(blob.alignment) + _varint(sizes[blob])
+            heads[blob] = head + _PADDING * (-(place + len(head)) % blob.alignment)
+            place += len(heads[blob]) + sizes[blob]
+        return heads, place
+
+    def _table(self, heads: Mapping[Blob, bytes], sizes: Mapping[Blob, int]) -> bytes:
+        """The section that says where each constant is."""
+        table = bytearray(_varint(0))
         for group, blobs in itertools.groupby(self.blobs, key=lambda blob: blob.group):
             members = list(blobs)
             table += _varint(group) + _varint(len(members))
             for blob in members:
-                start = len(entries)
-                entries += _varint(blob.alignment) + _varint(0)
-                entries += _PADDING * (-len(entries) % blob.alignment)
-                table += _varint(blob.name_index) + _varint(len(entries) - start) + bytes([_IS_BLOB])
-        return bytes(entries), bytes(table)
+                table += _varint(blob.name_index) + _varint(len(heads[blob]) + sizes[blob]) + bytes([_IS_BLOB])
+        return bytes(table)
 
 
 class _Cursor:
