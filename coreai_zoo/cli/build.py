@@ -47,6 +47,11 @@ _EXISTING = click.Path(path_type=Path)
     "--custom", is_flag=True, help="The checkpoint is of another model than the entry says: build it as such."
 )
 @click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where weights are kept during the build.")
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Use each file of weights as it is fetched and drop it: two of them need disk, and not all.",
+)
 @click.option("--keep-weights", is_flag=True, help="Keep them afterwards: a rebuild quantizes nothing again.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option(
