@@ -37,6 +37,7 @@ class Fault:
         path: the fault strikes requests whose path ends with this...
         times: ...so many times; -1 for ever.
         methods: ...by one of these methods.
+        parts: also those that ask for the beginning of a file alone.
         status: answer with this status, and the headers and the body below.
         headers: added to the answer.
         page: answer 200 with this as an HTML page.
@@ -52,6 +53,7 @@ class Fault:
     path: str
     times: int = 1
     methods: tuple[str, ...] = ("GET",)
+    parts: bool = True
     status: int | None = None
     headers: Mapping[str, str] = {}
     page: str | None = None
@@ -254,12 +256,13 @@ class Hub:
         """No more faults."""
         self._faults.clear()
 
-    def fault(self, method: str, path: str, *, content: bool) -> Fault | None:
+    def fault(self, method: str, path: str, ranged: str | None, *, content: bool) -> Fault | None:
         """The first fault that strikes this request, and that is one of the content or not; it counts as used."""
+        part = ranged is not None and not ranged.endswith("-")
         with self._lock:
             for fault in self._faults:
                 strikes = path.endswith(fault.path) and method in fault.methods and fault.times
-                if strikes and fault.concerns_content == content:
+                if strikes and fault.concerns_content == content and (fault.parts or not part):
                     fault.times -= 1
                     return fault
         return None
@@ -617,13 +620,16 @@ class _Handler(BaseHTTPRequestHandler):
     # Answers, and what goes wrong with them
     # -----------------------------------------------------------------------------------------------------------------
 
+    def _fault(self, *, content: bool) -> Fault | None:
+        return self.hub.fault(self.command, self.route, self.headers.get("range"), content=content)
+
     def _strike(self) -> bool:
         """Let a fault that is none of the content take the place of the answer."""
-        fault = self.hub.fault(self.command, self.route, content=False)
+        fault = self._fault(content=False)
         if fault is None:
             if not (self.route.startswith("/api/") or "/info/lfs/" in self.route):
                 return False
-            fault = self.hub.fault(self.command, self.route, content=True)
+            fault = self._fault(content=True)
             if fault is None:
                 return False
         if fault.close:
@@ -642,7 +648,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer_content(self, content: bytes, headers: dict[str, str]) -> None:
         """A file or the range of it that is asked for, or what a fault makes of it."""
-        fault = self.hub.fault(self.command, self.route, content=True) if self.command == "GET" else None
+        fault = self._fault(content=True) if self.command == "GET" else None
         if fault is not None and fault.page is not None:
             self._answer(200, fault.page.encode(), {"Content-Type": "text/html; charset=utf-8"})
             return
@@ -653,14 +659,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, packed, {**headers, "Content-Encoding": "gzip"}, fault)
             return
         ranged = self.headers.get("range") if self.hub.ranges else None
-        start = int(ranged.removeprefix("bytes=").split("-")[0]) if ranged else 0
+        first, _, last = (ranged or "").removeprefix("bytes=").partition("-")
+        start, stop = int(first or 0), min(int(last) + 1, len(content)) if last else len(content)
         headers = {"Content-Type": "application/octet-stream", **headers}
         if start > 0 and start >= len(content):
             self._answer(416, b"", {**headers, "Content-Range": f"bytes */{len(content)}"})
             return
         if ranged:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self._answer(206 if ranged else 200, content[start:], headers, fault)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        self._answer(206 if ranged else 200, content[start:stop], headers, fault)
 
     def _answer_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self._answer(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
