@@ -34,6 +34,7 @@ from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.overlay import Transform, WeightRule
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.weights import store as store_module
 from coreai_zoo.weights.means import unusual_means
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.store import FillReport, WeightStore
@@ -324,6 +325,41 @@ def test_the_next_file_comes_while_one_is_used(hub: Hub, tmp_path: Path) -> None
     place.store.fill(weights, checkpoint, progress, arriving=stream.arriving(lambda _what, _count: None))
 
     assert came == [True]
+
+
+def test_a_file_goes_when_what_it_gave_is_on_disk_and_not_before(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = store_module._sync_directory
+    monkeypatch.setattr(store_module, "_sync_directory", lambda path: (time.sleep(0.1), sync(path)))  # a slow disk
+    hub.add(ID, repository(spread=False))
+    place = Place.of(tmp_path)
+    stream, checkpoint, weights = place.stream(Notes())
+
+    def watched() -> Iterator[tuple[PlannedTensor, ...]]:
+        for tensors in stream.arriving(lambda _what, _count: None):
+            yield tensors
+            vouched = WeightStore(place.store.directory).journal.entries
+            assert all(each.name in vouched for each in tensors)
+
+    assert place.store.fill(weights, checkpoint, arriving=watched()).computed == len(PARAMETERS)
+
+
+def test_files_that_an_earlier_run_left_are_used_before_others_come(hub: Hub, tmp_path: Path) -> None:
+    files = repository(spread=False)
+    expected, _, _ = whole(tmp_path / "whole", files)
+    hub.add(ID, files)
+    place = Place.of(tmp_path)
+    source, _ = place.opened(Notes())
+    place.folder.mkdir()
+    for number in (2, 3):
+        source.place_apart(shard(number), place.folder).write_bytes(files[shard(number)])
+
+    with most_files(place.folder) as most:
+        place.fill(Notes())
+
+    assert place.contents() == expected and most == [2]
+    assert [number for number in range(4) if fetched(hub, shard(number))] == [0, 1]
 
 
 def test_a_file_that_is_whole_in_the_cache_is_used_from_there_and_stays(hub: Hub, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class ShardFetcher:
         self._order = tuple(order)
         self._places = {name: hub.place_apart(name, folder) for name in order}
         self._held = set(present(hub, folder, order))
-        self._waiting, self._come = deque(order), set[str]()
+        self._waiting, self._come, self._awaited = deque(order), set[str](), set[str]()
         self._changed, self._stopped = threading.Condition(), False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
@@ -113,13 +113,15 @@ class ShardFetcher:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def need(self, names: Iterable[str]) -> None:
-        """Wait until files have arrived: all of `order` up to these are fetched.
+        """Wait until files have arrived. All of `order` up to these are fetched, too many or not.
 
         Raises:
             EnvironmentLacks: when one of them cannot be fetched, or is not what the hub stated.
         """
         for name in sorted(names, key=self._order.index):
             with self._changed:
+                self._awaited.add(name)
+                self._changed.notify_all()
                 while name not in self._come:
                     if self._failure is not None:
                         raise self._failure
@@ -175,7 +177,11 @@ class ShardFetcher:
             return name
 
     def _has_room(self) -> bool:
-        return self._waiting[0] in self._held or len(self._held) < self._limit
+        return (
+            self._waiting[0] in self._held
+            or len(self._held) < self._limit
+            or not self._awaited.isdisjoint(self._waiting)
+        )
 
     def _counted(self, what: str, count: int) -> None:
         if self._stopped:
