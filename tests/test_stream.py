@@ -441,6 +441,39 @@ def test_a_long_header_and_a_server_without_ranges(hub: Hub, tmp_path: Path, ran
     assert len(hub.asked("model.safetensors")) == 2 and hub.asked("model.safetensors")[0] == "bytes=0-131071"
 
 
+def test_a_header_is_asked_for_with_patience_and_what_cannot_be_asked_is_told(hub: Hub, tmp_path: Path) -> None:
+    hub.add(ID, repository(spread=False))
+    hub.inject(shard(0), status=503)
+    hub.inject(shard(1), end=10)
+    report = Notes()
+    Place.of(tmp_path).opened(report)
+    assert len(report.notes) == 2 and all("trying again" in note for note in report.notes)
+    hub.inject(shard(2), truncate=2**10, times=-1)
+    with pytest.raises(EnvironmentLacks, match=f"{shard(2)} of {ID} cannot be fetched: .* offered with 1,024 bytes"):
+        Place.of(tmp_path).opened(report)
+    hub.stop()
+    with pytest.raises(EnvironmentLacks, match=f"{shard(0)} of {ID} is not there in the cache"):
+        Place.of(tmp_path).opened(report)
+
+
+def test_a_matrix_waits_for_its_scales_in_another_file(hub: Hub, tmp_path: Path) -> None:
+    key, tensors = "l.1.w", values()
+    first = {each: tensor for each, tensor in tensors.items() if each != key}
+    stored_as = tensors[key].to(torch.float8_e4m3fn)
+    parts = [{key: stored_as}, first, {f"{key}_scale_inv": torch.full((1, 1), 0.5)}]
+    names = {each: shard(number) for number, part in enumerate(parts) for each in part}
+    files = {shard(number): save(part, {"format": "pt"}) for number, part in enumerate(parts)}
+    files |= {"config.json": b"{}", INDEX: json.dumps({"weight_map": names}).encode()}
+    expected, _, _ = whole(tmp_path / "whole", files)
+    hub.add(ID, files)
+    place = Place.of(tmp_path)
+
+    with most_files(place.folder) as most:
+        place.fill(Notes())
+
+    assert place.contents() == expected and most == [2]
+
+
 def doubled(other: float) -> dict[str, bytes]:
     """A repository whose first and fourth files hold `decay`, the fourth with `other` in the place of a value."""
     files = repository(spread=False)
@@ -657,6 +690,8 @@ def test_a_streamed_build_gives_the_same_bundle_also_after_a_failure(
         assert told["fetched_at_once"] == sum(sizes.values()) > told["fetched"] > 0
     assert most == [at_once]
     assert not list(hub.cache.rglob("*.safetensors"))
+    gated = zoo("gate", answer["path"])
+    assert gated.exit_code == 2 and f"`hf download {ID} --revision " in gated.stderr, "where its checkpoint is now"
     whole = zoo("build", ID, "-o", tmp_path / "whole", "--json")
     assert whole.exit_code == 0 and json.loads(whole.stdout)["preflight"]["fetched"] == sum(sizes.values())
     assert built(tmp_path / "streamed") == built(tmp_path / "whole")
