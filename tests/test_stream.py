@@ -695,6 +695,7 @@ def test_a_streamed_build_gives_the_same_bundle_also_after_a_failure(
     whole = zoo("build", ID, "-o", tmp_path / "whole", "--json")
     assert whole.exit_code == 0 and json.loads(whole.stdout)["preflight"]["fetched"] == sum(sizes.values())
     assert built(tmp_path / "streamed") == built(tmp_path / "whole")
+    assert "is there already, and up to date" in zoo(*streamed).stdout
 
 
 def test_what_is_on_this_machine_is_not_streamed(hub: Hub, tmp_path: Path) -> None:

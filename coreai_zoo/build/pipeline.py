@@ -1,7 +1,8 @@
 """A build, from a request to a bundle: resolve, fetch, trace, weights, lower, bundle, verify.
 
 What can be refused on metadata is refused before the first byte of a weight is fetched, and an overlay that does not
-lower shows before tens of gigabytes are read.
+lower shows before tens of gigabytes are read. A checkpoint that is streamed is designed on the headers of its files,
+which are fetched while weights are stored.
 """
 
 from __future__ import annotations
