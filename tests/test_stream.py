@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -19,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from checkpoints import tiny_checkpoint
+from checkpoints import read_weights, tiny_checkpoint, write_json
 from command import zoo
 from coreai_zoo.build.design import design
 from coreai_zoo.build.preflight import Preflight, preflight
@@ -345,6 +344,26 @@ def test_a_file_goes_when_what_it_gave_is_on_disk_and_not_before(
     assert place.store.fill(weights, checkpoint, arriving=watched()).computed == len(PARAMETERS)
 
 
+def test_two_files_with_the_same_content_are_two(hub: Hub, tmp_path: Path) -> None:
+    tensors = values()
+    first = save({key: tensor for key, tensor in tensors.items() if key != "conv"}, {"format": "pt"})
+    same = save({"conv": tensors["conv"]}, {"format": "pt"})
+    names = {key: shard(0) for key in tensors if key != "conv"} | {"conv": shard(1), "mtp.conv": shard(2)}
+    files = {shard(0): first, shard(1): same, shard(2): same, "config.json": b"{}"}
+    hub.add(ID, {**files, INDEX: json.dumps({"weight_map": names}).encode()})
+    place = Place.of(tmp_path)
+    source = HubSource.open(Repository(ID), Notes())
+    source.fetch_small()
+    checkpoint = open_on_hub(source)
+    checkpoint.check_index(lambda key: key == "mtp.conv")  # which the index names and no file has
+
+    stream = Stream(source, checkpoint, planned(checkpoint), place.store, place.folder)
+    place.store.fill(planned(checkpoint), checkpoint, arriving=stream.arriving(lambda _what, _count: None))
+
+    assert place.contents()["conv.data"] == tensors["conv"].half().numpy().tobytes()
+    assert not place.folder.exists()
+
+
 def test_files_that_an_earlier_run_left_are_used_before_others_come(hub: Hub, tmp_path: Path) -> None:
     files = repository(spread=False)
     expected, _, _ = whole(tmp_path / "whole", files)
@@ -608,7 +627,7 @@ def test_ctrl_c_stops_the_fetching_and_leaves_what_has_come(hub: Hub, tmp_path: 
                 time.sleep(0.01)
             raise KeyboardInterrupt
 
-    partial = f"{hashlib.sha256(files[shard(1)]).hexdigest()}.incomplete"
+    partial = f"{place.opened(Notes())[0].place_apart(shard(1), place.folder).name}.incomplete"
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         place.store.fill(weights, checkpoint, interrupt, arriving=stream.arriving(lambda _what, _count: None))
@@ -735,6 +754,23 @@ def test_the_preflight_tells_how_much_is_fetched_and_how_much_of_it_needs_disk(h
     with pytest.raises(EnvironmentLacks) as caught:
         attrs.evolve(plain, disks=small.disks).require()
     assert "HF_HOME" in caught.value.hint and "--stream" in caught.value.hint
+
+
+def test_files_of_layers_that_are_cut_are_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint", num_hidden_layers=4)
+    tensors = read_weights(checkpoint)
+    late = {key: tensor for key, tensor in tensors.items() if ".layers.2." in key or ".layers.3." in key}
+    (checkpoint / "model.safetensors").unlink()
+    names = {key: shard(key in late) for key in tensors}
+    for number in range(2):
+        save_file({key: tensors[key] for key in tensors if names[key] == shard(number)}, checkpoint / shard(number))
+    write_json(checkpoint / INDEX, {"weight_map": names})
+    hub.add(ID, checkpoint)
+
+    made = design(BuildRequest(ID, stream=True, layers=2), default_plugins())
+
+    needs = preflight(made, Workspace.of(tmp_path / "out", made.name, None, keep=False))
+    assert late and needs.fetched == needs.fetched_at_once == (checkpoint / shard(0)).stat().st_size
 
 
 @pytest.mark.parametrize(("error", "stays"), [(BadInput, False), (EnvironmentLacks, True), (KeyboardInterrupt, True)])

@@ -357,9 +357,9 @@ class HubSource:
                 raise EnvironmentLacks(f"{name} of {self.id} cannot be fetched: {error}.", _AT_FAULT) from error
 
     def place_apart(self, name: str, folder: Path) -> Path:
-        """Where `fetch_apart` puts a weight file, by the hash that the hub states: the name of its content."""
-        file = self._weight(name)
-        return folder / (file.digest or hashlib.sha256(f"{self.commit}/{name}".encode()).hexdigest())
+        """Where `fetch_apart` puts a weight file: under its hash, so that contents are never mixed."""
+        own = hashlib.sha256(name.encode()).hexdigest()[:8]  # two files may have the same content, and one goes first
+        return folder / f"{self._weight(name).digest or self.commit}-{own}"
 
     def missing_apart(self, name: str, folder: Path) -> int:
         """Bytes that `fetch_apart` would still fetch."""
