@@ -81,11 +81,11 @@ def _sources(name: str, shape: tuple[int, ...], table: WeightMap) -> Iterator[Te
     raise LookupError(f"no rule of the weight map fills {name}")
 
 
-def shards_of(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """The tensors in files of about `SHARD_BYTES`."""
+def shards_of(tensors: list[Tensor], most: int = SHARD_BYTES) -> list[list[Tensor]]:
+    """The tensors in files of at most so many bytes, or of one tensor."""
     shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(2 * other.values for other in shards[-1]) + 2 * tensor.values > SHARD_BYTES:
+        if shards[-1] and sum(2 * other.values for other in shards[-1]) + 2 * tensor.values > most:
             shards.append([])
         shards[-1].append(tensor)
     return shards
@@ -118,9 +118,11 @@ def _write_random(file: Any, tensor: Tensor, count: int, rng: np.random.Generato
         file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
 
 
-def write_checkpoint(hf_config: Mapping[str, Any], tokenizer: Path, fill: str, output: Path, plugins: Plugins) -> int:
+def write_checkpoint(
+    hf_config: Mapping[str, Any], tokenizer: Path, fill: str, output: Path, plugins: Plugins, shard_bytes: int
+) -> int:
     """Write the whole checkpoint; the bytes of its tensors."""
-    rng, shards = np.random.default_rng(SEED), shards_of(tensors_of(hf_config, plugins))
+    rng, shards = np.random.default_rng(SEED), shards_of(tensors_of(hf_config, plugins), shard_bytes)
     output.mkdir(parents=True)
     names = {}
     for number, shard in enumerate(shards, start=1):
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a config.json, or a folder with one, instead of an entry")
     parser.add_argument("--layers", type=int, help="only the first N layers")
     parser.add_argument("--vocab", type=int, help="another vocabulary size")
+    parser.add_argument("--shard-gib", type=float, default=SHARD_BYTES / 2**30, help="size of a file at most [4]")
     parser.add_argument("--fill", choices=("random", "sparse"), default="random")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -153,7 +156,8 @@ def main() -> None:
         parser.error("name an entry, or give --config")
     try:
         hf_config, tokenizer = shapes(arguments, default_plugins())
-        total = write_checkpoint(hf_config, tokenizer, arguments.fill, arguments.output, default_plugins())
+        most = int(arguments.shard_gib * 2**30)
+        total = write_checkpoint(hf_config, tokenizer, arguments.fill, arguments.output, default_plugins(), most)
     except ZooError as error:
         exit_with(error)
     print(f"{arguments.output}: {total:,} bytes of tensors")

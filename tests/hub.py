@@ -24,6 +24,8 @@ from typing import Any, Self
 import attrs
 import pytest
 
+Content = bytes | memoryview
+"""Of a file: a view of a mapped one is never held in memory whole."""
 LARGE = (".safetensors", ".mlirb", ".bin", "tokenizer.json")
 """Ends of the names of files that are kept as LFS objects."""
 _BLOCK = 64 * 1024
@@ -37,6 +39,7 @@ class Fault:
         path: the fault strikes requests whose path ends with this...
         times: ...so many times; -1 for ever.
         methods: ...by one of these methods.
+        parts: also those that ask for the beginning of a file alone.
         status: answer with this status, and the headers and the body below.
         headers: added to the answer.
         page: answer 200 with this as an HTML page.
@@ -52,6 +55,7 @@ class Fault:
     path: str
     times: int = 1
     methods: tuple[str, ...] = ("GET",)
+    parts: bool = True
     status: int | None = None
     headers: Mapping[str, str] = {}
     page: str | None = None
@@ -95,7 +99,7 @@ class Stored:
         messages: of the commits that arrived.
     """
 
-    commits: dict[str, dict[str, bytes]] = attrs.Factory(dict)
+    commits: dict[str, dict[str, Content]] = attrs.Factory(dict)
     revisions: dict[str, str] = attrs.Factory(dict)
     gated: bool = False
     private: bool = False
@@ -103,7 +107,7 @@ class Stored:
     messages: list[str] = attrs.Factory(list)
 
     @property
-    def files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, Content]:
         """Those of branch main."""
         return self.commits[self.revisions["main"]]
 
@@ -142,7 +146,7 @@ class Hub:
         self.metadata = True
         self.etags = True
         self.ranges = True
-        self.objects: dict[str, bytes] = {}
+        self.objects: dict[str, Content] = {}
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self.closing = threading.Event()
@@ -194,7 +198,7 @@ class Hub:
     def add(
         self,
         repo_id: str,
-        files: Path | Mapping[str, bytes],
+        files: Path | Mapping[str, Content],
         *,
         commit: str | None = None,
         revisions: Iterable[str] = ("main",),
@@ -227,7 +231,7 @@ class Hub:
     def record(
         self,
         stored: Stored,
-        files: dict[str, bytes],
+        files: dict[str, Content],
         *,
         commit: str | None = None,
         revisions: Iterable[str] = ("main",),
@@ -241,7 +245,7 @@ class Hub:
             stored.revisions[revision] = commit
         for name, content in files.items():
             if is_large(name):
-                self.objects[hashlib.sha256(content).hexdigest()] = content
+                self.objects[sha256(content)] = content
         return commit
 
     def inject(self, path: str, **fault: Any) -> Fault:
@@ -254,12 +258,13 @@ class Hub:
         """No more faults."""
         self._faults.clear()
 
-    def fault(self, method: str, path: str, *, content: bool) -> Fault | None:
+    def fault(self, method: str, path: str, ranged: str | None, *, content: bool) -> Fault | None:
         """The first fault that strikes this request, and that is one of the content or not; it counts as used."""
+        part = ranged is not None and not ranged.endswith("-")
         with self._lock:
             for fault in self._faults:
                 strikes = path.endswith(fault.path) and method in fault.methods and fault.times
-                if strikes and fault.concerns_content == content:
+                if strikes and fault.concerns_content == content and (fault.parts or not part):
                     fault.times -= 1
                     return fault
         return None
@@ -307,15 +312,28 @@ def is_large(name: str) -> bool:
     return name.endswith(LARGE)
 
 
-def git_sha1(content: bytes) -> str:
+_known: dict[int, tuple[memoryview, str]] = {}
+
+
+def sha256(content: Content) -> str:
+    """The SHA-256 of a content, in hexadecimal; of a view it is computed once, for it may be of gigabytes."""
+    if not isinstance(content, memoryview):
+        return hashlib.sha256(content).hexdigest()
+    if id(content) not in _known:
+        _known[id(content)] = content, hashlib.sha256(content).hexdigest()
+    return _known[id(content)][1]
+
+
+def git_sha1(content: Content) -> str:
     """The id that git gives a file with this content."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    digest = hashlib.sha1(b"blob %d\0" % len(content))
+    digest.update(content)
+    return digest.hexdigest()
 
 
-def pointer(content: bytes) -> bytes:
+def pointer(content: Content) -> bytes:
     """What git has of a file that is kept as an LFS object."""
-    digest = hashlib.sha256(content).hexdigest()
-    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n".encode()
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256(content)}\nsize {len(content)}\n".encode()
 
 
 class _Server(ThreadingHTTPServer):
@@ -442,7 +460,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, "RepoNotFound", "Repository not found")
         return stored
 
-    def _snapshot(self, repo_id: str, revision: str) -> tuple[Stored, str, dict[str, bytes]]:
+    def _snapshot(self, repo_id: str, revision: str) -> tuple[Stored, str, dict[str, Content]]:
         stored = self._stored(repo_id)
         commit = stored.commit(revision)
         if commit is None:
@@ -503,7 +521,7 @@ class _Handler(BaseHTTPRequestHandler):
             etag = git_sha1(content) if self.hub.etags else f"{name}-1"
             self._answer_content(content, {**headers, "ETag": f'"{etag}"'})
             return
-        digest = hashlib.sha256(content).hexdigest()
+        digest = sha256(content)
         headers |= {
             "X-Linked-Size": str(len(content)),
             "X-Linked-Etag": f'"{digest if self.hub.etags else digest[:32]}"',
@@ -562,7 +580,7 @@ class _Handler(BaseHTTPRequestHandler):
             present = stored.commits[commit].get(file["path"])
             if present is not None:
                 large = answer["uploadMode"] == "lfs"
-                answer["oid"] = hashlib.sha256(present).hexdigest() if large else git_sha1(present)
+                answer["oid"] = sha256(present) if large else git_sha1(present)
             answers.append(answer)
         self._answer_json({"files": answers})
 
@@ -617,13 +635,16 @@ class _Handler(BaseHTTPRequestHandler):
     # Answers, and what goes wrong with them
     # -----------------------------------------------------------------------------------------------------------------
 
+    def _fault(self, *, content: bool) -> Fault | None:
+        return self.hub.fault(self.command, self.route, self.headers.get("range"), content=content)
+
     def _strike(self) -> bool:
         """Let a fault that is none of the content take the place of the answer."""
-        fault = self.hub.fault(self.command, self.route, content=False)
+        fault = self._fault(content=False)
         if fault is None:
             if not (self.route.startswith("/api/") or "/info/lfs/" in self.route):
                 return False
-            fault = self.hub.fault(self.command, self.route, content=True)
+            fault = self._fault(content=True)
             if fault is None:
                 return False
         if fault.close:
@@ -640,9 +661,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer_json({"error": "a fault"}, fault.status, dict(fault.headers))
         return True
 
-    def _answer_content(self, content: bytes, headers: dict[str, str]) -> None:
+    def _answer_content(self, content: Content, headers: dict[str, str]) -> None:
         """A file or the range of it that is asked for, or what a fault makes of it."""
-        fault = self.hub.fault(self.command, self.route, content=True) if self.command == "GET" else None
+        fault = self._fault(content=True) if self.command == "GET" else None
         if fault is not None and fault.page is not None:
             self._answer(200, fault.page.encode(), {"Content-Type": "text/html; charset=utf-8"})
             return
@@ -653,19 +674,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, packed, {**headers, "Content-Encoding": "gzip"}, fault)
             return
         ranged = self.headers.get("range") if self.hub.ranges else None
-        start = int(ranged.removeprefix("bytes=").split("-")[0]) if ranged else 0
+        first, _, last = (ranged or "").removeprefix("bytes=").partition("-")
+        start, stop = int(first or 0), min(int(last) + 1, len(content)) if last else len(content)
         headers = {"Content-Type": "application/octet-stream", **headers}
         if start > 0 and start >= len(content):
             self._answer(416, b"", {**headers, "Content-Range": f"bytes */{len(content)}"})
             return
         if ranged:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self._answer(206 if ranged else 200, content[start:], headers, fault)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        self._answer(206 if ranged else 200, content[start:stop], headers, fault)
 
     def _answer_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self._answer(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
-    def _answer(self, status: int, body: bytes, headers: Mapping[str, str], fault: Fault | None = None) -> None:
+    def _answer(self, status: int, body: Content, headers: Mapping[str, str], fault: Fault | None = None) -> None:
         self._log(status)
         self.send_response(status)
         for name, value in headers.items():
@@ -700,16 +722,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.log(Request(self.command, self.path, self.headers.get("range"), self.token, status))
 
 
-def _described(name: str, content: bytes) -> dict[str, Any]:
+def _described(name: str, content: Content) -> dict[str, Any]:
     """A file in a repository's metadata."""
     if not is_large(name):
         return {"size": len(content), "blobId": git_sha1(content)}
     text = pointer(content)
-    lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": len(text)}
+    lfs = {"sha256": sha256(content), "size": len(content), "pointerSize": len(text)}
     return {"size": len(content), "blobId": git_sha1(text), "lfs": lfs}
 
 
-def _changed(content: bytes, fault: Fault) -> bytes:
+def _changed(content: Content, fault: Fault) -> Content:
     if fault.content is not None:
         return fault.content
     if fault.truncate is not None:

@@ -98,6 +98,7 @@ THOROUGH = frozenset(
         "store",
         "stored",
         "stored_once",
+        "stream",
         "stress",
         "third_party_plugin",
         "tokenizer",

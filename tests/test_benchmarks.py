@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 
@@ -16,9 +19,12 @@ from checkpoints import text_config
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.lowering import module
 from coreai_zoo.plugins import default_plugins
+from coreai_zoo.progress import Reporter
 from coreai_zoo.weights.store import WeightStore
+from hub import Hub
 
 # As `python SCRIPT` does, but for the seconds of imports.
 AS_A_PROGRAM = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -105,6 +111,28 @@ def test_the_baseline_writes_the_constants_that_a_build_writes(root: Path, tmp_p
     written = CoreAIBackend().constants(tmp_path / "whole" / "whole_model.aimodel")
     assert len(expected) >= 16  # the table, and the integers of every linear
     assert set(expected.values()) - {bytes(view) for view in written.values()} == set()
+
+
+def test_the_disk_that_a_build_takes_is_seen_and_a_mapped_file_is_served(
+    root: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    stream = importlib.import_module("stream")
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "config.json").write_text("{}")
+    weights = np.random.default_rng(1).integers(0, 256, 2**21, np.uint8).tobytes()
+    (made / "model.safetensors").write_bytes(weights)
+    hub.add(stream.ID, stream.contents(made), commit=stream.COMMIT)
+    source = HubSource.open(Repository(stream.ID), Reporter(silent=True))
+
+    with stream.peak([hub.home]) as most:
+        path = source.fetch_apart("model.safetensors", hub.home / "apart", lambda _what, _count: None)
+        assert path.read_bytes() == weights and source.first_bytes("model.safetensors", 9) == weights[:9]
+        time.sleep(0.5)
+        path.unlink()
+
+    assert 2**21 <= most[0] < 2**22 and stream.blocks_below([hub.home]) < 2**20
 
 
 def test_measure_tells_time_memory_and_stages(root: Path) -> None:

@@ -1,7 +1,8 @@
 """A build, from a request to a bundle: resolve, fetch, trace, weights, lower, bundle, verify.
 
 What can be refused on metadata is refused before the first byte of a weight is fetched, and an overlay that does not
-lower shows before tens of gigabytes are read.
+lower shows before tens of gigabytes are read. A checkpoint that is streamed is designed on the headers of its files,
+which are fetched while weights are stored.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 
 from attrs import evolve, frozen
 
@@ -17,7 +19,7 @@ from coreai_zoo.backend import Check, Traced
 from coreai_zoo.build.design import Design, design, fetched
 from coreai_zoo.build.existing import find_existing, remember
 from coreai_zoo.build.expected import expected_by
-from coreai_zoo.build.preflight import Preflight, preflight
+from coreai_zoo.build.preflight import Preflight, preflight, stream_of
 from coreai_zoo.build.record import write_records
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.workspace import Workspace, check_output_folder
@@ -25,12 +27,14 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import bytes_below
 from coreai_zoo.bundle.verify import require, verify
 from coreai_zoo.checkpoint.portable_tokenizer import tokenizer_changes
+from coreai_zoo.dtypes import size
 from coreai_zoo.errors import listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.weights.means import unusual_means
 from coreai_zoo.weights.plan import PlannedTensor
 from coreai_zoo.weights.store import FillReport, WeightStore
+from coreai_zoo.weights.stream import Stream
 
 
 @frozen
@@ -98,20 +102,16 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             needs = preflight(designed, workspace)
             report.note(str(needs))
             needs.require()
-        if (hub := designed.source.hub) is not None:
-            with report.stage("fetch", f"{len(hub.weights)} files of {hub.id} at {hub.commit}"):
-                designed = fetched(designed, plugins, report)
-        designed = _with_notes(designed, report)
+        stream = stream_of(designed, workspace)
+        if stream is None:
+            designed = _fetched(designed, plugins, report)
         with report.stage("trace", f"{designed.backend.name}, contract {designed.contract.name}"):
             traced = designed.trace()
         store, partial = WeightStore(workspace.work), workspace.partial
         with report.stage("weights", f"{len(designed.weights.stored)} tensors as {designed.recipe.name}"):
-            filled = _fill(store, designed, report)
-            report.note(f"{filled.computed} computed, {filled.reused} reused")
-            if filled.repaired:
-                report.note(f"damaged and redone: {listing(list(filled.repaired))}")
-            if filled.removed:
-                report.note(f"removed {len(filled.removed)} tensors that this build does not use")
+            filled = _fill(store, designed, stream, report)
+            if stream is not None:  # all its values have been seen by now
+                designed = _with_notes(designed, stream.notes(), report)
         # The disk may have filled meanwhile, and the toolchain's writer ends the whole process when there is no space.
         preflight(designed, workspace).require()
         with report.stage("lower", designed.asset):
@@ -159,21 +159,44 @@ def _rare_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _with_notes(designed: Design, report: Reporter) -> Design:
+def _fetched(designed: Design, plugins: Plugins, report: Reporter) -> Design:
+    """The design when its weights are on this machine and their values can be looked at."""
+    if (hub := designed.source.hub) is not None:
+        with report.stage("fetch", f"{len(hub.weights)} files of {hub.id} at {hub.commit}"):
+            designed = fetched(designed, plugins, report)
+    return _with_notes(designed, unusual_means(designed.checkpoint, designed.weights), report)
+
+
+def _with_notes(designed: Design, of_values: tuple[str, ...], report: Reporter) -> Design:
     """The design with what its values show, once there are any; all notes are told."""
-    notes = (*designed.notes, *unusual_means(designed.checkpoint, designed.weights))
+    notes = (*designed.notes, *of_values)
     for note in notes:
         report.note(f"note: {note}")
     return evolve(designed, notes=notes)
 
 
-def _fill(store: WeightStore, designed: Design, report: Reporter) -> FillReport:
-    with report.bytes(designed.weights.stored_bytes) as count_bytes:
+def _fill(store: WeightStore, designed: Design, stream: Stream | None, report: Reporter) -> FillReport:
+    missing = 0 if stream is None else stream.missing_bytes
+    if stream is not None and missing:
+        report.note(f"fetching {size(missing)} meanwhile, {size(stream.most_bytes)} on the disk at a time")
+    counting = Lock()
+    with report.bytes(designed.weights.stored_bytes + missing) as count_bytes:
+
+        def count(what: str, more: int) -> None:
+            with counting:  # what is fetched is counted in another thread
+                count_bytes(what, more)
 
         def progress(tensor: PlannedTensor, elements: int) -> None:
-            count_bytes(tensor.name, elements * tensor.format.bytes // tensor.parameters)
+            count(tensor.name, elements * tensor.format.bytes // tensor.parameters)
 
-        return store.fill(designed.weights, designed.checkpoint, progress)
+        arriving = None if stream is None else stream.arriving(count)
+        filled = store.fill(designed.weights, designed.checkpoint, progress, arriving=arriving)
+    report.note(f"{filled.computed} computed, {filled.reused} reused")
+    if filled.repaired:
+        report.note(f"damaged and redone: {listing(list(filled.repaired))}")
+    if filled.removed:
+        report.note(f"removed {len(filled.removed)} tensors that this build does not use")
+    return filled
 
 
 def _lower(traced: Traced, designed: Design, store: WeightStore, partial: Path) -> None:

@@ -20,6 +20,8 @@ from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import EnvironmentLacks, listing
 from coreai_zoo.machine import available_memory
+from coreai_zoo.weights.store import WeightStore
+from coreai_zoo.weights.stream import Stream
 
 LEAST_MEMORY = 384 * 2**20
 """Bytes that torch and the toolchain take, imported and idle: no build gets by with less."""
@@ -51,26 +53,32 @@ class Preflight:
 
     Attributes:
         fetched: bytes that are still to be fetched of the checkpoint.
+        fetched_at_once: bytes of fetched files that are on the disk at a time, at the most. Of a checkpoint that is
+            streamed, these are some of all, and those that an earlier run left count.
         read: bytes that are read of the checkpoint.
         scratch: bytes still to be written of the weight store, which goes when the build is done.
         written: bytes of the bundle.
         disks: the file systems that hold them.
         memory: bytes of memory that are available; None where that is not known.
         least_memory: bytes of memory that the build takes.
+        streamed: whether fetched files are dropped when they were used.
     """
 
     fetched: int
+    fetched_at_once: int
     read: int
     scratch: int
     written: int
     disks: tuple[Disk, ...]
     memory: int | None
     least_memory: int = LEAST_MEMORY
+    streamed: bool = False
 
     def __str__(self) -> str:
         free = ", ".join(f"{size(disk.free)} free at {_shown(disk.path)}" for disk in self.disks)
         memory = "" if self.memory is None else f"; {size(self.memory)} of memory available"
-        fetches = f"fetches {size(self.fetched)}, " if self.fetched else ""
+        at_once = f" ({size(self.fetched_at_once)} on the disk at a time)" if self.streamed else ""
+        fetches = f"fetches {size(self.fetched)}{at_once}, " if self.fetched else ""
         writes = f"writes {size(self.written)} and {size(self.scratch)} of scratch"
         return f"{fetches}reads {size(self.read)}, {writes}; {free}{memory}"
 
@@ -85,7 +93,7 @@ class Preflight:
                 raise EnvironmentLacks(
                     f"The build needs {size(disk.needs)} of disk space at {disk.path}, where {size(disk.free)} are "
                     f"free: {self._wanted} in all.",
-                    f"Free some, or use another disk with -o DIR, --work-dir DIR{' or HF_HOME' * bool(self.fetched)}.",
+                    f"Free some, or use another disk with -o DIR, --work-dir DIR{self._ways_out}.",
                 )
         if self.memory is not None and self.memory < self.least_memory:
             raise EnvironmentLacks(
@@ -94,8 +102,18 @@ class Preflight:
             )
 
     @property
+    def _ways_out(self) -> str:
+        return (
+            "" if self.streamed or not self.fetched else " or HF_HOME; --stream needs no room for all of a checkpoint"
+        )
+
+    @property
     def _wanted(self) -> str:
-        wanted = [(self.fetched, "of checkpoint"), (self.written, "for the bundle"), (self.scratch, "of scratch")]
+        wanted = [
+            (self.fetched_at_once, "of checkpoint"),
+            (self.written, "for the bundle"),
+            (self.scratch, "of scratch"),
+        ]
         return listing([f"{size(count)} {what}" for count, what in wanted if count])
 
     def as_json(self) -> Mapping[str, Any]:
@@ -109,9 +127,12 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
     scratch = max(0, design.weights.stored_bytes - bytes_below(workspace.work))
     needs: dict[int, Disk] = {}
     places = [(workspace.destination, written), (workspace.work, scratch)]
-    fetched = 0
-    if (hub := design.source.hub) is not None:
-        fetched = hub.missing_bytes
+    fetched = at_once = 0
+    if (stream := stream_of(design, workspace)) is not None:
+        fetched, at_once = stream.missing_bytes, stream.most_bytes
+        places.append((workspace.shards, max(0, at_once - bytes_below(workspace.shards))))
+    elif (hub := design.source.hub) is not None:
+        fetched = at_once = hub.missing_bytes
         places.append((hub.directory, fetched))
     for path, count in places:
         existing = existing_parent(path.parent)
@@ -122,13 +143,24 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
     least_memory = design.backend.memory(int(design.facts["layers"]), len(design.functions), _steps(design))
     return Preflight(
         fetched,
+        at_once,
         bytes_read(design),
         scratch,
         written,
         tuple(needs.values()),
         available_memory(),
         max(LEAST_MEMORY, least_memory),
+        streamed=stream is not None,
     )
+
+
+def stream_of(design: Design, workspace: Workspace) -> Stream | None:
+    """The checkpoint as it comes and goes while weights are stored in `workspace`; None for one that stays."""
+    if not design.source.streamed:
+        return None
+    assert design.source.hub is not None
+    store = WeightStore(workspace.work)
+    return Stream(design.source.hub, design.checkpoint, design.weights, store, workspace.shards)
 
 
 def asset_bytes(design: Design) -> int:

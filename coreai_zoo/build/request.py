@@ -26,6 +26,7 @@ class BuildRequest:
         target: the system of the machine that is to run the bundle, which decides contract and backend where they are
             None, and refuses those that it does not run; None where nothing is said of the machine.
         label: what to call a model without entry; None for the name of its repository or folder.
+        stream: whether weights that are fetched are used file by file and dropped.
         dry: whether to look only. No weight is fetched then: without `checkpoint` or `sample` the model of an entry is
             the one that its facts describe, and a checkpoint may be a folder with nothing but its `config.json`.
     """
@@ -45,4 +46,5 @@ class BuildRequest:
     force: bool = False
     custom: bool = False
     label: str | None = None
+    stream: bool = False
     dry: bool = False

@@ -22,6 +22,7 @@ from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.checkpoint.origin import Licence, Origin, find_licence, find_origin, original_of
 from coreai_zoo.checkpoint.originals import NotOriginal, check_original
 from coreai_zoo.checkpoint.readme import read_front_matter
+from coreai_zoo.checkpoint.stream import open_on_hub
 from coreai_zoo.checkpoint.tokenizer import chat_templates
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, ZooError
@@ -103,7 +104,22 @@ def subject_of(request: BuildRequest, plugins: Plugins, entry: Entry | None = No
         raise BadInput(f"{request.model} and --checkpoint name two checkpoints.", "Leave one of them out.")
     if request.sample and subject.entry is None:
         raise BadInput(f"{request.model} is no entry, and only entries have samples.", "`zoo list` shows them.")
+    _require_stream(request, subject)
     return subject
+
+
+def _require_stream(request: BuildRequest, subject: Subject) -> None:
+    """Refuse to stream what is not on the hub."""
+    named = [
+        *([f"--checkpoint {request.checkpoint}"] if request.checkpoint is not None else []),
+        *(["--sample"] if request.sample else []),
+        *([f"the folder {subject.directory}"] if subject.directory is not None else []),
+    ]
+    if request.stream and named:
+        raise BadInput(
+            f"--stream is for a checkpoint that is fetched from the hub, and {named[0]} is on this machine.",
+            "Leave one of them out.",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,6 +139,7 @@ class Source:
         card: the front matter of its card.
         original: the repository that it was made from, or its entry's, for one that cannot be used itself.
         hub: fetches its weights; None where there is nothing to fetch.
+        streamed: whether they are fetched while they are read, and their headers alone before.
     """
 
     hf_config: Mapping[str, Any]
@@ -132,6 +149,7 @@ class Source:
     card: Mapping[str, Any] = field(factory=dict)
     original: str | None = None
     hub: HubSource | None = None
+    streamed: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -153,7 +171,14 @@ class Source:
         return self.hub is not None and not self.hub.complete
 
     def open(self, *, need_weights: bool) -> Checkpoint | None:
-        """The checkpoint; None where there are no weights, and none are needed yet."""
+        """The checkpoint; None where there are no weights, and none are needed yet.
+
+        Of one that is streamed the headers are fetched.
+        """
+        if self.streamed and need_weights:
+            assert self.hub is not None
+            with self.naming_the_original():
+                return open_on_hub(self.hub)
         if self.directory is None or self.unfetched or not (need_weights or has_weights(self.directory)):
             return None
         with self.naming_the_original():
@@ -210,7 +235,8 @@ def find_source(subject: Subject, request: BuildRequest, plugins: Plugins, repor
     directory = hub.fetch_small((CONFIG, INDEX) if request.dry else None)
     # The hub's own is the same, and there also for those who do not fetch the README.
     card = read_front_matter(directory) or (hub.listing.card if hub.listing else {})
-    return _source(directory, Origin("hub", hub.id, hub.commit), card, entry, hub)
+    source = _source(directory, Origin("hub", hub.id, hub.commit), card, entry, hub)
+    return evolve(source, streamed=request.stream)
 
 
 def commit_of(source: Source, entry: Entry | None, report: Reporter) -> tuple[str, str] | None:

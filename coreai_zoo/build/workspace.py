@@ -5,6 +5,7 @@
     OUTPUT/.NAME.old        the bundle that it replaces, for the moment between two renames
     WORK/NAME               the weight store, which outlives an interruption so that the next build resumes
     WORK/.NAME.spent        a weight store that is no longer needed, being removed
+    WORK/.NAME.shards       files of a checkpoint that is streamed: those that are fetched, or read, just now
 
 The names are fixed, so a build finds whatever a killed one left; see `Workspace.opened`.
 """
@@ -87,12 +88,18 @@ class Workspace:
     def _spent(self) -> Path:
         return self.work.with_name(f".{self.work.name}.spent")
 
+    @property
+    def shards(self) -> Path:
+        """Where files of a checkpoint that is streamed lie for as long as they are needed."""
+        return self.work.with_name(f".{self.work.name}.shards")
+
     @contextlib.contextmanager
     def opened(self, *, force: bool) -> Iterator[None]:
         """Within the block, the folders exist and are locked; afterwards, what must not stay is removed.
 
         A build that fails leaves no trace but the weight store, where another run can go on from it: after an
         interruption, when the environment lacked something (disk space, for one), and when the user asked to keep it.
+        What a streamed build has just fetched stays in the first two cases.
 
         Raises:
             BadInput: when there is a bundle already, unless `force`, or a folder cannot be made.
@@ -111,6 +118,7 @@ class Workspace:
                     error.add_note(f"Finished weights are kept in {self.work}.")
                 raise
             except Exception:
+                shutil.rmtree(self.shards, ignore_errors=True)
                 if not self.keep and not self.given:
                     self._remove_work()
                 raise
@@ -121,6 +129,7 @@ class Workspace:
         Whenever this is killed, `_recover` can tell whether the bundle was in place: then there is no partial one.
         """
         _sync_tree(self.partial)
+        shutil.rmtree(self.shards, ignore_errors=True)
         if not self.keep:
             os.rename(self.work, self._spent)
         if self.destination.exists():

@@ -121,8 +121,9 @@ def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
     hf_id, revision = bundle.origin.get("hf_id"), bundle.origin.get("revision")
     cached = find_cached(str(hf_id), str(revision)) if hf_id and revision else None
     if cached is None:
-        where = f"{hf_id} at {revision} is not in the Hugging Face cache" if hf_id else "where it is was not recorded"
-        raise BadInput(
-            f"The checkpoint of {bundle.directory.name} is not at hand: {where}.", "Pass it with --checkpoint DIR."
-        )
+        where, hint = "where it is was not recorded", "Pass it with --checkpoint DIR."
+        if hf_id and revision:  # of a streamed build nothing stays
+            where = f"{hf_id} at {revision} is not in the Hugging Face cache"
+            hint = f"`hf download {hf_id} --revision {revision}` fetches it; or pass it with --checkpoint DIR."
+        raise BadInput(f"The checkpoint of {bundle.directory.name} is not at hand: {where}.", hint)
     return cached

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,7 @@ from coreai_zoo.checkpoint.adapters import refuse_unmerged
 from coreai_zoo.checkpoint.folder import CONFIG, WeightFiles, find_weights, read_config
 from coreai_zoo.checkpoint.fp8 import BlockScales, described, fold_scales
 from coreai_zoo.checkpoint.headers import Header, Stamp, TensorInfo, read_header
-from coreai_zoo.checkpoint.index import check_index
+from coreai_zoo.checkpoint.index import alike, check_index, find_doubled, same_values
 from coreai_zoo.checkpoint.originals import check_original
 from coreai_zoo.errors import BadInput, listing
 
@@ -43,6 +43,8 @@ class Checkpoint:
         weight_map: of its index, key to file name; empty without one.
         notes: what a build notes about its files and its config, one phrase each.
         scales: of FP8 tensors, by their keys.
+        uncompared: tensors that several files hold, by their keys, of which `check_index` could not compare the values
+            since a file has not arrived; see `same_values`.
     """
 
     directory: Path
@@ -52,6 +54,9 @@ class Checkpoint:
     weight_map: Mapping[str, str] = field(factory=dict)
     notes: tuple[str, ...] = ()
     scales: Mapping[str, BlockScales] = field(factory=dict)
+    uncompared: Mapping[str, Sequence[TensorInfo]] = field(factory=dict, init=False)
+    _places: dict[Path, Path] = field(factory=dict, init=False, repr=False)
+    _seen: dict[Path, tuple[int, int]] = field(factory=dict, init=False, repr=False)
     _files: dict[Path, Any] = field(factory=dict, init=False, repr=False)
 
     @cached_property
@@ -70,7 +75,20 @@ class Checkpoint:
         """
         config = read_config(directory)
         files = find_weights(directory)
-        headers = _read_headers(directory, files)
+        checkpoint = cls.of_headers(directory, config, files, _read_headers(directory, files))
+        for header in checkpoint.headers:
+            checkpoint.arrive(header.file, header.file, header.stamp[2:4])
+        return checkpoint
+
+    @classmethod
+    def of_headers(
+        cls, directory: Path, config: dict[str, Any], files: WeightFiles, headers: tuple[Header, ...]
+    ) -> Checkpoint:
+        """The checkpoint in `directory` whose weight files have these headers; none of them can be read yet.
+
+        Raises:
+            BadInput: as `open` does.
+        """
         tensors = {key: tensor for header in headers for key, tensor in header.tensors.items()}
         refuse_unmerged(str(directory), tensors)
         tensors, scales = fold_scales(str(directory), config, tensors)
@@ -79,6 +97,30 @@ class Checkpoint:
         if scales:  # which the config is right about
             notes = (f"{described(scales)}: made floats of while they are read",)
         return cls(directory, config, by_key, headers, files.weight_map, (*files.notes, *notes), scales)
+
+    # Files come and go where a checkpoint is read while it is fetched.
+
+    def arrive(self, file: Path, place: Path, seen: tuple[int, int] | None = None) -> None:
+        """From now on the values of a weight file can be read.
+
+        Args:
+            file: as its header names it.
+            place: where its content is.
+            seen: its size and time of modification; None to look now.
+        """
+        if seen is None:
+            status = place.stat()
+            seen = (status.st_size, status.st_mtime_ns)
+        self._places[file], self._seen[file] = place, seen
+
+    def leave(self, file: Path) -> None:
+        """From now on the values of a weight file cannot be read, and it may be removed."""
+        self._places.pop(file, None)
+        self._files.pop(file, None)
+
+    def place(self, file: Path) -> Path | None:
+        """Where the content of a weight file is; None while it cannot be read."""
+        return self._places.get(file)
 
     @property
     def precision(self) -> str:
@@ -92,7 +134,11 @@ class Checkpoint:
         Raises:
             BadInput: naming files and tensors.
         """
-        return check_index(self.directory, self.weight_map, self.headers, left_out)
+        doubled = find_doubled(self.headers, left_out) if self.weight_map else {}
+        arrived = all(info.file in self._places for infos in doubled.values() for info in infos)
+        self.uncompared = {} if arrived else doubled
+        same = same_values if arrived else alike
+        return check_index(self.directory, self.weight_map, self.headers, left_out, same)
 
     def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Read rows of a tensor seen as a matrix (see `TensorInfo.rows`).
@@ -136,16 +182,17 @@ class Checkpoint:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _file(self, path: Path) -> Any:
+        place = self._places[path]
         # Reading a mapped file that someone has cut short kills the process, so its size is looked at each time.
-        status = path.stat()
-        if (status.st_size, status.st_mtime_ns) != self._stamps[path][2:4]:
-            raise BadInput(f"{path} has changed since the build began.", "Leave the checkpoint alone and build again.")
+        status = place.stat()
+        if (status.st_size, status.st_mtime_ns) != self._seen[path]:
+            raise BadInput(f"{place} has changed since the build began.", "Leave the checkpoint alone and build again.")
         # One mapping per file until it is released: opening one parses its header again.
         file = self._files.get(path)
         if file is None:
             from safetensors import safe_open
 
-            file = self._files[path] = safe_open(path, framework="pt", device="cpu")
+            file = self._files[path] = safe_open(place, framework="pt", device="cpu")
         return file
 
     def release(self) -> None:
@@ -159,23 +206,31 @@ class Checkpoint:
         """Also give back the memory in which the system keeps some tensors: nobody reads the weights twice.
 
         What is written next takes their place. In a virtual machine that has not used all of its memory yet, fresh
-        memory is ten times slower to write to. A file of which a view is still in use keeps its memory.
+        memory is ten times slower to write to. A file of which a view is still in use keeps its memory. One that has
+        left is passed over.
         """
         self.release()
         if not hasattr(os, "posix_fadvise"):
             return
         for path, tensors in groupby((self.tensors[key] for key in keys), key=lambda tensor: tensor.file):
-            descriptor = os.open(path, os.O_RDONLY)
+            place = self._places.get(path)
+            if place is None:
+                continue
+            descriptor = os.open(place, os.O_RDONLY)
             try:
                 for start, stop in (tensor.span for tensor in tensors):
                     os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
 
+    def files_of(self, key: str) -> frozenset[Path]:
+        """The files that hold `key` and its scales."""
+        scales = (self.scales[key].info,) if key in self.scales else ()
+        return frozenset(info.file for info in (self.tensors[key], *scales))
+
     def stamps(self, key: str) -> frozenset[Stamp]:
         """The stamps of the files that hold `key` and its scales."""
-        scales = (self.scales[key].info,) if key in self.scales else ()
-        return frozenset(self._stamps[info.file] for info in (self.tensors[key], *scales))
+        return frozenset(self._stamps[file] for file in self.files_of(key))
 
     def identity(self) -> dict[str, Any]:
         """The identity of the checkpoint, as far as it shows without reading weights.

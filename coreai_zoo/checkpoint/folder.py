@@ -182,13 +182,17 @@ def uses_index(names: Collection[str], weight_map: Mapping[str, str]) -> bool:
     return bool(weight_map) and (SINGLE not in names or SINGLE in weight_map.values())
 
 
-def find_weights(directory: Path) -> WeightFiles:
+def find_weights(directory: Path, elsewhere: Collection[str] = ()) -> WeightFiles:
     """The files that hold the weights of the checkpoint in a folder.
+
+    Args:
+        directory: the folder.
+        elsewhere: names of files that count as if they were in it.
 
     Raises:
         BadInput: when there are none, or an index cannot be used.
     """
-    there = _file_names(directory)
+    there = sorted({*_file_names(directory), *elsewhere})
     index = read_index(directory) if INDEX in there else {}
     weight_map = index if uses_index(there, index) else {}
     if weight_map:

@@ -51,7 +51,8 @@ _DTYPES = {
 
 Stamp = tuple[str, str, int, int, int]
 """Path, hash of the header, size and times of a file. While it has the same stamp its content is taken to be the same;
-with another, it has to be read to know."""
+with another, it has to be read to know. One that is streamed has the hash that the hub states in the place of its path,
+and no times: its content is known while it is not on this machine."""
 
 
 @frozen
@@ -149,26 +150,40 @@ def _check_layout(path: Path, entries: Mapping[str, Any], data_bytes: int) -> No
         raise BadInput(f"{path} is corrupt: {data_bytes - position:,} bytes at its end belong to no tensor.")
 
 
+def header_bytes(path: Path, start: bytes, size: int) -> int:
+    """Bytes of the header of a safetensors file, its length prefix included.
+
+    Args:
+        path: the file, for an error.
+        start: its first 8 bytes or more; all that there are of a shorter file.
+        size: bytes of the whole file.
+
+    Raises:
+        BadInput: when it can be no such file.
+    """
+    if size == 0:
+        raise BadInput(f"{path} is empty.", "Download it again.")
+    refuse_pointer(path, start[:64])
+    length = int.from_bytes(start[:8], "little")
+    if len(start) >= 8 and length > MAX_HEADER_BYTES:
+        raise BadInput(
+            f"{path} is not a safetensors file: its header would be {length:,} bytes, the limit is "
+            f"{MAX_HEADER_BYTES:,}.",
+            "Download it again.",
+        )
+    if len(start) < 8 or 8 + length > size:
+        raise BadInput(f"{path} is truncated: it ends within its header.", "Download it again.")
+    return 8 + length
+
+
 def _read_header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
     """The header with its length prefix, and the file's status, both from one open file."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            if status.st_size == 0:
-                raise BadInput(f"{path} is empty.", "Download it again.")
-            refuse_pointer(path, file.read(64))
+            length = header_bytes(path, file.read(64), status.st_size)
             file.seek(0)
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) == 8 and length > MAX_HEADER_BYTES:
-                raise BadInput(
-                    f"{path} is not a safetensors file: its header would be {length:,} bytes, the limit is "
-                    f"{MAX_HEADER_BYTES:,}.",
-                    "Download it again.",
-                )
-            if len(prefix) < 8 or 8 + length > status.st_size:
-                raise BadInput(f"{path} is truncated: it ends within its header.", "Download it again.")
-            return prefix + file.read(length), status
+            return file.read(length), status
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -180,6 +195,23 @@ def read_header(path: Path) -> Header:
         BadInput: naming the file, when it is unreadable, truncated or inconsistent, or was written by MLX.
     """
     raw, status = _read_header_bytes(path)
+    return parse_header(path, raw, str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def parse_header(path: Path, raw: bytes, identity: str, size: int, modified: int = 0, changed: int = 0) -> Header:
+    """Check a header.
+
+    Args:
+        path: its file, which need not be there.
+        raw: the header with its length prefix.
+        identity: what tells the file from others in its stamp.
+        size: bytes of the whole file.
+        modified: time of the stamp, in nanoseconds.
+        changed: the other one.
+
+    Raises:
+        BadInput: see `read_header`.
+    """
     entries = parse_object(raw[8:], f"The header of {path}")
     metadata = entries.pop("__metadata__", None) or {}
     if isinstance(metadata, dict) and metadata.get("format") == "mlx":
@@ -187,11 +219,10 @@ def read_header(path: Path) -> Header:
     problems = [f"{key} {problem}" for key, entry in entries.items() if (problem := _check_entry(entry))]
     if problems:
         raise BadInput(f"{path} is corrupt: {listing(problems, 4)}.", "Download it again.")
-    _check_layout(path, entries, status.st_size - len(raw))
+    _check_layout(path, entries, size - len(raw))
     tensors = {}
     for key, entry in entries.items():
         start, stop = (len(raw) + offset for offset in entry["data_offsets"])
         tensors[key] = TensorInfo(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]][0], path, (start, stop))
     sha256 = hashlib.sha256(raw).hexdigest()
-    stamp = (str(path.resolve()), sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return Header(path, status.st_size, sha256, stamp, tensors)
+    return Header(path, size, sha256, (identity, sha256, size, modified, changed), tensors)

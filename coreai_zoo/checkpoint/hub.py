@@ -20,7 +20,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -61,6 +61,8 @@ _SMALL = (
     "LICEN[CS]E*",
     "NOTICE*",
 )
+
+_AT_FAULT = "A proxy or a mirror may be at fault (HF_ENDPOINT, HTTPS_PROXY), or the hub itself; try again later."
 
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9A-Za-z]{6,64}")  # 40 hexadecimal digits on the real hub
@@ -280,24 +282,114 @@ class HubSource:
         Raises:
             EnvironmentLacks: when it cannot be fetched, or is twice not what the hub states.
         """
-        return self._obtain({file.name: file for file in self.weights}[name], count or _ignore)
+        return self._obtain(self._weight(name), count or _ignore)
 
     def fetch_weights(self, report: Reporter) -> None:
         """Fetch the weight files that are not here, and compare all with what the hub states; see `shard`."""
         self._report = report
         unknown = [file for file in self.weights if self._is_here(file) and not _is_known(self._place(file), file)]
         bad = 0
-        if unknown:
-            total = sum(file.size for file in unknown)
-            report.note(f"comparing {size(total)} in the cache with what the hub states")
-            with report.bytes(total) as count, explained(self.id, self._revision):
-                for file in unknown:
-                    bad += 0 if _matches(self._place(file), file) else file.size
-                    count(file.name, file.size)
+        with explained(self.id, self._revision), self._comparing(unknown) as count:
+            for file in unknown:
+                bad += 0 if _matches(self._place(file), file) else file.size
+                count(file.name, file.size)
         total = self.missing_bytes + bad
         with report.bytes(total) if total else contextlib.nullcontext(_ignore) as count:
             for file in self.weights:
                 self.shard(file.name, count)
+
+    @contextlib.contextmanager
+    def _comparing(self, files: Sequence[RemoteFile]) -> Iterator[CountBytes]:
+        """Within the block, files in the cache are compared with what the hub states: says so, and counts bytes."""
+        if not files:
+            yield _ignore
+            return
+        total = sum(file.size for file in files)
+        self._report.note(f"comparing {size(total)} in the cache with what the hub states")
+        with self._report.bytes(total) as count:
+            yield count
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Apart from the cache: for a build that drops a weight file when it has used it
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def cached(self) -> Mapping[str, Path]:
+        """The weight files that are whole in the cache, by name; they are compared with what the hub states.
+
+        One that is not that is removed, and so is not among them.
+        """
+        here = [file for file in self.weights if self._is_here(file)]
+        unknown = [file for file in here if not _is_known(self._place(file), file)]
+        with explained(self.id, self._revision), self._comparing(unknown) as count:
+            for file in unknown:
+                for place in (self.directory / file.name, self._blob(file)):
+                    if self._refusal is None:
+                        self._remove_damaged(place, file)
+                count(file.name, file.size)
+        return {file.name: self._obtain(file, _ignore) for file in here if self._is_here(file)}
+
+    def first_bytes(self, name: str, count: int) -> bytes:
+        """The first bytes of a weight file, asked for alone: `count` of them, or all of a shorter file.
+
+        They are compared with nothing: the hub states a hash of the whole only.
+
+        Raises:
+            EnvironmentLacks: when they cannot be fetched.
+        """
+        file = self._weight(name)
+        stop = min(count, file.size)
+        self._require_hub(file)
+
+        def ask() -> bytes:
+            come = bytearray()
+            with self._answer(file, 0, stop) as (answer, _):
+                for piece in answer.iter_bytes():
+                    come += piece
+                    if len(come) >= stop:  # a server without ranges would go on
+                        return bytes(come[:stop])
+            raise BrokeOff("it ended early")
+
+        with explained(self.id, self._revision):
+            try:
+                return Patience(self._report, FILE_TRIES).ask(ask)
+            except _Differs as error:
+                raise EnvironmentLacks(f"{name} of {self.id} cannot be fetched: {error}.", _AT_FAULT) from error
+
+    def place_apart(self, name: str, folder: Path) -> Path:
+        """Where `fetch_apart` puts a weight file: under its hash, so that contents are never mixed."""
+        own = hashlib.sha256(name.encode()).hexdigest()[:8]  # two files may have the same content, and one goes first
+        return folder / f"{self._weight(name).digest or self.commit}-{own}"
+
+    def missing_apart(self, name: str, folder: Path) -> int:
+        """Bytes that `fetch_apart` would still fetch."""
+        file, place = self._weight(name), self.place_apart(name, folder)
+        come = _size(place) if _size(place) is not None else _size(_incomplete(place))
+        return file.size - min(come or 0, file.size)
+
+    def fetch_apart(self, name: str, folder: Path, count: CountBytes) -> Path:
+        """Fetch a weight file into a folder, past the cache, and compare it with what the hub states.
+
+        Args:
+            name: of one of `weights`.
+            folder: where it is put under the name of `place_apart`; what has come there of it is gone on from.
+            count: see `shard`; what it raises ends the fetching.
+
+        Raises:
+            EnvironmentLacks: when it cannot be fetched, or is twice not what the hub states.
+        """
+        file, place = self._weight(name), self.place_apart(name, folder)
+        with explained(self.id, self._revision, folder):
+            if _size(place) is not None:
+                if _size(place) == file.size and file.digest in {None, _hash(place, file)}:
+                    return place
+                place.unlink()
+            self._require_hub(file)
+            self._fetch(file, place, _incomplete(place), count)
+        return place
+
+    def _weight(self, name: str) -> RemoteFile:
+        return {file.name: file for file in self.weights}[name]
 
     # -----------------------------------------------------------------------------------------------------------------
     # What there is
@@ -325,8 +417,7 @@ class HubSource:
 
     def _partial(self, file: RemoteFile) -> Path:
         """What has come of a file so far, under the name that `hf cache` knows as that of a broken download."""
-        blob = self._blob(file)
-        return blob.with_name(f"{blob.name}.incomplete")
+        return _incomplete(self._blob(file))
 
     def _place(self, file: RemoteFile) -> Path:
         """Where the content is, if it is here: in this snapshot, or fetched for another one."""
@@ -346,24 +437,32 @@ class HubSource:
         with explained(self.id, self._revision):
             if _matches(path, file):
                 return path
-            if self._refusal is not None:
-                state = "not there" if _size(path) is None else "damaged"
-                raise EnvironmentLacks(
-                    f"{file.name} of {self.id} is {state} in the cache, and cannot be fetched: {self._refusal.message}",
-                    self._refusal.hint,
-                )
+            self._require_hub(file)
             with self._locked(file):
                 blob = self._blob(file)
                 for place in (path, blob):
-                    if _size(place) is not None and not _matches(place, file):
-                        self._report.note(f"{file.name} in the cache is not what the hub states; fetching it again")
-                        place.unlink()
+                    self._remove_damaged(place, file)
                 if _size(path) is None:
                     if _size(blob) is None:
-                        self._fetch(file, count)
+                        self._fetch(file, blob, self._partial(file), count)
                     _link(blob, path)
                     _remember(path, file)
         return path
+
+    def _require_hub(self, file: RemoteFile) -> None:
+        """Refuse to fetch a file from a hub that could not be asked."""
+        if self._refusal is not None:
+            state = "not there" if _size(self.directory / file.name) is None else "damaged"
+            raise EnvironmentLacks(
+                f"{file.name} of {self.id} is {state} in the cache, and cannot be fetched: {self._refusal.message}",
+                self._refusal.hint,
+            )
+
+    def _remove_damaged(self, place: Path, file: RemoteFile) -> None:
+        """Remove what is in the cache as a file and is not what the hub states of it."""
+        if _size(place) is not None and not _matches(place, file):
+            self._report.note(f"{file.name} in the cache is not what the hub states; fetching it again")
+            place.unlink()
 
     def _note_revision(self) -> None:
         """Write down what commit a branch is, as the client does: it is looked up when there is no network."""
@@ -392,15 +491,17 @@ class HubSource:
                 held.enter_context(WeakFileLock(path))
             yield
 
-    def _fetch(self, file: RemoteFile, count: CountBytes) -> None:
-        """Fetch the content into the cache, with a second try if what comes is not what the hub states."""
-        blob, partial = self._blob(file), self._partial(file)
-        blob.parent.mkdir(parents=True, exist_ok=True)
+    def _fetch(self, file: RemoteFile, place: Path, partial: Path, count: CountBytes) -> None:
+        """Fetch the content to a place, with a second try if what comes is not what the hub states.
+
+        It has the name `partial` until it was compared.
+        """
+        place.parent.mkdir(parents=True, exist_ok=True)
         for again in ("; fetching it once more", ""):
             try:
                 self._receive(file, partial, count)
                 if file.digest in {None, _hash(partial, file)}:
-                    os.replace(partial, blob)
+                    os.replace(partial, place)
                     return
                 partial.unlink()
                 count(file.name, -file.size)
@@ -410,10 +511,7 @@ class HubSource:
                 problem = str(error)
             if again:
                 self._report.note(problem + again)
-        raise EnvironmentLacks(
-            f"{file.name} of {self.id} cannot be fetched: twice, {problem}.",
-            "A proxy or a mirror may be at fault (HF_ENDPOINT, HTTPS_PROXY), or the hub itself; try again later.",
-        )
+        raise EnvironmentLacks(f"{file.name} of {self.id} cannot be fetched: twice, {problem}.", _AT_FAULT)
 
     def _receive(self, file: RemoteFile, partial: Path, count: CountBytes) -> None:
         """Fetch what is missing of the content, over as many connections as it takes.
@@ -428,6 +526,7 @@ class HubSource:
         patience = Patience(self._report, FILE_TRIES)
         while (come := _size(partial)) is None or come < file.size:
             start = come or 0
+            count(file.name, 0)  # which may refuse to go on
             try:
                 self._stream(file, partial, start, count)
             except (HTTPError, BrokeOff) as error:
@@ -436,19 +535,8 @@ class HubSource:
 
     def _stream(self, file: RemoteFile, partial: Path, start: int, count: CountBytes) -> None:
         """Append what one answer holds from byte `start` on, each piece as it comes."""
-        from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-        url = hf_hub_url(self.id, file.name, revision=self.commit)
-        headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # a range is one of what is sent
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", url, headers=headers, timeout=timeout) as answer:
-            if answer.status_code == 416:
-                raise _Differs(f"{file.name} ends before byte {start:,}, and the hub states {file.size:,}")
-            hf_raise_for_status(answer)
-            come = _first_byte(answer.headers, file, start)
+        with self._answer(file, start) as (answer, begin):
+            come = begin
             if come < start:
                 count(file.name, come - start)
             with partial.open("r+b" if start else "wb") as out:
@@ -465,6 +553,23 @@ class HubSource:
                     os.fsync(out.fileno())
         if come < file.size:
             raise BrokeOff("it ended early")
+
+    @contextlib.contextmanager
+    def _answer(self, file: RemoteFile, start: int, stop: int | None = None) -> Iterator[tuple[Any, int]]:
+        """An answer with the content from byte `start` to `stop` or the end, and the byte at which it begins."""
+        from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        url = hf_hub_url(self.id, file.name, revision=self.commit)
+        headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # a range is one of what is sent
+        if start or stop is not None:
+            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=headers, timeout=timeout) as answer:
+            if answer.status_code == 416:
+                raise _Differs(f"{file.name} ends before byte {start:,}, and the hub states {file.size:,}")
+            hf_raise_for_status(answer)
+            yield answer, _first_byte(answer.headers, file, start)
 
 
 def find_cached(hf_id: str, commit: str) -> Path | None:
@@ -685,6 +790,11 @@ def _is_plain(name: str) -> bool:
 
 def _is_small(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _SMALL)
+
+
+def _incomplete(place: Path) -> Path:
+    """Where a file is while it is fetched to a place."""
+    return place.with_name(f"{place.name}.incomplete")
 
 
 def _size(path: Path) -> int | None:

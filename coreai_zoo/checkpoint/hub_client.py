@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError
@@ -69,7 +70,7 @@ class Patience:
         while True:
             try:
                 return request()
-            except HTTPError as error:
+            except (HTTPError, BrokeOff) as error:
                 self.after(error, "trying again")
 
     def after(self, error: Exception, then: str, gained: int = 0) -> None:
@@ -136,8 +137,14 @@ def _happened(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def explained(repo_id: str, revision: str) -> Iterator[None]:
-    """Within the block what the client, the network and the disk raise becomes an error in one paragraph."""
+def explained(repo_id: str, revision: str, folder: Path | None = None) -> Iterator[None]:
+    """Within the block what the client, the network and the disk raise becomes an error in one paragraph.
+
+    Args:
+        repo_id: the repository.
+        revision: of it, as the user named it.
+        folder: where files are written; None for the cache.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     try:
@@ -154,7 +161,7 @@ def explained(repo_id: str, revision: str) -> Iterator[None]:
             "Check the network, and HF_ENDPOINT or HTTPS_PROXY if set; the same command goes on from what has come.",
         ) from error
     except OSError as error:
-        raise _disk(error) from error
+        raise _disk(error, folder) from error
 
 
 def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
@@ -209,19 +216,21 @@ def not_the_hub(what: str) -> EnvironmentLacks:
     )
 
 
-def _disk(error: OSError) -> EnvironmentLacks:
-    """What it means that the cache cannot be read or written."""
+def _disk(error: OSError, folder: Path | None) -> EnvironmentLacks:
+    """What it means that the cache, or the folder in its place, cannot be read or written."""
     from huggingface_hub import constants
 
+    place = constants.HF_HUB_CACHE if folder is None else folder
+    elsewhere = "set HF_HOME to a folder" if folder is None else "choose a work folder with --work-dir DIR"
     if error.errno in NO_SPACE:
         return EnvironmentLacks(
-            f"The disk is full at {constants.HF_HUB_CACHE}, where checkpoints are fetched to.",
-            "Free some space there, or set HF_HOME to a folder on another disk; what has come is kept.",
+            f"The disk is full at {place}, where checkpoints are fetched to.",
+            f"Free some space there, or {elsewhere} on another disk; what has come is kept.",
         )
-    where = error.filename or constants.HF_HUB_CACHE
+    what = "The Hugging Face cache" if folder is None else "The folder that weights are fetched to"
     return EnvironmentLacks(
-        f"The Hugging Face cache cannot be used: {where}: {error.strerror or error}.",
-        "Set HF_HOME to a folder that can be written.",
+        f"{what} cannot be used: {error.filename or place}: {error.strerror or error}.",
+        f"{elsewhere[0].upper()}{elsewhere[1:]} that can be written.",
     )
 
 

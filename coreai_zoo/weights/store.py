@@ -21,9 +21,9 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache, cached_property, partial
 from importlib import metadata as distributions
 from itertools import chain
@@ -447,6 +447,15 @@ class _Committer:
         self._waiting.append(computed)
         self._commits.append(self._pool.submit(self._commit))
 
+    def settle(self) -> None:
+        """Wait until all that was submitted is in place.
+
+        Raises:
+            OSError: when one could not be written.
+        """
+        while self._commits:
+            self._commits.popleft().result()
+
     def _raise_failure(self) -> None:
         while self._commits and self._commits[0].done():
             self._commits.popleft().result()
@@ -574,6 +583,7 @@ class WeightStore:
         *,
         check: Literal["quick", "full"] = "quick",
         keep_others: bool = False,
+        arriving: Iterable[Sequence[PlannedTensor]] | None = None,
     ) -> FillReport:
         """Make every tensor that `plan` stores present, computing only those that are not.
 
@@ -586,6 +596,8 @@ class WeightStore:
                 notice bytes that changed in the store within the same size, nor values that changed in a checkpoint
                 file behind its time stamps. `full` reads all of both, hashes it, and notices those too.
             keep_others: leave tensors that `plan` does not name in the store, where they are otherwise removed.
+            arriving: the tensors of `plan` in the order in which their values can be read, where they cannot all be at
+                once: the next are asked for when those before are on disk. It is closed if it can be.
 
         Raises:
             BadInput: for a value that is not finite or overflows, an unreadable checkpoint, or a directory that cannot
@@ -599,7 +611,7 @@ class WeightStore:
             removed = () if keep_others else self._remove_others(plan)
             self.journal.compact()
             work = _Work(self, checkpoint, progress or (lambda _tensor, _count: None), full=check == "full")
-            work.run(plan)
+            work.run([plan.stored] if arriving is None else arriving)
             self._note_shared(plan)
         return FillReport(
             work.computed, len(plan.stored) - work.computed, work.bytes_written, tuple(work.repaired), removed
@@ -650,6 +662,19 @@ class WeightStore:
 
     def __contains__(self, name: object) -> bool:
         return name in self.journal.entries
+
+    def unfinished(self, plan: WeightPlan, checkpoint: Checkpoint) -> tuple[PlannedTensor, ...]:
+        """The tensors of `plan` of which a quick `fill` would read values: to compute them, or to compare."""
+        return tuple(planned for planned in plan.stored if not self._is_known(planned, checkpoint))
+
+    def _is_known(self, planned: PlannedTensor, checkpoint: Checkpoint) -> bool:
+        entry = self.journal.entries.get(planned.name)
+        return (
+            entry is not None
+            and entry.get("fingerprint") == _fingerprint(planned, checkpoint)
+            and self.intact(planned.name)
+            and entry["stamps"] == _stamps(planned, checkpoint)
+        )
 
     def damaged(self, name: str) -> bool:
         """Read the files of `name` in full; whether one differs from what was written."""
@@ -706,16 +731,26 @@ class _Work:
     bytes_written: int = 0
     repaired: list[str] = field(factory=list)
 
-    def run(self, plan: WeightPlan) -> None:
-        """Compute what is not current, chunk by chunk and without a pause between tensors."""
-        chunks = (chunk for planned in plan.stored if not self._is_current(planned) for chunk in chunks_of(planned))
-        results = run_in_order(partial(convert_chunk, self.checkpoint, chunk) for chunk in chunks)
+    def run(self, arriving: Iterable[Sequence[PlannedTensor]]) -> None:
+        """Compute what is not current, and have it on disk before the next tensors are asked for."""
         eviction = _Eviction(self.checkpoint)
-        with _Committer(self.store.directory, self.store.journal) as committer, closing(results):
+        with ExitStack() as stack:
+            if isinstance(arriving, Generator):
+                stack.enter_context(closing(arriving))
+            committer = stack.enter_context(_Committer(self.store.directory, self.store.journal))
+            for tensors in arriving:
+                self._compute(tensors, committer, eviction)
+                committer.settle()
+        eviction.evict()
+
+    def _compute(self, tensors: Sequence[PlannedTensor], committer: _Committer, eviction: _Eviction) -> None:
+        """Compute those of the tensors that are not current, chunk by chunk and without a pause between them."""
+        chunks = (chunk for planned in tensors if not self._is_current(planned) for chunk in chunks_of(planned))
+        results = run_in_order(partial(convert_chunk, self.checkpoint, chunk) for chunk in chunks)
+        with closing(results):
             for result in results:
                 self._write_tensor(result, results, committer)
                 eviction.add(result.chunk.planned)
-        eviction.evict()
 
     def _write_tensor(self, first: Result, results: Iterator[Result], committer: _Committer) -> None:
         """Write the tensor that begins with `first` and hand it to the committer."""

@@ -1,0 +1,125 @@
+"""Peak of disk of a build from the hub, with `--stream` and without: a sparse checkpoint, served on this machine.
+
+    python benchmarks/stream.py qwen3.6-27b --layers 8 --vocab 8192 --shard-gib 1
+
+The hub is that of the tests. What it serves is sparse, but what is fetched takes its full size on the disk. Counted are
+the blocks of all files below the cache and the output, 20 times a second. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench import checked, table
+from measure import measure
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from hub import Content, Hub, is_large  # noqa: E402  # found by the line above
+
+ID, COMMIT = "toys/Sparse", "5" * 40
+_INTERVAL = 0.05
+
+
+def contents(folder: Path) -> dict[str, Content]:
+    """The files of a checkpoint by name, its weights mapped."""
+    return {path.name: mapped(path) if is_large(path.name) else path.read_bytes() for path in folder.iterdir()}
+
+
+def mapped(path: Path) -> memoryview:
+    """The content of a file, none of it in memory."""
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def blocks_below(folders: Sequence[Path]) -> int:
+    """Bytes that the files below some folders take on the disk."""
+    total = 0
+    for path, _, names in (found for folder in folders for found in os.walk(folder)):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512  # noqa: PTH118  # twenty times a second
+            except FileNotFoundError:  # removed meanwhile
+                continue
+    return total
+
+
+@contextmanager
+def peak(folders: Sequence[Path]) -> Iterator[list[int]]:
+    """The most that the files below some folders take on the disk within the block, when it has ended."""
+    found, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_INTERVAL):
+            found[0] = max(found[0], blocks_below(folders))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def build(hub: Hub, output: Path, *more: str) -> dict[str, Any]:
+    """One build from the hub, measured, with the peak of the disk."""
+    os.environ.update(hub.environment)
+    command = [sys.executable, "-m", "coreai_zoo", "build", ID, "-o", str(output), "--json", "--progress", "json"]
+    with peak([hub.home, output]) as most:
+        result = checked(measure([*command, *more]))
+    return {**result, "peak_disk_bytes": most[0]}
+
+
+def row(name: str, result: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    told = result["output"]["preflight"]
+    sizes = (told["fetched"], told["fetched_at_once"], told["scratch"], told["written"], result["peak_disk_bytes"])
+    return [name, *(f"{count / 1e9:.2f}" for count in sizes), f"{result['seconds']:.0f}"]
+
+
+def main() -> None:
+    """Parse the command line, make a checkpoint, build it twice, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entry", help="whose shapes")
+    parser.add_argument("--layers", default="8", help="only the first N layers [8]")
+    parser.add_argument("--vocab", default="8192", help="another vocabulary size [8192]")
+    parser.add_argument("--shard-gib", default="1", help="size of a file at most [1]")
+    parser.add_argument("--work", type=Path, help="where to put it all [a temporary folder]")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        work, made = Path(folder), Path(folder) / "checkpoint"
+        shape = ["--layers", arguments.layers, "--vocab", arguments.vocab, "--shard-gib", arguments.shard_gib]
+        script = [sys.executable, str(HERE / "synthetic_checkpoint.py"), arguments.entry, *shape]
+        subprocess.run([*script, "--fill", "sparse", "-o", str(made)], check=True)
+        served, records, rows = contents(made), [], []
+        for name, options in (("zoo build --stream", ["--stream"]), ("zoo build", [])):
+            with Hub(work / "huggingface") as hub:
+                hub.add(ID, served, commit=COMMIT)
+                result = build(hub, work / "out", *options)
+            rows.append(row(name, result))
+            records.append((Path(result["output"]["path"]) / "build.json").read_bytes())
+            shutil.rmtree(work / "huggingface")
+            shutil.rmtree(work / "out")
+        assert records[0] == records[1], "both are the same bundle: the record has the hash of each file"
+        files = len(json.loads((made / "model.safetensors.index.json").read_text())["weight_map"].values())
+        print(f"{len(list(made.glob('*.safetensors')))} files, {files} tensors; GB\n")
+        heads = ["", "fetched", "kept of it at a time", "scratch", "bundle", "measured peak of disk", "seconds"]
+        print(table([heads, *rows]))
+
+
+if __name__ == "__main__":
+    main()
