@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py                     # one run each, some three minutes
     python benchmarks/bench.py --runs 3            # medians of three, in turn; what README.md shows
+    python benchmarks/bench.py --mlx ENV/bin/python  # with mlx-lm's conversion beside, from an environment of its own
 
 Everything is measured side by side in one run, because machines differ and are noisy: read the ratios. Seconds are wall
 time, memory is the peak of the anonymous memory of the process (RssAnon), see measure.py. The slice has four layers of
@@ -67,14 +68,22 @@ def build(checkpoint: Path, output: Path, *more: str) -> dict[str, Any]:
     """One build of the slice, measured."""
     zoo = str(Path(sys.executable).with_name("zoo"))
     command = [zoo, "build", ENTRY, "--checkpoint", str(checkpoint), "-o", str(output), *BUILD_FLAGS, *more]
-    return checked(measure(command))
+    return checked(measure(command, folders=[output]))
+
+
+def converted_by_mlx(python: Path, checkpoint: Path, output: Path) -> dict[str, Any]:
+    """One conversion by mlx-lm to 8 bits in blocks of 32, measured."""
+    shutil.rmtree(output, ignore_errors=True)
+    options = ["--hf-path", str(checkpoint), "--mlx-path", str(output), "-q", "--q-bits", "8", "--q-group-size", "32"]
+    return checked(measure([str(python), "-m", "mlx_lm", "convert", *options], folders=[output]))
 
 
 def baseline(checkpoint: Path, output: Path) -> dict[str, Any]:
     """One conversion the whole-model way, measured."""
     shutil.rmtree(output, ignore_errors=True)
     script = str(HERE / "whole_model_baseline.py")
-    return checked(measure([sys.executable, "-W", "ignore", script, str(checkpoint), "-o", str(output)]))
+    command = [sys.executable, "-W", "ignore", script, str(checkpoint), "-o", str(output)]
+    return checked(measure(command, folders=[output]))
 
 
 def warm(checkpoint: Path) -> None:
@@ -100,6 +109,23 @@ def since_reading(result: Mapping[str, Any]) -> float:
 def working(result: Mapping[str, Any]) -> float:
     """Seconds of all stages: everything but starting Python."""
     return sum(stage["seconds"] for stage in result["stages"].values())
+
+
+def whole_commands(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Medians of what each converter took from its start to its end; what the first took is 1 in the ratios."""
+    measures = {
+        "CPU seconds": "cpu_seconds",
+        "wall seconds": "seconds",
+        "peak anonymous memory, GB": "peak_anonymous_bytes",
+        "written, GB": "written_bytes",
+        "peak disk, GB": "peak_disk_bytes",
+    }
+    rows = [["", *measured]]
+    for title, key in measures.items():
+        unit = 1e9 if key.endswith("bytes") else 1
+        found = [statistics.median(result[key] / unit for result in results) for results in measured.values()]
+        rows.append([title, *(f"{value:.2f} ({value / found[0]:.2f})" for value in found)])
+    return table(rows)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -148,6 +174,8 @@ def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1, help="runs of each, in turn [1]")
+    parser.add_argument("--layers", type=int, default=4, help="of the slice [4]")
+    parser.add_argument("--mlx", type=Path, help="a Python that has mlx-lm [left out]")
     parser.add_argument("--work", type=Path, help="where to put some 9 GB [a temporary folder]")
     arguments = parser.parse_args()
     rates = quantizer_rates(arguments.runs)
@@ -156,15 +184,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         work = Path(folder)
         script = str(HERE / "synthetic_checkpoint.py")
-        shape = ["--layers", "4", "--vocab", "8192", "--fill", "random"]
+        shape = ["--layers", str(arguments.layers), "--vocab", "8192", "--fill", "random"]
         subprocess.run([sys.executable, script, ENTRY, *shape, "-o", str(work / "slice")], check=True)
-        ours, theirs = [], []
+        ours, theirs, mlx = [], [], []
         for run in range(arguments.runs):
             shutil.rmtree(work / "ours", ignore_errors=True)
+            warm(work / "slice")
             ours.append(
                 build(work / "slice", work / "ours", *(["--keep-weights"] if run == arguments.runs - 1 else []))
             )
+            if arguments.mlx is not None:
+                warm(work / "slice")
+                mlx.append(converted_by_mlx(arguments.mlx, work / "slice", work / "mlx"))
+            warm(work / "slice")
             theirs.append(baseline(work / "slice", work / "whole"))
+        commands = {"zoo build": ours, **({"mlx-lm": mlx} if mlx else {}), "whole model": theirs}
+        print(f"\n{whole_commands(commands)}", flush=True)
         shutil.rmtree(work / "whole")
         print(f"\n{side_by_side(ours, theirs)}\n", flush=True)
         rebuild = build(work / "slice", work / "ours", "--keep-weights")

@@ -2,8 +2,9 @@
 
     python benchmarks/measure.py [--limit-gib 2] -- zoo build qwen3.6-27b --checkpoint DIR --custom -o OUT --json
 
-Prints a JSON line: wall seconds; peak resident set (RSS, VmHWM: anonymous and mapped files); peak anonymous memory
-(RssAnon, sampled every 20 ms); exit code; and what the command printed, if that is JSON. With `--limit-gib` the command
+Prints a JSON line: wall seconds and CPU seconds (user and system, its own children's too); peak resident set (RSS,
+VmHWM: anonymous and mapped files); peak anonymous memory (RssAnon, sampled every 20 ms); bytes that it wrote to files
+(write_bytes of /proc/PID/io); exit code; and what the command printed, if that is JSON. With `--limit-gib` the command
 runs in a cgroup with that memory limit, page cache included (needs root). Of a command with `--progress json`, also the
 seconds and the peak anonymous memory of each stage.
 """
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -93,16 +95,42 @@ class Stages:
         }
 
 
-def measure(command: Sequence[str], limit_gib: float | None = None) -> dict[str, Any]:
-    """Run `command`; see the module's docstring for what comes back."""
+def written_by(pid: int) -> int:
+    """Bytes of file pages that a process has dirtied; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes")), 0)
+
+
+def blocks_below(folders: Sequence[Path]) -> int:
+    """Bytes that the files below some folders take on the disk."""
+    total = 0
+    for path, _, names in (found for folder in folders for found in os.walk(folder)):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512  # noqa: PTH118  # many times a second
+    return total
+
+
+def measure(command: Sequence[str], limit_gib: float | None = None, folders: Sequence[Path] = ()) -> dict[str, Any]:
+    """Run `command`; see the module's docstring for what comes back.
+
+    Args:
+        command: the command.
+        limit_gib: the limit of its memory; None for none.
+        folders: of what is below them, `peak_disk_bytes` says what it took on the disk at the most.
+    """
     peak: dict[str, int] = {"VmHWM": 0, "RssAnon": 0}
+    disk = written = 0
     with limited(limit_gib) as group:
 
         def enter() -> None:
             if group is not None:
                 group[0].write_text(str(os.getpid()))
 
-        started = time.monotonic()
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         # The child has to enter the group before it becomes the command; this process has one thread.
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(command, preexec_fn=enter, text=True, **pipes)  # noqa: PLW1509
@@ -113,14 +141,18 @@ def measure(command: Sequence[str], limit_gib: float | None = None) -> dict[str,
             for name, value in found.items():
                 peak[name] = max(peak[name], value)
             stages.saw(found.get("RssAnon", 0))
+            written, disk = max(written, written_by(process.pid)), max(disk, blocks_below(folders))
             time.sleep(_INTERVAL)
-        seconds = time.monotonic() - started
+        seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
         output = process.stdout.read()
         events = group[1].read_text() if group is not None else ""
     return {
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2),
         "peak_rss_bytes": peak["VmHWM"],
         "peak_anonymous_bytes": peak["RssAnon"],
+        "written_bytes": written,
+        "peak_disk_bytes": disk if folders else None,
         "limit_gib": limit_gib,
         "oom_kills": dict(line.split() for line in events.splitlines()).get("oom_kill"),
         "exit_code": process.returncode,

@@ -3,7 +3,7 @@
     python benchmarks/stream.py qwen3.6-27b --layers 8 --vocab 8192 --shard-gib 1
 
 The hub is that of the tests. What it serves is sparse, but what is fetched takes its full size on the disk. Counted are
-the blocks of all files below the cache and the output, 20 times a second. Prints a Markdown table.
+the blocks of all files below the cache and the output. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,6 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from hub import Content, Hub, is_large  # noqa: E402  # found by the line above
 
 ID, COMMIT = "toys/Sparse", "5" * 40
-_INTERVAL = 0.05
 
 
 def contents(folder: Path) -> dict[str, Content]:
@@ -45,43 +41,11 @@ def mapped(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def blocks_below(folders: Sequence[Path]) -> int:
-    """Bytes that the files below some folders take on the disk."""
-    total = 0
-    for path, _, names in (found for folder in folders for found in os.walk(folder)):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(path, name)).st_blocks * 512  # noqa: PTH118  # twenty times a second
-            except FileNotFoundError:  # removed meanwhile
-                continue
-    return total
-
-
-@contextmanager
-def peak(folders: Sequence[Path]) -> Iterator[list[int]]:
-    """The most that the files below some folders take on the disk within the block, when it has ended."""
-    found, ended = [0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(_INTERVAL):
-            found[0] = max(found[0], blocks_below(folders))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        thread.join()
-
-
 def build(hub: Hub, output: Path, *more: str) -> dict[str, Any]:
     """One build from the hub, measured, with the peak of the disk."""
     os.environ.update(hub.environment)
     command = [sys.executable, "-m", "coreai_zoo", "build", ID, "-o", str(output), "--json", "--progress", "json"]
-    with peak([hub.home, output]) as most:
-        result = checked(measure([*command, *more]))
-    return {**result, "peak_disk_bytes": most[0]}
+    return checked(measure([*command, *more], folders=[hub.home, output]))
 
 
 def row(name: str, result: dict[str, Any]) -> list[str]:

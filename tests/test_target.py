@@ -218,6 +218,15 @@ def test_a_plan_is_of_what_the_target_chooses() -> None:
     ]
 
 
+def test_a_plan_refuses_what_a_build_for_the_target_refuses() -> None:
+    planned = zoo("plan", DENSE, "--target", "macos15", "--recipe", "int4lin")
+    built = zoo("build", DENSE, "--sample", "--target", "macos15", "--recipe", "int4lin")
+    assert planned.exit_code == built.exit_code == 2
+    assert "The Core ML backend writes int8 without zero points and float16, not int4" in planned.stderr
+    assert planned.stderr.splitlines()[-1] == built.stderr.splitlines()[-1]
+    assert zoo("plan", DENSE, "--target", "macos15", "--recipe", "int8lin").exit_code == 0
+
+
 def test_what_was_published_of_an_entry_is_shown_for_its_own_contract_and_backend_alone() -> None:
     assert {known.machine for known in Figures(designed(target="macos27.0")).published} == {"M4 Max", "M4 Pro"}
     for asked in ({"target": "macos15"}, {"contract": "chunked"}, {"target": "macos27.2"}):

@@ -69,6 +69,5 @@ def compare_contracts(request: BuildRequest, plugins: Plugins, prompt_tokens: in
 def _option(request: BuildRequest, contract: Contract, plugins: Plugins, prompt_tokens: int) -> Option:
     backend = find_backend(backend_of(contract), plugins)
     made = plan(evolve(request, contract=contract.name, backend=backend.name), plugins)
-    backend.require(made.design.signatures, made.design.weights.quantizations)
     require_room(prompt_tokens, made.context, f"allow more with --max-context {prompt_tokens + 1} or above")
     return Option(made, prompt_calls(made, prompt_tokens))

@@ -31,9 +31,10 @@ def plan(request: BuildRequest, plugins: Plugins) -> Plan:
     """The plan for a dry request.
 
     Raises:
-        BadInput: when there is no such entry, recipe or contract, the entry states too little, or nothing can be built
-            from the config and the headers of the weights that are there.
+        BadInput: when there is no such entry, recipe or contract, the entry states too little, nothing can be built
+            from the config and the headers of the weights that are there, or the backend cannot hold it.
         PluginError: when the answer of a plugin is not usable.
     """
     designed = design(request, plugins)
+    designed.backend.require(designed.signatures, designed.weights.quantizations)
     return Plan(designed, designed.label, preflight(designed, Workspace.of(DEFAULT_OUTPUT, _SCRATCH, None, keep=False)))
