@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,18 @@ def test_constants_of_other_sizes_stand_where_the_compiler_would_put_them(
     pieces = bytecode.resized({blob: len(content) for blob, content in contents.items()})
     written = b"".join(contents[piece] if isinstance(piece, Blob) else piece for piece in pieces)
     assert written == program(names, list(contents.values()), producer=b"p" * length)
+
+
+def test_no_constant_is_copied_to_leave_it_out(tmp_path: Path) -> None:
+    path, size = tmp_path / "main.mlirb", 2**26
+    path.write_bytes(program([b"w"], [b"x" * size]))
+    bytecode = Bytecode.open(path)
+    tracemalloc.start()
+    try:
+        bytecode.without_blobs()
+        assert tracemalloc.get_traced_memory()[1] < size // 64
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

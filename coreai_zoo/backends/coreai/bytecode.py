@@ -102,24 +102,22 @@ class Bytecode:
         place = self.prologue
         yield self.data[:place]
         heads, size = self._heads(sizes)
+        alignment = max((blob.alignment for blob in self.blobs), default=1)
         for section in self.sections:
-            content = self.data[section.start : section.end]
-            if section.id == _BLOB_TABLE:
-                content = self._table(heads, sizes)
-            aligned = max((blob.alignment for blob in self.blobs), default=1) if section.id == _BLOBS else 1
-            length = size if section.id == _BLOBS else len(content)
-            head = bytes([section.id]) + _varint(length)
-            if (place + len(head)) % aligned:  # a section that happens to start where it should does not say so
-                head = bytes([section.id | _ALIGNED]) + head[1:] + _varint(aligned)
-                head += _PADDING * (-(place + len(head)) % aligned)
-            yield head
             if section.id == _BLOBS:
+                head = _section_head(section.id, size, place, alignment)
+                yield head
                 for blob in self.blobs:
                     yield heads[blob]
                     yield blob
+                place += len(head) + size
             else:
+                table = section.id == _BLOB_TABLE
+                content = self._table(heads, sizes) if table else self.data[section.start : section.end]
+                head = _section_head(section.id, len(content), place, 1)
+                yield head
                 yield content
-            place += len(head) + length
+                place += len(head) + len(content)
 
     def _heads(self, sizes: Mapping[Blob, int]) -> tuple[dict[Blob, bytes], int]:
         """What stands before each constant in their section, and the length of that."""
@@ -140,6 +138,15 @@ class Bytecode:
             for blob in members:
                 table += _varint(blob.name_index) + _varint(len(heads[blob]) + sizes[blob]) + bytes([_IS_BLOB])
         return bytes(table)
+
+
+def _section_head(number: int, length: int, place: int, alignment: int) -> bytes:
+    """What stands before the content of a section that begins at `place`."""
+    head = bytes([number]) + _varint(length)
+    if (place + len(head)) % alignment == 0:  # then it does not say that it is aligned
+        return head
+    head = bytes([number | _ALIGNED]) + _varint(length) + _varint(alignment)
+    return head + _PADDING * (-(place + len(head)) % alignment)
 
 
 class _Cursor:
