@@ -104,6 +104,7 @@ THOROUGH = frozenset(
         "tokenizer",
         "toy_plugin",
         "toy_vocabulary",
+        "torch_export",
         "transposed",
         "tutorial",
         "two_functions",

@@ -15,7 +15,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -57,14 +57,14 @@ class _Place:
 
 
 @contextlib.contextmanager
-def explained(doing: str, module: nn.Module, program: ExportedProgram | None = None) -> Iterator[None]:
+def explained(doing: str, module: nn.Module, program: Callable[[], ExportedProgram] | None = None) -> Iterator[None]:
     """Within the block, an exception that comes from a line of the overlay becomes one paragraph that names the line.
 
     Args:
         doing: what happens to the decoder in the block, for example `traced`.
         module: the decoder.
-        program: the traced program, where the block converts one: an error that names one of its operations is told
-            with the line that the operation was traced from.
+        program: makes the traced program, its operations with their lines, where the block converts one: an error that
+            names one of them is told with the line that it was traced from.
 
     Raises:
         PluginError: with the layer, the line and the error. An exception that comes from no line of an overlay is a
@@ -79,7 +79,7 @@ def explained(doing: str, module: nn.Module, program: ExportedProgram | None = N
     except Exception as error:
         place = _raised_at(error, module)
         if place is None and program is not None:
-            place = _traced_from(str(error), program, module)
+            place = _traced_from(str(error), program(), module)
         if place is None:
             sys.stderr.write(said.getvalue())
             raise

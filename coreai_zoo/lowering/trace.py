@@ -15,6 +15,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
+from coreai_zoo.lowering.torch_export import export
 from coreai_zoo.signature import TraceSpec
 
 
@@ -61,8 +62,7 @@ def trace(module: nn.Module, spec: TraceSpec, decompositions: Mapping[Any, Any])
         _use_lazy_graph_module(True),  # or a dozen graphs on the way are written as Python, which nobody calls
     ):
         warnings.simplefilter("ignore", FutureWarning)
-        program = torch.export.export(module, example_inputs(spec), dynamic_shapes=dynamic_shapes(spec), strict=False)
-        program = program.run_decompositions(dict(decompositions))
+        program = export(module, example_inputs(spec), dynamic_shapes(spec), decompositions)
     check_traced(program, spec)
     return program
 

@@ -249,7 +249,7 @@ class CoreAITraced:
                 state = _named_state(program, constants)
                 named |= {each: constant for found in state.values() for each, constant in found.items()}
                 converter.add(name, program, composites, state, function.spec)
-                stack.enter_context(mistakes.explained("lowered", function.module, program))
+                stack.enter_context(mistakes.explained("lowered", function.module, function.program_with_lines))
             return converter.to_coreai(), named
 
 
@@ -280,6 +280,15 @@ class TracedFunction:
             program = without_outputs(program)
             check_traced(program, self.spec)
         return program, composites
+
+    def program_with_lines(self) -> ExportedProgram:
+        """The program of all layers, traced once more, with the lines that operations come from."""
+        from coreai_torch import get_decomp_table
+
+        from coreai_zoo.lowering.trace import trace
+
+        with _composites_kept(self.module, self.present):
+            return trace(self.module, self.spec, get_decomp_table())
 
     def _all_layers(self) -> tuple[ExportedProgram, list[Any]]:
         from coreai_zoo.lowering.extension import extend
@@ -334,21 +343,32 @@ def _traced_with_composites(
     module: nn.Module, spec: TraceSpec, present: list[Any]
 ) -> tuple[ExportedProgram, list[Any]]:
     from coreai_torch import get_decomp_table
+
+    from coreai_zoo.backends.coreai.lowering import export_composites, require_lowered
+    from coreai_zoo.lowering.torch_export import without_lines
+    from coreai_zoo.lowering.trace import trace
+
+    with _composites_kept(module, present):
+        with without_lines():
+            program = trace(module, spec, get_decomp_table())
+        require_lowered(program, module, lambda: trace(module, spec, get_decomp_table()))
+        with without_lines():
+            return program, export_composites(module, program)
+
+
+@contextlib.contextmanager
+def _composites_kept(module: nn.Module, present: list[Any]) -> Iterator[None]:
+    """Within the block, the composites of `module` are traced as one operation each; Ctrl-C waits for its end."""
     from coreai_torch.externalize import (
         _find_marked_submodules,
         _patch_model_for_externalization,
         _restore_externalized,
     )
 
-    from coreai_zoo.backends.coreai.lowering import export_composites, require_lowered
-    from coreai_zoo.lowering.trace import trace
-
     with interruption.deferred():
         _patch_model_for_externalization(module, present)
         try:
-            program = trace(module, spec, get_decomp_table())
-            require_lowered(program, module)
-            return program, export_composites(module, program)
+            yield
         finally:
             _restore_externalized(_find_marked_submodules(module))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import coreai.authoring  # before the dialects, which import each other through it
@@ -179,13 +179,20 @@ def _transposed(constant: Constant) -> Constant:
     return evolve(constant, shape=constant.shape[::-1], transposed=True)
 
 
-def require_lowered(program: ExportedProgram, module: torch.nn.Module) -> None:
+def require_lowered(
+    program: ExportedProgram, module: torch.nn.Module, with_lines: Callable[[], ExportedProgram]
+) -> None:
     """Refuse a traced program with an operation that is not lowered, before weights are read for it.
+
+    Args:
+        program: the program.
+        module: what it was traced from.
+        with_lines: makes the program again, with the lines that operations come from.
 
     Raises:
         PluginError: with the layer and the line of the overlay.
     """
-    with mistakes.explained("lowered", module, program):
+    with mistakes.explained("lowered", module, with_lines):
         Converter().validate(program)
 
 

@@ -195,7 +195,7 @@ def convert(decoder: nn.Module, spec: TraceSpec, read_transposed: Collection[str
     pipeline = ct.PassPipeline.DEFAULT
     pipeline.remove_passes({*_SKIPPED_PASSES, _TO_HALF})
     mb.name_count.clear()  # it counts through a process; so that the second program of one has the bytes of a first
-    with quietly(), mistakes.explained("lowered", decoder, traced):
+    with quietly(), mistakes.explained("lowered", decoder, lambda: traced):
         with _unchecked():
             program = ct.convert(
                 traced,

@@ -1,0 +1,92 @@
+"""The short way through torch.export gives what the public one does, and lines are known where they are asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from coreai_torch import get_decomp_table
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from checkpoints import tiny_checkpoint
+from coreai_zoo.contracts import CONTRACTS, TraceSpec
+from coreai_zoo.engine import PREFILL
+from coreai_zoo.lowering import torch_export
+from coreai_zoo.lowering.module import build_module
+from coreai_zoo.lowering.trace import trace
+from coreai_zoo_overlays import qwen3_5
+from decoders import OVERLAY, rewrites_of
+
+
+def decoder(folder: Path, kind: Any, name: str, function: str) -> tuple[nn.Module, TraceSpec]:
+    """A decoder of three layers with zeros for weights, in the form of a function of a contract, and its signature."""
+    contract = CONTRACTS[name]
+    layers = ["linear_attention"] * 2 + ["full_attention"]
+    tiny_checkpoint(folder, kind, num_hidden_layers=3, layer_types=layers)
+    config = OVERLAY.read_config(json.loads((folder / "config.json").read_text()))
+    extra = qwen3_5.extra_states(config, contract)
+    spec = contract.functions(OVERLAY.kv_cache(config), extra, config.vocab_size, 512)[function]
+    rewrites = [("qwen36", rewrite) for rewrite in rewrites_of(contract, function)]
+    module = build_module(lambda: OVERLAY.decoder(config, contract), rewrites)
+    return module.to_empty(device="cpu"), spec
+
+
+def described(program: ExportedProgram) -> list[object]:
+    """What a program computes, values numbered in its order: names differ, and say nothing.
+
+    To record a record leaves assertions about the dtypes in it, which are no part of that.
+    """
+    numbers: dict[str, int] = {}
+    found: list[object] = []
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            continue
+        numbers[node.name] = len(numbers)
+        arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda used: numbers[used.name])
+        value = node.meta.get("val")
+        kind = (str(value.dtype), len(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+        found.append((node.op, str(node.target) if node.op == "call_function" else "", str(arguments), kind))
+    signature = program.graph_signature
+    inputs = [(spec.kind, spec.target, numbers[spec.arg.name]) for spec in signature.input_specs]
+    outputs = [(spec.kind, spec.target, numbers[spec.arg.name]) for spec in signature.output_specs]
+    return [*found, inputs, outputs, sorted(program.state_dict)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "contract", "function"),
+    [("dense", "chunked", PREFILL), ("moe", "static-s1", "main"), ("moe", "chunked", PREFILL)],
+)
+def test_the_short_way_gives_what_the_public_one_does(
+    kind: str, contract: str, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, spec = decoder(tmp_path, kind, contract, function)
+    short = trace(module, spec, get_decomp_table())
+    monkeypatch.setattr(torch_export, "_READ", ())
+    public = trace(module, spec, get_decomp_table())
+    assert len(described(short)) > 200
+    assert described(short) == described(public)
+
+
+def test_the_short_way_is_taken_by_the_torch_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one has to be read first: see `torch_export`."""
+    assert Version(torch.__version__).base_version in torch_export._READ
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("the public way was taken"))
+    recording = torch.export._trace._export_to_aten_ir
+    program = torch_export.export(nn.SiLU(), (torch.ones(2),), ({},), get_decomp_table())
+    assert [node.op for node in program.graph.nodes] == ["placeholder", "call_function", "output"]
+    assert torch.export._trace._export_to_aten_ir is recording
+
+
+def test_operations_know_their_lines_unless_it_is_said_otherwise() -> None:
+    def lines() -> list[bool]:
+        program = torch_export.export(nn.Linear(2, 2), (torch.ones(1, 2),), ({},), {})
+        return ["stack_trace" in node.meta for node in program.graph.nodes if node.op == "call_function"]
+
+    with torch_export.without_lines():
+        assert not any(lines())
+    assert all(lines())
