@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entry")
     parser.add_argument("--contract")
+    parser.add_argument("--layers", type=int, help="only the first N layers")
     parser.add_argument("--every-layer", action="store_true")
     arguments = parser.parse_args()
     plugins = default_plugins()
@@ -53,7 +54,8 @@ def main() -> None:
         checkpoint = Path(folder) / "checkpoint"
         config = overlay.config_of_facts(entry.facts.stated)
         write_checkpoint(config, entry.sample_directory(), "sparse", checkpoint, plugins)
-        resolved = design(BuildRequest(entry.name, checkpoint, contract=arguments.contract, custom=True), plugins)
+        asked = {"contract": arguments.contract, "layers": arguments.layers}
+        resolved = design(BuildRequest(entry.name, checkpoint, custom=True, **asked), plugins)
     constants = untouched(resolved)
     for module in resolved.modules.values():
         allocate(module, {each.name: evolve(each.format, quantization=None) for each in resolved.weights.tensors})

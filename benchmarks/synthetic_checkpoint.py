@@ -119,7 +119,12 @@ def _write_random(file: Any, tensor: Tensor, count: int, rng: np.random.Generato
 
 
 def write_checkpoint(
-    hf_config: Mapping[str, Any], tokenizer: Path, fill: str, output: Path, plugins: Plugins, shard_bytes: int
+    hf_config: Mapping[str, Any],
+    tokenizer: Path,
+    fill: str,
+    output: Path,
+    plugins: Plugins,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Write the whole checkpoint; the bytes of its tensors."""
     rng, shards = np.random.default_rng(SEED), shards_of(tensors_of(hf_config, plugins), shard_bytes)

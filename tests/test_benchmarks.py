@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +125,20 @@ def test_the_disk_that_a_build_takes_is_seen_and_a_mapped_file_is_served(
     hub.add(stream.ID, stream.contents(made), commit=stream.COMMIT)
     source = HubSource.open(Repository(stream.ID), Reporter(silent=True))
 
-    with stream.peak([hub.home]) as most:
-        path = source.fetch_apart("model.safetensors", hub.home / "apart", lambda _what, _count: None)
-        assert path.read_bytes() == weights and source.first_bytes("model.safetensors", 9) == weights[:9]
-        time.sleep(0.5)
-        path.unlink()
+    path = source.fetch_apart("model.safetensors", hub.home / "apart", lambda _what, _count: None)
+    assert path.read_bytes() == weights and source.first_bytes("model.safetensors", 9) == weights[:9]
+    remove = f"import pathlib, time; time.sleep(0.5); pathlib.Path({str(path)!r}).unlink(); time.sleep(0.2)"
+    told = stream.measure([sys.executable, "-c", remove], folders=[hub.home])
+    assert 2**21 <= told["peak_disk_bytes"] < 2**22 and not path.exists()
 
-    assert 2**21 <= most[0] < 2**22 and stream.blocks_below([hub.home]) < 2**20
+
+def test_lowering_is_timed_at_true_width(root: Path) -> None:
+    command = [sys.executable, root / "benchmarks" / "lowering.py", "qwen3.6-27b", "--layers", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["layers"] == 4
+    assert 0 < told["trace"] <= told["both"] and told["lower"] > 0 and told["cpu"] > 0.5
 
 
 def test_measure_tells_time_memory_and_stages(root: Path) -> None:
