@@ -69,6 +69,7 @@ THOROUGH = frozenset(
         "gate_running_text",
         "gate_slice",
         "gate_stored",
+        "halves",
         "headroom",
         "hub",
         "interruption",
