@@ -152,15 +152,20 @@ def built(shared: Shared) -> Callable[[str, str], Bundle]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Decoders that are the same are traced once, in files of tests that are about something else; see `traces`."""
+    """What is the same is traced and compiled once, in files of tests that are about something else.
+
+    See `traces` and `executables`.
+    """
     name = Path(str(request.fspath)).stem.removeprefix("test_")
     if name not in THOROUGH - TRACED_ANEW:
         yield
         return
-    from traces import trace_once  # torch is not for the quick tests
+    from executables import compile_once  # the toolchain and torch are not for the quick tests
+    from traces import trace_once
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         trace_once(monkeypatch)
+        compile_once(monkeypatch)
         yield
 
 

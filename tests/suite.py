@@ -60,6 +60,7 @@ THOROUGH = frozenset(
         "coreai_backend",
         "coreml_backend",
         "diff",
+        "executables",
         "figures",
         "first_command",
         "fp8",
