@@ -28,24 +28,33 @@ INSTRUCTIONS = {
 _READ, _WRITE, _EXECUTE = 1, 2, 4  # of mprotect
 
 
+@functools.cache
 def available() -> bool:
-    """Whether this system's runtime has the functions, and its processor the instructions."""
+    """Whether this system's runtime has the functions and its processor the instructions, and memory may be changed."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or not _path().is_file():
         return False
-    return " f16c " in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    if " f16c " not in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"):
+        return False
+    try:
+        _write(originals())
+    except OSError:  # a system that lets no code be written
+        return False
+    return True
 
 
 def use_instructions() -> None:
     """Have the runtime use them from now on, in forks too, where they are available."""
     if available():
-        originals()  # kept before they are gone
         _write(INSTRUCTIONS)
 
 
 @contextlib.contextmanager
 def using(codes: Mapping[str, bytes]) -> Iterator[None]:
-    """Within the block the functions begin with `codes`, by name. No other thread may be in one of them meanwhile."""
-    originals()
+    """Within the block the functions begin with `codes`, by name. No other thread may be in one of them meanwhile.
+
+    Args:
+        codes: machine code by function, no longer than what `INSTRUCTIONS` has.
+    """
     before = _written(codes)
     _write(codes)
     try:
