@@ -147,8 +147,15 @@ class Target:
         if not verdict.passed:
             return Outcome(verdict, checks)
         plain = self.bounds.of_recipe({}, layers, "torch", self.bounds_kind)
-        control = self.control if mutant.in_file else self.compare(self.run(mutant, RECIPES["fp16"]))
+        control = self._control_of(mutant, verdict)
         return Outcome(verdict, (*checks, *check_control(verdict, control, bounds, plain)))
+
+    def _control_of(self, mutant: Mutant, verdict: Verdict) -> Verdict:
+        if mutant.in_file:
+            return self.control
+        # On plain weights it would be the same once more.
+        plain = RECIPES["fp16"]
+        return verdict if mutant.recipe == plain else self.compare(self.run(mutant, plain))
 
     @functools.cached_property
     def control(self) -> Verdict:

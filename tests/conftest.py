@@ -18,13 +18,14 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, settings
 
 import forked
+import halves
 from coreai_zoo import hookimpl
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.cli.app import cli
 from coreai_zoo.plugins import Plugins
 from hub import Hub
 from shared import Shared
-from suite import QUICK, THOROUGH, TRACED_ANEW, long_ones_first
+from suite import NIGHTLY, QUICK, THOROUGH, TRACED_ANEW, long_ones_first
 
 # Before anything imports torch. A step of a miniature is over before a second thread has woken up, and with as many
 # workers as cores the threads of one wait for those of the other, busily: measured, four times as long.
@@ -151,16 +152,28 @@ def built(shared: Shared) -> Callable[[str, str], Bundle]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Decoders that are the same are traced once, in files of tests that are about something else; see `traces`."""
+    """What is the same is traced and compiled once, in files of tests that are about something else.
+
+    See `traces` and `executables`.
+    """
     name = Path(str(request.fspath)).stem.removeprefix("test_")
     if name not in THOROUGH - TRACED_ANEW:
         yield
         return
-    from traces import trace_once  # torch is not for the quick tests
+    from executables import compile_once  # the toolchain and torch are not for the quick tests
+    from traces import trace_once
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         trace_once(monkeypatch)
+        compile_once(monkeypatch)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _halves_by_instructions(request: pytest.FixtureRequest) -> None:
+    """By day, steps of the runtime take half of the time; see `halves`."""
+    if not NIGHTLY and not request.config.getoption("quick"):
+        halves.use_instructions()
 
 
 @pytest.fixture

@@ -278,8 +278,12 @@ def _import_all() -> None:
     from coreai_zoo.build.design import design
     from coreai_zoo.build.request import BuildRequest
     from coreai_zoo.plugins import default_plugins
+    from halves import use_instructions
+    from suite import NIGHTLY
     from traces import trace_once
 
+    if not NIGHTLY:
+        use_instructions()
     interval, tqdm.tqdm.monitor_interval = tqdm.tqdm.monitor_interval, 0  # or it starts a thread, which no fork has
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
         checkpoint = tiny_checkpoint(Path(folder) / "checkpoint")

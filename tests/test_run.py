@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
 from tokenizers import Tokenizer
 
 from command import zoo
@@ -39,6 +40,10 @@ def chunked(shared: Shared) -> Bundle:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Every call of a function on the runtime from now on: its name and its number of tokens."""
+    return record_calls(monkeypatch)
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     made: list[tuple[str, int]] = []
     real = CoreAIStepper.call
 
@@ -48,6 +53,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(CoreAIStepper, "call", call)
     return made
+
+
+@pytest.fixture(scope="module")
+def answered(chunked: Bundle) -> tuple[Result, list[tuple[str, int]]]:
+    """`zoo run` with the long prompt for five tokens, and the calls that it made."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        made = record_calls(monkeypatch)
+        return zoo("run", chunked.directory, "-p", PROMPT, "-n", "5"), made
 
 
 def tokenizer_of(bundle: Bundle) -> Tokenizer:
@@ -61,12 +74,14 @@ def told(line: str, what: str) -> tuple[int, float, float]:
     return int(found[1]), float(found[2]), float(found[3])
 
 
-def test_a_prompt_is_read_and_answered_in_the_calls_of_an_engine(chunked: Bundle, calls: list[tuple[str, int]]) -> None:
+def test_a_prompt_is_read_and_answered_in_the_calls_of_an_engine(
+    chunked: Bundle, answered: tuple[Result, list[tuple[str, int]]]
+) -> None:
+    result, calls = answered
     tokens = tokenizer_of(chunked).encode(PROMPT).ids
     assert 256 < len(tokens) - 1 <= 512
     with Player(chunked.directory) as player:
         answer = player.answer(tokens, 5)
-    result = zoo("run", chunked.directory, "-p", PROMPT, "-n", "5")
     assert result.exit_code == 0, result.output
     assert calls == player.calls
     half = (len(tokens) - 1) // 2
@@ -75,15 +90,17 @@ def test_a_prompt_is_read_and_answered_in_the_calls_of_an_engine(chunked: Bundle
     assert result.stdout == PROMPT + tokenizer_of(chunked).decode(answer) + "\n"
 
 
-def test_the_rates_of_prompt_and_answer_are_told_apart_on_stderr(chunked: Bundle) -> None:
+def test_the_rates_of_prompt_and_answer_are_told_apart_on_stderr(
+    chunked: Bundle, answered: tuple[Result, list[tuple[str, int]]]
+) -> None:
+    result, _calls = answered
     tokens = len(tokenizer_of(chunked).encode(PROMPT).ids)
-    result = zoo("run", chunked.directory, "-p", PROMPT, "-n", "4")
     prompt, answer, remark = result.stderr.splitlines()
     read, seconds, rate = told(prompt, "token")
     assert prompt.startswith("prompt: ") and prompt.endswith(", all but the last token by prefill in 2 calls")
     assert read == tokens and rate == pytest.approx(tokens / seconds, rel=0.05)
-    assert answer.startswith("answer: 4 tokens; 3 steps in ")
-    assert told(answer, "step")[0] == 3
+    assert answer.startswith("answer: 5 tokens; 4 steps in ")
+    assert told(answer, "step")[0] == 4
     assert remark == "An interpreter ran this: its rates say nothing about a Mac."
     assert "tokens/s" not in result.stdout
 
@@ -143,7 +160,7 @@ def test_a_terminal_shows_how_far_a_prompt_is_read_and_a_pipe_does_not(
             yield lambda: None if silent else steps.append((what, next(counted), total))
 
     monkeypatch.setattr("coreai_zoo.cli.run.Reporter", Watched)
-    assert zoo("run", chunked.directory, "-p", PROMPT, "-n", "1").exit_code == 0
+    assert zoo("run", chunked.directory, "-p", "import os", "-n", "1").exit_code == 0
     assert steps == []
     monkeypatch.setattr("coreai_zoo.cli.run._shows_progress", lambda: True)
     assert zoo("run", chunked.directory, "-p", PROMPT, "-n", "1").exit_code == 0

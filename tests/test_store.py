@@ -19,6 +19,7 @@ import torch
 from attrs import evolve
 from safetensors.torch import save_file
 
+import forked
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Part, Transform, WeightMap, WeightRule
@@ -591,7 +592,7 @@ def fill(store, left):
     WeightStore(Path(store)).fill(plan(checkpoint, {"int8hu": INT8, "absmax": ABSMAX}[sys.argv[3]]), checkpoint)
 
 for store in sys.argv[4:]:
-    child = os.fork()  # torch is imported once and has started no thread yet
+    child = os.fork()  # torch is imported and has started no thread yet
     if not child:
         fill(store, int(store.rpartition("-")[2]))
         os._exit(0)
@@ -603,8 +604,9 @@ for store in sys.argv[4:]:
 
 def kill_fills(checkpoint: Checkpoint, recipe: str, stores: list[Path]) -> None:
     """Fill each store in a process that kills itself after as many file operations as the store's name says."""
-    arguments = [Path(__file__).parent, checkpoint.directory, recipe, *stores]
-    subprocess.run([sys.executable, "-c", KILLED_FILLS, *map(str, arguments)], check=True)
+    arguments = (Path(__file__).parent, checkpoint.directory, recipe, *stores)
+    done = forked.run(*arguments, KILLED_FILLS, call="forked:execute")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_killed_fill_goes_on_to_the_same_bytes_wherever_it_was_killed(
