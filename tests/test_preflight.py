@@ -239,13 +239,20 @@ def test_a_process_that_complains_of_what_is_removed_does_not_hide_what_the_libr
 
 @pytest.mark.parametrize(
     ("contract", "layers", "measured"),
-    [("static-s1", 64, 499), ("chunked", 8, 472), ("chunked", 64, 706), ("chunked-unrolled", 64, 1033)],
+    [
+        ("static-s1", 4, 340),
+        ("static-s1", 64, 430),
+        ("chunked", 8, 389),
+        ("chunked", 64, 665),
+        ("dynamic", 64, 634),
+        ("chunked-unrolled", 64, 965),
+    ],
 )
 def test_the_memory_of_a_build_is_as_it_was_measured(contract: str, layers: int, measured: int) -> None:
     """Peak anonymous MB of `benchmarks/lowering.py`."""
     prefill = CONTRACTS[contract].prefill
     told = CoreAIBackend().memory(layers, 2 if prefill else 1, prefill.steps if prefill else 1)
-    assert 0.95 * measured < told / 1e6 < 1.15 * measured
+    assert measured < told / 1e6 < 1.1 * measured
 
 
 @pytest.mark.parametrize(
@@ -263,8 +270,8 @@ def test_memory_that_does_not_suffice_is_refused_with_the_numbers(
     functions = 2 if contract else 1
     steps = resolved.contract.prefill.steps if resolved.contract.prefill else 1
     wanted = max(LEAST_MEMORY, resolved.backend.memory(layers, functions, steps))
-    # A deep decoder takes more than any build does, and so do two functions.
-    assert (wanted > LEAST_MEMORY) is (layers == 64 or functions == 2)
+    # A deep decoder takes more than any build does, and so does a recurrence that stands many times in a prefill.
+    assert (wanted > LEAST_MEMORY) is (layers == 64 or steps > 1)
     words = re.escape(f"needs {size(wanted)} of memory at least, and 300.0 MiB are available")
     with pytest.raises(EnvironmentLacks, match=words):
         needs.require()

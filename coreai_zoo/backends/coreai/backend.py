@@ -84,11 +84,12 @@ class CoreAIBackend:
         """See `Backend.require`: there is nothing known that the format cannot hold."""
 
     def memory(self, layers: int, functions: int, steps: int) -> int:
-        """See `Backend.memory`: 331 MB at 4 layers, 405 at 16, 499 at 64.
+        """See `Backend.memory`: 340 MB at 4 layers, 343 at 16, 430 at 64.
 
-        With `prefill` in 4 steps 472 at 8 layers and 706 at 64, in 16 steps 1,033 at 64.
+        With `prefill` in one step 634 at 64 layers, in 4 steps 389 at 8 and 665 at 64, in 16 steps 965 at 64.
         """
-        return (360 + 2 * layers + (functions - 1) * (110 + 21 * steps * layers // 50)) * 2**20
+        prefill = 20 + layers * (8 * steps + 60) // 25
+        return (330 + 8 * layers // 5 + (functions - 1) * prefill) * 2**20
 
     def trace(
         self,
