@@ -142,7 +142,7 @@ class Backend(Protocol):
         self,
         modules: Mapping[str, nn.Module],
         functions: Mapping[str, TraceSpec],
-        read_transposed: Collection[str] | None = None,
+        read_transposed: Mapping[str, bool] | None = None,
     ) -> Traced:
         """Trace every function; what can be wrong with a decoder shows here, before a weight is read.
 
@@ -150,8 +150,8 @@ class Backend(Protocol):
             modules: the decoder of each function, its parameters allocated, see `lowering.module.allocate`: plain ones
                 unless the backend `traces_quantized`. Parameters of one name are the same weight. They are modified.
             functions: their signatures; the first one decodes.
-            read_transposed: the parameters of which the weight map says that their transpose alone is read; None where
-                that is not known.
+            read_transposed: of each parameter that is stored plain, whether the weight map says that nothing but its
+                transpose is read; None where that is not known.
 
         Raises:
             PluginError: when a module does not meet the contract, or reads a weight otherwise than the weight map says.

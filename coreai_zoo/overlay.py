@@ -156,7 +156,8 @@ class WeightRule:
         part: which slab of the target this source fills, or None for all of it.
         fallback: take this source only when no other rule fills the target.
         read_transposed: whether the decoder reads of the target, of three axes or more, nothing but its transpose in
-            the last two. Plain values are then stored in this order. A build refuses a decoder that does otherwise.
+            the last two. Plain values are then stored in this order, and a build of such refuses a decoder that does
+            otherwise.
     """
 
     source: str

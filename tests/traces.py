@@ -57,7 +57,7 @@ def _remembering(trace: Trace) -> Trace:
         read_transposed: Any = None,
     ) -> CoreAITraced:
         decoders = tuple((name, repr(functions[name]), _everything(module)) for name, module in modules.items())
-        key = (repr(self), tuple(_code()), decoders, None if read_transposed is None else tuple(read_transposed))
+        key = (repr(self), tuple(_code()), decoders, repr(read_transposed))
         if key not in _traced:
             _traced[key] = trace(self, modules, functions, read_transposed)
             if len(_traced) > _KEPT:

@@ -186,7 +186,8 @@ class Design:
             formats = {name: evolve(format_, quantization=None) for name, format_ in formats.items()}
         for module in self.modules.values():
             allocate(module, formats)
-        transposed = [tensor.name for tensor in self.weights.tensors if tensor.read_transposed]
+        plain = (tensor for tensor in self.weights.tensors if tensor.quantization is None)
+        transposed = {tensor.name: tensor.read_transposed for tensor in plain}
         return self.backend.trace(self.modules, self.signatures, transposed)
 
     def with_recipe(self, name: str) -> Design:

@@ -7,7 +7,7 @@ first, and those are not constants.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,17 +42,17 @@ def _transposes(node: fx.Node, axes: int) -> bool:
 
 
 def stacks_read_transposed(
-    program: ExportedProgram, parameters: Mapping[str, str], said: Collection[str] | None
+    program: ExportedProgram, parameters: Mapping[str, str], said: Mapping[str, bool] | None
 ) -> set[str]:
     """The parameters that are stacks of plain matrices and read transposed.
 
     Args:
         program: a traced program.
         parameters: name of the parameter behind each placeholder of its graph that is one.
-        said: those of which the weight map says so; None where that is not known.
+        said: of those that are stored plain, whether the weight map says so; None where that is not known.
 
     Raises:
-        PluginError: when the weight map says so of others.
+        PluginError: when the weight map says otherwise.
     """
     plain = {
         parameters[node.name]: is_read_transposed(node)
@@ -63,7 +63,7 @@ def stacks_read_transposed(
     if said is None:
         return found
     told = {True: "reads nothing but its transpose", False: "reads more than its transpose"}
-    problems = [f"{name}: it {told[plain[name]]}" for name in plain if (name in found) != (name in said)]
+    problems = [f"{name}: it {told[plain[name]]}" for name in plain if said.get(name, plain[name]) != plain[name]]
     if problems:
         raise PluginError(
             f"The decoder does not read its weights as `read_transposed` in the weight map says: {listing(problems)}."

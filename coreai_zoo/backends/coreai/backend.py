@@ -95,7 +95,7 @@ class CoreAIBackend:
         self,
         modules: Mapping[str, nn.Module],
         functions: Mapping[str, TraceSpec],
-        read_transposed: Collection[str] | None = None,
+        read_transposed: Mapping[str, bool] | None = None,
     ) -> CoreAITraced:
         """See `Backend.trace`."""
         from coreai_zoo.lowering.transposed import stacks_read_transposed

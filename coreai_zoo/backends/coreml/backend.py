@@ -113,7 +113,7 @@ class CoreMLBackend:
         self,
         modules: Mapping[str, nn.Module],
         functions: Mapping[str, TraceSpec],
-        read_transposed: Collection[str] | None = None,
+        read_transposed: Mapping[str, bool] | None = None,
     ) -> CoreMLTraced:
         """See `Backend.trace`."""
         from coreai_zoo.backends.coreml.lowering import convert

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ class Converted:
         return found
 
 
-def convert(decoder: nn.Module, spec: TraceSpec, read_transposed: Collection[str] | None) -> Converted:
+def convert(decoder: nn.Module, spec: TraceSpec, read_transposed: Mapping[str, bool] | None) -> Converted:
     """A decoder, traced and converted.
 
     Args:
@@ -232,7 +232,7 @@ def _unchecked() -> Iterator[None]:
         Program.validate = validate
 
 
-def _give_as_read(traced: ExportedProgram, said: Collection[str] | None) -> None:
+def _give_as_read(traced: ExportedProgram, said: Mapping[str, bool] | None) -> None:
     """Exchange the axes of every stack of plain matrices that is read transposed, and leave the transposition out."""
     parameters = {
         placeholder: name.removeprefix(_DECODER)
