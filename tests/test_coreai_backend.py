@@ -600,14 +600,14 @@ def test_constants_that_are_put_in_behind_the_compiler_stand_where_it_puts_them(
     monkeypatch.setattr(holes, "LARGE_BYTES", large)
     for kind, asset in hybrids.items():
         module, constants = asset.model.bound(asset.store, values=False)
-        count = len(holes.Holes.of(constants, tmp_path).large)
+        count = len(holes.Holes.of(constants, (), tmp_path).large)
         assert (count > 10) == (large == 1024) and (count == 0) == (large == 2**40)
         BACKEND.trace({"main": module}, {"main": asset.model.spec}).save(constants, tmp_path / kind)
         assert contents(tmp_path / kind) == contents(asset.path)
 
 
 def test_a_hole_that_the_compiler_has_computed_with_is_refused(toy_asset: Compiled, tmp_path: Path) -> None:
-    made = holes.Holes.of({"w": Constant(np.zeros(holes.LARGE_BYTES + 1, np.uint8), (4,), "uint8")}, tmp_path)
+    made = holes.Holes.of({"w": Constant(np.zeros(holes.LARGE_BYTES + 1, np.uint8), (4,), "uint8")}, (), tmp_path)
     with pytest.raises(PluginError, match=r"computed with weights that it cannot have the values of: w\."):
         next(made.filled(Bytecode.open(toy_asset.path / "main.mlirb")))
     assert not any(tmp_path.iterdir())

@@ -164,7 +164,7 @@ def test_an_interrupted_build_says_how_to_resume_and_does(
         outcome = place.run(survive=undisturbed.before_lowering // 2, signal=int(signal.SIGINT))
     else:
         last = place.output / ".zoo-work" / NAME / "lm_head.weight.data"
-        outcome = place.run(appears=str(last), seconds=0.5, signal=int(signal.SIGINT))
+        outcome = place.run(appears=str(last), seconds=0.1, signal=int(signal.SIGINT))
 
     assert outcome.status == 130
     said = place.log(".err").splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coreai_zoo.backend import Constant
+from coreai_zoo.backends.coreai import holes
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreml.backend import CoreMLBackend
 from coreai_zoo.contracts import FIXED_S1
@@ -109,13 +111,61 @@ def test_a_stack_that_is_stored_as_it_is_read_gives_the_logits_of_the_decoder(tm
             assert np.allclose(stepper.step(token), expected, rtol=0.02, atol=0.05), token
 
 
+def saved(read: Any, folder: Path) -> bytes:
+    """The bytecode of a decoder whose stack has random values."""
+    decoder = Decoder(read)
+    stored = np.random.default_rng(0).standard_normal(decoder.stack.shape).astype(np.float16)
+    constants = {"stack": Constant(stored, stored.shape, "float16")}
+    traced = CoreAIBackend().trace({"main": decoder}, {"main": spec()}, {"stack": False})
+    traced.save(constants, folder / "m.aimodel")
+    return (folder / "m.aimodel" / "main.mlirb").read_bytes()
+
+
 def test_a_constant_that_the_compiler_computes_from_a_weight_is_refused(tmp_path: Path) -> None:
     """It would have a name that differs from process to process, and take the memory of two."""
-    decoder = Decoder(twice)
-    stored = np.random.default_rng(0).standard_normal(decoder.stack.shape).astype(np.float16)
-    traced = CoreAIBackend().trace({"main": decoder}, {"main": spec()}, {"stack": False})
-    with pytest.raises(PluginError, match=r"computed 1 stored constants? of its own \(float16 \[6, 64, 2\]\)"):
-        traced.save({"stack": Constant(stored, stored.shape, "float16")}, tmp_path / "m.aimodel")
+    with pytest.raises(PluginError, match=r"of its own \(float16 \[6, 64, 2\] from stack\)"):
+        saved(twice, tmp_path)
+
+
+def by_its_largest(stack: Tensor, chosen: Tensor) -> Tensor:
+    """A stack, and a number that is known before there is an input."""
+    return straight(stack, chosen) / stack.abs().max()
+
+
+def shifted_by_one_of_it(stack: Tensor, chosen: Tensor) -> Tensor:
+    return straight(stack, chosen) + stack[0, 0, 0]
+
+
+def masked_by_a_literal(stack: Tensor, chosen: Tensor) -> Tensor:
+    """With a literal that the compiler makes, and stores: no weight is in it."""
+    return straight(stack, chosen) * (torch.arange(1024) <= chosen).half().sum()
+
+
+@pytest.mark.parametrize("read", [by_its_largest, shifted_by_one_of_it, masked_by_a_literal])
+def test_what_the_compiler_computes_with_a_weight_it_is_given_as_it_is(
+    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would compute with what stands there in its place, where it is not given a large one, and nobody would see."""
+    found = {}
+    for large in (2**40, 256):
+        (tmp_path / str(large)).mkdir()
+        monkeypatch.setattr(holes, "LARGE_BYTES", large)
+        found[large] = saved(read, tmp_path / str(large))
+    # What the compiler makes of literals has a name of its own, which differs from one time to the next.
+    named = {re.sub(rb"resource_\w+", b"", content) for content in found.values()}
+    assert len(named) == 1 and len({len(content) for content in found.values()}) == 1
+
+
+def test_a_weight_that_nothing_reads_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holes, "LARGE_BYTES", 256)
+
+    decoder = Decoder(straight)
+    decoder.unread = nn.Parameter(torch.zeros(WIDTH, WIDTH, dtype=torch.float16), requires_grad=False)
+    stacks = {name: np.ones(each.shape, np.float16) for name, each in decoder.named_parameters()}
+    constants = {name: Constant(values, values.shape, "float16") for name, values in stacks.items()}
+    CoreAIBackend().trace({"main": decoder}, {"main": spec()}).save(constants, tmp_path / "m.aimodel")
+    assert CoreAIBackend().constants(tmp_path / "m.aimodel").keys() >= {"stack"}
+    assert "unread" not in CoreAIBackend().constants(tmp_path / "m.aimodel")
 
 
 def test_the_stored_array_has_the_axes_in_the_order_in_which_they_are_read() -> None:

@@ -102,6 +102,7 @@ def test_a_build_goes_down_but_for_what_it_hands_down(
     }
     assert up == {
         ("lowering.module.build_module", "build.design.Decoders._decoder"),
+        ("digest.write_hashed", "backends.coreai.holes.Holes.filled"),
         ("lowering.module.constants", "build.pipeline._lower.<locals>.<genexpr>"),
         ("weights.store._Work._write_tensor", "build.pipeline._fill.<locals>.progress"),
     }

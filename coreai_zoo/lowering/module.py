@@ -149,13 +149,16 @@ def allocate(module: nn.Module, formats: Mapping[str, Format]) -> None:
         formats: how each of its parameters is stored, by name.
     """
     for name, _ in list(module.named_parameters()):
-        arrays = formats[name].arrays.items()
-        values = {kind: torch.empty(array.shape, dtype=_carrier(array)) for kind, array in arrays}
-        _put(module, name, formats[name], values)
+        format_ = formats[name]
+        shapes = {kind: format_.shape if kind == "data" else array.shape for kind, array in format_.arrays.items()}
+        values = {kind: torch.empty(shapes[kind], dtype=_carrier(array)) for kind, array in format_.arrays.items()}
+        _put(module, name, format_, values)
 
 
 def bind(module: nn.Module, store: WeightStore) -> None:
-    """Give every parameter of `module` its stored value, memory-mapped; 4-bit integers are unpacked in memory.
+    """Give every parameter of `module` its stored value, memory-mapped.
+
+    In memory 4-bit integers are unpacked, and what is stored transposed is laid out as the parameter is.
 
     Args:
         module: the decoder, on the meta device.
@@ -168,6 +171,8 @@ def bind(module: nn.Module, store: WeightStore) -> None:
             stored = store[name]
             arrays = stored.format.arrays.items()
             values = {kind: unpacked(torch.from_numpy(stored.array(kind)), array) for kind, array in arrays}
+            if stored.format.transposed:
+                values["data"] = values["data"].transpose(-1, -2).contiguous()
             _put(module, name, stored.format, values)
 
 
@@ -181,8 +186,7 @@ def _put(module: nn.Module, name: str, format_: Format, values: Mapping[ArrayKin
     """Make `values` the parameter called `name`: as they are, or as the integers, scales and zero points of it."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    data = values["data"].transpose(-1, -2) if format_.transposed else values["data"]
-    setattr(owner, leaf, nn.Parameter(data, requires_grad=False))
+    setattr(owner, leaf, nn.Parameter(values["data"], requires_grad=False))
     if format_.quantization is not None:
         dequantize = Dequantize(values["scales"], values.get("zero_points"), format_.quantization.dtype)
         parametrize.register_parametrization(owner, leaf, dequantize, unsafe=True)

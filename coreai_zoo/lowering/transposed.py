@@ -28,10 +28,11 @@ def is_row(weight: fx.Node) -> bool:
 
 def is_read_transposed(weight: fx.Node) -> bool:
     """Whether nothing of a weight is read but its transpose in the last two axes."""
-    return bool(weight.users) and all(_transposes(node, weight.meta["val"].ndim) for node in weight.users)
+    return bool(weight.users) and all(is_transposition(node, weight.meta["val"].ndim) for node in weight.users)
 
 
-def _transposes(node: fx.Node, axes: int) -> bool:
+def is_transposition(node: fx.Node, axes: int) -> bool:
+    """Whether a node exchanges the last two of the axes of what it reads, and does nothing else."""
     arguments: Any = node.args
     if node.target is torch.ops.aten.permute.default:
         order = [at % axes for at in arguments[1]]

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from coreai_zoo.backend import Constant
     from coreai_zoo.backends.coreai.holes import Holes
     from coreai_zoo.backends.coreai.lowering import State
+    from coreai_zoo.lowering.folding import Foldable
     from coreai_zoo.lowering.repetition import Repetition
 
 _log = logging.getLogger(__name__)
@@ -217,9 +218,16 @@ class CoreAITraced:
 
         destination.mkdir(parents=True)
         try:
-            holes = Holes.of(constants, destination)
             with _toolchain():
-                _save(self.lower(holes.constants), holes, destination)
+                whole = self._whole(constants)
+                reads, computed_with = (
+                    frozenset[str]().union(*names)
+                    for names in zip(*((each.reads, each.foldable.weights) for each in whole.values()), strict=True)
+                )
+                read = {name: constant for name, constant in constants.items() if name in reads}
+                holes = Holes.of(read, computed_with, destination)
+                program, _ = self._lower(whole, holes.constants)
+                _save(program, holes, destination)
         except OSError as error:
             explained = write_error(destination, error, 0)
             shutil.rmtree(destination, ignore_errors=True)
@@ -230,14 +238,31 @@ class CoreAITraced:
         from coreai_zoo.backends.coreai.program import read_program
 
         with _toolchain():
-            program, state = self._lower(constants)
+            program, state = self._lower(self._whole(constants), constants)
             return read_program(program, state, constants.keys())
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
         """The `AIProgram` of all functions, with all their layers."""
-        return self._lower(constants)[0]
+        return self._lower(self._whole(constants), constants)[0]
 
-    def _lower(self, constants: Mapping[str, Constant]) -> tuple[Any, dict[str, Constant]]:
+    def _whole(self, constants: Mapping[str, Constant]) -> dict[str, WholeFunction]:
+        """Every function with all its layers."""
+        from coreai_zoo.lowering.folding import foldable
+
+        whole = {}
+        for name, function in self.functions.items():
+            program, composites = function.whole_program()
+            state = _named_state(program, constants)
+            plain = {placeholder: next(iter(given)) for placeholder, given in state.items() if len(given) == 1}
+            weights = {placeholder: weight for placeholder, weight in plain.items() if weight in constants}
+            used = {node.name for node in program.graph.find_nodes(op="placeholder") if node.users}
+            reads = frozenset(each for placeholder in used & state.keys() for each in state[placeholder])
+            whole[name] = WholeFunction(program, composites, reads, foldable(program, weights))
+        return whole
+
+    def _lower(
+        self, whole: Mapping[str, WholeFunction], constants: Mapping[str, Constant]
+    ) -> tuple[Any, dict[str, Constant]]:
         """The `AIProgram`, and the constants of its functions by name."""
         from coreai_zoo.backends.coreai.lowering import Converter
         from coreai_zoo.lowering import mistakes
@@ -245,13 +270,30 @@ class CoreAITraced:
         converter = Converter()
         named: dict[str, Constant] = {}
         with contextlib.ExitStack() as stack:
-            for name, function in self.functions.items():
-                program, composites = function.whole_program()
-                state = _named_state(program, constants)
-                named |= {each: constant for found in state.values() for each, constant in found.items()}
-                converter.add(name, program, composites, state, function.spec)
+            for name, each in whole.items():
+                function = self.functions[name]
+                state = _named_state(each.program, constants)
+                named |= {state_name: constant for found in state.values() for state_name, constant in found.items()}
+                converter.add(name, each.program, each.composites, state, function.spec, each.foldable.kinds)
                 stack.enter_context(mistakes.explained("lowered", function.module, function.program_with_lines))
             return converter.to_coreai(), named
+
+
+@frozen
+class WholeFunction:
+    """One function with all its layers.
+
+    Attributes:
+        program: its program.
+        composites: those that it calls.
+        reads: names of the constants that it reads.
+        foldable: what a compiler can compute of it.
+    """
+
+    program: ExportedProgram
+    composites: list[Any]
+    reads: frozenset[str]
+    foldable: Foldable
 
 
 @frozen

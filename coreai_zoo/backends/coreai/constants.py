@@ -78,13 +78,13 @@ def _constants_of(graph: Any) -> Iterator[Found]:
         name = re.match(r"dense_resource<([^>]+)>", str(value))  # that is all that it prints
         if name is None:
             raise RuntimeError(f"a constant is neither a resource nor values: {str(value)[:80]}")
-        yield Found(name[1], _row(type_.shape), dtype)
+        yield Found(name[1], row(type_.shape), dtype)
 
 
 def _placed(found: Sequence[Found], state: State) -> dict[str, str]:
     """The resource that holds the bytes of each state."""
     placed: dict[str, str] = {}
-    kinds = {name: (_row(shape), dtype) for name, (shape, dtype) in state.items()}
+    kinds = {name: (row(shape), dtype) for name, (shape, dtype) in state.items()}
     for kind in dict.fromkeys(kinds.values()):
         names = [name for name in state if kinds[name] == kind]
         # A constant with a name that is not a state's holds a literal of the graph.
@@ -100,5 +100,6 @@ def _placed(found: Sequence[Found], state: State) -> dict[str, str]:
     return placed
 
 
-def _row(shape: Sequence[int]) -> tuple[int, ...]:
+def row(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape, of a single column that of the row."""
     return tuple(shape[::-1] if tuple(shape[1:]) == (1,) else shape)

@@ -2,15 +2,15 @@
 
 The compiler's writer copies every constant that it is given, and ends the process when a disk is full. So a large one
 is given as 16 bytes that say which one it is, and in the file its own stand in their place. What a constant holds
-changes nothing else in a program, unless the compiler computes with it; then its number is missing. Small ones are
-given as they are: the compiler moves some of those among the operations, and stores equal ones once.
+changes nothing else in a program, unless the compiler computes with it: those with which it can are given as they are
+(see `lowering.folding`), and so are small ones, of which it stores equal ones once.
 """
 
 from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,14 +41,20 @@ class Holes:
     large: Mapping[bytes, tuple[str, Constant]]
 
     @classmethod
-    def of(cls, constants: Mapping[str, Constant], folder: Path) -> Self:
+    def of(cls, constants: Mapping[str, Constant], computed_with: Collection[str], folder: Path) -> Self:
         """Make holes of the large ones of `constants`.
 
         Args:
             constants: by name; what is the same constant under two names is one object.
+            computed_with: names of those with which the compiler can compute.
             folder: where a file can be made that takes no room.
         """
-        large = {id(each): (name, each) for name, each in constants.items() if each.data.nbytes > LARGE_BYTES}
+        known = {id(each) for name, each in constants.items() if name in computed_with}
+        large = {
+            id(each): (name, each)
+            for name, each in constants.items()
+            if each.data.nbytes > LARGE_BYTES and id(each) not in known
+        }
         tags = [_TAG + number.to_bytes(8, "little") for number in range(len(large))]
         memory = _memory(tags, max((each.data.nbytes for _, each in large.values()), default=0), folder)
         holes = {

@@ -42,9 +42,10 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from coreai_zoo.backend import Constant
-from coreai_zoo.backends.coreai.constants import stored_constants
+from coreai_zoo.backends.coreai.constants import row, stored_constants
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
+from coreai_zoo.lowering.folding import TensorKind
 from coreai_zoo.lowering.transposed import is_read_transposed, is_row
 from coreai_zoo.signature import TraceSpec
 
@@ -76,6 +77,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         self._states: dict[int, Mapping[str, State]] = {}  # by identity of the program
         self._attributes: dict[str, tuple[Any, Constant]] = {}  # by name
         self._quantized: dict[str, list[Value]] = {}  # by placeholder, until it is read
+        self._computed: dict[TensorKind, frozenset[str]] = {}  # what the compiler can make of which weights
         self._serial = itertools.count()
 
     def add(
@@ -85,6 +87,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         composites: Sequence[_ExternalizedExportedProgram],
         state: Mapping[str, State],
         spec: TraceSpec,
+        computed: Mapping[TensorKind, frozenset[str]],
     ) -> None:
         """Add a function.
 
@@ -94,7 +97,9 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
             composites: the composites that it calls.
             state: what each placeholder of its graph stands for.
             spec: its signature.
+            computed: see `Foldable.kinds`.
         """
+        self._computed |= {(row(shape), dtype): made_of for (shape, dtype), made_of in computed.items()}
         # Not add_exported_program: it would unpack and repack every 4-bit weight in memory.
         self.validate(program)
         self._states[id(program)] = state
@@ -113,16 +118,20 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         """The `AIProgram` of all functions.
 
         Raises:
-            PluginError: when the compiler computed stored constants from others. It would take the memory of both, and
+            PluginError: when the compiler computed stored constants from weights. It would take the memory of both, and
                 the names of what it makes differ from process to process.
         """
         program = super().to_coreai()
-        made = [found for found in stored_constants(program) if found.name not in self._attributes]
-        if made:
-            told = listing([f"{each.dtype} {list(each.shape)}" for each in made])
+        made = [(each.shape, each.dtype) for each in stored_constants(program) if each.name not in self._attributes]
+        told = [
+            f"{kind[1]} {list(kind[0])} from {listing(sorted(self._computed[kind]))}"
+            for kind in dict.fromkeys(made)
+            if kind in self._computed
+        ]
+        if told:
             raise PluginError(
-                f"The compiler computed {len(made)} stored constants of its own ({told}) from the weights: the decoder "
-                "changes a weight before it uses it. What does not depend on a token belongs in the weight map."
+                f"The compiler computed stored constants of its own ({listing(told)}): the decoder changes a weight "
+                "before it uses it. What does not depend on a token belongs in the weight map."
             )
         return program
 
