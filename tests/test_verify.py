@@ -542,9 +542,8 @@ def test_the_contract_of_core_ml_is_bound_by_no_rule_of_core_ai(tmp_path: Path) 
     plugins = host(tmp_path, States(evolve(FIXED, name="oneCache"), evolve(FIXED, name="twoCache")))
     planned = zoo("plan", "toy-mean", "--contract", "fixed-s1", "--backend", "coreml", plugins=plugins)
     assert planned.exit_code == 2
-    refusal = (
-        "Core ML cannot hold this decoder: state meanState is float32, and a state is float16."  # and no word of two
-    )
+    # Of the toy's own state, and no word of the two others.
+    refusal = "Core ML cannot hold this decoder: state meanState is float32, and a state is float16."
     assert planned.stderr.splitlines()[-1] == f"error: {refusal} Try a smaller --max-context."
 
 
