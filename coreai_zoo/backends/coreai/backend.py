@@ -224,8 +224,9 @@ class CoreAITraced:
                     frozenset[str]().union(*names)
                     for names in zip(*((each.reads, each.foldable.weights) for each in whole.values()), strict=True)
                 )
-                read = {name: constant for name, constant in constants.items() if name in reads}
-                holes = Holes.of(read, computed_with, destination)
+                read = {id(constants[name]) for name in reads & constants.keys()}  # one may have several names
+                stored = {name: constant for name, constant in constants.items() if id(constant) in read}
+                holes = Holes.of(stored, computed_with, destination)
                 program, _ = self._lower(whole, holes.constants)
                 _save(program, holes, destination)
         except OSError as error:
