@@ -149,13 +149,6 @@ def side_by_side(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str
             [result["output"]["seconds"] for result in theirs],
             ".1f",
         ),
-        ("the whole command, s", [r["seconds"] for r in ours], [r["seconds"] for r in theirs], ".1f"),
-        (
-            "peak anonymous memory, GB",
-            [result["peak_anonymous_bytes"] / 1e9 for result in ours],
-            [result["peak_anonymous_bytes"] / 1e9 for result in theirs],
-            ".2f",
-        ),
         (
             "peak RSS, mapped files included, GB",
             [result["peak_rss_bytes"] / 1e9 for result in ours],

@@ -249,7 +249,7 @@ def test_a_process_that_complains_of_what_is_removed_does_not_hide_what_the_libr
     ],
 )
 def test_the_memory_of_a_build_is_as_it_was_measured(contract: str, layers: int, measured: int) -> None:
-    """Peak anonymous MB of `benchmarks/lowering.py`."""
+    """Peak anonymous MB of `benchmarks/lowering.py`, at 4 layers of the whole build in `benchmarks/bench.py`."""
     prefill = CONTRACTS[contract].prefill
     told = CoreAIBackend().memory(layers, 2 if prefill else 1, prefill.steps if prefill else 1)
     assert measured < told / 1e6 < 1.1 * measured

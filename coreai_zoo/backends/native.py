@@ -103,6 +103,24 @@ def _at_exit(explain: Callable[[object], None]) -> Iterator[None]:
         library.__cxa_finalize(owner)  # runs it once more
 
 
+@contextlib.contextmanager
+def write_explained(destination: Path, native_bytes: int | None = None) -> Iterator[None]:
+    """Within the block a folder is written; what cannot be is removed, and said as `write_error` says it.
+
+    Args:
+        destination: the folder.
+        native_bytes: bytes that it has when it is whole, where a native writer is at work that says nothing but that
+            it failed, by a RuntimeError; None where Python writes.
+    """
+    failures = (OSError,) if native_bytes is None else (OSError, RuntimeError)
+    try:
+        yield
+    except failures as error:
+        explained = write_error(destination, error, native_bytes or 0)
+        shutil.rmtree(destination, ignore_errors=True)
+        raise explained from error
+
+
 def write_error(destination: Path, error: OSError | RuntimeError, size: int) -> ZooError:
     """The error of a `destination` that could not be written, before what there is of it is removed.
 

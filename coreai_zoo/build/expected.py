@@ -21,10 +21,7 @@ def expected_by(designed: Design, checkpoint: Path | None) -> Expected:
         compression=designed.recipe.published_name,
         functions=designed.signatures,
         language=language_block(designed.signatures, designed.facts["vocab_size"], designed.max_context),
-        weights={
-            tensor.name: ExpectedWeight(tensor.shape, tensor.dtype, roles[tensor.role], tensor.read_transposed)
-            for tensor in designed.weights.stored
-        },
+        weights={tensor.name: ExpectedWeight(tensor.format, roles[tensor.role]) for tensor in designed.weights.stored},
         recorded={
             "sample": designed.sample,
             "backend": designed.backend.name,

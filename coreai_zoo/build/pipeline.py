@@ -112,7 +112,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             filled = _fill(store, designed, stream, report)
             if stream is not None:  # all its values have been seen by now
                 designed = _with_notes(designed, stream.notes(), report)
-        # The disk may have filled meanwhile, and the toolchain's writer ends the whole process when there is no space.
+        # The disk may have filled meanwhile: better said now than when half of the bundle is written.
         preflight(designed, workspace).require()
         with report.stage("lower", designed.asset):
             _lower(traced, designed, store, partial)

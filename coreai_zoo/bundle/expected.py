@@ -14,16 +14,15 @@ from attrs import frozen
 
 from coreai_zoo.overlay import Role
 from coreai_zoo.signature import TraceSpec
+from coreai_zoo.weights.formats import Format
 
 
 @frozen
 class ExpectedWeight:
-    """One weight of the decoder that has bytes of its own; see `PlannedTensor`."""
+    """One weight of the decoder that has bytes of its own, stored as it was designed."""
 
-    shape: tuple[int, ...]
-    dtype: str
+    format: Format
     role: Role
-    read_transposed: bool
 
 
 @frozen

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from coreai_zoo.backend import Backend, Check
 from coreai_zoo.bundle.bundle import Bundle
@@ -168,9 +168,9 @@ def _as_designed(forms: Mapping[str, StoredForm], claimed: Recipe, expected: Exp
     """What is stored otherwise than the name says, or not at all, weight by weight."""
     for name, weight in expected.weights.items():
         spec = claimed.spec(weight.role)
-        wanted = Format(weight.shape, weight.dtype, spec, weight.read_transposed)
+        wanted = evolve(weight.format, quantization=spec)
         if name in forms and not forms[name].is_of(wanted):
-            yield f"{name} is {forms[name]}, and by the bundle's name {spec or weight.dtype} {list(weight.shape)}"
+            yield f"{name} is {forms[name]}, and by the bundle's name {spec or wanted.dtype} {list(wanted.shape)}"
         # One that is stored under another's name looks like it.
         elif name not in forms and not any(form.is_of(wanted) for form in forms.values()):
             yield f"{name} is not stored, nor is another like it"

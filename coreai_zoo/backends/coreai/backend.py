@@ -20,7 +20,7 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -30,7 +30,7 @@ from attrs import frozen
 from coreai_zoo import interruption
 from coreai_zoo.backend import Check
 from coreai_zoo.backends.coreai.bytecode import Bytecode
-from coreai_zoo.backends.native import exit_explained, output_captured, write_error
+from coreai_zoo.backends.native import exit_explained, output_captured, write_explained
 from coreai_zoo.backends.versions import checked_versions
 from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.digest import file_sha256, write_hashed
@@ -217,84 +217,80 @@ class CoreAITraced:
         from coreai_zoo.backends.coreai.holes import Holes
 
         destination.mkdir(parents=True)
-        try:
-            with _toolchain():
-                whole = self._whole(constants)
-                reads, computed_with = (
-                    frozenset[str]().union(*names)
-                    for names in zip(*((each.reads, each.foldable.weights) for each in whole.values()), strict=True)
-                )
-                read = {id(constants[name]) for name in reads & constants.keys()}  # one may have several names
-                stored = {name: constant for name, constant in constants.items() if id(constant) in read}
-                holes = Holes.of(stored, computed_with, destination)
-                program, _ = self._lower(whole, holes.constants)
-                _save(program, holes, destination)
-        except OSError as error:
-            explained = write_error(destination, error, 0)
-            shutil.rmtree(destination, ignore_errors=True)
-            raise explained from error
+        with write_explained(destination), _toolchain():
+            whole = self._whole(constants)
+            read = {name: constant for each in whole for name, constant in each.weights_read.items()}
+            computed_with = frozenset[str]().union(*(each.foldable.weights for each in whole))
+            holes = Holes.of(read, computed_with, destination)
+            _save(_lowered(whole, holes.given), holes, destination)
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
         """See `Traced.lowered`. One trace serves every recipe: integers and scales are lowered to the weight traced."""
         from coreai_zoo.backends.coreai.program import read_program
 
         with _toolchain():
-            program, state = self._lower(self._whole(constants), constants)
-            return read_program(program, state, constants.keys())
+            whole = self._whole(constants)
+            named = {
+                name: each for function in whole for given in function.state.values() for name, each in given.items()
+            }
+            return read_program(_lowered(whole), named, constants.keys())
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
         """The `AIProgram` of all functions, with all their layers."""
-        return self._lower(self._whole(constants), constants)[0]
+        return _lowered(self._whole(constants))
 
-    def _whole(self, constants: Mapping[str, Constant]) -> dict[str, WholeFunction]:
+    def _whole(self, constants: Mapping[str, Constant]) -> list[WholeFunction]:
         """Every function with all its layers."""
         from coreai_zoo.lowering.folding import foldable
 
-        whole = {}
+        whole = []
         for name, function in self.functions.items():
             program, composites = function.whole_program()
             state = _named_state(program, constants)
-            plain = {placeholder: next(iter(given)) for placeholder, given in state.items() if len(given) == 1}
-            weights = {placeholder: weight for placeholder, weight in plain.items() if weight in constants}
+            weights = {placeholder: given for placeholder, given in state.items() if given.keys() <= constants.keys()}
+            plain = {placeholder: next(iter(given)) for placeholder, given in weights.items() if len(given) == 1}
             used = {node.name for node in program.graph.find_nodes(op="placeholder") if node.users}
-            reads = frozenset(each for placeholder in used & state.keys() for each in state[placeholder])
-            whole[name] = WholeFunction(program, composites, reads, foldable(program, weights))
+            read = {name: each for at, given in weights.items() if at in used for name, each in given.items()}
+            whole.append(WholeFunction(name, function, program, composites, state, read, foldable(program, plain)))
         return whole
-
-    def _lower(
-        self, whole: Mapping[str, WholeFunction], constants: Mapping[str, Constant]
-    ) -> tuple[Any, dict[str, Constant]]:
-        """The `AIProgram`, and the constants of its functions by name."""
-        from coreai_zoo.backends.coreai.lowering import Converter
-        from coreai_zoo.lowering import mistakes
-
-        converter = Converter()
-        named: dict[str, Constant] = {}
-        with contextlib.ExitStack() as stack:
-            for name, each in whole.items():
-                function = self.functions[name]
-                state = _named_state(each.program, constants)
-                named |= {state_name: constant for found in state.values() for state_name, constant in found.items()}
-                converter.add(name, each.program, each.composites, state, function.spec, each.foldable.kinds)
-                stack.enter_context(mistakes.explained("lowered", function.module, function.program_with_lines))
-            return converter.to_coreai(), named
 
 
 @frozen
 class WholeFunction:
-    """One function with all its layers.
+    """One function with all its layers, and the constants that it is lowered with.
 
     Attributes:
+        name: of the function.
+        traced: what it was made from.
         program: its program.
         composites: those that it calls.
-        reads: names of the constants that it reads.
+        state: what each placeholder of its graph stands for.
+        weights_read: the constants that hold weights which an operation reads, by name.
         foldable: what a compiler can compute of it.
     """
 
+    name: str
+    traced: TracedFunction
     program: ExportedProgram
     composites: list[Any]
-    reads: frozenset[str]
+    state: Mapping[str, State]
+    weights_read: Mapping[str, Constant]
     foldable: Foldable
+
+
+def _lowered(whole: Sequence[WholeFunction], given: Callable[[Constant], Constant] = lambda each: each) -> Any:
+    """The `AIProgram` of all functions; the compiler sees of each constant what is `given` for it."""
+    from coreai_zoo.backends.coreai.lowering import Converter
+    from coreai_zoo.lowering import mistakes
+
+    converter = Converter()
+    with contextlib.ExitStack() as stack:
+        for each in whole:
+            state = {at: {name: given(constant) for name, constant in of.items()} for at, of in each.state.items()}
+            function = each.traced
+            converter.add(each.name, each.program, each.composites, state, function.spec, each.foldable.kinds)
+            stack.enter_context(mistakes.explained("lowered", function.module, function.program_with_lines))
+        return converter.to_coreai()
 
 
 @frozen

@@ -33,19 +33,19 @@ class Holes:
     """The constants of an asset, the large ones as holes.
 
     Attributes:
-        constants: what is given to the compiler, by name. A constant of several names is one hole.
         large: name and constant of each hole, by the bytes that it is given as.
+        holes: what is given for each large constant, by its identity.
     """
 
-    constants: Mapping[str, Constant]
     large: Mapping[bytes, tuple[str, Constant]]
+    holes: Mapping[int, Constant]
 
     @classmethod
     def of(cls, constants: Mapping[str, Constant], computed_with: Collection[str], folder: Path) -> Self:
         """Make holes of the large ones of `constants`.
 
         Args:
-            constants: by name; what is the same constant under two names is one object.
+            constants: by name; what is the same constant under two names is one object, and one hole.
             computed_with: names of those with which the compiler can compute.
             folder: where a file can be made that takes no room.
         """
@@ -61,14 +61,17 @@ class Holes:
             key: evolve(each, data=memory[number * _HOLE_BYTES : (number + 1) * _HOLE_BYTES])
             for number, (key, (_, each)) in enumerate(large.items())
         }
-        given = {name: holes.get(id(each), each) for name, each in constants.items()}
-        return cls(given, dict(zip(tags, large.values(), strict=True)))
+        return cls(dict(zip(tags, large.values(), strict=True)), holes)
+
+    def given(self, constant: Constant) -> Constant:
+        """What is given to the compiler for a constant: its hole, or itself."""
+        return self.holes.get(id(constant), constant)
 
     def filled(self, bytecode: Bytecode) -> Iterator[memoryview]:
         """The bytes of the program with every hole filled, piece by piece.
 
         Args:
-            bytecode: what the compiler made of `constants`.
+            bytecode: what the compiler made of what it was given.
 
         Raises:
             PluginError: when it computed with the content of a hole.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import frozen
 
-from coreai_zoo.backends.native import write_error
+from coreai_zoo.backends.native import write_explained
 from coreai_zoo.backends.versions import checked_versions
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
 from coreai_zoo.machine import available_memory, physical_memory
@@ -214,13 +213,8 @@ class CoreMLTraced:
         """See `Traced.save`."""
         from coreai_zoo.backends.coreml.lowering import save
 
-        try:
+        with write_explained(destination, sum(memoryview(constant.data).nbytes for constant in constants.values())):
             save(self.converted, constants, destination)
-        except (OSError, RuntimeError) as error:  # the latter from coremltools' writer
-            size = sum(memoryview(constant.data).nbytes for constant in constants.values())
-            explained = write_error(destination, error, size)
-            shutil.rmtree(destination, ignore_errors=True)
-            raise explained from error
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
         """See `Traced.lowered`."""
