@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from attrs import frozen
 
+from coreai_zoo.dtypes import packed_bytes
 from coreai_zoo.engine import LARGEST_CHUNK, PREFILL, prompt_chunks
 from coreai_zoo.errors import BadInput
+from coreai_zoo.layout import Layout
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import Signature, TraceSpec
@@ -38,20 +40,21 @@ class Check:
 class Traced(Protocol):
     """A decoder that its backend has traced, and that waits for its weights."""
 
-    def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
-        """Lower it and write the asset to `destination`, which does not exist yet.
+    def lay_out(self, constants: Mapping[str, Constant], values: Values) -> Layout:
+        """Lower it; where everything stands in the asset, and all of it but the weights.
 
         Args:
-            constants: the stored state of the modules by name, see `lowering.module.constants`; no copy of one may be
-                made in memory.
-            destination: path of the asset.
+            constants: the stored state of the modules by name, see `lowering.module.constants`; their data are not
+                read, and may be None.
+            values: gives some of them with data, where what is written depends on the values.
 
         Raises:
-            EnvironmentLacks: when the disk is full.
+            PluginError: when a weight would not be stored as it is.
+            EnvironmentLacks: when the toolchain cannot write a temporary file.
         """
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
-        """What `save` would write, without writing it."""
+        """The program that `lay_out` would lay out; all data may be None."""
 
 
 class Stepper(Protocol):
@@ -172,7 +175,7 @@ class Backend(Protocol):
         """
 
     def constants(self, asset: Path) -> Mapping[str, memoryview]:
-        """The stored constants of an asset by the names that `Traced.save` was given, as views of the file.
+        """The stored constants of an asset by the names that `Traced.lay_out` was given, as views of the file.
 
         A constant whose values are all the same, or the same as another's, may be stored otherwise and is not named.
 
@@ -297,12 +300,16 @@ def read_prompt(
     return logits
 
 
+Values = Callable[[Collection[str]], Mapping[str, "Constant"]]
+"""Gives the constants of these names with their data."""
+
+
 @frozen
 class Constant:
     """A stored tensor as a backend hands it over: the bytes as they are on disk, and what they mean.
 
     Attributes:
-        data: bytes in memory or a memory map of them; nothing is read until it is written out.
+        data: bytes in memory or a memory map of them; None as long as they are not there.
         shape: logical shape, in elements.
         dtype: logical dtype, for example `float16`, `int8` or `int4` (two to a byte, low half first).
         transposed: whether the last two axes are exchanged, those of `shape` too, against the decoder's parameter.
@@ -312,3 +319,8 @@ class Constant:
     shape: tuple[int, ...]
     dtype: str
     transposed: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes."""
+        return packed_bytes(self.shape, self.dtype)

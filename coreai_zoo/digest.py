@@ -1,25 +1,26 @@
 """SHA-256 of files, each computed once as long as the file stays as it is; and of the code that something is made of.
 
-A build writes a bundle's bytecode once and needs its hash five times: for the asset, for the record, for three checks.
+A build writes a bundle's weights once and needs their hash five times: for the asset, for the record, for three checks.
 For 28 GB that is 18 seconds each, and minutes when it has to come back from the disk, so it is taken while the file is
-written.
+filled.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
+from typing import Self
 
 _REMEMBERED_BYTES = 2**20  # smaller files are hashed again
 _BLOCK_BYTES = 2**22
-_AHEAD = 4  # blocks that may wait to be hashed
 
 # A change within the same tick of the file system's clock leaves the times as they were, so a file is left alone for
 # some ticks before it is hashed.
@@ -58,30 +59,83 @@ def source_digests(modules: Iterable[str]) -> list[str]:
     return [hashlib.sha256(origin.read_bytes()).hexdigest() for origin in origins]
 
 
-def write_hashed(path: Path, pieces: Iterable[memoryview]) -> str:
-    """Write a file piece by piece; its hexadecimal SHA-256, which `file_sha256` knows afterwards.
+class FollowingDigest:
+    """SHA-256 of a file that is filled in any order: a thread hashes what is written as far as there is no gap.
 
-    Another thread hashes what is written meanwhile: both leave the interpreter alone.
+    It reads what has just been written out of the system's memory, and leaves the interpreter alone meanwhile.
 
-    Raises:
-        OSError: when it cannot be written.
+    Args:
+        path: the file, which has its final length.
+        gaps: start and end of each part that is still to be written.
     """
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool, path.open("wb") as file:
-        hashing: deque[Future[None]] = deque()
-        for piece in pieces:
-            for start in range(0, piece.nbytes, _BLOCK_BYTES):
-                block = piece[start : start + _BLOCK_BYTES]
-                hashing.append(pool.submit(digest.update, block))
-                file.write(block)
-                if len(hashing) > _AHEAD:
-                    hashing.popleft().result()
-    status = path.stat()
-    if status.st_size >= _REMEMBERED_BYTES:
-        _let_tick(status)
-        with _lock:
-            _known[_identity(status)] = digest.hexdigest()
-    return digest.hexdigest()
+
+    def __init__(self, path: Path, gaps: Iterable[tuple[int, int]]) -> None:
+        self._path, self._gaps = path, deque(sorted(gaps))
+        self._filled: set[tuple[int, int]] = set()
+        self._changed = Condition()
+        self._left = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._digest = self._thread.submit(self._follow)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._changed:
+            self._left = True
+            self._changed.notify()
+        self._thread.shutdown(wait=True)
+
+    def filled(self, start: int, end: int) -> None:
+        """One of the gaps is written."""
+        with self._changed:
+            self._filled.add((start, end))
+            self._changed.notify()
+
+    def hexdigest(self) -> str:
+        """The hexadecimal SHA-256 of the file, all gaps being filled; `file_sha256` knows it afterwards.
+
+        Raises:
+            ValueError: when a gap is not filled.
+            OSError: when the file cannot be read.
+        """
+        with self._changed:
+            missing = set(self._gaps) - self._filled
+        if missing:
+            raise ValueError(f"{self._path} has {len(missing)} gaps")
+        digest = self._digest.result()
+        status = self._path.stat()
+        if status.st_size >= _REMEMBERED_BYTES:
+            _let_tick(status)
+            with _lock:
+                _known[_identity(status)] = digest
+        return digest
+
+    def _follow(self) -> str:
+        digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+        with self._path.open("rb", buffering=0) as file:
+            place, size = 0, os.fstat(file.fileno()).st_size
+            while place < size and not self._left:
+                end = self._next_gap(place, size)
+                while place < end and not self._left:
+                    read = file.readinto(block[: end - place])
+                    if not read:
+                        raise OSError(errno.EIO, "The file has become shorter while it was written", str(self._path))
+                    digest.update(block[:read])
+                    place += read
+        return digest.hexdigest()
+
+    def _next_gap(self, place: int, size: int) -> int:
+        """Where the first gap begins; waits until that is beyond `place`."""
+        with self._changed:
+            while not self._left:
+                while self._gaps and self._gaps[0] in self._filled:
+                    self._gaps.popleft()
+                end = self._gaps[0][0] if self._gaps else size
+                if end > place:
+                    return end
+                self._changed.wait()
+        return place
 
 
 def _let_tick(status: os.stat_result) -> None:

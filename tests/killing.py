@@ -35,7 +35,8 @@ class Job:
         folder: file operations below it are counted.
         after: count from the first operation on a path that contains this.
         survive: signal the process at the operation after so many; None: never.
-        tear: first cut off the end of the file that was written last, as a kill inside of that write would have.
+        tear: first cut off the end of the file that was written last, as a kill inside of that write would have. Not of
+            one that has its whole length before it is filled.
         appears: signal the process when this path is there...
         seconds: ... and so much time has passed.
         signal: which.
@@ -115,7 +116,7 @@ class _Operations:
             return
         if self._count == self._job.survive:
             self._done = True
-            if self._job.tear and Path(self._written).is_file():
+            if self._job.tear and Path(self._written).is_file() and not self._written.endswith(".mlirb"):
                 size = Path(self._written).stat().st_size
                 os.truncate(self._written, size - min(size // 2, 40))
             self.answer(f"{event} {path}")

@@ -113,6 +113,7 @@ THOROUGH = frozenset(
         "verify",
         "walk",
         "wiring",
+        "workspace",
     }
 )
 

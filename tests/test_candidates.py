@@ -12,6 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from assets import save
 from checkpoints import VOCAB_SIZE, read_weights, tiny_checkpoint, write_weights
 from coreai_zoo.backend import Constant, drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
@@ -79,7 +80,7 @@ class Compiled:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
-    """Both kinds, with constants of equal bytes among their weights."""
+    """Both kinds, with constants of equal bytes among their weights; the compiler knows all, and so sees that."""
 
     def compile_(kind: Any, recipe: str) -> Compiled:
         directory = tmp_path_factory.mktemp(kind)
@@ -89,7 +90,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
             module, {name: attrs.evolve(each.format, quantization=None) for name, each in tensors.items()}
         )
         constants = lowering.constants(planned.store(directory / "store"), tensors)
-        BACKEND.trace({"main": module}, {"main": planned.signature}).save(constants, directory / "m.aimodel")
+        save(
+            BACKEND.trace({"main": module}, {"main": planned.signature}), constants, directory / "m.aimodel", whole=True
+        )
         return Compiled(planned, directory / "m.aimodel", constants)
 
     return {**{kind: compile_(kind, "int8hu") for kind in KINDS}, "plain moe": compile_("moe", "fp16")}

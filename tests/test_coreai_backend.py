@@ -32,14 +32,15 @@ from torch import Tensor, nn
 
 import forked
 import toy_plugin
-from coreai_zoo import composites
+from assets import save
+from coreai_zoo import composites, interruption
 from coreai_zoo.backend import Constant, drain
-from coreai_zoo.backends.coreai import holes
 from coreai_zoo.backends.coreai.backend import _REQUIRED, CoreAIBackend, CoreAITraced, _without_weights
 from coreai_zoo.backends.coreai.bytecode import Bytecode
+from coreai_zoo.backends.coreai.holes import Holes
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
-from coreai_zoo.errors import CheckFailed, EnvironmentLacks, PluginError, failure_line
+from coreai_zoo.errors import CheckFailed, EnvironmentLacks, PluginError
 from coreai_zoo.lowering import module as lowering
 from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo, WeightMap, WeightRule
@@ -48,7 +49,7 @@ from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
 from coreai_zoo.signature import InputSpec, KVCache, TensorSpec, TraceSpec
 from coreai_zoo.weights.formats import has_zero_points
 from coreai_zoo.weights.plan import plan_weights
-from coreai_zoo.weights.store import StoredFile, StoredTensor, WeightStore
+from coreai_zoo.weights.store import Place, StoredArray, StoredTensor, WeightStore
 from coreai_zoo_overlays.qwen3_5.table import ROLES
 from decoders import rewrites_of
 from suite import NIGHTLY
@@ -237,7 +238,7 @@ def compiled(model: Model, recipe: Recipe, directory: Path) -> Compiled:
     """Compile a decoder with random weights to `directory`/m.aimodel."""
     store = filled(model, recipe, directory / "weights")
     module, constants = model.bound(store, values=False)
-    BACKEND.trace({"main": module}, {"main": model.spec}).save(constants, directory / "m.aimodel")
+    save(BACKEND.trace({"main": module}, {"main": model.spec}), constants, directory / "m.aimodel")
     return Compiled(model, store, constants, directory / "m.aimodel")
 
 
@@ -410,12 +411,12 @@ class BigDecoder(nn.Module):
         return self.plain(self.quantized(x))
 
 
-def sparse(path: Path, size: int) -> StoredFile:
+def sparse(path: Path, size: int) -> StoredArray:
     """A file of zeros that takes no space on disk, but for its name: the toolchain stores equal constants once."""
     with path.open("wb") as file:
         file.write(path.name.encode())
         file.truncate(size)
-    return StoredFile(path, size, "")
+    return StoredArray(Place(path), size)
 
 
 def anonymous_bytes() -> int:
@@ -463,10 +464,10 @@ def compile_big(directory: Path) -> None:
     # Everything that is imported or set up once is not what is measured here.
     warm = toy()
     module_of_warm, constants = warm.bound(filled(warm, recipe_of(INT8), directory / "warm"), values=False)
-    BACKEND.trace({"main": module_of_warm}, {"main": warm.spec}).save(constants, directory / "warm.aimodel")
+    save(BACKEND.trace({"main": module_of_warm}, {"main": warm.spec}), constants, directory / "warm.aimodel")
     with anonymous_peak() as peak:
         constants = bound(module, store, values=False)
-        BACKEND.trace({"main": module}, {"main": spec}).save(constants, directory / "big.aimodel")
+        save(BACKEND.trace({"main": module}, {"main": spec}), constants, directory / "big.aimodel")
     size = (directory / "big.aimodel" / "main.mlirb").stat().st_size
     with anonymous_peak() as seen:
         kept = bytes(BIG_BYTES // 2)  # the watcher must be able to see what it is there to see
@@ -522,7 +523,7 @@ def compile_again(weights: Path, destination: Path) -> None:
     """In a process of its own: compile the mixture-of-experts decoder from a store that is there already."""
     model = hybrid("moe")
     module, constants = model.bound(WeightStore(weights), values=False)
-    BACKEND.trace({"main": module}, {"main": model.spec}).save(constants, destination)
+    save(BACKEND.trace({"main": module}, {"main": model.spec}), constants, destination)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -592,25 +593,42 @@ def test_every_resource_holds_the_bytes_of_the_store(
         assert data == constant.data.tobytes(), name
 
 
-@pytest.mark.parametrize("large", [1024, 2**40])
-def test_constants_that_are_put_in_behind_the_compiler_stand_where_it_puts_them(
-    hybrids: Mapping[str, Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
-) -> None:
-    """With all but the smallest as holes, and with none: then the file is as the compiler's own writer made it."""
-    monkeypatch.setattr(holes, "LARGE_BYTES", large)
+def test_an_asset_is_laid_out_as_the_compiler_writes_it(hybrids: Mapping[str, Compiled], tmp_path: Path) -> None:
+    """That is given every weight, and has a writer of its own."""
     for kind, asset in hybrids.items():
         module, constants = asset.model.bound(asset.store, values=False)
-        count = len(holes.Holes.of(constants, (), tmp_path).large)
-        assert (count > 10) == (large == 1024) and (count == 0) == (large == 2**40)
-        BACKEND.trace({"main": module}, {"main": asset.model.spec}).save(constants, tmp_path / kind)
-        assert contents(tmp_path / kind) == contents(asset.path)
+        traced = BACKEND.trace({"main": module}, {"main": asset.model.spec})
+        with interruption.deferred():
+            traced.lower(constants)._save_bytecode(str(tmp_path / kind))
+        assert (tmp_path / kind).read_bytes() == (asset.path / "main.mlirb").read_bytes()
+
+        layout = traced.lay_out({name: evolve(each, data=None) for name, each in constants.items()}, lambda _: {})
+        assert layout.size == (asset.path / "main.mlirb").stat().st_size
+        assert {name: layout.sizes[name] for name in layout.room} == {
+            name: each.data.nbytes for name, each in constants.items()
+        }
+        assert sum(map(len, filter(lambda piece: isinstance(piece, bytes), layout.pieces))) < layout.size / 2
 
 
-def test_a_hole_that_the_compiler_has_computed_with_is_refused(toy_asset: Compiled, tmp_path: Path) -> None:
-    made = holes.Holes.of({"w": Constant(np.zeros(holes.LARGE_BYTES + 1, np.uint8), (4,), "uint8")}, (), tmp_path)
+def test_a_layout_is_known_by_what_it_says_of_places(hybrids: Mapping[str, Compiled]) -> None:
+    found = set()
+    for asset in hybrids.values():
+        module, constants = asset.model.bound(asset.store, values=False)
+        traced = BACKEND.trace({"main": module}, {"main": asset.model.spec})
+        layouts = [traced.lay_out(constants, lambda _: {}) for _ in range(2)]
+        assert layouts[0] == layouts[1] and layouts[0].sha256 == layouts[1].sha256
+        found |= {layouts[0].sha256, evolve(layouts[0], checksum=None).sha256}
+        first, *others = layouts[0].pieces
+        assert isinstance(first, bytes)
+        found.add(evolve(layouts[0], pieces=(first + b"x", *others)).sha256)
+        found.add(evolve(layouts[0], others={**layouts[0].others, "more": b""}).sha256)
+    assert len(found) == 8
+
+
+def test_a_hole_that_the_compiler_has_computed_with_is_refused(toy_asset: Compiled) -> None:
+    made = Holes.of({"w": Constant(None, (4,), "uint8")})
     with pytest.raises(PluginError, match=r"computed with weights that it cannot have the values of: w\."):
-        next(made.filled(Bytecode.open(toy_asset.path / "main.mlirb")))
-    assert not any(tmp_path.iterdir())
+        made.laid_out(Bytecode.open(toy_asset.path / "main.mlirb"))
 
 
 def test_no_path_of_this_machine_is_in_an_asset(hybrids: Mapping[str, Compiled]) -> None:
@@ -801,7 +819,7 @@ def test_an_asset_holds_nothing_of_the_memory_that_was_traced(
     module, constants = asset.model.bound(asset.store, values=False)
     for parameter in module.parameters():
         parameter.fill_(1)
-    BACKEND.trace({"main": module}, {"main": asset.model.spec}).save(constants, tmp_path / "again.aimodel")
+    save(BACKEND.trace({"main": module}, {"main": asset.model.spec}), constants, tmp_path / "again.aimodel")
     assert contents(tmp_path / "again.aimodel") == contents(asset.path)
 
 
@@ -833,7 +851,7 @@ def test_another_version_of_the_toolchain_is_refused(
     module, constants = toy_asset.model.bound(toy_asset.store, values=False)
     told = r"coreai-torch is 9.9.9.*written against 0.4.3.*pip install coreai-torch==0.4.3"
     with pytest.raises(EnvironmentLacks, match=told) as caught:
-        BACKEND.trace({"main": module}, {"main": toy_asset.model.spec}).save(constants, tmp_path / "no.aimodel")
+        save(BACKEND.trace({"main": module}, {"main": toy_asset.model.spec}), constants, tmp_path / "no.aimodel")
     assert caught.value.exit_code == 3
     assert not (tmp_path / "no.aimodel").exists()
     with pytest.raises(EnvironmentLacks, match=told):
@@ -881,37 +899,29 @@ def test_the_hash_taken_while_the_asset_is_written_is_that_of_the_file(tmp_path:
     assert asset.joinpath("main.hash").read_bytes() == hashlib.sha256(bytecode).digest()
 
 
-def save_on_a_small_disk(store: Path, room: int, large: int) -> None:
+def lay_out_on_a_small_disk(store: Path, room: int) -> None:
     """In a process of its own, which the toolchain ends."""
     import resource
 
     model = toy(intermediate_size=512)
     module, constants = model.bound(WeightStore(store), values=False)
     traced = BACKEND.trace({"main": module}, {"main": model.spec})
-    holes.LARGE_BYTES = large
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    try:
-        traced.save(constants, Path("small.aimodel"))
-    except EnvironmentLacks as error:
-        print(failure_line(error), file=sys.stderr)
-        sys.exit(error.exit_code)
+    traced.lay_out(constants, lambda _: constants)  # its writer is given every weight
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
-@pytest.mark.parametrize(
-    ("large", "said"),
-    [(2**40, "There is no space left to write small.aimodel; "), (1024, "small.aimodel cannot be written: ")],
-    ids=["in the toolchain's own writer", "where weights are put in"],
-)
-def test_a_disk_that_fills_while_an_asset_is_written_is_said(
-    toy_asset: Compiled, tmp_path: Path, large: int, said: str
+def test_a_disk_that_fills_while_the_toolchain_writes_is_said(
+    toy_asset: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     room = (toy_asset.path / "main.mlirb").stat().st_size * 9 // 10
-    call = f"save_on_a_small_disk(Path({str(toy_asset.store.directory)!r}), {room}, {large})"
+    call = f"lay_out_on_a_small_disk(Path({str(toy_asset.store.directory)!r}), {room})"
     process = run_forked(call, directory=tmp_path)
     errors = process.stderr
     assert process.returncode == EnvironmentLacks.exit_code
-    assert errors.splitlines()[-1].startswith(f"error: {said}")
+    said = errors.splitlines()[-1]
+    assert said.startswith(f"error: There is no space left to write {tmp_path}/") and "TMPDIR" in said
     assert "LLVM" not in errors
     assert not any(tmp_path.iterdir())
 

@@ -6,19 +6,17 @@ Oracle and margin rule are the gate's; what runs the package is the reference in
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import importlib
 import json
 import math
 import os
-import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,15 @@ from attrs import evolve, frozen
 from torch import nn
 
 import forked
+from assets import save, write_specification
 from attack import ENTRIES
 from checkpoints import read_weights, tiny_checkpoint, write_weights
 from command import zoo
 from coreai_zoo.backend import Constant, Traced, drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreml.backend import _REQUIRED, CoreMLBackend
-from coreai_zoo.backends.coreml.package import Package
+from coreai_zoo.backends.coreml.package import Package, WeightFile
 from coreai_zoo.backends.coreml.reference import Interpreter, memory
-from coreai_zoo.backends.native import write_error
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
@@ -291,7 +289,7 @@ def test_the_interpreter_agrees_with_the_overlay_in_pytorch_within_half_precisio
 
 def copied(model: Built, folder: Path, change: Callable[[Any], None]) -> Path:
     """The package with its program changed."""
-    from coreai_zoo.backends.coreml.package import Package, write_specification
+    from coreai_zoo.backends.coreml.package import Package
 
     package = folder / model.package.name
     shutil.copytree(model.package, package)
@@ -468,7 +466,7 @@ def test_a_build_that_was_killed_while_it_wrote_the_package_resumes(tiny: Built,
     with os.fdopen(reader) as progress, forked.Process(*command, stderr=writer) as process:
         os.close(writer)
         for line in progress:
-            if '"stage": "lower", "state": "start"' in line:
+            if '"stage": "bundle", "state": "start"' in line:
                 process.kill()
         assert process.wait() == -signal.SIGKILL
     model = tiny.bundle.directory
@@ -487,7 +485,7 @@ def test_the_second_build_of_a_process_has_the_bytes_of_the_first(
     tiny: Built, traced: tuple[Traced, dict[str, Constant]], tmp_path: Path
 ) -> None:
     decoder, constants = traced
-    decoder.save(constants, tmp_path / "first.mlpackage")
+    save(decoder, constants, tmp_path / "first.mlpackage")
     again = build("dense", tmp_path / "again", checkpoint=tiny.resolved.checkpoint.directory)
     assert files_of(tmp_path / "first.mlpackage") == files_of(again.package) == files_of(tiny.package)
     assert contents(again.bundle.directory) == contents(tiny.bundle.directory)
@@ -735,60 +733,51 @@ def test_more_positions_than_the_package_allows_are_refused(built: Samples) -> N
         stack.enter_context(BACKEND.stepper(built["dense"].package, {"main": signature}, CONTEXT + 1))
 
 
-def test_a_full_disk_is_said_and_nothing_is_left(traced: tuple[Traced, dict[str, Constant]], tmp_path: Path) -> None:
-    decoder, constants = traced
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    try:
-        with pytest.raises(
-            EnvironmentLacks, match=r"cannot be written: (No space left|File too large).*Free some space"
-        ):
-            decoder.save(constants, tmp_path / "small.mlpackage")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not any(tmp_path.iterdir())
+DTYPES = ("float16", "float32", "int8", "uint8", "int16", "uint16", "int32", "uint32")
 
 
-def test_what_fails_otherwise_is_told_as_the_toolchain_tells_it(
-    traced: tuple[Traced, dict[str, Constant]], tmp_path: Path
+def test_the_weights_are_laid_out_as_coremltools_writes_them(tmp_path: Path) -> None:
+    """With lengths that need every amount of padding, and some weights that are not there yet."""
+    from coremltools.converters.mil.backend.mil.load import BlobWriter
+
+    native, ours = BlobWriter(str(tmp_path / "weight.bin")), WeightFile()
+    written: dict[str, bytes] = {}
+    methods = {"float16": "write_fp16_data", "float32": "write_float_data"}
+    for number, dtype in enumerate(DTYPES * 9):
+        values = np.arange(1 + 7 * number, dtype="uint16" if dtype == "float16" else dtype)
+        write = methods.get(dtype, f"write_{dtype}_data")
+        place = getattr(native, write)(values)
+        if number % 3 == 0:
+            assert ours.add_room(f"w{number}", Constant(None, values.shape, dtype)) == place
+            written[f"w{number}"] = values.tobytes()
+        else:
+            assert getattr(ours, write)(values) == place
+    del native  # which closes the file
+    content = b"".join(written[piece] if isinstance(piece, str) else piece for piece in ours.pieces)
+    assert content == (tmp_path / "weight.bin").read_bytes()
+    assert ours.sizes == {name: len(values) for name, values in written.items()}
+
+
+def test_a_weight_of_a_dtype_that_is_not_stored_is_refused() -> None:
+    with pytest.raises(PluginError, match="A weight is bfloat16, which the Core ML backend does not store"):
+        WeightFile().add_room("w", Constant(None, (3, 4), "bfloat16"))
+
+
+def test_the_program_holds_what_is_too_small_for_the_file(
+    tiny: Built, traced: tuple[Traced, dict[str, Constant]]
 ) -> None:
     decoder, constants = traced
-    # Names that the writer cannot make a file of, and a folder that is none: neither is a full disk.
-    with pytest.raises(EnvironmentLacks, match=r"cannot be written: File name too long\. Choose another output folder"):
-        decoder.save(constants, tmp_path / ("x" * 300))
-    (tmp_path / "file").touch()
-    with pytest.raises(EnvironmentLacks, match="cannot be written: Not a directory"):
-        decoder.save(constants, tmp_path / "file" / "small.mlpackage")
+    asked: list[str] = []
 
+    def values(names: Collection[str]) -> dict[str, Constant]:
+        asked.extend(names)
+        return {name: constants[name] for name in names}
 
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        ("Error in declaring network. Unable to open blob", "saying: Error in declaring network. Unable to open blob."),
-        ("a line\nThe op add has no type.\n", "saying: The op add has no type."),
-        ("", "saying: RuntimeError"),
-        (f"{'A long sentence of it. ' * 40}The last one.", "saying: The last one."),
-    ],
-)
-def test_a_native_error_is_no_full_disk_while_there_is_room(tmp_path: Path, said: str, told: str) -> None:
-    error = write_error(tmp_path, RuntimeError(said), 1000)
-
-    assert isinstance(error, CheckFailed)
-    assert told in str(error) and "space" not in str(error)
-
-
-def test_a_native_error_is_a_full_disk_where_there_is_no_room(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    try:
-        assert isinstance(write_error(tmp_path, RuntimeError("failed"), 9_000), CheckFailed)
-        full = write_error(tmp_path, RuntimeError("failed"), 11_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert isinstance(full, EnvironmentLacks) and "cannot be written: File too large. Free some" in str(full)
-    assert "No space left on device. Free some space" in str(
-        write_error(tmp_path, OSError(errno.ENOSPC, "No space left on device"), 0)
-    )
+    layout = decoder.lay_out({name: evolve(each, data=None) for name, each in constants.items()}, values)
+    small = {name for name, each in constants.items() if math.prod(each.shape) < 10}
+    assert small and set(asked) == small and layout.room.keys() == constants.keys() - small
+    read = BACKEND.constants(tiny.package)
+    assert all(bytes(read[name]) == each.data.tobytes() for name, each in constants.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -824,8 +813,7 @@ def test_the_required_version_is_that_of_the_package(root: Path) -> None:
         "coremltools.converters.mil.backend.mil.load.CoreMLProtoExporter",
         "coremltools.converters.mil.backend.mil.load.MILProtoExporter.get_milproto_value",
         "coremltools.converters.mil.backend.mil.load.MILProtoExporter.get_blob_writer",
-        "coremltools.converters.mil.backend.mil.load.MILProtoExporter.get_weight_path",
-        "coremltools.converters.mil.backend.mil.load.should_use_weight_file",
+        "coremltools.converters.mil.backend.mil.load.BlobWriter",
         "coremltools.converters.mil.frontend.torch.torch_op_registry.register_torch_op",
         "coremltools.converters.mil.mil.passes.pass_pipeline.PassPipelineManager.apply_pipeline",
         "coremltools.converters.mil.mil.program.Program.validate",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -60,29 +61,66 @@ def test_a_file_that_took_the_place_of_another_is_not_taken_for_it(tmp_path: Pat
     assert digest.file_sha256(path) == hashlib.sha256(b"b" * MIB).hexdigest() != first
 
 
-def test_a_file_is_hashed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, block = tmp_path / "big", bytes(range(256)) * 40_000  # more than two blocks are written of
-    pieces = [b"", block, b"x", block[1:]]
-    expected = hashlib.sha256(b"".join(pieces)).hexdigest()
-    assert digest.write_hashed(path, map(memoryview, pieces)) == expected
-    assert path.read_bytes() == b"".join(pieces)
+def filled(path: Path, content: bytes, order: Sequence[int]) -> digest.FollowingDigest:
+    """A digest of a file whose second half is filled in five pieces, in an order."""
+    half = len(content) // 2
+    size = -(-(len(content) - half) // 5)
+    path.write_bytes(content[:half] + bytes(len(content) - half))
+    gaps = [(start, min(start + size, len(content))) for start in range(half, len(content), size)]
+    following = digest.FollowingDigest(path, reversed(gaps))
+    with path.open("r+b", buffering=0) as file:
+        for start, end in (gaps[number] for number in order):
+            file.seek(start)
+            file.write(content[start:end])
+            following.filled(start, end)
+    return following
+
+
+@pytest.mark.parametrize("order", [range(5), range(4, -1, -1), (3, 0, 4, 1, 2)])
+def test_a_file_is_hashed_while_it_is_filled_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Sequence[int]
+) -> None:
+    path, content = tmp_path / "big", bytes(range(256)) * 80_000  # more than four blocks
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("the file was read again"))
+    with filled(path, content, order) as following:
+        expected = hashlib.sha256(content).hexdigest()
+        assert following.hexdigest() == expected
+    assert path.read_bytes() == content
     assert digest.file_sha256(path) == expected
 
 
-def test_what_is_changed_after_it_was_written_is_hashed_again(tmp_path: Path) -> None:
-    path = tmp_path / "big"
-    digest.write_hashed(path, [memoryview(b"y" * MIB)])
+def test_a_file_without_gaps_is_hashed_too(tmp_path: Path) -> None:
+    for content in (b"", b"x"):
+        (tmp_path / "small").write_bytes(content)
+        with digest.FollowingDigest(tmp_path / "small", []) as following:
+            assert following.hexdigest() == hashlib.sha256(content).hexdigest()
+
+
+def test_what_is_changed_after_it_was_filled_is_hashed_again(tmp_path: Path) -> None:
+    path, content = tmp_path / "big", b"y" * MIB
+    with filled(path, content, range(5)) as following:
+        following.hexdigest()
     with path.open("r+b") as file:
         file.write(b"x")
     assert digest.file_sha256(path) == hashlib.sha256(b"x" + b"y" * (MIB - 1)).hexdigest()
 
 
-def test_pieces_that_cannot_be_had_leave_no_hash(tmp_path: Path) -> None:
-    def failing() -> Iterator[memoryview]:
-        yield memoryview(b"y" * MIB)
-        raise RuntimeError("no more")
+def test_a_gap_that_is_not_filled_is_no_hash_and_holds_nobody_up(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="1 gaps"),
+        filled(tmp_path / "big", b"y" * MIB, (0, 1, 3, 4)) as following,
+    ):
+        following.hexdigest()
+    with pytest.raises(KeyError), filled(tmp_path / "big", b"y" * MIB, (1,)):
+        raise KeyError  # the block is left although the thread still waits
 
-    with pytest.raises(RuntimeError, match="no more"):
-        digest.write_hashed(tmp_path / "big", failing())
-    assert digest.file_sha256(tmp_path / "big") == hashlib.sha256(b"y" * MIB).hexdigest()
+
+def test_a_file_that_becomes_shorter_meanwhile_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(bytes(MIB))
+    with digest.FollowingDigest(path, [(0, MIB)]) as following:
+        time.sleep(0.05)  # it has seen how long the file is
+        os.truncate(path, 5)
+        following.filled(0, MIB)
+        with pytest.raises(OSError, match="shorter"):
+            following.hexdigest()

@@ -12,6 +12,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
+from assets import save
 from checkpoints import tiny_checkpoint
 from coreai_zoo.backend import Constant, drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
@@ -84,7 +85,7 @@ def compiled_both_ways(
     with caplog.at_level(logging.WARNING):
         for backend, asset in zip(BOTH, assets, strict=True):
             module, constants = model.bound(store, values=False)
-            backend.trace({"main": module}, {"main": model.spec}).save(constants, asset)
+            save(backend.trace({"main": module}, {"main": model.spec}), constants, asset)
     assert caplog.messages == []  # nothing had to be traced after all
     return assets
 
@@ -137,7 +138,7 @@ def test_both_functions_are_continued_where_one_reads_prompts(
                 rewrites = [("test", rewrite) for rewrite in rewrites_of(contract, name)]
                 modules[name] = build_module(lambda: OVERLAY.decoder(model.config, contract), rewrites)
                 constants |= bound(modules[name], model.store, values=False)
-            backend.trace(modules, specs).save(constants, asset)
+            save(backend.trace(modules, specs), constants, asset)
     assert caplog.messages == []
     assert_same_program(*assets)
 
@@ -422,7 +423,7 @@ def test_a_decoder_that_cannot_be_continued_is_traced_whole_and_that_is_said(
 ) -> None:
     module = SkipsOne([Layer(index) for index in range(8)]).eval()
     with caplog.at_level(logging.WARNING):
-        BOTH[0].trace({"main": module}, {"main": stack_spec(8)}).save({}, tmp_path / "skips.aimodel")
+        save(BOTH[0].trace({"main": module}, {"main": stack_spec(8)}), {}, tmp_path / "skips.aimodel")
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("Every layer is traced, because the first ones cannot be continued: ")
     assert BOTH[0].signatures(tmp_path / "skips.aimodel")["main"].states == {"state": ((8, 2, 4), "float32")}

@@ -558,7 +558,7 @@ def test_json_has_what_the_text_has(plans: Mapping[str, Plan]) -> None:
     assert described["decode"]["dense_read_per_token"] == plan.dense_read
     assert described["roles"]["moe.expert"]["stored_as"]["block_size"] == 32
     assert described["roles"]["moe.router"]["stored_as"] is None
-    assert described["build"]["scratch"] == plan.design.weights.stored_bytes
+    assert described["build"]["written"] >= plan.asset > plan.design.weights.stored_bytes
     assert [measured["decode"] for measured in described["published"]] == [30.9, 64.9]
 
 

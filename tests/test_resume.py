@@ -2,7 +2,7 @@
 
 Each chain kills one build again and again, each time further on, and then lets it finish. Where: at file operations,
 which are what a kill can fall between; after cutting off the end of the file that was being written, which is what a
-kill inside of a write leaves; and at times while the toolchain lowers and writes, where Python sees no operations.
+kill inside of a write leaves; and at times while the toolchain lowers, where Python sees no operations.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ RUN = range(CHAINS) if NIGHTLY else (4, 6)
 
 @attrs.frozen
 class Undisturbed:
-    """A build that nothing happened to: its files, and how many file operations its two halves took."""
+    """A build that nothing happened to: its files, and how many file operations it took until all weights were there,
+    and from then on.
+    """
 
     files: dict[str, bytes]
     tensors: int
-    before_lowering: int
-    from_lowering: int
+    weights: int
+    from_bundle: int
 
 
 @attrs.frozen
@@ -69,7 +71,7 @@ class Place:
     def finished(self) -> int:
         """How many tensors the weight stores on disk vouch for."""
         lines = [file.read_text(errors="replace") for file in self.output.rglob(JOURNAL)]
-        names = set(re.findall(r'"name":"([^"]+)"', "".join(lines)))
+        names = set(re.findall(r'"name":"([^"@]+)"', "".join(lines)))
         stores = [WeightStore(file.parent) for file in self.output.rglob(JOURNAL)]
         return sum(name in store for store in stores for name in names)
 
@@ -92,7 +94,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     place = Place(checkpoint, tmp_path_factory.mktemp("undisturbed"))
-    outcome = place.run(after=".aimodel")
+    outcome = place.run(after="tokenizer")
     assert outcome.status == 0, place.log(".err")
     weights = json.loads(place.log(".out"))["weights"]
     assert weights["reused"] == 0
@@ -101,20 +103,18 @@ def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> U
 
 def kills_of(chain: int, place: Place, whole: Undisturbed) -> Iterator[dict[str, object]]:
     """Where the builds of a chain are killed; the chains together cover the whole build."""
-    first = whole.before_lowering * chain // (2 * CHAINS)
+    first = whole.weights * (chain + 1) // (CHAINS + 2)
     yield {"survive": first, "tear": chain % 2 == 1}
     # Of the next, which have fewer tensors left: at their very first operations, and somewhat further on.
     yield {"survive": chain, "tear": chain % 2 == 0}
     yield {"survive": 11 + 9 * chain, "tear": chain % 2 == 1}
-    lowering = {0: 0.02, 3: 0.1, 5: 0.2}  # the decoder is traced by then
+    lowering = {0: 0.02, 3: 0.1, 4: 0.3, 5: 0.2}  # the decoder is traced by then
     if chain in lowering:
-        yield {"appears": str(place.output / ".zoo-work" / NAME / "lm_head.weight.data"), "seconds": lowering[chain]}
-    if chain == 4:
-        yield {"appears": str(place.partial / f"{NAME}.aimodel" / "main.mlirb")}  # while the toolchain writes it
-    # The asset, the tokenizer, the renames that move the bundle and the store, then the removal of the store; a build
-    # that did not make the work directory does not remove it, so the last operations are fewer.
-    late = [0, 4, 11, 12, 13, whole.from_lowering // 2, whole.from_lowering - 6][chain]
-    yield {"after": ".aimodel", "survive": late, "tear": chain % 3 == 1}
+        yield {"appears": str(place.partial), "seconds": lowering[chain]}
+    # The tokenizer, the renames that move the bundle and the journal, then the removal of the journal; a build that did
+    # not make the work directory does not remove it, so the last operations are fewer.
+    late = [0, 4, 11, 12, 13, whole.from_bundle // 2, whole.from_bundle - 6][chain]
+    yield {"after": "tokenizer", "survive": late, "tear": chain % 3 == 1}
 
 
 def run_chain(chain: int, place: Place, whole: Undisturbed) -> int:
@@ -144,7 +144,7 @@ def run_chain(chain: int, place: Place, whole: Undisturbed) -> int:
 def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(
     checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
-    assert undisturbed.before_lowering > 100 and undisturbed.from_lowering > 30
+    assert undisturbed.weights > 100 and undisturbed.from_bundle > 20
 
     def killed_in(chain: int) -> int:
         return run_chain(chain, Place(checkpoint, tmp_path / str(chain)), undisturbed)
@@ -155,16 +155,15 @@ def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["weights", "lower"])
+@pytest.mark.parametrize("stage", ["weights", "verify"])
 def test_an_interrupted_build_says_how_to_resume_and_does(
     checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed, stage: str
 ) -> None:
     place = Place(checkpoint, tmp_path / "build")
     if stage == "weights":
-        outcome = place.run(survive=undisturbed.before_lowering // 2, signal=int(signal.SIGINT))
+        outcome = place.run(survive=undisturbed.weights * 2 // 3, signal=int(signal.SIGINT))
     else:
-        last = place.output / ".zoo-work" / NAME / "lm_head.weight.data"
-        outcome = place.run(appears=str(last), seconds=0.1, signal=int(signal.SIGINT))
+        outcome = place.run(after="tokenizer", survive=5, signal=int(signal.SIGINT))
 
     assert outcome.status == 130
     said = place.log(".err").splitlines()
@@ -172,7 +171,7 @@ def test_an_interrupted_build_says_how_to_resume_and_does(
     command = said[said.index("Finished weights are kept. To resume, run:") + 1]
     assert shlex.split(command) == ["zoo", *place.arguments]
     assert not any("Traceback" in line for line in said)
-    assert place.left_over() == [".zoo-work"]
+    assert place.left_over() == [f".{NAME}.partial", ".zoo-work"]
     finished = place.finished()
     assert 0 < finished < undisturbed.tensors if stage == "weights" else finished == undisturbed.tensors
 

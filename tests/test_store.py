@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from coreai_zoo.weights import store as store_module
 from coreai_zoo.weights.formats import has_zero_points, pack_int4
 from coreai_zoo.weights.plan import ParameterInfo, PlannedTensor, WeightPlan, plan_weights
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, QUANTIZER_VERSION, quantize_rows
-from coreai_zoo.weights.store import JOURNAL, PARTIAL, FillReport, WeightStore
+from coreai_zoo.weights.store import JOURNAL, FillReport, Place, WeightStore
 from coreai_zoo_overlays.qwen3_5.table import ROLES
 
 INT8 = RECIPES["int8hu"]
@@ -196,13 +195,12 @@ def test_memory_maps_can_be_given_to_torch_without_a_warning_or_a_write(
     assert contents(store.directory) == before
 
 
-def test_sizes_and_hashes_in_the_journal_are_those_of_the_files(checkpoint: Checkpoint, store: WeightStore) -> None:
+def test_the_journal_tells_every_file_and_its_size(checkpoint: Checkpoint, store: WeightStore) -> None:
     store.fill(plan(checkpoint), checkpoint)
-    files = {file.path.name: file for name in PARAMETERS for file in store[name].files.values()}
-    on_disk = contents(store.directory)
-    assert set(files) == set(on_disk)
-    for name, content in on_disk.items():
-        assert (files[name].bytes, files[name].sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    arrays = {array.place.path.name: array for name in PARAMETERS for array in store[name].arrays.values()}
+    assert {name: array.bytes for name, array in arrays.items()} == {
+        name: len(content) for name, content in contents(store.directory).items()
+    }
 
 
 def test_two_stores_hold_the_same_bytes(checkpoint: Checkpoint, store: WeightStore, tmp_path: Path) -> None:
@@ -224,14 +222,11 @@ def test_a_tensor_that_is_not_there_is_a_key_error(store: WeightStore) -> None:
 
 
 def computed(store: WeightStore, planned: WeightPlan, checkpoint: Checkpoint) -> list[str]:
-    """Names of the tensors whose files a fill replaced; its report must agree."""
-    before = {path.name: path.stat().st_ino for path in store.directory.glob("*.data")}
+    """Names of the tensors whose files a fill wrote; its report must agree."""
+    for path in store.directory.glob("*.data"):
+        os.utime(path, ns=(0, 0))
     report = WeightStore(store.directory).fill(planned, checkpoint)
-    names = [
-        tensor.name
-        for tensor in planned.tensors
-        if before.get(f"{tensor.name}.data") != (store.directory / f"{tensor.name}.data").stat().st_ino
-    ]
+    names = [tensor.name for tensor in planned.tensors if (store.directory / f"{tensor.name}.data").stat().st_mtime_ns]
     assert (report.computed, report.reused) == (len(names), len(planned.tensors) - len(names))
     return names
 
@@ -433,46 +428,6 @@ def test_a_missing_or_short_file_is_computed_again(
     assert contents(store.directory) == before
 
 
-def flip(path: Path, position: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[position] ^= 1
-    path.write_bytes(raw)
-
-
-@pytest.mark.parametrize(("name", "kind"), [("norm", "data"), ("l.1.w", "scales"), ("experts", "data")])
-def test_a_flipped_byte_is_found_by_the_full_check_which_redoes_that_tensor_only(
-    checkpoint: Checkpoint, store: WeightStore, name: str, kind: str
-) -> None:
-    store.fill(plan(checkpoint), checkpoint)
-    before = contents(store.directory)
-    flip(store.directory / f"{name}.{kind}", -1)
-    assert [each for each in PARAMETERS if store.damaged(each)] == [name]
-    assert computed(store, plan(checkpoint), checkpoint) == []  # the quick check does not read values
-    report = WeightStore(store.directory).fill(plan(checkpoint), checkpoint, check="full")
-    assert (report.computed, report.reused, report.repaired) == (1, 5, (name,))
-    assert contents(store.directory) == before
-
-
-def test_a_full_check_of_a_sound_store_computes_nothing_and_adds_no_line(
-    checkpoint: Checkpoint, store: WeightStore
-) -> None:
-    store.fill(plan(checkpoint), checkpoint)
-    journal = (store.directory / JOURNAL).read_bytes()
-    assert WeightStore(store.directory).fill(plan(checkpoint), checkpoint, check="full") == FillReport(0, 6, 0)
-    assert (store.directory / JOURNAL).read_bytes() == journal
-
-
-def test_a_full_check_reads_the_sources_although_their_files_look_the_same(
-    checkpoint: Checkpoint, store: WeightStore
-) -> None:
-    # Nobody can set a file's change time back, so the store is told instead that other values were stored.
-    store.fill(plan(checkpoint), checkpoint)
-    store.journal.append({**store.journal.entries["decay"], "source_digest": "of other values"})
-    assert computed(store, plan(checkpoint), checkpoint) == []
-    report = WeightStore(store.directory).fill(plan(checkpoint), checkpoint, check="full")
-    assert (report.computed, report.reused, report.repaired) == (1, 5, ())
-
-
 def test_a_forgotten_tensor_is_computed_again(checkpoint: Checkpoint, store: WeightStore) -> None:
     store.fill(plan(checkpoint), checkpoint)
     store.journal.forget("experts")
@@ -565,8 +520,8 @@ def test_an_interrupted_fill_leaves_nothing_half_written_and_goes_on(
 
         with contextlib.suppress(KeyboardInterrupt):
             WeightStore(directory).fill(plan(checkpoint), checkpoint, interrupt)
-        assert not list(directory.glob(f"*{PARTIAL}"))
         done = sum(1 for name in PARAMETERS if name in WeightStore(directory))
+        assert {path.stem for path in directory.iterdir()} <= {*list(PARAMETERS)[:done], "journal"}
         assert done == min(stop, 5)  # `experts` comes in six pieces, the others in one
         assert WeightStore(directory).fill(plan(checkpoint), checkpoint).reused == done
 
@@ -637,6 +592,156 @@ def test_a_killed_fill_with_another_recipe_is_never_taken_for_the_first(
     for directory in stores:
         WeightStore(directory).fill(plan(checkpoint), checkpoint)
         assert contents(directory) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places
+# ---------------------------------------------------------------------------------------------------------------------
+
+GAP = 7  # bytes between two arrays, which nobody may touch
+
+
+def places_in(file: Path, planned: WeightPlan, first: int = 0) -> dict[str, Place]:
+    """A place in one file for each array of a plan but those of `conv`, the last tensor first."""
+    places, start = {}, first + GAP
+    for tensor in reversed(planned.stored):
+        for kind, name in tensor.format.state_names(tensor.name).items():
+            if tensor.name != "conv":
+                places[name] = Place(file, start)
+                start += tensor.format.arrays[kind].bytes + GAP
+    file.write_bytes(b"\xaa" * start)
+    return places
+
+
+def arrays_of(store: WeightStore) -> dict[str, bytes]:
+    """The bytes of every array, wherever they are."""
+    return {
+        f"{name}.{kind}": store[name].array(kind).tobytes() for name in PARAMETERS for kind in store[name].format.arrays
+    }
+
+
+@pytest.fixture
+def expected(checkpoint: Checkpoint, tmp_path: Path) -> dict[str, bytes]:
+    """The bytes of every array in a store of its own."""
+    usual = WeightStore(tmp_path / "usual")
+    usual.fill(plan(checkpoint), checkpoint)
+    assert arrays_of(usual) == contents(usual.directory)
+    return arrays_of(usual)
+
+
+def is_filled(file: Path, places: dict[str, Place], planned: WeightPlan, expected: dict[str, bytes]) -> bool:
+    """Whether every array is in its place, and nothing anywhere else."""
+    content = bytearray(b"\xaa" * file.stat().st_size)
+    for tensor in planned.stored:
+        for kind, name in tensor.format.state_names(tensor.name).items():
+            if name in places:
+                start, array = places[name].offset, expected[f"{tensor.name}.{kind}"]
+                content[start : start + len(array)] = array
+    return file.read_bytes() == content
+
+
+def test_arrays_are_written_to_their_places_and_nowhere_else(
+    checkpoint: Checkpoint, store: WeightStore, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    planned, told = plan(checkpoint), []
+    places = places_in(tmp_path / "asset", planned)
+    store.fill(planned, checkpoint, places=places, placed=told.extend)
+    assert is_filled(tmp_path / "asset", places, planned, expected)
+    assert arrays_of(store) == arrays_of(WeightStore(store.directory)) == expected
+    assert set(contents(store.directory)) == {"conv.data"}, "what has no place is in a file of the store's own"
+    assert sorted(told, key=str) == sorted((a for name in PARAMETERS for a in store[name].arrays.values()), key=str)
+
+    told.clear()
+    assert store.fill(planned, checkpoint, places=places, placed=told.extend).computed == 0
+    assert len(told) == len(expected), "what is there is told as well"
+
+
+def test_tensors_are_written_in_the_order_of_their_places(
+    checkpoint: Checkpoint, store: WeightStore, tmp_path: Path
+) -> None:
+    order: list[str] = []
+    planned = plan(checkpoint)
+    store.fill(
+        planned,
+        checkpoint,
+        lambda tensor, _: order.append(tensor.name),
+        places=places_in(tmp_path / "asset", planned),
+    )
+    assert [*dict.fromkeys(order)] == ["conv", *(name for name in reversed(PARAMETERS) if name != "conv")]
+
+
+def test_what_is_current_and_elsewhere_is_copied(
+    checkpoint: Checkpoint, store: WeightStore, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """From a file of its own to an asset, from there to another, and back again."""
+    planned = plan(checkpoint)
+    store.fill(planned, checkpoint)
+    for turn, first in enumerate((0, 13)):
+        file = tmp_path / f"asset {turn}"
+        places = places_in(file, planned, first)
+        assert WeightStore(store.directory).fill(planned, checkpoint, places=places).computed == 0
+        assert is_filled(file, places, planned, expected)
+        assert set(contents(store.directory)) == {"conv.data"}, "what was copied is removed"
+    (tmp_path / "asset 0").unlink()
+    assert WeightStore(store.directory).fill(planned, checkpoint).computed == 0
+    assert contents(store.directory) == expected
+
+
+def test_an_asset_that_is_gone_or_cut_off_is_computed_again_as_far_as_it_has_to_be(
+    checkpoint: Checkpoint, store: WeightStore, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    planned, file = plan(checkpoint), tmp_path / "asset"
+    places = places_in(file, planned)
+    store.fill(planned, checkpoint, places=places)
+    os.truncate(file, file.stat().st_size - GAP - 1)  # the last array is the first tensor's
+    places = {name: Place(tmp_path / "again", place.offset) for name, place in places.items()}
+    (tmp_path / "again").write_bytes(b"\xaa" * (file.stat().st_size + GAP + 1))
+    report = WeightStore(store.directory).fill(planned, checkpoint, places=places)
+    assert (report.computed, report.reused, report.repaired) == (1, 5, (next(iter(PARAMETERS)),))
+    assert is_filled(tmp_path / "again", places, planned, expected)
+    (tmp_path / "again").unlink()
+    assert WeightStore(store.directory).fill(planned, checkpoint).computed == 5
+
+
+def test_what_was_moved_is_found_until_it_changes(
+    checkpoint: Checkpoint, store: WeightStore, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    planned, folder = plan(checkpoint), tmp_path / "partial"
+    folder.mkdir()
+    store.fill(planned, checkpoint, places=places_in(folder / "asset", planned))
+    folder.rename(tmp_path / "bundle")
+    store.moved(folder, tmp_path / "bundle")
+    assert arrays_of(WeightStore(store.directory)) == expected
+    places = places_in(tmp_path / "next", planned)
+    before = (store.directory / JOURNAL).read_bytes()
+    assert WeightStore(store.directory).fill(planned, checkpoint, places=places).computed == 0
+
+    # Another bundle took the place of that one: as long, and of other values.
+    (store.directory / JOURNAL).write_bytes(before)
+    content = (tmp_path / "bundle" / "asset").read_bytes()
+    (tmp_path / "bundle" / "asset").write_bytes(bytes(len(content)))
+    again = WeightStore(store.directory)
+    assert again.fill(planned, checkpoint, places=places).computed == 5
+    assert arrays_of(again) == expected
+
+
+def test_a_line_vouches_for_no_bytes_that_are_being_written_anew(
+    checkpoint: Checkpoint, store: WeightStore, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Another recipe writes to the very place; it is interrupted, and the first recipe is asked for again."""
+    planned, other, file = plan(checkpoint), plan(checkpoint, ABSMAX), tmp_path / "asset"
+    places = places_in(file, planned)
+    store.fill(planned, checkpoint, places=places)
+
+    def interrupt(tensor: PlannedTensor, _count: int) -> None:
+        if tensor.name == "experts":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        WeightStore(store.directory).fill(other, checkpoint, interrupt, places=places)
+    assert "experts" not in WeightStore(store.directory)
+    assert WeightStore(store.directory).fill(planned, checkpoint, places=places).computed >= 1
+    assert is_filled(file, places, planned, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,7 +842,9 @@ from test_store import *
 {limit}
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 try:
-    WeightStore(Path(sys.argv[2])).fill(two(checkpoint), checkpoint)
+    planned = two(checkpoint)
+    # The second one is begun when the first is on the disk.
+    WeightStore(Path(sys.argv[2])).fill(planned, checkpoint, arriving=[[tensor] for tensor in planned.stored])
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -755,8 +862,8 @@ def check_no_space(directory: Path, tmp_path: Path, limit: str) -> None:
     code = NO_SPACE.format(limit=limit)
     command = [sys.executable, "-c", code, str(checkpoint.directory), str(directory), str(Path(__file__).parent)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert said.startswith("EnvironmentLacks There is no space left for the weight store"), said
-    assert "finished tensors are kept" in said and str(directory) in said
+    assert said.startswith("EnvironmentLacks There is no space left for weights"), said
+    assert "run the same command again to go on" in said and str(directory) in said
     assert sorted(path.name for path in directory.iterdir()) == [JOURNAL, "w.0.data"]
     if not limit:
         return

@@ -63,7 +63,7 @@ def test_a_tied_table_is_planned_and_stored_once(kind: Any, recipe: str, kept: s
     assert report.computed == len(plan.tensors) - 1
     files = sum(path.stat().st_size for path in store.directory.iterdir() if path.name != "journal.jsonl")
     assert files == plan.stored_bytes
-    assert store[HEAD].files == store[EMBEDDING].files
+    assert store[HEAD].arrays == store[EMBEDDING].arrays
     assert WeightStore(store.directory).fill(plan, Checkpoint.open(directory)).computed == 0
 
 

@@ -30,6 +30,7 @@ from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.checkpoint.stream import open_on_hub
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import BadInput, EnvironmentLacks
+from coreai_zoo.layout import Layout
 from coreai_zoo.overlay import Transform, WeightRule
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
@@ -689,7 +690,7 @@ def test_a_streamed_build_gives_the_same_bundle_also_after_a_failure(
 
     assert failed.exit_code == 3 and f"{last} of {ID} cannot be fetched: twice" in failed.stderr
     (work,) = (tmp_path / "streamed" / ".zoo-work").glob("[!.]*")
-    assert f"Finished weights are kept in {work}" in failed.stderr
+    assert f"Finished weights are kept in {tmp_path / 'streamed' / f'.{work.name}.partial'}" in failed.stderr
     used = {name for name in sizes if fetched(hub, name)} - {last}
     hub.heal()
     hub.requests.clear()
@@ -787,6 +788,7 @@ def test_what_was_fetched_stays_only_for_a_build_that_can_go_on(
 
     assert (workspace.shards / "one").exists() == stays
     with workspace.opened(force=False):
-        (workspace.partial / "build.json").write_text("{}")
-        workspace.publish()
+        bundle = workspace.lay_out(Layout("weights", (), {}, {}), "asset", WeightStore(workspace.work))
+        (bundle / "build.json").write_text("{}")
+        workspace.publish(bundle, WeightStore(workspace.work))
     assert not workspace.shards.exists() and workspace.destination.is_dir()

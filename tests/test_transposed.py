@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from assets import save
 from coreai_zoo.backend import Constant
-from coreai_zoo.backends.coreai import holes
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreml.backend import CoreMLBackend
 from coreai_zoo.contracts import FIXED_S1
@@ -101,7 +101,7 @@ def test_a_stack_that_is_stored_as_it_is_read_gives_the_logits_of_the_decoder(tm
     stored = np.ascontiguousarray(stack.mT.numpy())
     constants = {"stack": Constant(stored, stored.shape, "float16", transposed=True)}
     asset = tmp_path / "m.mlpackage"
-    backend.trace({"main": decoder}, {"main": spec()}, {"stack": True}).save(constants, asset)
+    save(backend.trace({"main": decoder}, {"main": spec()}, {"stack": True}), constants, asset)
     state = backend.state(asset, "main", {"stack": (stored.shape, "float16")})
     assert bytes(state["stack"]) == stored.tobytes()
     with backend.stepper(asset, {"main": spec()}, 8) as stepper:
@@ -111,13 +111,13 @@ def test_a_stack_that_is_stored_as_it_is_read_gives_the_logits_of_the_decoder(tm
             assert np.allclose(stepper.step(token), expected, rtol=0.02, atol=0.05), token
 
 
-def saved(read: Any, folder: Path) -> bytes:
-    """The bytecode of a decoder whose stack has random values."""
+def saved(read: Any, folder: Path, *, whole: bool = False) -> bytes:
+    """The bytecode of a decoder whose stack has random values, with the compiler given all of them where `whole`."""
     decoder = Decoder(read)
     stored = np.random.default_rng(0).standard_normal(decoder.stack.shape).astype(np.float16)
     constants = {"stack": Constant(stored, stored.shape, "float16")}
     traced = CoreAIBackend().trace({"main": decoder}, {"main": spec()}, {"stack": False})
-    traced.save(constants, folder / "m.aimodel")
+    save(traced, constants, folder / "m.aimodel", whole=whole)
     return (folder / "m.aimodel" / "main.mlirb").read_bytes()
 
 
@@ -142,28 +142,21 @@ def masked_by_a_literal(stack: Tensor, chosen: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("read", [by_its_largest, shifted_by_one_of_it, masked_by_a_literal])
-def test_what_the_compiler_computes_with_a_weight_it_is_given_as_it_is(
-    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would compute with what stands there in its place, where it is not given a large one, and nobody would see."""
-    found = {}
-    for large in (2**40, 256):
-        (tmp_path / str(large)).mkdir()
-        monkeypatch.setattr(holes, "LARGE_BYTES", large)
-        found[large] = saved(read, tmp_path / str(large))
+def test_what_the_compiler_computes_with_a_weight_it_is_given_as_it_is(read: Any, tmp_path: Path) -> None:
+    """It would compute with what stands there in its place, where it is not given one, and nobody would see."""
+    found = [saved(read, tmp_path / str(whole), whole=whole) for whole in (False, True)]
     # What the compiler makes of literals has a name of its own, which differs from one time to the next.
-    named = {re.sub(rb"resource_\w+", b"", content) for content in found.values()}
-    assert len(named) == 1 and len({len(content) for content in found.values()}) == 1
+    named = {re.sub(rb"resource_\w+", b"", content) for content in found}
+    assert len(named) == 1 and len({len(content) for content in found}) == 1
 
 
-def test_a_weight_that_nothing_reads_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holes, "LARGE_BYTES", 256)
-
+def test_a_weight_that_nothing_reads_does_not_matter(tmp_path: Path) -> None:
     decoder = Decoder(straight)
     decoder.unread = nn.Parameter(torch.zeros(WIDTH, WIDTH, dtype=torch.float16), requires_grad=False)
     stacks = {name: np.ones(each.shape, np.float16) for name, each in decoder.named_parameters()}
     constants = {name: Constant(values, values.shape, "float16") for name, values in stacks.items()}
-    CoreAIBackend().trace({"main": decoder}, {"main": spec()}).save(constants, tmp_path / "m.aimodel")
+    layout = save(CoreAIBackend().trace({"main": decoder}, {"main": spec()}), constants, tmp_path / "m.aimodel")
+    assert layout.room.keys() == constants.keys() - {"unread"}
     assert CoreAIBackend().constants(tmp_path / "m.aimodel").keys() >= {"stack"}
     assert "unread" not in CoreAIBackend().constants(tmp_path / "m.aimodel")
 

@@ -19,6 +19,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 import toys
+from assets import save
 from checkpoints import write_json
 from command import zoo
 from coreai_zoo import hookimpl
@@ -246,7 +247,7 @@ def put(bundle: Path, modules: Mapping[str, nn.Module], functions: Mapping[str, 
     metadata = json.loads((bundle / "metadata.json").read_text())
     asset = bundle / metadata["assets"]["main"]
     shutil.rmtree(asset)
-    CoreAIBackend().trace(modules, functions).save({}, asset)
+    save(CoreAIBackend().trace(modules, functions), {}, asset)
     (decoder, *_) = functions.values()
     states = {state.name: state.kind for state in decoder.states}
     chunk = decoder.query_length

@@ -102,8 +102,7 @@ def test_a_build_goes_down_but_for_what_it_hands_down(
     }
     assert up == {
         ("lowering.module.build_module", "build.design.Decoders._decoder"),
-        ("digest.write_hashed", "backends.coreai.holes.Holes.filled"),
-        ("lowering.module.constants", "build.pipeline._lower.<locals>.<genexpr>"),
+        ("backends.coreai.backend.CoreAITraced.lay_out", "build.pipeline._laid_out.<locals>.values"),
         ("weights.store._Work._write_tensor", "build.pipeline._fill.<locals>.progress"),
     }
     assert in_walk_order([call.callee for call in watch.calls])

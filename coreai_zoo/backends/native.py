@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -18,14 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from coreai_zoo.errors import NO_SPACE, CheckFailed, EnvironmentLacks, ZooError, failure_line
+from coreai_zoo.errors import CheckFailed, EnvironmentLacks, ZooError, failure_line
 
 _NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
 
-_WHEN_FULL = (
-    "Free some space or choose another output folder, then run the same command again: finished tensors are kept."
-)
-_SHOWN = 300  # characters of what a library says
+_WHEN_FULL = "Free some space there, or set TMPDIR to a folder on another disk; then run the same command again."
 
 
 @contextlib.contextmanager
@@ -101,69 +96,6 @@ def _at_exit(explain: Callable[[object], None]) -> Iterator[None]:
     finally:
         inside = False
         library.__cxa_finalize(owner)  # runs it once more
-
-
-@contextlib.contextmanager
-def write_explained(destination: Path, native_bytes: int | None = None) -> Iterator[None]:
-    """Within the block a folder is written; what cannot be is removed, and said as `write_error` says it.
-
-    Args:
-        destination: the folder.
-        native_bytes: bytes that it has when it is whole, where a native writer is at work that says nothing but that
-            it failed, by a RuntimeError; None where Python writes.
-    """
-    failures = (OSError,) if native_bytes is None else (OSError, RuntimeError)
-    try:
-        yield
-    except failures as error:
-        explained = write_error(destination, error, native_bytes or 0)
-        shutil.rmtree(destination, ignore_errors=True)
-        raise explained from error
-
-
-def write_error(destination: Path, error: OSError | RuntimeError, size: int) -> ZooError:
-    """The error of a `destination` that could not be written, before what there is of it is removed.
-
-    A native writer tells nothing but that it failed. Whether there was no space is seen by asking for it once more.
-
-    Args:
-        destination: a folder, what was written of it still in it.
-        error: of Python, which knows why, or of a native writer.
-        size: bytes that it has when it is whole.
-    """
-    said = str(error).strip()
-    cause = error if isinstance(error, OSError) else _refused_space(destination, size)
-    if cause is not None:
-        full = cause.errno in NO_SPACE
-        hint = _WHEN_FULL if full else "Choose another output folder with -o DIR."
-        return EnvironmentLacks(f"{destination} cannot be written: {cause.strerror or cause}.", hint)
-    return CheckFailed(
-        f"The toolchain could not write {destination}, saying: {_last_sentence(said) or type(error).__name__}",
-        "Finished tensors are kept; --debug shows where it failed.",
-    )
-
-
-def _refused_space(folder: Path, size: int) -> OSError | None:
-    """What the system says to the rest of `size` bytes in a folder that holds a part; None when it has the room."""
-    names = (Path(parent) / name for parent, _folders, files in os.walk(folder) for name in files)
-    size -= sum(name.stat().st_size for name in names)
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            elif shutil.disk_usage(folder).free < size:
-                return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        return error
-    return None
-
-
-def _last_sentence(text: str) -> str:
-    """The last line of a text, from its last sentence on where it is long; ends with a full stop unless it is empty."""
-    line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-    if len(line) > _SHOWN:
-        line = re.split(r"(?<=[.!?]) ", line)[-1][-_SHOWN:]
-    return line if not line or line[-1] in ".!?" else f"{line}."
 
 
 def _error(destination: Path, said: str) -> ZooError:

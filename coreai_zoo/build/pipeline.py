@@ -1,21 +1,22 @@
-"""A build, from a request to a bundle: resolve, fetch, trace, weights, lower, bundle, verify.
+"""A build, from a request to a bundle: resolve, fetch, trace, lower, weights, bundle, verify.
 
 What can be refused on metadata is refused before the first byte of a weight is fetched, and an overlay that does not
-lower shows before tens of gigabytes are read. A checkpoint that is streamed is designed on the headers of its files,
-which are fetched while weights are stored.
+lower shows before tens of gigabytes are read. The asset is laid out before there are weights, which are written once,
+where they stay. A checkpoint that is streamed is designed on the headers of its files, which are fetched while weights
+are stored.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 
 from attrs import evolve, frozen
 
-from coreai_zoo.backend import Check, Traced
+from coreai_zoo.backend import Check, Constant, Traced
 from coreai_zoo.build.design import Design, design, fetched
 from coreai_zoo.build.existing import find_existing, remember
 from coreai_zoo.build.expected import expected_by
@@ -27,13 +28,15 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import bytes_below
 from coreai_zoo.bundle.verify import require, verify
 from coreai_zoo.checkpoint.portable_tokenizer import tokenizer_changes
+from coreai_zoo.digest import FollowingDigest
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import listing
+from coreai_zoo.layout import Layout
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.weights.means import unusual_means
 from coreai_zoo.weights.plan import PlannedTensor
-from coreai_zoo.weights.store import FillReport, WeightStore
+from coreai_zoo.weights.store import FillReport, Place, StoredArray, WeightStore
 from coreai_zoo.weights.stream import Stream
 
 
@@ -107,15 +110,15 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             designed = _fetched(designed, plugins, report)
         with report.stage("trace", f"{designed.backend.name}, contract {designed.contract.name}"):
             traced = designed.trace()
-        store, partial = WeightStore(workspace.work), workspace.partial
+        store = WeightStore(workspace.work)
+        with report.stage("lower", designed.asset):
+            layout = _laid_out(traced, designed, store, workspace)
+            del traced  # half a gigabyte of a deep decoder
+            partial = workspace.lay_out(layout, designed.asset, store)
         with report.stage("weights", f"{len(designed.weights.stored)} tensors as {designed.recipe.name}"):
-            filled = _fill(store, designed, stream, report)
+            filled = _fill(store, designed, layout, partial / designed.asset, stream, report)
             if stream is not None:  # all its values have been seen by now
                 designed = _with_notes(designed, stream.notes(), report)
-        # The disk may have filled meanwhile: better said now than when half of the bundle is written.
-        preflight(designed, workspace).require()
-        with report.stage("lower", designed.asset):
-            _lower(traced, designed, store, partial)
         with report.stage("bundle", designed.name):
             write_records(designed, store, partial, classes)
         with report.stage("verify"):
@@ -129,7 +132,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             require(checks)
         # Before the bundle is in place, so that one that is there is known even if the build is killed right then.
         remember(workspace.destination, partial, designed.checkpoint)
-        workspace.publish()
+        workspace.publish(partial, store)
     path = workspace.destination
     return BuildResult(
         path,
@@ -175,12 +178,39 @@ def _with_notes(designed: Design, of_values: tuple[str, ...], report: Reporter) 
     return evolve(designed, notes=notes)
 
 
-def _fill(store: WeightStore, designed: Design, stream: Stream | None, report: Reporter) -> FillReport:
+def _laid_out(traced: Traced, designed: Design, store: WeightStore, workspace: Workspace) -> Layout:
+    """Where everything stands in the asset. What that depends on is stored first, in files of the store's own."""
+    from coreai_zoo.lowering.module import constants, planned_constants
+
+    def values(names: Collection[str]) -> Mapping[str, Constant]:
+        if not names:
+            return {}
+        read = [each for each in designed.weights.tensors if any(state in names for state in _states(each))]
+        stored = {each.stored_as for each in read}
+        part = evolve(designed.weights, tensors=tuple(each for each in designed.weights.stored if each.name in stored))
+        stream = stream_of(evolve(designed, weights=part), workspace) if part.tensors else None
+        arriving = None if stream is None else stream.arriving(lambda *_: None)
+        store.fill(part, designed.checkpoint, keep_others=True, arriving=arriving)
+        found = constants({each.name: store[each.stored_as] for each in read}, [each.name for each in read])
+        return {name: found[name] for name in names}
+
+    return traced.lay_out(planned_constants(designed.weights), values)
+
+
+def _states(tensor: PlannedTensor) -> Collection[str]:
+    return tensor.format.state_names(tensor.name).values()
+
+
+def _fill(
+    store: WeightStore, designed: Design, layout: Layout, asset: Path, stream: Stream | None, report: Reporter
+) -> FillReport:
+    """Have every weight in the asset, whose hash is taken meanwhile."""
     missing = 0 if stream is None else stream.missing_bytes
     if stream is not None and missing:
         report.note(f"fetching {size(missing)} meanwhile, {size(stream.most_bytes)} on the disk at a time")
-    counting = Lock()
-    with report.bytes(designed.weights.stored_bytes + missing) as count_bytes:
+    file, counting = asset / layout.path, Lock()
+    gaps = [(start, start + layout.sizes[name]) for name, start in layout.room.items()]
+    with report.bytes(designed.weights.stored_bytes + missing) as count_bytes, FollowingDigest(file, gaps) as digest:
 
         def count(what: str, more: int) -> None:
             with counting:  # what is fetched is counted in another thread
@@ -189,18 +219,25 @@ def _fill(store: WeightStore, designed: Design, stream: Stream | None, report: R
         def progress(tensor: PlannedTensor, elements: int) -> None:
             count(tensor.name, elements * tensor.format.bytes // tensor.parameters)
 
-        arriving = None if stream is None else stream.arriving(count)
-        filled = store.fill(designed.weights, designed.checkpoint, progress, arriving=arriving)
+        def placed(arrays: Iterable[StoredArray]) -> None:
+            for array in arrays:
+                if array.place.path == file:
+                    digest.filled(array.place.offset, array.place.offset + array.bytes)
+
+        filled = store.fill(
+            designed.weights,
+            designed.checkpoint,
+            progress,
+            places={name: Place(file, start) for name, start in layout.room.items()},
+            placed=placed,
+            arriving=None if stream is None else stream.arriving(count),
+        )
+        sha256 = digest.hexdigest()
+    if layout.checksum is not None:
+        (asset / layout.checksum).write_bytes(bytes.fromhex(sha256))
     report.note(f"{filled.computed} computed, {filled.reused} reused")
     if filled.repaired:
         report.note(f"damaged and redone: {listing(list(filled.repaired))}")
     if filled.removed:
         report.note(f"removed {len(filled.removed)} tensors that this build does not use")
     return filled
-
-
-def _lower(traced: Traced, designed: Design, store: WeightStore, partial: Path) -> None:
-    from coreai_zoo.lowering.module import constants
-
-    stored = constants(store, (tensor.name for tensor in designed.weights.tensors))
-    traced.save(stored, partial / designed.asset)

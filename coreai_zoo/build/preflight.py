@@ -15,7 +15,7 @@ from attrs import frozen
 
 from coreai_zoo.build.design import Design
 from coreai_zoo.build.workspace import Workspace, existing_parent
-from coreai_zoo.bundle.layout import bytes_below
+from coreai_zoo.bundle.layout import allocated_below
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import EnvironmentLacks, listing
@@ -56,7 +56,6 @@ class Preflight:
         fetched_at_once: bytes of fetched files that are on the disk at a time, at the most. Of a checkpoint that is
             streamed, these are some of all, and those that an earlier run left count.
         read: bytes that are read of the checkpoint.
-        scratch: bytes still to be written of the weight store, which goes when the build is done.
         written: bytes of the bundle.
         disks: the file systems that hold them.
         memory: bytes of memory that are available; None where that is not known.
@@ -67,7 +66,6 @@ class Preflight:
     fetched: int
     fetched_at_once: int
     read: int
-    scratch: int
     written: int
     disks: tuple[Disk, ...]
     memory: int | None
@@ -79,8 +77,7 @@ class Preflight:
         memory = "" if self.memory is None else f"; {size(self.memory)} of memory available"
         at_once = f" ({size(self.fetched_at_once)} on the disk at a time)" if self.streamed else ""
         fetches = f"fetches {size(self.fetched)}{at_once}, " if self.fetched else ""
-        writes = f"writes {size(self.written)} and {size(self.scratch)} of scratch"
-        return f"{fetches}reads {size(self.read)}, {writes}; {free}{memory}"
+        return f"{fetches}reads {size(self.read)}, writes {size(self.written)}; {free}{memory}"
 
     def require(self) -> None:
         """Refuse a build that cannot fit.
@@ -93,7 +90,7 @@ class Preflight:
                 raise EnvironmentLacks(
                     f"The build needs {size(disk.needs)} of disk space at {disk.path}, where {size(disk.free)} are "
                     f"free: {self._wanted} in all.",
-                    f"Free some, or use another disk with -o DIR, --work-dir DIR{self._ways_out}.",
+                    f"Free some, or use another disk with -o DIR{self._ways_out}.",
                 )
         if self.memory is not None and self.memory < self.least_memory:
             raise EnvironmentLacks(
@@ -112,7 +109,6 @@ class Preflight:
         wanted = [
             (self.fetched_at_once, "of checkpoint"),
             (self.written, "for the bundle"),
-            (self.scratch, "of scratch"),
         ]
         return listing([f"{size(count)} {what}" for count, what in wanted if count])
 
@@ -124,13 +120,12 @@ class Preflight:
 def preflight(design: Design, workspace: Workspace) -> Preflight:
     """The preflight of building a design in `workspace` on this machine."""
     written = asset_bytes(design) + tokenizer_bytes(design)
-    scratch = max(0, design.weights.stored_bytes - bytes_below(workspace.work))
     needs: dict[int, Disk] = {}
-    places = [(workspace.destination, written), (workspace.work, scratch)]
+    places = [(workspace.destination, max(0, written - allocated_below(workspace.partial)))]
     fetched = at_once = 0
     if (stream := stream_of(design, workspace)) is not None:
         fetched, at_once = stream.missing_bytes, stream.most_bytes
-        places.append((workspace.shards, max(0, at_once - bytes_below(workspace.shards))))
+        places.append((workspace.shards, max(0, at_once - allocated_below(workspace.shards))))
     elif (hub := design.source.hub) is not None:
         fetched = at_once = hub.missing_bytes
         places.append((hub.directory, fetched))
@@ -145,7 +140,6 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
         fetched,
         at_once,
         bytes_read(design),
-        scratch,
         written,
         tuple(needs.values()),
         available_memory(),

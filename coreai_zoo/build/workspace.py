@@ -1,28 +1,33 @@
 """The folders of a build: nothing half-written is ever at the output path, and nothing is left behind.
 
     OUTPUT/NAME             the bundle, complete and verified
-    OUTPUT/.NAME.partial    the bundle being built
+    OUTPUT/.NAME.partial    the bundle being built, in a folder of its own, and any whose weights it can use
     OUTPUT/.NAME.old        the bundle that it replaces, for the moment between two renames
-    WORK/NAME               the weight store, which outlives an interruption so that the next build resumes
-    WORK/.NAME.spent        a weight store that is no longer needed, being removed
+    WORK/NAME               the journal of the weights: what is finished, and where it is
+    WORK/.NAME.spent        a journal that is no longer needed, being removed
     WORK/.NAME.shards       files of a checkpoint that is streamed: those that are fetched, or read, just now
 
-The names are fixed, so a build finds whatever a killed one left; see `Workspace.opened`.
+The names are fixed, so a build finds whatever a killed one left; see `Workspace.opened`. Partial bundle and journal
+outlive an interruption, so that the next build goes on. Each layout has a folder in the partial bundle that is named by
+chance, so that what a journal says of one is never true of another by mistake.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from attrs import frozen
 
 from coreai_zoo.build.lock import exclusive
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError
+from coreai_zoo.layout import Layout
+from coreai_zoo.weights.store import JOURNAL, WeightStore
 
 _DEFAULT_WORK = ".zoo-work"
 
@@ -60,9 +65,9 @@ class Workspace:
 
     Attributes:
         destination: where the bundle will be.
-        work: where the weight store is.
-        keep: whether the weight store stays when the build has succeeded.
-        given: whether the user chose where the weight store is.
+        work: where the journal of the weights is.
+        keep: whether the journal stays when the build has succeeded.
+        given: whether the user chose where the journal is.
     """
 
     destination: Path
@@ -77,7 +82,7 @@ class Workspace:
 
     @property
     def partial(self) -> Path:
-        """The bundle being built."""
+        """The folder of the bundle being built."""
         return self.destination.with_name(f".{self.destination.name}.partial")
 
     @property
@@ -97,8 +102,8 @@ class Workspace:
     def opened(self, *, force: bool) -> Iterator[None]:
         """Within the block, the folders exist and are locked; afterwards, what must not stay is removed.
 
-        A build that fails leaves no trace but the weight store, where another run can go on from it: after an
-        interruption, when the environment lacked something (disk space, for one), and when the user asked to keep it.
+        A build that fails leaves no trace but finished weights, where another run can go on from them: after an
+        interruption, when the environment lacked something (disk space, for one), and when the user asked to keep them.
         What a streamed build has just fetched stays in the first two cases.
 
         Raises:
@@ -114,28 +119,66 @@ class Workspace:
                 with _space_explained():
                     yield
             except EnvironmentLacks as error:
-                if self.work.is_dir() and any(self.work.iterdir()):
-                    error.add_note(f"Finished weights are kept in {self.work}.")
+                if WeightStore(self.work).holds_tensors:
+                    error.add_note(f"Finished weights are kept in {self.partial}.")
                 raise
             except Exception:
                 shutil.rmtree(self.shards, ignore_errors=True)
                 if not self.keep and not self.given:
                     self._remove_work()
+                    shutil.rmtree(self.partial, ignore_errors=True)
                 raise
 
-    def publish(self) -> None:
-        """Put the finished bundle at its destination, in place of an older one; remove the weight store unless kept.
+    def lay_out(self, layout: Layout, asset: str, store: WeightStore) -> Path:
+        """The folder of a bundle being built in which there is room for its weights, and nothing else but the asset.
+
+        Finished weights are in it where an interrupted build had the same layout.
+
+        Args:
+            layout: of the asset.
+            asset: its name.
+            store: in whose journal the weights will be.
+
+        Raises:
+            EnvironmentLacks: when it cannot be written.
+            OSError: when there is no room for it.
+        """
+        folder = self.partial.resolve() / (store.laid_out_as(layout.sha256) or "")
+        if folder == self.partial.resolve() or not layout.is_in(folder / asset):
+            folder = self.partial.resolve() / secrets.token_hex(4)
+            folder.mkdir()
+            store.lay_out(layout.sha256, folder.name)
+        # By its name, which is like no other: paths may have changed by which the journal knows a folder.
+        used = {folder.name, *(part for file in store.files() for part in file.parts)}
+        _remove(path for path in folder.parent.iterdir() if path.name not in used)
+        _remove(path for path in folder.iterdir() if path.name != asset)
+        others = [path for path in folder.parent.iterdir() if path != folder]
+        try:
+            layout.write(folder / asset, reserve=True)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                said = f"{folder / asset} cannot be written: {error.strerror}."
+                raise EnvironmentLacks(said, "Choose another output folder with -o DIR.") from error
+            if not others:
+                raise
+            _remove(others)  # better to compute again what an earlier layout holds than not to build
+            layout.write(folder / asset, reserve=True)
+        return folder
+
+    def publish(self, bundle: Path, store: WeightStore) -> None:
+        """Put the finished bundle at its destination, in place of an older one; remove the journal unless kept.
 
         Whenever this is killed, `_recover` can tell whether the bundle was in place: then there is no partial one.
         """
-        _sync_tree(self.partial)
+        _sync_tree(bundle)
         shutil.rmtree(self.shards, ignore_errors=True)
+        _remove(path for path in bundle.parent.iterdir() if path != bundle)
         if not self.keep:
             os.rename(self.work, self._spent)
         if self.destination.exists():
             os.rename(self.destination, self._aside)
         try:
-            os.rename(self.partial, self.destination)
+            os.rename(bundle, self.destination)
         except OSError:
             if self._aside.exists():
                 os.rename(self._aside, self.destination)
@@ -143,6 +186,8 @@ class Workspace:
                 os.rename(self._spent, self.work)
             raise
         _sync(self.destination.parent)
+        if self.keep:
+            store.moved(bundle, self.destination.resolve())
         shutil.rmtree(self._aside, ignore_errors=True)
         self._remove_work()
 
@@ -159,9 +204,10 @@ class Workspace:
         """Undo or finish what a killed build left half-done."""
         if self._aside.exists() and not self.destination.exists():
             os.rename(self._aside, self.destination)
-        if self._spent.exists() and self.partial.exists() and not self.work.exists():
+        unpublished = self.partial.is_dir() and any(self.partial.iterdir())
+        if self._spent.exists() and unpublished and not self.work.exists():
             os.rename(self._spent, self.work)  # killed before the bundle was in place
-        for left in (self._spent, self._aside, self.partial):
+        for left in (self._spent, self._aside, *(() if self.work.exists() else (self.partial,))):
             shutil.rmtree(left, ignore_errors=True)
 
     def _check_destination(self, force: bool) -> None:
@@ -175,7 +221,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Lock the output, then the weight store, against other builds; the folders above them are made."""
+        """Lock the output, then the journal, against other builds; the folders above them are made."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._remove_default_parent)  # last, when no lock file is in it any more
             stack.enter_context(_parents_of(self.destination))
@@ -187,16 +233,18 @@ class Workspace:
 
     @contextlib.contextmanager
     def _directories(self) -> Iterator[None]:
-        """Make the folders of partial bundle and weight store; afterwards remove the first, and the second if empty."""
-        self.partial.mkdir()
+        """Make the folders of partial bundle and journal; afterwards remove those from which nothing can go on."""
+        self.partial.mkdir(exist_ok=True)
         try:
             with self._work_explained():
                 self.work.mkdir(exist_ok=True)
             yield
         finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            with contextlib.suppress(OSError):  # not empty: to be resumed from
-                self.work.rmdir()
+            if not WeightStore(self.work).holds_tensors:
+                _remove([self.partial, self.work / JOURNAL])
+            for folder in (self.work, self.partial):
+                with contextlib.suppress(OSError):  # not empty: to be resumed from
+                    folder.rmdir()
 
     @contextlib.contextmanager
     def _work_explained(self) -> Iterator[None]:
@@ -217,6 +265,15 @@ class Workspace:
         if not self.given:  # ours, also when a killed build made it
             with contextlib.suppress(OSError):  # not empty: another build's store is beside it
                 self.work.parent.rmdir()
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Remove files and folders, those that can be."""
+    for path in list(paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,15 @@ def bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def allocated_below(folder: Path) -> int:
+    """Bytes of a disk that the files below a folder take, where their ends are not written yet; 0 where there is none.
+
+    A file for which space is reserved takes all of it.
+    """
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(min(each.st_size, getattr(each, "st_blocks", 2**50) * 512) for each in found)
+
+
 def card_digest(card: bytes) -> dict[str, Any]:
     """Size and SHA-256 of a card as the build wrote it."""
     built = without_measurements(card)

@@ -46,13 +46,13 @@ _EXISTING = click.Path(path_type=Path)
 @click.option(
     "--custom", is_flag=True, help="The checkpoint is of another model than the entry says: build it as such."
 )
-@click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where weights are kept during the build.")
+@click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where the build notes what is finished.")
 @click.option(
     "--stream",
     is_flag=True,
     help="Fetch weights file by file, use and drop each: two are on the disk at a time, and not all.",
 )
-@click.option("--keep-weights", is_flag=True, help="Keep them afterwards: a rebuild quantizes nothing again.")
+@click.option("--keep-weights", is_flag=True, help="Keep these notes: a rebuild copies what it can use.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option(
     "--progress",
@@ -71,7 +71,7 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
 
     Whatever is not at hand is fetched, once all that can be checked without weights has been. The output path is
     untouched until the bundle is complete and verified. An interrupted build resumes when it is run again. With
-    --stream no checkpoint stays: a file of weights is dropped when all of it is in the bundle's scratch.
+    --stream no checkpoint stays: a file of weights is dropped when all of it is in the bundle.
 
     A checkpoint that is not the entry's model, by a fact or by what shows where it comes from, is refused under its
     name. With --custom it is built by the entry's defaults, and the bundle's name and card say that it is another one.

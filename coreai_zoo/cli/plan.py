@@ -340,7 +340,7 @@ def _print_side_by_side(plans: Sequence[Plan], machines: Machines) -> None:
         ("context", [f"{plan.context:,}" for plan in plans]),
         ("states", [f"{plan.state_bytes:,}" for plan in plans]),
         ("a build reads", [size(plan.build.read) for plan in plans]),
-        ("scratch", [size(plan.build.scratch) for plan in plans]),
+        ("writes", [size(plan.build.written) for plan in plans]),
     ]
     for chip in machines.chips:
         rates = [tokens_per_second(plan.read, chip.bandwidth, machines.efficiency) for plan in plans]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -21,7 +22,7 @@ from coreai_zoo.overlay import LayerRewrite, ParameterInfo
 from coreai_zoo.weights.formats import ArrayKind, Format, StoredArray, unpacked
 
 if TYPE_CHECKING:
-    from coreai_zoo.weights.plan import WeightPlan
+    from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
     from coreai_zoo.weights.store import WeightStore
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,6 +209,30 @@ def constants(store: WeightStore | Mapping[str, Stored], names: Iterable[str]) -
                 shared[stored.name, kind] = Constant(stored.array(kind), array.shape, array.dtype, transposed)
             found[state] = shared[stored.name, kind]
     return found
+
+
+def planned_constants(plan: WeightPlan) -> dict[str, Constant]:
+    """The same constants before there are any bytes: their data are None."""
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    return constants({tensor.name: _NotThere(tensors[tensor.stored_as]) for tensor in plan.tensors}, tensors)
+
+
+@frozen
+class _NotThere:
+    """A parameter without its bytes."""
+
+    planned: PlannedTensor
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
+    @property
+    def format(self) -> Format:
+        return self.planned.format
+
+    def array(self, kind: ArrayKind) -> None:
+        """None."""
 
 
 def state_of(module: nn.Module, plan: WeightPlan) -> dict[str, tuple[tuple[int, ...], str]]:

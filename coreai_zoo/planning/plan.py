@@ -11,7 +11,7 @@ from coreai_zoo.build.request import DEFAULT_OUTPUT, BuildRequest
 from coreai_zoo.build.workspace import Workspace
 from coreai_zoo.plugins import Plugins
 
-_SCRATCH = ".plan"  # no build is called so: scratch is counted from nothing
+_UNBUILT = ".plan"  # no build is called so: what it writes is counted from nothing
 
 
 @frozen
@@ -37,4 +37,4 @@ def plan(request: BuildRequest, plugins: Plugins) -> Plan:
     """
     designed = design(request, plugins)
     designed.backend.require(designed.signatures, designed.weights.quantizations)
-    return Plan(designed, designed.label, preflight(designed, Workspace.of(DEFAULT_OUTPUT, _SCRATCH, None, keep=False)))
+    return Plan(designed, designed.label, preflight(designed, Workspace.of(DEFAULT_OUTPUT, _UNBUILT, None, keep=False)))

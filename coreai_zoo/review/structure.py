@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from attrs import evolve, field, frozen
 
 from coreai_zoo.backend import Backend, Traced
@@ -23,7 +22,6 @@ from coreai_zoo.plugins import Plugins
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import PLAIN, QuantizationSpec
 from coreai_zoo.signature import TraceSpec
-from coreai_zoo.weights.formats import ArrayKind, Format
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan, active_share
 
 
@@ -272,39 +270,10 @@ def _telling_part(whole: Design, names: Sequence[str], plugins: Plugins) -> Desi
 
 
 def _lowered(traced: Traced, plan: WeightPlan) -> Program:
-    """Lower what was traced, every weight empty but for a number of its own."""
-    from coreai_zoo.lowering.module import constants
+    """Lower what was traced."""
+    from coreai_zoo.lowering.module import planned_constants
 
-    stored = {tensor.name: _Empty(tensor, number) for number, tensor in enumerate(plan.stored, start=1)}
-    store = {tensor.name: stored[tensor.stored_as] for tensor in plan.tensors}
-    return traced.lowered(constants(store, store))
-
-
-@frozen
-class _Empty:
-    """A weight of zeros, as the store gives one. Memory that nobody touches costs none; what touches it is a number at
-    the start that keeps weights apart: the toolchain merges equal ones.
-    """
-
-    planned: PlannedTensor
-    number: int
-
-    @property
-    def name(self) -> str:
-        return self.planned.name
-
-    @property
-    def format(self) -> Format:
-        return self.planned.format
-
-    def array(self, kind: ArrayKind) -> np.ndarray[Any, Any]:
-        stored = self.format.arrays[kind]
-        array = np.zeros(stored.memory_shape, stored.memory_dtype)
-        start = array.reshape(-1).view(np.uint8)
-        number = 3 * self.number + [*self.format.arrays].index(kind)
-        label = np.frombuffer(number.to_bytes(8, "little"), np.uint8)[: start.size]
-        start[: label.size] = label
-        return array
+    return traced.lowered(planned_constants(plan))
 
 
 def _stored(tensor: PlannedTensor) -> list[tuple[str, StoredWeight]]:

@@ -1,16 +1,17 @@
-"""The weight store: quantized weights on disk, one tensor at a time, resumable after any interruption.
+"""The weight store: a tensor at a time, each where it is to stand, and resumable after any interruption.
 
-A tensor `name` is the files `name.data`, `name.scales` and `name.zero_points` (the last two when it is quantized), raw
-little-endian values in row order, and one line in `journal.jsonl`. Files are written under another name, synced and
-renamed; the line follows, synced as well. So a line vouches for its files. Syncing goes on while the next tensor is
-computed: a crash costs the tensor being computed and the one that waits for the disk, or a few small ones that do.
+An array of a tensor has a place: in the asset that is being built, as a `Layout` says, or else in a file of its own in
+the directory of the store. A tensor's bytes are written there, raw and little-endian in row order, and synced; then a
+line of `journal.jsonl` says where they are, synced as well. So a line vouches for bytes, and is withdrawn before these
+are written anew. Syncing goes on while the next tensor is computed: a crash costs the tensor being computed and the one
+that waits for the disk, or a few small ones that do.
 
 The directory is the store's own: tensors that a plan does not name are removed from it.
 
 A tensor is computed again when the values of its sources or anything else that makes its bytes changed: what is asked
-for, and the code that makes it (see `ingredients`). Values are hashed while they are read; later a source counts as
-unchanged while its file has the same path, header, size and times, and is hashed again, without computing anything,
-when it has not (or when a full check is asked for).
+for, and the code that makes it (see `ingredients`). One that is current and lies elsewhere is copied. Values are hashed
+while they are read; later a source counts as unchanged while its file has the same path, header, size and times, and is
+hashed again, without computing anything, when it has not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from itertools import chain
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, get_args
 
 from attrs import asdict, define, field, frozen
 
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
     import torch
 
 JOURNAL = "journal.jsonl"
-PARTIAL = ".partial"
-STORE_VERSION = 1
+_LAYOUT = "@layout"  # no parameter is called so
+STORE_VERSION = 2
 """Raised when the layout of the files changes."""
 IN_FLIGHT = 8
 """Small tensors that may wait to be synced; a large one waits alone."""
@@ -67,20 +68,56 @@ LARGE_BYTES = 4 * 2**20
 """From this size on a tensor is large: writing it takes longer than waiting for the disk."""
 EVICT_BYTES = 128 * 2**20
 """So much is read of a checkpoint before the system is told that it need not keep it."""
+_BLOCK_BYTES = 4 * 2**20
 
 _KINDS: tuple[str, ...] = get_args(ArrayKind)
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 Progress = Callable[[PlannedTensor, int], None]
+Placed = Callable[[Iterable["StoredArray"]], None]
+"""Is told of arrays that are where they are to be; in another thread."""
 
 
 @frozen
-class StoredFile:
-    """A file of the store: its size in bytes and the SHA-256 of its content."""
+class Place:
+    """Where the bytes of an array are, or are to be.
+
+    Attributes:
+        path: of a file.
+        offset: of the first byte in it.
+    """
 
     path: Path
+    offset: int = 0
+
+
+Places = Mapping[str, Place]
+"""Where arrays are to be, by their names in the state of the decoder."""
+
+
+@frozen
+class StoredArray:
+    """The bytes of an array.
+
+    Attributes:
+        place: where they are.
+        bytes: how many.
+        stamp: size and time of change of the file, of one that is not to change any more.
+    """
+
+    place: Place
     bytes: int
-    sha256: str
+    stamp: tuple[int, int] | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file is there, and long enough, and as it was left."""
+        try:
+            status = self.place.path.stat()
+        except OSError:
+            return False
+        long_enough = status.st_size >= self.place.offset + self.bytes
+        return long_enough and self.stamp in (None, (status.st_size, status.st_mtime_ns))
 
 
 @frozen
@@ -94,7 +131,7 @@ class StoredTensor:
         dtype: of the plain values, or of the scales.
         quantization: how it is quantized, or None.
         source_digest: SHA-256 over the SHA-256 of each chunk of the source values, as stored in the checkpoint.
-        files: by kind: `data`, `scales`, `zero_points`.
+        arrays: by kind: `data`, `scales`, `zero_points`.
         read_transposed: see `Format.read_transposed`.
     """
 
@@ -104,7 +141,7 @@ class StoredTensor:
     dtype: str
     quantization: QuantizationSpec | None
     source_digest: str
-    files: Mapping[str, StoredFile]
+    arrays: Mapping[str, StoredArray]
     read_transposed: bool = False
 
     @cached_property
@@ -113,17 +150,16 @@ class StoredTensor:
         return Format(self.shape, self.dtype, self.quantization, self.read_transposed)
 
     def array(self, kind: ArrayKind) -> np.memmap[Any, Any]:
-        """One of its arrays, mapped: in `StoredArray.memory_shape` and `memory_dtype`.
+        """One of its arrays, mapped: in `formats.StoredArray.memory_shape` and `memory_dtype`.
 
         Raises:
             KeyError: when it has no such array.
         """
         import numpy as np
 
-        array = self.format.arrays[kind]
+        array, place = self.format.arrays[kind], self.arrays[kind].place
         # Copy-on-write: torch.from_numpy warns about arrays that it must not write to, and nothing may reach the file.
-        flat: np.memmap[Any, Any] = np.memmap(self.files[kind].path, dtype=array.memory_dtype, mode="c")
-        return flat.reshape(array.memory_shape)  # type: ignore[return-value]
+        return np.memmap(place.path, dtype=array.memory_dtype, mode="c", offset=place.offset, shape=array.memory_shape)
 
 
 @frozen
@@ -134,7 +170,7 @@ class FillReport:
         computed: tensors that were read, converted and written.
         reused: tensors that were there already.
         bytes_written: of the computed tensors.
-        repaired: names of those among the computed that were there, but damaged.
+        repaired: names of those among the computed that were there, but not whole any more.
         removed: names of tensors that the plan does not name and that were removed.
     """
 
@@ -195,8 +231,8 @@ class _Journal:
             self.entries |= {entry["name"]: entry for entry in entries}
 
     def forget(self, *names: str) -> None:
-        """Withdraw entries, before their files are replaced: else a crash between the replacement and the new entry
-        would leave the old entry vouching for new files.
+        """Withdraw entries, before their bytes are written anew: else a crash before the new entry would leave the old
+        one vouching for new bytes.
         """
         with self._lock:
             known = [name for name in names if name in self.entries]
@@ -207,10 +243,14 @@ class _Journal:
 
     def compact(self) -> None:
         """Rewrite the file without the lines that no longer count, when they are the greater part."""
+        if self._lines > 100 + 2 * len(self.entries):
+            self.replace(self.entries)
+
+    def replace(self, entries: Mapping[str, dict[str, Any]]) -> None:
+        """Have these entries and no others."""
         with self._lock:
-            if self._lines <= 100 + 2 * len(self.entries):
-                return
-            shorter = self._path.with_name(self._path.name + PARTIAL)
+            self.entries = dict(entries)
+            shorter = self._path.with_name(f"{self._path.name}.partial")
             with shorter.open("wb") as file:
                 file.writelines(map(self._line, self.entries.values()))
                 _sync(file)
@@ -260,9 +300,8 @@ def _explained(directory: Path) -> Iterator[None]:
         if error.errno in NO_SPACE:
             free = shutil.disk_usage(directory).free if directory.exists() else 0
             raise EnvironmentLacks(
-                f"There is no space left for the weight store {directory} ({error.strerror}; {free:,} bytes are free).",
-                "Free some space or choose another work directory, then run the same command again: finished tensors "
-                "are kept.",
+                f"There is no space left for weights ({error.strerror}; {free:,} bytes are free in {directory}).",
+                "Free some, then run the same command again to go on.",
             ) from error
         raise BadInput(
             f"The weight store {directory} cannot be used: {error.strerror or error} ({error.filename or directory}).",
@@ -276,53 +315,38 @@ def _explained(directory: Path) -> Iterator[None]:
 
 
 @define
-class _Output:
-    """A file being written, under its partial name, hashed on the way."""
-
-    path: Path
-    file: BinaryIO
-    size: int = 0
-    sha256: Any = field(factory=hashlib.sha256)
-
-    def write(self, data: memoryview) -> None:
-        self.sha256.update(data)
-        self.size += self.file.write(data)
-
-
-@define
 class _TensorWriter:
-    """Writes the files of one tensor in the order of its rows."""
+    """Writes the arrays of one tensor to their places, in the order of its rows."""
 
-    directory: Path
-    name: str
     format: Format
-    outputs: dict[str, _Output] = field(factory=dict)
+    places: Mapping[ArrayKind, Place]
+    files: dict[ArrayKind, BinaryIO] = field(factory=dict)
     # A zero point that waits for its pair: rows with an odd number of blocks end within a byte.
     carry: torch.Tensor | None = None
     # Rows that wait for the others of their matrix, to be written transposed.
     rows: list[torch.Tensor] = field(factory=list)
 
-    @classmethod
-    def open(cls, directory: Path, planned: PlannedTensor) -> _TensorWriter:
-        """Begin the files of a tensor.
-
-        Raises:
-            BadInput: when its name is no file name.
-        """
-        if not _SAFE_NAME.fullmatch(planned.name):
-            raise BadInput(f"The parameter name {planned.name!r} cannot be a file name.", "Rename it in the overlay.")
-        writer = cls(directory, planned.name, planned.format)
+    def __attrs_post_init__(self) -> None:
         try:
-            for kind in planned.format.arrays:
-                path = directory / f"{planned.name}.{kind}"
-                writer.outputs[kind] = _Output(path, path.with_name(path.name + PARTIAL).open("wb"))
+            for kind, place in self.places.items():
+                with suppress(FileExistsError):
+                    place.path.open("xb").close()
+                self.files[kind] = place.path.open("r+b")
+                self.files[kind].seek(place.offset)
         except BaseException:
-            writer.discard()
+            self.close()
             raise
-        return writer
 
-    def write(self, kind: str, values: torch.Tensor) -> None:
-        self.outputs[kind].write(bytes_of(values))
+    def write(self, kind: ArrayKind, values: torch.Tensor) -> None:
+        self.files[kind].write(bytes_of(values))
+
+    def copy(self, arrays: Mapping[str, StoredArray]) -> None:
+        """Write what is stored elsewhere."""
+        for kind, file in self.files.items():
+            with arrays[kind].place.path.open("rb") as source:
+                source.seek(arrays[kind].place.offset)
+                for start in range(0, arrays[kind].bytes, _BLOCK_BYTES):
+                    file.write(source.read(min(_BLOCK_BYTES, arrays[kind].bytes - start)))
 
     def write_plain(self, values: torch.Tensor) -> None:
         """Write rows, or keep those of a matrix that is written transposed until it is whole."""
@@ -358,45 +382,34 @@ class _TensorWriter:
             values = pack_int4(values[:even])
         self.write("zero_points", values)
 
-    def finish(self) -> dict[str, dict[str, Any]]:
-        """All rows are written; the sizes and hashes for the journal."""
+    def finish(self) -> None:
+        """All rows are written."""
         import torch
 
         if self.carry is not None:
             self.write("zero_points", pack_int4(torch.cat((self.carry, torch.zeros_like(self.carry)))))
-        return {
-            kind: {"bytes": output.size, "sha256": output.sha256.hexdigest()} for kind, output in self.outputs.items()
-        }
 
     @property
-    def bytes(self) -> int:
-        """Bytes of all its files."""
-        return sum(output.size for output in self.outputs.values())
+    def stored(self) -> dict[str, StoredArray]:
+        """What there is when it is finished."""
+        return {kind: StoredArray(self.places[kind], array.bytes) for kind, array in self.format.arrays.items()}
 
     def sync(self) -> None:
-        """Wait until the files are on disk."""
-        for output in self.outputs.values():
-            _sync(output.file)
+        """Wait until all is on disk."""
+        for file in self.files.values():
+            _sync(file)
+        self.close()
 
-    def put_in_place(self) -> None:
-        """Rename the files, and remove those that the tensor no longer has; `_sync_directory` is still to be called."""
-        for output in self.outputs.values():
-            output.file.close()
-            os.replace(output.file.name, output.path)
-        for kind in set(_KINDS) - set(self.outputs):
-            (self.directory / f"{self.name}.{kind}").unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        """Leave nothing behind of what is not in place."""
-        for output in self.outputs.values():
+    def close(self) -> None:
+        """Write no more."""
+        for file in self.files.values():
             with suppress(OSError):  # closing writes what is buffered: the disk may be full
-                output.file.close()
-            Path(output.file.name).unlink(missing_ok=True)
+                file.close()
 
 
 @frozen
-class _Computed:
-    """A tensor whose files are complete, but not synced and in place yet."""
+class _Written:
+    """A tensor that is written, but not synced yet."""
 
     writer: _TensorWriter
     entry: dict[str, Any]
@@ -404,21 +417,21 @@ class _Computed:
     @property
     def room(self) -> int:
         """The part of the room for waiting tensors that it takes: all of it when it is large."""
-        return IN_FLIGHT if self.writer.bytes >= LARGE_BYTES else 1
+        return IN_FLIGHT if self.writer.format.bytes >= LARGE_BYTES else 1
 
 
 class _Committer:
-    """Puts computed tensors in place while the next ones are computed.
+    """Syncs written tensors and notes them in the journal while the next ones are computed.
 
     Whatever has come up while the disk was busy is committed together, so that many small tensors share the waiting.
     When the block is left, all that was submitted is in place, also when it is left by an exception.
     """
 
-    def __init__(self, directory: Path, journal: _Journal) -> None:
-        self._directory, self._journal = directory, journal
+    def __init__(self, store: WeightStore, placed: Placed) -> None:
+        self._directory, self._journal, self._placed = store.directory, store.journal, placed
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._room = BoundedSemaphore(IN_FLIGHT)
-        self._waiting: deque[_Computed] = deque()
+        self._waiting: deque[_Written] = deque()
         self._commits: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
@@ -431,20 +444,20 @@ class _Committer:
         if error is None:
             self._raise_failure()
 
-    def submit(self, computed: _Computed) -> None:
-        """Take over a computed tensor; waits while too many are waiting.
+    def submit(self, written: _Written) -> None:
+        """Take over a written tensor; waits while too many are waiting.
 
         Raises:
             OSError: when an earlier one could not be written.
         """
-        for _ in range(computed.room):
+        for _ in range(written.room):
             self._room.acquire()
         try:
             self._raise_failure()
         except BaseException:
-            self._room.release(computed.room)
+            self._room.release(written.room)
             raise
-        self._waiting.append(computed)
+        self._waiting.append(written)
         self._commits.append(self._pool.submit(self._commit))
 
     def settle(self) -> None:
@@ -466,19 +479,16 @@ class _Committer:
         if not batch:
             return  # an earlier call took it along
         try:
-            for computed in batch:
-                computed.writer.sync()
-            self._journal.forget(*(computed.writer.name for computed in batch))
-            for computed in batch:
-                computed.writer.put_in_place()
+            for written in batch:
+                written.writer.sync()
             _sync_directory(self._directory)
-            self._journal.append(*(computed.entry for computed in batch))
-        except BaseException:
-            for computed in batch:
-                computed.writer.discard()
-            raise
+            self._journal.append(*(written.entry for written in batch))
+            for written in batch:
+                self._placed(written.writer.stored.values())
         finally:
-            self._room.release(sum(computed.room for computed in batch))
+            for written in batch:
+                written.writer.close()
+            self._room.release(sum(written.room for written in batch))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,23 +591,26 @@ class WeightStore:
         checkpoint: Checkpoint,
         progress: Progress | None = None,
         *,
-        check: Literal["quick", "full"] = "quick",
+        places: Places | None = None,
+        placed: Placed | None = None,
         keep_others: bool = False,
         arriving: Iterable[Sequence[PlannedTensor]] | None = None,
     ) -> FillReport:
-        """Make every tensor that `plan` stores present, computing only those that are not.
+        """Have every tensor that `plan` stores where it is to be, computing only those that are not current.
+
+        No value is read of one that is: it is noticed when a file is missing or too short, and when a checkpoint file
+        has another path, header, size or time. It is not noticed when bytes changed behind the back of that.
 
         Args:
             plan: what to store.
             checkpoint: where the values are.
             progress: called with a tensor and the number of its elements that were finished since the last call.
-            check: how a tensor that is there already is checked. `quick` reads no values: it notices a missing file,
-                another size, and every checkpoint file whose path, header, size or times have changed. It does not
-                notice bytes that changed in the store within the same size, nor values that changed in a checkpoint
-                file behind its time stamps. `full` reads all of both, hashes it, and notices those too.
+            places: where arrays are to be; those without a place are in files of the store's own.
+            placed: told of every array once it is there.
             keep_others: leave tensors that `plan` does not name in the store, where they are otherwise removed.
             arriving: the tensors of `plan` in the order in which their values can be read, where they cannot all be at
-                once: the next are asked for when those before are on disk. It is closed if it can be.
+                once: the next are asked for when those before are on disk. It is closed if it can be. Without, they
+                are written in the order of their places.
 
         Raises:
             BadInput: for a value that is not finite or overflows, an unreadable checkpoint, or a directory that cannot
@@ -606,28 +619,38 @@ class WeightStore:
         """
         with _explained(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            for stale in self.directory.glob(f"*{PARTIAL}"):
-                stale.unlink()
             removed = () if keep_others else self._remove_others(plan)
             self.journal.compact()
-            work = _Work(self, checkpoint, progress or (lambda _tensor, _count: None), full=check == "full")
-            work.run([plan.stored] if arriving is None else arriving)
-            self._note_shared(plan)
+            work = _Work(self, checkpoint, places or {}, progress or (lambda *_: None), placed or (lambda _: None))
+            try:
+                work.run([sorted(plan.stored, key=work.place_in_file)] if arriving is None else arriving)
+                self._note_shared(plan)
+            finally:
+                if not keep_others:
+                    self._remove_unused_files()
         return FillReport(
             work.computed, len(plan.stored) - work.computed, work.bytes_written, tuple(work.repaired), removed
         )
 
     def _remove_others(self, plan: WeightPlan) -> tuple[str, ...]:
         """Remove what is stored under names that `plan` does not have; these names."""
-        planned = {tensor.name for tensor in plan.stored}
-        others = sorted(set(self.journal.entries) - {tensor.name for tensor in plan.tensors})
+        others = sorted(set(self.journal.entries) - {_LAYOUT, *(tensor.name for tensor in plan.tensors)})
         self.journal.forget(*others)
-        # Not only the files of `others`: a crash leaves files that the journal does not know.
+        self._remove_unused_files()
+        return tuple(others)
+
+    def _remove_unused_files(self) -> None:
+        """Remove what the journal does not name: a crash leaves it, and what was copied to another place does."""
+        used = self.files()
         for path in self.directory.iterdir():
             name, _, kind = path.name.rpartition(".")
-            if kind in _KINDS and name not in planned and _SAFE_NAME.fullmatch(name):
+            if kind in _KINDS and _SAFE_NAME.fullmatch(name) and path not in used:
                 path.unlink()
-        return tuple(others)
+
+    def _paths_of(self, name: str) -> set[Path]:
+        """The files that an entry of the journal vouches for, the bytes of that name being its own."""
+        files = self.journal.entries[name].get("files", {})
+        return {self.directory / file["path"] for file in files.values()}
 
     def _note_shared(self, plan: WeightPlan) -> None:
         """Note for each tensor without bytes of its own where they are."""
@@ -646,6 +669,12 @@ class WeightStore:
         if "stored_as" in entry:
             return self[entry["stored_as"]]
         spec = entry["quantization"]
+        arrays = {
+            kind: StoredArray(
+                Place(self.directory / file["path"], file["offset"]), file["bytes"], _stamp_of(file["stamp"])
+            )
+            for kind, file in entry["files"].items()
+        }
         return StoredTensor(
             name,
             entry["role"],
@@ -653,10 +682,7 @@ class WeightStore:
             entry["dtype"],
             QuantizationSpec(**spec) if spec else None,
             entry["source_digest"],
-            {
-                kind: StoredFile(self.directory / f"{name}.{kind}", file["bytes"], file["sha256"])
-                for kind, file in entry["files"].items()
-            },
+            arrays,
             entry["read_transposed"],
         )
 
@@ -664,32 +690,66 @@ class WeightStore:
         return name in self.journal.entries
 
     def unfinished(self, plan: WeightPlan, checkpoint: Checkpoint) -> tuple[PlannedTensor, ...]:
-        """The tensors of `plan` of which a quick `fill` would read values: to compute them, or to compare."""
-        return tuple(planned for planned in plan.stored if not self._is_known(planned, checkpoint))
+        """The tensors of `plan` of which `fill` would read values: to compute them, or to compare."""
 
-    def _is_known(self, planned: PlannedTensor, checkpoint: Checkpoint) -> bool:
-        entry = self.journal.entries.get(planned.name)
-        return (
-            entry is not None
-            and entry.get("fingerprint") == _fingerprint(planned, checkpoint)
-            and self.intact(planned.name)
-            and entry["stamps"] == _stamps(planned, checkpoint)
-        )
+        def is_known(planned: PlannedTensor) -> bool:
+            entry = self.entry_of(planned, checkpoint)
+            return entry is not None and self.intact(planned.name) and entry["stamps"] == _stamps(planned, checkpoint)
 
-    def damaged(self, name: str) -> bool:
-        """Read the files of `name` in full; whether one differs from what was written."""
-        for file in self[name].files.values():
-            if not file.path.is_file():
-                return True
-            with file.path.open("rb") as content:  # not `digest.file_sha256`, which may remember it: the disk is asked
-                if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
-                    return True
-        return False
+        return tuple(planned for planned in plan.stored if not is_known(planned))
+
+    def entry_of(self, planned: PlannedTensor, checkpoint: Checkpoint) -> dict[str, Any] | None:
+        """The entry of a tensor that was made as `planned` would be; None where there is none."""
+        entry = self.journal.entries.get(planned.name, {})
+        return entry if entry.get("fingerprint") == _fingerprint(planned, checkpoint) else None
 
     def intact(self, name: str) -> bool:
-        """Whether the files of `name` are there in the sizes that were written."""
-        files = self[name].files.values()
-        return all(file.path.is_file() and file.path.stat().st_size == file.bytes for file in files)
+        """Whether all bytes of `name` are there, as far as sizes and times tell."""
+        return all(array.is_there for array in self[name].arrays.values())
+
+    # The asset that is filled
+
+    @property
+    def holds_tensors(self) -> bool:
+        """Whether there is a finished tensor."""
+        return bool(self.journal.entries.keys() - {_LAYOUT})
+
+    def laid_out_as(self, sha256: str) -> str | None:
+        """The folder in which weights are stored by the layout of that SHA-256; None where another was the last."""
+        entry = self.journal.entries.get(_LAYOUT, {})
+        return entry["folder"] if entry.get("sha256") == sha256 else None
+
+    def lay_out(self, sha256: str, folder: str) -> None:
+        """Note the SHA-256 of a layout, and the name of the folder in which weights are stored by it from now on."""
+        with _explained(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.journal.append({"name": _LAYOUT, "sha256": sha256, "folder": folder})
+
+    def files(self) -> frozenset[Path]:
+        """The files in which tensors are stored."""
+        return frozenset[Path]().union(*map(self._paths_of, self.journal.entries))
+
+    def moved(self, folder: Path, destination: Path) -> None:
+        """What was stored in a folder is in another now, and will not change any more."""
+        with _explained(self.directory):
+            entries = {name: self._moved(entry, folder, destination) for name, entry in self.journal.entries.items()}
+            entries.pop(_LAYOUT, None)
+            self.journal.replace(entries)
+
+    @staticmethod
+    def _moved(entry: dict[str, Any], folder: Path, destination: Path) -> dict[str, Any]:
+        files = dict(entry.get("files", {}))
+        for kind, file in files.items():
+            if (path := Path(file["path"])).is_relative_to(folder):
+                there = destination / path.relative_to(folder)
+                status = there.stat()
+                stamp = [status.st_size, status.st_mtime_ns]
+                files[kind] = {**file, "path": str(there), "stamp": stamp}
+        return {**entry, "files": files} if files else entry
+
+
+def _stamp_of(recorded: list[int] | None) -> tuple[int, int] | None:
+    return None if recorded is None else (recorded[0], recorded[1])
 
 
 @define
@@ -725,8 +785,9 @@ class _Work:
 
     store: WeightStore
     checkpoint: Checkpoint
+    places: Places
     progress: Progress
-    full: bool
+    placed: Placed
     computed: int = 0
     bytes_written: int = 0
     repaired: list[str] = field(factory=list)
@@ -737,7 +798,7 @@ class _Work:
         with ExitStack() as stack:
             if isinstance(arriving, Generator):
                 stack.enter_context(closing(arriving))
-            committer = stack.enter_context(_Committer(self.store.directory, self.store.journal))
+            committer = stack.enter_context(_Committer(self.store, self.placed))
             for tensors in arriving:
                 self._compute(tensors, committer, eviction)
                 committer.settle()
@@ -745,7 +806,8 @@ class _Work:
 
     def _compute(self, tensors: Sequence[PlannedTensor], committer: _Committer, eviction: _Eviction) -> None:
         """Compute those of the tensors that are not current, chunk by chunk and without a pause between them."""
-        chunks = (chunk for planned in tensors if not self._is_current(planned) for chunk in chunks_of(planned))
+        missing = (planned for planned in tensors if not self._is_in_place(planned, committer))
+        chunks = (chunk for planned in missing for chunk in chunks_of(planned))
         results = run_in_order(partial(convert_chunk, self.checkpoint, chunk) for chunk in chunks)
         with closing(results):
             for result in results:
@@ -755,21 +817,44 @@ class _Work:
     def _write_tensor(self, first: Result, results: Iterator[Result], committer: _Committer) -> None:
         """Write the tensor that begins with `first` and hand it to the committer."""
         planned = first.chunk.planned
-        writer = _TensorWriter.open(self.store.directory, planned)
-        try:
+        self.store.journal.forget(planned.name)
+        with self._writer(planned) as writer:
             digest = hashlib.sha256()
             for result in chain([first], results):
                 digest.update(result.source)
                 self.progress(planned, self._write_chunk(result, writer))
                 if result.chunk.last:
                     break
-            entry = self._entry(planned, digest.hexdigest(), writer.finish())
-            committer.submit(_Computed(writer, entry))
-        except BaseException:
-            writer.discard()
-            raise
+            writer.finish()
+            committer.submit(_Written(writer, self._entry(planned, digest.hexdigest(), writer)))
         self.computed += 1
-        self.bytes_written += writer.bytes
+        self.bytes_written += writer.format.bytes
+
+    def place_in_file(self, planned: PlannedTensor) -> int:
+        """Where the first of a tensor's arrays is to be in its file."""
+        return min(place.offset for place in self._places_of(planned).values())
+
+    def _places_of(self, planned: PlannedTensor) -> dict[ArrayKind, Place]:
+        """Where a tensor's arrays are to be.
+
+        Raises:
+            BadInput: when its name is no file name.
+        """
+        if not _SAFE_NAME.fullmatch(planned.name):
+            raise BadInput(f"The parameter name {planned.name!r} cannot be a file name.", "Rename it in the overlay.")
+        own = {kind: Place(self.store.directory / f"{planned.name}.{kind}") for kind in planned.format.arrays}
+        names = planned.format.state_names(planned.name)
+        return {kind: self.places.get(names[kind], place) for kind, place in own.items()}
+
+    @contextmanager
+    def _writer(self, planned: PlannedTensor) -> Iterator[_TensorWriter]:
+        """What writes a tensor, which the committer closes unless the block fails."""
+        writer = _TensorWriter(planned.format, self._places_of(planned))
+        try:
+            yield writer
+        except BaseException:
+            writer.close()
+            raise
 
     @staticmethod
     def _write_chunk(result: Result, writer: _TensorWriter) -> int:
@@ -782,7 +867,7 @@ class _Work:
         writer.write_quantized(result.quantized, spec)
         return result.quantized.codes.numel() * (8 // spec.bits)
 
-    def _entry(self, planned: PlannedTensor, source_digest: str, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _entry(self, planned: PlannedTensor, source_digest: str, writer: _TensorWriter) -> dict[str, Any]:
         return {
             "name": planned.name,
             "fingerprint": _fingerprint(planned, self.checkpoint),
@@ -793,22 +878,43 @@ class _Work:
             "dtype": planned.dtype,
             "quantization": asdict(planned.quantization) if planned.quantization else None,
             "read_transposed": planned.read_transposed,
-            "files": files,
+            "files": self._files(writer.stored),
         }
+
+    def _files(self, stored: Mapping[str, StoredArray]) -> dict[str, dict[str, Any]]:
+        """Arrays as the journal has them; a path in the store's own directory is relative to that."""
+        found = {}
+        for kind, array in stored.items():
+            path = array.place.path
+            path = path.relative_to(self.store.directory) if path.parent == self.store.directory else path.absolute()
+            found[kind] = {"path": str(path), "offset": array.place.offset, "bytes": array.bytes, "stamp": None}
+        return found
+
+    def _is_in_place(self, planned: PlannedTensor, committer: _Committer) -> bool:
+        """Whether a tensor need not be computed: it is where it is to be, or it was copied there."""
+        if not self._is_current(planned):
+            return False
+        entry, stored = self.store.journal.entries[planned.name], self.store[planned.name]
+        if {kind: array.place for kind, array in stored.arrays.items()} == self._places_of(planned):
+            self.placed(stored.arrays.values())
+        else:
+            with self._writer(planned) as writer:
+                writer.copy(stored.arrays)
+                committer.submit(_Written(writer, {**entry, "files": self._files(writer.stored)}))
+        self.progress(planned, planned.parameters)
+        return True
 
     def _is_current(self, planned: PlannedTensor) -> bool:
         """Whether the store holds what computing `planned` would give."""
-        entry = self.store.journal.entries.get(planned.name)
-        if entry is None or entry.get("fingerprint") != _fingerprint(planned, self.checkpoint):
+        entry = self.store.entry_of(planned, self.checkpoint)
+        if entry is None:
             return False
-        if not self.store.intact(planned.name) or (self.full and self.store.damaged(planned.name)):
+        if not self.store.intact(planned.name):
             self.repaired.append(planned.name)
             return False
         stamps = _stamps(planned, self.checkpoint)
-        known = entry["stamps"] == stamps and not self.full
-        if not known and entry["source_digest"] != _hash_sources(planned, self.checkpoint):
+        if entry["stamps"] != stamps and entry["source_digest"] != _hash_sources(planned, self.checkpoint):
             return False
         if entry["stamps"] != stamps or entry["role"] != planned.role:
             self.store.journal.append({**entry, "stamps": stamps, "role": planned.role})
-        self.progress(planned, planned.parameters)
         return True

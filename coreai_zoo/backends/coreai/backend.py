@@ -30,11 +30,12 @@ from attrs import frozen
 from coreai_zoo import interruption
 from coreai_zoo.backend import Check
 from coreai_zoo.backends.coreai.bytecode import Bytecode
-from coreai_zoo.backends.native import exit_explained, output_captured, write_explained
+from coreai_zoo.backends.native import exit_explained, output_captured
 from coreai_zoo.backends.versions import checked_versions
 from coreai_zoo.dates import source_date_epoch
-from coreai_zoo.digest import file_sha256, write_hashed
+from coreai_zoo.digest import file_sha256
 from coreai_zoo.errors import CheckFailed
+from coreai_zoo.layout import Layout
 from coreai_zoo.program import Program
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import Signature, TraceSpec
@@ -44,13 +45,16 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-    from coreai_zoo.backend import Constant
+    from coreai_zoo.backend import Constant, Values
     from coreai_zoo.backends.coreai.holes import Holes
     from coreai_zoo.backends.coreai.lowering import State
     from coreai_zoo.lowering.folding import Foldable
     from coreai_zoo.lowering.repetition import Repetition
 
 _log = logging.getLogger(__name__)
+
+_PROGRAM, _HASH, _METADATA = "main.mlirb", "main.hash", "metadata.json"
+"""The files of an asset."""
 
 _REQUIRED = MappingProxyType({"coreai-core": "1.0.0b3", "coreai-torch": "0.4.3"})
 
@@ -212,20 +216,22 @@ class CoreAITraced:
 
     functions: Mapping[str, TracedFunction]
 
-    def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
-        """See `Traced.save`."""
+    def lay_out(self, constants: Mapping[str, Constant], values: Values) -> Layout:
+        """See `Traced.lay_out`: values are asked for of what the compiler can compute with."""
         from coreai_zoo.backends.coreai.holes import Holes
 
-        destination.mkdir(parents=True)
-        with write_explained(destination), _toolchain():
+        with _toolchain():
             whole = self._whole(constants)
             read = {name: constant for each in whole for name, constant in each.weights_read.items()}
             computed_with = frozenset[str]().union(*(each.foldable.weights for each in whole))
-            holes = Holes.of(read, computed_with, destination)
-            _save(_lowered(whole, holes.given), holes, destination)
+            known = {id(read[name]): constant for name, constant in values(computed_with).items()}
+            holes = Holes.of({name: each for name, each in read.items() if id(each) not in known})
+            program = _lowered(whole, lambda each: known.get(id(each)) or holes.given(each))
+            return _layout(program, holes)
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
         """See `Traced.lowered`. One trace serves every recipe: integers and scales are lowered to the weight traced."""
+        from coreai_zoo.backends.coreai.holes import Holes
         from coreai_zoo.backends.coreai.program import read_program
 
         with _toolchain():
@@ -233,7 +239,7 @@ class CoreAITraced:
             named = {
                 name: each for function in whole for given in function.state.values() for name, each in given.items()
             }
-            return read_program(_lowered(whole), named, constants.keys())
+            return read_program(_lowered(whole, Holes.of(constants).given), named, constants.keys())
 
     def lower(self, constants: Mapping[str, Constant]) -> Any:
         """The `AIProgram` of all functions, with all their layers."""
@@ -478,34 +484,33 @@ def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# Laying out
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _save(program: Any, holes: Holes, destination: Path) -> None:
-    """Write the asset as `AIProgram.save_asset` does, but without its time of day, and with the holes filled."""
+def _layout(program: Any, holes: Holes) -> Layout:
+    """What `AIProgram.save_asset` writes, but without its time of day, and with room for the weights."""
     from coreai.authoring.asset import _COREAI_PRODUCER
     from coreai.runtime import _AIModelAsset
-
-    asset = _AIModelAsset._create(path=str(destination), metadata=None)
-    bytecode = Path(asset._program_bytecode_path)
-    with tempfile.TemporaryDirectory(dir=destination) as folder:
-        with_holes = Path(folder) / bytecode.name
-        with interruption.deferred():
-            _take_signals_back()
-            with exit_explained(destination):
-                program._save_bytecode(str(with_holes))
-        digest = write_hashed(bytecode, holes.filled(Bytecode.open(with_holes)))
 
     def stamp(fields: Any) -> None:
         fields.creation_date = float(source_date_epoch())
         fields._producer = _COREAI_PRODUCER
 
-    asset.update_metadata(updates=stamp)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "with-holes.aimodel"
+        path.mkdir()
+        asset = _AIModelAsset._create(path=str(path), metadata=None)
+        with interruption.deferred():
+            _take_signals_back()
+            with exit_explained(Path(folder)):
+                program._save_bytecode(str(asset._program_bytecode_path))
+        asset.update_metadata(updates=stamp)
+        pieces = holes.laid_out(Bytecode.open(path / _PROGRAM))
+        fields = json.loads((path / _METADATA).read_text(encoding="utf-8"))
     # The runtime writes the keys in an order that differs from process to process.
-    fields = destination / "metadata.json"
-    fields.write_text(json.dumps(json.loads(fields.read_text()), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    Path(asset._program_hash_path).write_bytes(bytes.fromhex(digest))
+    described = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    return Layout(_PROGRAM, pieces, holes.sizes, {_METADATA: described.encode()}, checksum=_HASH)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,9 +540,9 @@ def _without_weights(asset: Path) -> Iterator[Any]:
         bare = Path(folder) / asset.name
         bare.mkdir()
         bytecode = _bytecode(asset).without_blobs()
-        (bare / "main.mlirb").write_bytes(bytecode)
-        (bare / "main.hash").write_bytes(hashlib.sha256(bytecode).digest())
-        shutil.copyfile(asset / "metadata.json", bare / "metadata.json")
+        (bare / _PROGRAM).write_bytes(bytecode)
+        (bare / _HASH).write_bytes(hashlib.sha256(bytecode).digest())
+        shutil.copyfile(asset / _METADATA, bare / _METADATA)
         with _toolchain(), output_captured():
             yield AIModelAsset.load(str(bare))
 
@@ -622,8 +627,8 @@ def _require_intact(asset: Path) -> str:
         OSError: when a file is missing.
         RuntimeError: when the bytecode is not what was written.
     """
-    digest = file_sha256(asset / "main.mlirb")
-    if bytes.fromhex(digest) != (asset / "main.hash").read_bytes():
+    digest = file_sha256(asset / _PROGRAM)
+    if bytes.fromhex(digest) != (asset / _HASH).read_bytes():
         raise RuntimeError("main.mlirb is not what main.hash says")
     return digest
 
@@ -631,7 +636,7 @@ def _require_intact(asset: Path) -> str:
 def _bytecode(asset: Path) -> Bytecode:
     """The bytecode of an asset, mapped, if it is what was written; raises as `_require_intact` does, and ValueError."""
     _require_intact(asset)
-    return Bytecode.open(asset / "main.mlirb")
+    return Bytecode.open(asset / _PROGRAM)
 
 
 class CoreAIStepper:

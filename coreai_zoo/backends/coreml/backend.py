@@ -15,11 +15,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
-from coreai_zoo.backends.native import write_explained
 from coreai_zoo.backends.versions import checked_versions
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
+from coreai_zoo.layout import Layout
 from coreai_zoo.machine import available_memory, physical_memory
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.recipes import QuantizationSpec
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from coreai_zoo.backend import Constant
+    from coreai_zoo.backend import Constant, Values
     from coreai_zoo.backends.coreml.lowering import Converted
     from coreai_zoo.backends.coreml.package import Package
     from coreai_zoo.backends.coreml.reference import Interpreter
@@ -199,7 +199,7 @@ def _state_problems(state: StateSpec) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# Laying out
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -209,18 +209,23 @@ class CoreMLTraced:
 
     converted: Converted
 
-    def save(self, constants: Mapping[str, Constant], destination: Path) -> None:
-        """See `Traced.save`."""
-        from coreai_zoo.backends.coreml.lowering import save
+    def lay_out(self, constants: Mapping[str, Constant], values: Values) -> Layout:
+        """See `Traced.lay_out`: values are asked for of what is too small for the file of the weights."""
+        from coreai_zoo.backends.coreml.lowering import lay_out
 
-        with write_explained(destination, sum(memoryview(constant.data).nbytes for constant in constants.values())):
-            save(self.converted, constants, destination)
+        return lay_out(self.converted, constants, values)
 
     def lowered(self, constants: Mapping[str, Constant]) -> Program:
         """See `Traced.lowered`."""
+        import numpy as np
+
+        def zeros(names: Collection[str]) -> Mapping[str, Constant]:
+            found = {name: constants[name] for name in names}
+            return {name: evolve(each, data=np.zeros(each.shape, each.dtype)) for name, each in found.items()}
+
         with tempfile.TemporaryDirectory() as folder:
-            self.save(constants, Path(folder) / "package")
-            with _opened(Path(folder) / "package") as package:
+            self.lay_out(constants, zeros).write(Path(folder), reserve=False)
+            with _opened(Path(folder)) as package:
                 return _program(package)
 
 

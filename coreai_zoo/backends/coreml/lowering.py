@@ -1,7 +1,6 @@
 """From a decoder to an ML Program, with coremltools' converter and exporter.
 
-The converter sees a traced program whose weights are placeholders. The exporter fetches the weights from the store when
-it writes them.
+The converter sees a traced program whose weights are placeholders, and the exporter says where they are to stand.
 
 Precision is the program's own: what the decoder computes in float32 stays float32, the rest is float16. coremltools'
 pass that would make everything float16 is left out, because RMSNorm and the delta rule overflow in it unnoticed.
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from coreai_zoo import interruption
-from coreai_zoo.backend import Constant
-from coreai_zoo.backends.coreml.package import NAMES, WEIGHT_FILE, WEIGHTS, quietly, write_specification
+from coreai_zoo.backend import Constant, Values
+from coreai_zoo.backends.coreml.package import NAMES, WEIGHT_FILE, WeightFile, quietly, specification
 from coreai_zoo.errors import PluginError, listing
+from coreai_zoo.layout import Layout
 from coreai_zoo.lowering import mistakes
 from coreai_zoo.lowering.trace import example_inputs, require_contract
 from coreai_zoo.lowering.transposed import stacks_read_transposed
@@ -40,7 +40,6 @@ with quietly():  # what it says of versions, see `version_warnings`
     from coremltools.converters.mil.backend.mil.load import (
         CoreMLProtoExporter,
         MILProtoExporter,
-        should_use_weight_file,
     )
     from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813  # coremltools' own name for it
@@ -56,6 +55,9 @@ _SKIPPED_PASSES = {
     "common::reduce_transposes",
 }
 _TO_HALF = "common::add_fp16_cast"
+
+_FEWEST_IN_FILE = 10
+"""The fewest elements of a constant that is in the file of the weights, as coremltools has it."""
 
 
 def version_warnings() -> tuple[str, ...]:
@@ -318,65 +320,57 @@ def _misquantized(converted: Converted, operations: Sequence[Any], parameters: M
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# Laying out
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class _Exporter(MILProtoExporter):  # type: ignore[misc]  # coremltools ships no types
-    """coremltools' exporter, which takes weights from the store, one mapped tensor at a time."""
+    """coremltools' exporter, which lays the file of the weights out and writes none."""
 
-    def __init__(self, converted: Converted, constants: Mapping[str, Constant], folder: Path) -> None:
-        super().__init__(converted.program, str(folder), TARGET)
-        self._weights = {name: constants[path] for name, path in converted.names.items() if path in constants}
-        self._offsets: dict[int, int] = {}  # by identity of what is written: parameters may share it
+    def __init__(self, converted: Converted, constants: Mapping[str, Constant], known: Mapping[str, Constant]) -> None:
+        super().__init__(converted.program, "", TARGET)
+        self.file = WeightFile()
+        self._weights = {constant: path for constant, path in converted.names.items() if path in constants}
+        self._constants, self._known = constants, known
+        self._offsets: dict[int, int] = {}  # by identity of what is stored: parameters may share it
 
     def get_milproto_value(self, var: Any) -> Any:
-        """The value of a constant: from the store for a weight, from the program for any other."""
-        weight = self._weights.get(var.name)
-        if weight is None:
+        """The value of a constant: from the program, or, of a weight, where it is to stand."""
+        path = self._weights.get(var.name)
+        if path is None:
             return super().get_milproto_value(var)
-        data = np.asarray(weight.data).reshape(weight.shape)
-        if not should_use_weight_file(data, TARGET):
-            return helper.create_tensor_value(data)
+        weight = self._constants[path]
+        if path in self._known:
+            return helper.create_tensor_value(np.asarray(self._known[path].data).reshape(weight.shape))
+        if id(weight) not in self._offsets:
+            self._offsets[id(weight)] = self.file.add_room(path, weight)
         return helper.create_file_value_tensor(
             file_name=f"@model_path/weights/{Path(WEIGHT_FILE).name}",
-            offset=self._offset(weight, var.op, data),
-            dim=data.shape,
+            offset=self._offsets[id(weight)],
+            dim=weight.shape,
             data_type=helper.types_to_proto_primitive(var.sym_type.get_primitive()),
         )
 
-    def _offset(self, weight: Constant, constant: Any, data: np.ndarray[Any, Any]) -> int:
-        if id(weight) not in self._offsets:
-            self._offsets[id(weight)] = self._write(constant, data.reshape(-1))
-        return self._offsets[id(weight)]
-
-    def _write(self, constant: Any, data: np.ndarray[Any, Any]) -> int:
-        """Append the values of `constant` to the weights; returns the offset of their description."""
-        writer = self.get_blob_writer(self.get_weight_path(constant))
-        match str(data.dtype):
-            case "float16":
-                return int(writer.write_fp16_data(data.view(np.uint16)))
-            case "float32":
-                return int(writer.write_float_data(data))
-            case "int8":
-                return int(writer.write_int8_data(data))
-        raise PluginError(f"A weight is {data.dtype}, which the Core ML backend does not store.")
+    def get_blob_writer(self, weight_path: str) -> WeightFile:  # noqa: ARG002  # there is one
+        """What coremltools hands the values to that are the program's own."""
+        return self.file
 
 
-def save(converted: Converted, constants: Mapping[str, Constant], destination: Path) -> None:
-    """Write the package.
+def lay_out(converted: Converted, constants: Mapping[str, Constant], values: Values) -> Layout:
+    """The files of the package.
 
     Args:
-        converted: the program, which can be written again.
-        constants: the stored bytes by the names that they have in the state of the decoder.
-        destination: path of the package, which does not exist yet.
+        converted: the program, which can be laid out again.
+        constants: the stored state of the decoder by name.
+        values: is asked for what is so small that it stands in the program itself.
     """
-    weights = destination / "Data" / WEIGHTS
-    weights.mkdir(parents=True)
+    names = [name for name in converted.names.values() if name in constants]
+    small = [name for name in names if math.prod(constants[name].shape) < _FEWEST_IN_FILE]
     with quietly():
-        exported = _Exporter(converted, constants, weights).export()
+        exporter = _Exporter(converted, constants, values(small))
         model = CoreMLProtoExporter(
-            converted.program, exported, None, None, None, "mlprogram", "pytorch", TARGET
+            converted.program, exporter.export(), None, None, None, "mlprogram", "pytorch", TARGET
         ).export(TARGET)
     model.description.metadata.userDefined[NAMES] = json.dumps(converted.stored_names, sort_keys=True)
-    write_specification(destination, model)
+    weights = exporter.file
+    return Layout(f"Data/{WEIGHT_FILE}", weights.pieces, weights.sizes, specification(model))

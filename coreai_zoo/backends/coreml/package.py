@@ -20,14 +20,17 @@ import mmap
 import struct
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import define, frozen
+from attrs import define, field, frozen
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from coreai_zoo.backend import Constant
+from coreai_zoo.errors import PluginError
 
 
 @contextlib.contextmanager
@@ -59,8 +62,13 @@ NAMES = "coreai_zoo.constants"
 """Key of the model's user-defined metadata. Its value is a JSON object: the state of the decoder that each constant or
 unpacked weight holds; of a quantized weight, the state of its integers."""
 
-# MILBlob's StorageFormat.hpp: sentinel, data type, size in bytes, offset of the data.
+# MILBlob's StorageFormat.hpp. The file begins with the number of its tensors and a version. A tensor is described by
+# sentinel, data type, size in bytes and offset of the data. All are aligned, and what comes last is not padded.
+_HEAD, _STORAGE_VERSION = struct.Struct("<II"), 2
 _BLOB, _SENTINEL = struct.Struct("<IIQQ"), 0xDEADBEEF
+_ALIGNMENT = 64
+_STORED = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int16": 6, "uint16": 7, "int32": 14, "uint32": 15}
+"""MILBlob's data types by numpy's names: BlobDataType.hpp."""
 
 _DTYPES: Mapping[int, str] = {
     MIL_pb2.BOOL: "bool",
@@ -223,9 +231,66 @@ class Package:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def write_specification(path: Path, model: Any) -> None:
-    """Complete a package in whose weights folder the weights are already."""
-    (path / "Data" / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+@define
+class WeightFile:
+    """The file of the weights as it is laid out, in place of coremltools' `BlobWriter`, which writes what is there.
+
+    Attributes:
+        pieces: see `Layout`: what is known, and names of weights.
+        sizes: bytes of each weight, by name.
+    """
+
+    sizes: dict[str, int] = field(factory=dict)
+    _blobs: list[bytes | str] = field(factory=list)
+    _end: int = _ALIGNMENT
+    _count: int = 0
+
+    @property
+    def pieces(self) -> tuple[bytes | str, ...]:
+        """See `Layout`: what is known, and names of weights."""
+        head = _HEAD.pack(self._count, _STORAGE_VERSION)
+        return (head.ljust(_ALIGNMENT, b"\0"), *self._blobs)
+
+    def add_room(self, name: str, weight: Constant) -> int:
+        """Leave room for a weight; where its description is.
+
+        Raises:
+            PluginError: when it has a dtype that is not stored.
+        """
+        if weight.dtype not in _STORED:
+            raise PluginError(f"A weight is {weight.dtype}, which the Core ML backend does not store.")
+        self.sizes[name] = weight.bytes
+        return self._add(_STORED[weight.dtype], name, weight.bytes)
+
+    def _add(self, kind: int, content: bytes | str, size: int) -> int:
+        place = -(-self._end // _ALIGNMENT) * _ALIGNMENT
+        start = place + _ALIGNMENT
+        head = _BLOB.pack(_SENTINEL, kind, size, start).ljust(_ALIGNMENT, b"\0")
+        self._blobs += [bytes(place - self._end) + head, content]
+        self._end = start + size
+        self._count += 1
+        return place
+
+    # What coremltools calls for the constants of a program.
+
+    def write_fp16_data(self, values: np.ndarray[Any, Any]) -> int:
+        """Add float16 values, seen as uint16."""
+        return self._add(_STORED["float16"], values.tobytes(), values.nbytes)
+
+    def write_float_data(self, values: np.ndarray[Any, Any]) -> int:
+        """Add float32 values."""
+        return self._add(_STORED["float32"], values.tobytes(), values.nbytes)
+
+    def __getattr__(self, name: str) -> Callable[[np.ndarray[Any, Any]], int]:
+        """`write_int8_data` and the like: the method that adds values of a dtype."""
+        dtype = name.removeprefix("write_").removesuffix("_data")
+        if name != f"write_{dtype}_data" or dtype not in _STORED:
+            raise AttributeError(name)
+        return lambda values: self._add(_STORED[dtype], values.tobytes(), values.nbytes)
+
+
+def specification(model: Any) -> dict[str, bytes]:
+    """The files of a package beside that of its weights, by path."""
     entries = {
         str(uuid.uuid5(uuid.NAMESPACE_URL, item)).upper(): {
             "author": FOLDER,
@@ -238,4 +303,5 @@ def write_specification(path: Path, model: Any) -> None:
     (root, *_) = entries
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": root}
     # In the very form that coremltools gives it: opening a package rewrites its manifest.
-    (path / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+    return {f"Data/{MODEL}": model.SerializeToString(deterministic=True), "Manifest.json": text.encode()}

@@ -1,0 +1,240 @@
+"""The folders of a build: where an asset is laid out, what of it a later build can use, and what is left over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+from coreai_zoo.build.workspace import Workspace
+from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.errors import BadInput, EnvironmentLacks
+from coreai_zoo.layout import Layout
+from coreai_zoo.overlay import ParameterInfo, WeightMap, WeightRule
+from coreai_zoo.recipes import RECIPES
+from coreai_zoo.weights.plan import WeightPlan, plan_weights
+from coreai_zoo.weights.store import FillReport, Place, WeightStore
+from test_store import write
+
+NAMES = ("a", "b")
+ROWS = 1000
+BYTES = ROWS * 64 * 2
+LAYOUT = Layout("in/weights", (b"head", "a", b"-", "b", b"tail"), dict.fromkeys(NAMES, BYTES), {"meta": b"data"}, "sum")
+OTHER = attrs.evolve(LAYOUT, pieces=("b", b"other", "a"))
+
+
+@attrs.frozen
+class Builds:
+    """Builds of one checkpoint in one place."""
+
+    checkpoint: Checkpoint
+    workspace: Workspace
+
+    @property
+    def plan(self) -> WeightPlan:
+        rules = WeightMap(tuple(WeightRule(name, name, "mlp") for name in NAMES))
+        parameters = {name: ParameterInfo((ROWS, 64), "float16") for name in NAMES}
+        return plan_weights(rules, parameters, self.checkpoint.tensors, RECIPES["fp16"])
+
+    def run(self, layout: Layout, *, fail: BaseException | None = None, publish: bool = False) -> FillReport:
+        """Lay out, fill, fail or publish."""
+        with self.workspace.opened(force=True):
+            store = WeightStore(self.workspace.work)
+            bundle = self.workspace.lay_out(layout, "asset", store)
+            assert sorted(path.name for path in bundle.iterdir()) == ["asset"]
+            file = bundle / "asset" / layout.path
+            places = {name: Place(file, start) for name, start in layout.room.items()}
+            filled = store.fill(self.plan, self.checkpoint, places=places)
+            assert file.read_bytes() == self.expected(layout)
+            assert (bundle / "asset" / "meta").read_bytes() == b"data"
+            (bundle / "card").write_text("of a stage that comes later")
+            if fail is not None:
+                raise fail
+            if publish:
+                self.workspace.publish(bundle, store)
+        return filled
+
+    def interrupted(self, layout: Layout, error: BaseException | None = None) -> None:
+        error = error or KeyboardInterrupt()
+        with pytest.raises(type(error)):
+            self.run(layout, fail=error)
+
+    def expected(self, layout: Layout) -> bytes:
+        values = {name: self.checkpoint.read_rows(name, 0, ROWS).half().numpy().tobytes() for name in NAMES}
+        return b"".join(values[piece] if isinstance(piece, str) else piece for piece in layout.pieces)
+
+    @property
+    def folders(self) -> set[str]:
+        partial = self.workspace.partial
+        return {path.name for path in partial.iterdir()} if partial.is_dir() else set()
+
+    @property
+    def left_over(self) -> set[str]:
+        return {path.name for path in self.workspace.destination.parent.iterdir()}
+
+
+@pytest.fixture
+def builds(tmp_path: Path) -> Builds:
+    checkpoint = write(tmp_path / "checkpoint", {name: torch.randn(ROWS, 64) for name in NAMES})
+    return Builds(checkpoint, Workspace.of(tmp_path / "out", "toy", None, keep=False))
+
+
+def test_an_interrupted_build_goes_on_in_the_folder_that_it_has(builds: Builds) -> None:
+    builds.interrupted(LAYOUT)
+    before = builds.folders
+    builds.interrupted(LAYOUT, EnvironmentLacks("It lacks something."))
+    assert builds.folders == before and len(before) == 1
+    assert builds.run(LAYOUT, publish=True).computed == 0
+    assert builds.left_over == {"toy"}
+    assert (builds.workspace.destination / "asset" / "in/weights").read_bytes() == builds.expected(LAYOUT)
+
+
+def test_a_build_that_failed_for_good_leaves_nothing(builds: Builds) -> None:
+    builds.interrupted(LAYOUT)
+    builds.interrupted(LAYOUT, BadInput("It is wrong."))
+    assert builds.left_over == set()
+
+
+@pytest.mark.parametrize("options", [{"keep": True}, {"given": True}])
+def test_what_a_user_wants_to_keep_stays_after_a_failure(builds: Builds, options: dict[str, bool]) -> None:
+    builds = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, **options))
+    builds.interrupted(LAYOUT, BadInput("It is wrong."))
+    assert builds.run(LAYOUT).computed == 0
+
+
+def test_finished_weights_are_taken_along_into_another_layout(builds: Builds) -> None:
+    builds.interrupted(LAYOUT)
+    (first,) = builds.folders
+    builds.interrupted(OTHER)
+    assert first in builds.folders and len(builds.folders) == 2, "until the next build nothing is sure of the copy"
+    assert builds.run(OTHER).computed == 0
+    assert first not in builds.folders
+    assert builds.run(LAYOUT, publish=True).computed == 0
+    assert builds.left_over == {"toy"}
+
+
+def test_a_file_that_was_cut_off_or_replaced_is_laid_out_anew(builds: Builds) -> None:
+    builds.interrupted(LAYOUT)
+    (file,) = builds.workspace.partial.rglob("weights")
+    os.truncate(file, LAYOUT.size - 10)
+    assert builds.run(LAYOUT).computed == 1, "the one whose bytes are still there is taken along"
+    shutil.rmtree(builds.workspace.partial)
+    assert builds.run(LAYOUT).computed == 2
+
+
+def test_what_another_journal_says_nothing_of_is_not_trusted(builds: Builds, tmp_path: Path) -> None:
+    """Two work folders in turns, one output: the layout is the same, the values are not."""
+    elsewhere = write(tmp_path / "another", {name: torch.randn(ROWS, 64) for name in NAMES})
+    other = Builds(elsewhere, Workspace.of(tmp_path / "out", "toy", tmp_path / "work", keep=False))
+    for _ in range(2):
+        builds.interrupted(LAYOUT)
+        (mine,) = builds.folders
+        other.interrupted(LAYOUT)
+        assert other.folders != {mine} and len(other.folders) == 1
+
+
+def test_a_kept_journal_finds_the_weights_in_the_bundle(builds: Builds) -> None:
+    keeping = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=True))
+    assert keeping.run(LAYOUT, publish=True).computed == 2
+    work = keeping.workspace.work
+    assert [path.name for path in work.iterdir()] == ["journal.jsonl"], "it takes no room"
+    assert keeping.run(OTHER, publish=True).computed == 0
+    assert (keeping.workspace.destination / "asset" / "in/weights").read_bytes() == builds.expected(OTHER)
+    # Somebody else's bundle of the same length takes its place.
+    (keeping.workspace.destination / "asset" / "in/weights").write_bytes(bytes(OTHER.size))
+    assert keeping.run(OTHER, publish=True).computed == 2
+
+
+def test_folders_that_were_moved_or_are_reached_by_another_path_are_the_same(builds: Builds, tmp_path: Path) -> None:
+    builds.interrupted(LAYOUT)
+    before = builds.folders
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "out").symlink_to(tmp_path / "moved")
+    builds.interrupted(LAYOUT)
+    assert builds.folders == before
+    (tmp_path / "out").unlink()
+    there = attrs.evolve(builds, workspace=Workspace.of(tmp_path / "moved", "toy", None, keep=False))
+    there.interrupted(LAYOUT)
+    assert there.folders == before
+
+
+def test_weights_are_taken_from_one_output_to_another(builds: Builds, tmp_path: Path) -> None:
+    one, other = (
+        attrs.evolve(builds, workspace=Workspace.of(tmp_path / name, "toy", tmp_path / "work", keep=False))
+        for name in ("one", "other")
+    )
+    one.interrupted(LAYOUT)
+    assert other.run(LAYOUT, publish=True).computed == 0
+    assert other.left_over == {"toy"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for an asset and a half."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={3 * BYTES}", "tmpfs", mount]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+def test_an_earlier_layout_makes_room_where_there_is_none_for_both(builds: Builds, small_disk: Path) -> None:
+    there = attrs.evolve(builds, workspace=Workspace.of(small_disk, "toy", None, keep=False))
+    there.interrupted(LAYOUT)
+    assert there.run(OTHER, publish=True).computed == 2
+    assert there.left_over == {"toy"}
+
+
+def test_room_is_taken_before_a_weight_is_computed(builds: Builds, small_disk: Path) -> None:
+    there = attrs.evolve(builds, workspace=Workspace.of(small_disk, "toy", None, keep=False))
+    large = attrs.evolve(LAYOUT, sizes={"a": BYTES, "b": 3 * BYTES})
+    with pytest.raises(EnvironmentLacks, match="There is no space left"):
+        there.run(large)
+    assert there.left_over == set()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("replaces", [False, True])
+@pytest.mark.parametrize("renames", range(4))
+def test_a_build_that_is_killed_while_it_publishes_is_finished_or_undone(
+    builds: Builds, monkeypatch: pytest.MonkeyPatch, renames: int, replaces: bool, keep: bool
+) -> None:
+    """At each of its renames; a kill leaves everything as it is, so what happens after one is left out here."""
+    if replaces:
+        builds.run(OTHER, publish=True)
+    builds = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=keep))
+    builds.interrupted(LAYOUT)
+    child = os.fork()  # which computes nothing
+    if not child:
+        left, genuine = [renames], os.rename
+
+        def rename(source: Path, target: Path) -> None:
+            if not left[0]:
+                os._exit(9)
+            left[0] -= 1
+            genuine(source, target)
+
+        monkeypatch.setattr(os, "rename", rename)
+        builds.run(LAYOUT, publish=True)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    total = 1 + replaces + (not keep)
+    assert status == (9 if renames < total else 0)
+    builds.workspace.tidy()
+
+    destination = builds.workspace.destination
+    assert destination.exists() == (replaces or renames >= total)
+    if renames < total:
+        if replaces:
+            assert (destination / "asset" / "in/weights").read_bytes() == builds.expected(OTHER)
+        assert builds.run(LAYOUT, publish=True).computed == 0, "all weights were finished"
+    assert (destination / "asset" / "in/weights").read_bytes() == builds.expected(LAYOUT)
+    assert builds.left_over == {"toy", *([".zoo-work"] if keep else [])}
