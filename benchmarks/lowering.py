@@ -2,7 +2,7 @@
 
     python benchmarks/lowering.py qwen3.6-27b [--contract chunked] [--every-layer]
 
-Constants are handed over as untouched memory: the compiler looks at none of the large ones.
+Lowered is what a build lays out: with room for every weight, none being there.
 Prints a JSON line: seconds of wall time, and of CPU time for both. `--every-layer` traces all layers instead of the
 first few, to compare with. measure.py tells the memory.
 """
@@ -15,28 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 from attrs import evolve
 from synthetic_checkpoint import write_checkpoint
 
-from coreai_zoo.backend import Constant
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
-from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry
-from coreai_zoo.lowering.module import allocate, state_of
+from coreai_zoo.lowering.module import allocate, planned_constants
 from coreai_zoo.plugins import default_plugins
-
-
-def untouched(resolved: Design) -> dict[str, Constant]:
-    """Constants of the right shapes in memory that costs nothing until somebody touches it."""
-    constants = {}
-    decoder = resolved.modules[resolved.decode]
-    for name, (shape, dtype) in state_of(decoder, resolved.weights).items():
-        array = np.zeros(shape, dtype)
-        array.flat[0] = len(constants) % 100 + 1  # the compiler would merge equal ones
-        constants[name] = Constant(array, shape, dtype)
-    return {name: constant for name, constant in constants.items() if name not in dict(decoder.named_buffers())}
 
 
 def main() -> None:
@@ -56,14 +43,13 @@ def main() -> None:
         write_checkpoint(config, entry.sample_directory(), "sparse", checkpoint, plugins)
         asked = {"contract": arguments.contract, "layers": arguments.layers}
         resolved = design(BuildRequest(entry.name, checkpoint, custom=True, **asked), plugins)
-    constants = untouched(resolved)
     for module in resolved.modules.values():
         allocate(module, {each.name: evolve(each.format, quantization=None) for each in resolved.weights.tensors})
     backend = CoreAIBackend(every_layer=arguments.every_layer)
     started, cpu = time.monotonic(), time.process_time()
     traced = backend.trace(resolved.modules, resolved.signatures)
     done = time.monotonic()
-    traced.lower(constants)
+    traced.lay_out(planned_constants(resolved.weights), lambda _: {})
     lowered = time.monotonic()
     answer = {"trace": done - started, "lower": lowered - done, "both": lowered - started}
     answer["cpu"] = time.process_time() - cpu

@@ -51,7 +51,7 @@ def build(hub: Hub, output: Path, *more: str) -> dict[str, Any]:
 def row(name: str, result: dict[str, Any]) -> list[str]:
     """A line of the table."""
     told = result["output"]["preflight"]
-    sizes = (told["fetched"], told["fetched_at_once"], told["scratch"], told["written"], result["peak_disk_bytes"])
+    sizes = (told["fetched"], told["fetched_at_once"], told["written"], result["peak_disk_bytes"])
     return [name, *(f"{count / 1e9:.2f}" for count in sizes), f"{result['seconds']:.0f}"]
 
 
@@ -81,7 +81,7 @@ def main() -> None:
         assert records[0] == records[1], "both are the same bundle: the record has the hash of each file"
         files = len(json.loads((made / "model.safetensors.index.json").read_text())["weight_map"].values())
         print(f"{len(list(made.glob('*.safetensors')))} files, {files} tensors; GB\n")
-        heads = ["", "fetched", "kept of it at a time", "scratch", "bundle", "measured peak of disk", "seconds"]
+        heads = ["", "fetched", "kept of it at a time", "bundle", "measured peak of disk", "seconds"]
         print(table([heads, *rows]))
 
 

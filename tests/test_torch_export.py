@@ -90,3 +90,11 @@ def test_operations_know_their_lines_unless_it_is_said_otherwise() -> None:
     with torch_export.without_lines():
         assert not any(lines())
     assert all(lines())
+
+
+def test_graphs_are_written_as_python_again_after_the_block_in_which_they_are_not() -> None:
+    graph = torch.fx.Graph()
+    graph.output(graph.placeholder("x"))
+    with torch_export.without_code():
+        assert not hasattr(torch.fx.GraphModule(nn.Module(), graph), "_code")
+    assert torch.fx.GraphModule(nn.Module(), graph)(7) == 7

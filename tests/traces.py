@@ -6,9 +6,10 @@ import collections
 import functools
 import hashlib
 import importlib
+import os
 import pkgutil
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -19,12 +20,15 @@ import coreai_zoo.backends.coreai
 import coreai_zoo.lowering
 import coreai_zoo_overlays
 from coreai_zoo import composites
+from coreai_zoo.backend import Constant, Values
 from coreai_zoo.backends.coreai.backend import CoreAIBackend, CoreAIStepper, CoreAITraced
 from coreai_zoo.contracts import TraceSpec
+from coreai_zoo.layout import Layout
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _KEPT = 12  # a trace is some hundred thousand objects
 _traced: collections.OrderedDict[object, CoreAITraced] = collections.OrderedDict()
+_layouts: collections.OrderedDict[object, tuple[CoreAITraced, Layout]] = collections.OrderedDict()
 
 # What a trace comes of. Whoever replaces a function of these, as a mutant does, gets a trace of his own.
 _SOURCES = (coreai_zoo_overlays, coreai_zoo.lowering, coreai_zoo.backends.coreai)
@@ -32,17 +36,18 @@ _RUNS = CoreAIStepper  # but not of what runs the asset that is made of it: test
 
 
 def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the Core AI backend give the trace that it made of the same decoders before.
+    """Have the Core AI backend give the trace that it made of the same decoders before, and the layout of that.
 
-    A trace has no weights: `Traced.save` takes them, by name. What it depends on is all of `_everything`, and the code
-    that is in force. To trace is two thirds of a build of a miniature, and the tests build dozens that have other files
-    but the same decoder.
+    A trace has no weights: `Traced.lay_out` takes them, by name. What it depends on is all of `_everything`, and the
+    code that is in force. To trace is two thirds of a build of a miniature, and the tests build dozens that have other
+    files but the same decoder.
     """
     monkeypatch.setattr(CoreAIBackend, "trace", _remembering(CoreAIBackend.trace))
+    monkeypatch.setattr(CoreAITraced, "lay_out", _remembering_layouts(CoreAITraced.lay_out))
 
 
 def inherit() -> None:
-    """The same until this process ends: for `before` of a fork, which has the traces of the program that forked."""
+    """The same of traces, until this process ends: for `before` of a fork, which has those of who forked."""
     CoreAIBackend.trace = _remembering(CoreAIBackend.trace)  # type: ignore[method-assign]
 
 
@@ -64,6 +69,38 @@ def _remembering(trace: Trace) -> Trace:
                 _traced.popitem(last=False)
         _traced.move_to_end(key)
         return _traced[key]
+
+    return remembered
+
+
+LayOut = Callable[[CoreAITraced, Mapping[str, Constant], Values], Layout]
+
+
+def _remembering_layouts(lay_out: LayOut) -> LayOut:
+    """A layout depends on no weight unless it asks for some: then it is made anew."""
+
+    def remembered(self: CoreAITraced, constants: Mapping[str, Constant], values: Values) -> Layout:
+        asked: set[str] = set()
+
+        def watched(names: Collection[str]) -> Mapping[str, Constant]:
+            asked.update(names)
+            return values(names)
+
+        numbers: dict[int, int] = {}  # what is one constant under two names
+        kinds = tuple(
+            (name, each.shape, each.dtype, each.transposed, numbers.setdefault(id(each), len(numbers)))
+            for name, each in constants.items()
+        )
+        key = (id(self), kinds, os.environ.get("SOURCE_DATE_EPOCH"), tuple(_code()))
+        if key not in _layouts:
+            made = lay_out(self, constants, watched)
+            if asked:
+                return made
+            _layouts[key] = (self, made)  # with whom it was made of, so that nobody else gets that identity
+            if len(_layouts) > _KEPT:
+                _layouts.popitem(last=False)
+        _layouts.move_to_end(key)
+        return _layouts[key][1]
 
     return remembered
 

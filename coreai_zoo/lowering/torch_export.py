@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.fx.config
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, _trace, exported_program
 
 _READ = ("2.13.0",)
@@ -50,6 +50,20 @@ def _decomposing(table: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
         yield
     finally:
         _trace._export_to_aten_ir = recording
+
+
+@contextlib.contextmanager
+def without_code() -> Iterator[None]:
+    """Within the block, a graph that is made or changed is not written as Python, which takes a fifth of lowering one.
+
+    Such a graph can be read, and not be called.
+    """
+    writing = fx.GraphModule.recompile
+    fx.GraphModule.recompile = lambda _: None  # type: ignore[method-assign,assignment,return-value]
+    try:
+        yield
+    finally:
+        fx.GraphModule.recompile = writing  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -319,11 +319,13 @@ class TracedFunction:
 
     def whole_program(self) -> tuple[ExportedProgram, list[Any]]:
         """The program of all layers, with no more results than its signature has, and its composites."""
+        from coreai_zoo.lowering.torch_export import without_code
         from coreai_zoo.lowering.trace import check_traced, without_outputs
 
         program, composites = self._all_layers()
         if not self.spec.outputs:
-            program = without_outputs(program)
+            with without_code():
+                program = without_outputs(program)
             check_traced(program, self.spec)
         return program, composites
 
@@ -339,13 +341,14 @@ class TracedFunction:
     def _all_layers(self) -> tuple[ExportedProgram, list[Any]]:
         from coreai_zoo.lowering.extension import extend
         from coreai_zoo.lowering.repetition import short_signature
+        from coreai_zoo.lowering.torch_export import without_code
         from coreai_zoo.lowering.trace import check_traced
 
         if self.repetition is None:
             return self.traced
         short, (program, composites) = short_signature(self.spec, self.repetition), self.traced
         try:
-            with interruption.deferred():
+            with interruption.deferred(), without_code():
                 program = extend(program, self.module, self.repetition, short, self.spec)
         except Exception as reason:  # noqa: BLE001  # what is really wrong comes up again when all layers are traced
             return _traced_whole(self.module, self.spec, self.present, reason)

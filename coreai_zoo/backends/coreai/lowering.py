@@ -46,6 +46,7 @@ from coreai_zoo.backends.coreai.constants import row, stored_constants
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
 from coreai_zoo.lowering.folding import TensorKind
+from coreai_zoo.lowering.torch_export import without_code
 from coreai_zoo.lowering.transposed import is_read_transposed, is_row
 from coreai_zoo.signature import TraceSpec
 
@@ -121,7 +122,8 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
             PluginError: when the compiler computed stored constants from weights. It would take the memory of both, and
                 the names of what it makes differ from process to process.
         """
-        program = super().to_coreai()
+        with without_code():
+            program = super().to_coreai()
         made = [(each.shape, each.dtype) for each in stored_constants(program) if each.name not in self._attributes]
         told = [
             f"{kind[1]} {list(kind[0])} from {listing(sorted(self._computed[kind]))}"
