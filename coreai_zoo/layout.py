@@ -52,9 +52,9 @@ class Layout:
         return digest.hexdigest()
 
     def is_in(self, asset: Path) -> bool:
-        """Whether there is a file of that length in a folder."""
+        """Whether there is a file of that length in a folder, and no link to one."""
         file = asset / self.path
-        return file.is_file() and file.stat().st_size == self.size
+        return file.is_file() and file.stat().st_size == self.size and file.resolve() == file.absolute()
 
     def write(self, asset: Path, *, reserve: bool) -> None:
         """Write all that is known. What there is of the weights already stays as it is.

@@ -1244,8 +1244,8 @@ def flips_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [position for position in record["prompts"][0]["positions"] if position["verdict"] == "FLIP"]
 
 
-def test_a_bundle_that_matches_its_checkpoint_has_no_confident_flip(built: Path, dense: Path) -> None:
-    result = zoo("gate", built, "--checkpoint", dense, "--positions", 16, "--prompts", "code", "--json")
+def test_a_bundle_that_matches_its_checkpoint_has_no_confident_flip(bundle: Path, dense: Path) -> None:
+    result = zoo("gate", bundle, "--checkpoint", dense, "--positions", 16, "--prompts", "code", "--json")
 
     record = json.loads(result.stdout)
     positions = record["prompts"][0]["positions"]
@@ -1258,10 +1258,10 @@ def test_a_bundle_that_matches_its_checkpoint_has_no_confident_flip(built: Path,
     assert sum(position["margin"] >= 0.1 for position in positions) >= 14, "a gate that could not fail"
 
 
-def test_a_bundle_with_confident_flips_fails_the_gate_with_exit_code_1(built: Path, checkpoint: Path) -> None:
+def test_a_bundle_with_confident_flips_fails_the_gate_with_exit_code_1(bundle: Path, checkpoint: Path) -> None:
     roll_head_in_place(checkpoint)
 
-    result = zoo("gate", built, "--checkpoint", checkpoint, "--positions", 16, "--prompts", "code")
+    result = zoo("gate", bundle, "--checkpoint", checkpoint, "--positions", 16, "--prompts", "code")
 
     text = paragraph(result, code=1)
     flips = re.search(
@@ -1272,10 +1272,10 @@ def test_a_bundle_with_confident_flips_fails_the_gate_with_exit_code_1(built: Pa
     assert float(flips[2]) >= 0.1
 
 
-def test_a_failed_gate_says_so_to_programs_too(built: Path, checkpoint: Path) -> None:
+def test_a_failed_gate_says_so_to_programs_too(bundle: Path, checkpoint: Path) -> None:
     roll_head_in_place(checkpoint)
 
-    result = zoo("gate", built, "--checkpoint", checkpoint, "--positions", 8, "--prompts", "code", "--json")
+    result = zoo("gate", bundle, "--checkpoint", checkpoint, "--positions", 8, "--prompts", "code", "--json")
 
     record = json.loads(result.stdout)
     assert result.exit_code == 1

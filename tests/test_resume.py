@@ -171,7 +171,7 @@ def test_an_interrupted_build_says_how_to_resume_and_does(
     command = said[said.index("Finished weights are kept. To resume, run:") + 1]
     assert shlex.split(command) == ["zoo", *place.arguments]
     assert not any("Traceback" in line for line in said)
-    assert place.left_over() == [f".{NAME}.partial", ".zoo-work"]
+    assert place.left_over() == [f".{NAME}.partial"]
     finished = place.finished()
     assert 0 < finished < undisturbed.tensors if stage == "weights" else finished == undisturbed.tensors
 

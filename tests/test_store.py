@@ -709,9 +709,15 @@ def test_what_was_moved_is_found_until_it_changes(
     planned, folder = plan(checkpoint), tmp_path / "partial"
     folder.mkdir()
     store.fill(planned, checkpoint, places=places_in(folder / "asset", planned))
+    (tmp_path / "kept").mkdir()
+    store.keep(tmp_path / "kept", folder, tmp_path / "bundle")
     folder.rename(tmp_path / "bundle")
-    store.moved(folder, tmp_path / "bundle")
-    assert arrays_of(WeightStore(store.directory)) == expected
+    store = WeightStore(tmp_path / "kept")
+    assert arrays_of(store) == expected and set(contents(store.directory)) == {"conv.data"}
+    begun = WeightStore(tmp_path / "begun")
+    begun.directory.mkdir()
+    begun.adopt(store.directory)
+    assert arrays_of(begun) == arrays_of(WeightStore(begun.directory)) == expected
     places = places_in(tmp_path / "next", planned)
     before = (store.directory / JOURNAL).read_bytes()
     assert WeightStore(store.directory).fill(planned, checkpoint, places=places).computed == 0

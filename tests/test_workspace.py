@@ -19,7 +19,7 @@ from coreai_zoo.layout import Layout
 from coreai_zoo.overlay import ParameterInfo, WeightMap, WeightRule
 from coreai_zoo.recipes import RECIPES
 from coreai_zoo.weights.plan import WeightPlan, plan_weights
-from coreai_zoo.weights.store import FillReport, Place, WeightStore
+from coreai_zoo.weights.store import FillReport, Place
 from test_store import write
 
 NAMES = ("a", "b")
@@ -45,7 +45,7 @@ class Builds:
     def run(self, layout: Layout, *, fail: BaseException | None = None, publish: bool = False) -> FillReport:
         """Lay out, fill, fail or publish."""
         with self.workspace.opened(force=True):
-            store = WeightStore(self.workspace.work)
+            store = self.workspace.store
             bundle = self.workspace.lay_out(layout, "asset", store)
             assert sorted(path.name for path in bundle.iterdir()) == ["asset"]
             file = bundle / "asset" / layout.path
@@ -72,7 +72,7 @@ class Builds:
     @property
     def folders(self) -> set[str]:
         partial = self.workspace.partial
-        return {path.name for path in partial.iterdir()} if partial.is_dir() else set()
+        return {path.name for path in partial.iterdir() if path.is_dir()} if partial.is_dir() else set()
 
     @property
     def left_over(self) -> set[str]:
@@ -101,9 +101,8 @@ def test_a_build_that_failed_for_good_leaves_nothing(builds: Builds) -> None:
     assert builds.left_over == set()
 
 
-@pytest.mark.parametrize("options", [{"keep": True}, {"given": True}])
-def test_what_a_user_wants_to_keep_stays_after_a_failure(builds: Builds, options: dict[str, bool]) -> None:
-    builds = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, **options))
+def test_what_a_user_wants_to_keep_stays_after_a_failure(builds: Builds) -> None:
+    builds = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=True))
     builds.interrupted(LAYOUT, BadInput("It is wrong."))
     assert builds.run(LAYOUT).computed == 0
 
@@ -128,27 +127,74 @@ def test_a_file_that_was_cut_off_or_replaced_is_laid_out_anew(builds: Builds) ->
     assert builds.run(LAYOUT).computed == 2
 
 
-def test_what_another_journal_says_nothing_of_is_not_trusted(builds: Builds, tmp_path: Path) -> None:
-    """Two work folders in turns, one output: the layout is the same, the values are not."""
-    elsewhere = write(tmp_path / "another", {name: torch.randn(ROWS, 64) for name in NAMES})
-    other = Builds(elsewhere, Workspace.of(tmp_path / "out", "toy", tmp_path / "work", keep=False))
-    for _ in range(2):
-        builds.interrupted(LAYOUT)
-        (mine,) = builds.folders
-        other.interrupted(LAYOUT)
-        assert other.folders != {mine} and len(other.folders) == 1
+def test_a_copy_of_an_interrupted_build_is_a_build_of_its_own(builds: Builds, tmp_path: Path) -> None:
+    """What is written in one of them afterwards is not taken for what the other one wrote."""
+    values = {name: torch.randn(ROWS, 64) for name in NAMES}
+    builds.interrupted(LAYOUT)
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    other = attrs.evolve(builds, checkpoint=write(tmp_path / "another", values))
+    other.interrupted(LAYOUT)
+    copied = attrs.evolve(builds, workspace=Workspace.of(tmp_path / "copy", "toy", None, keep=False))
+    assert copied.run(LAYOUT, publish=True).computed == 0
+    assert other.run(LAYOUT, publish=True).computed == 0
+
+
+def test_two_checkpoints_in_turns_in_one_folder_are_not_mixed(builds: Builds, tmp_path: Path) -> None:
+    other = attrs.evolve(builds, checkpoint=write(tmp_path / "another", {n: torch.randn(ROWS, 64) for n in NAMES}))
+    for each in (builds, other, builds):
+        each.interrupted(LAYOUT)  # which compares the file with what it has to be
+    assert builds.run(LAYOUT, publish=True).computed == 0
+
+
+def test_what_is_no_part_of_a_bundle_is_not_in_it(builds: Builds) -> None:
+    builds.interrupted(LAYOUT)
+    (weights,) = builds.workspace.partial.rglob("weights")
+    asset = weights.parents[1]
+    for path in (asset / ".DS_Store", asset / "in" / "more", asset / "extra" / "file", asset.parent / "extra" / "file"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("foreign")
+    (asset / "meta").unlink()
+    (asset / "meta").mkdir()
+    assert builds.run(LAYOUT, publish=True).computed == 0
+    found = {
+        path.relative_to(builds.workspace.destination).as_posix() for path in builds.workspace.destination.rglob("*")
+    }
+    assert found == {"asset", "asset/meta", "asset/in", "asset/in/weights", "card"}
+
+
+def test_a_link_to_the_weights_is_not_published(builds: Builds, tmp_path: Path) -> None:
+    builds.interrupted(LAYOUT)
+    (weights,) = builds.workspace.partial.rglob("weights")
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    builds.run(LAYOUT, publish=True)
+    assert not (builds.workspace.destination / "asset" / "in" / "weights").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["toy", ".toy.partial"])
+def test_what_is_no_folder_is_not_taken_for_one(builds: Builds, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    for make in (lambda path: path.write_text(""), lambda path: path.symlink_to(tmp_path)):
+        make(tmp_path / "out" / name)
+        with pytest.raises(BadInput, match="exists and is no folder"):
+            builds.run(LAYOUT)
+        (tmp_path / "out" / name).unlink()
 
 
 def test_a_kept_journal_finds_the_weights_in_the_bundle(builds: Builds) -> None:
     keeping = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=True))
     assert keeping.run(LAYOUT, publish=True).computed == 2
+    assert keeping.left_over == {"toy", ".zoo-work"}
     work = keeping.workspace.work
     assert [path.name for path in work.iterdir()] == ["journal.jsonl"], "it takes no room"
     assert keeping.run(OTHER, publish=True).computed == 0
     assert (keeping.workspace.destination / "asset" / "in/weights").read_bytes() == builds.expected(OTHER)
     # Somebody else's bundle of the same length takes its place.
     (keeping.workspace.destination / "asset" / "in/weights").write_bytes(bytes(OTHER.size))
-    assert keeping.run(OTHER, publish=True).computed == 2
+    again = keeping.run(OTHER, publish=True)
+    assert (again.computed, again.repaired) == (2, ()), "nothing of ours was damaged"
+    assert builds.run(OTHER, publish=True).computed == 0
+    assert builds.left_over == {"toy"}, "it is not asked to be kept any more"
 
 
 def test_folders_that_were_moved_or_are_reached_by_another_path_are_the_same(builds: Builds, tmp_path: Path) -> None:
@@ -156,22 +202,11 @@ def test_folders_that_were_moved_or_are_reached_by_another_path_are_the_same(bui
     before = builds.folders
     (tmp_path / "out").rename(tmp_path / "moved")
     (tmp_path / "out").symlink_to(tmp_path / "moved")
-    builds.interrupted(LAYOUT)
-    assert builds.folders == before
+    assert builds.run(LAYOUT).computed == 0
     (tmp_path / "out").unlink()
     there = attrs.evolve(builds, workspace=Workspace.of(tmp_path / "moved", "toy", None, keep=False))
-    there.interrupted(LAYOUT)
+    assert there.run(LAYOUT).computed == 0
     assert there.folders == before
-
-
-def test_weights_are_taken_from_one_output_to_another(builds: Builds, tmp_path: Path) -> None:
-    one, other = (
-        attrs.evolve(builds, workspace=Workspace.of(tmp_path / name, "toy", tmp_path / "work", keep=False))
-        for name in ("one", "other")
-    )
-    one.interrupted(LAYOUT)
-    assert other.run(LAYOUT, publish=True).computed == 0
-    assert other.left_over == {"toy"}
 
 
 @pytest.fixture
@@ -203,7 +238,7 @@ def test_room_is_taken_before_a_weight_is_computed(builds: Builds, small_disk: P
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("replaces", [False, True])
-@pytest.mark.parametrize("renames", range(4))
+@pytest.mark.parametrize("renames", range(3))
 def test_a_build_that_is_killed_while_it_publishes_is_finished_or_undone(
     builds: Builds, monkeypatch: pytest.MonkeyPatch, renames: int, replaces: bool, keep: bool
 ) -> None:
@@ -226,7 +261,7 @@ def test_a_build_that_is_killed_while_it_publishes_is_finished_or_undone(
         builds.run(LAYOUT, publish=True)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    total = 1 + replaces + (not keep)
+    total = 1 + replaces
     assert status == (9 if renames < total else 0)
     builds.workspace.tidy()
 

@@ -9,8 +9,9 @@ are stored.
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -105,18 +106,19 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             needs = preflight(designed, workspace)
             report.note(str(needs))
             needs.require()
-        stream = stream_of(designed, workspace)
-        if stream is None:
+        if not designed.source.streamed:
             designed = _fetched(designed, plugins, report)
         with report.stage("trace", f"{designed.backend.name}, contract {designed.contract.name}"):
             traced = designed.trace()
-        store = WeightStore(workspace.work)
+        store = workspace.store
         with report.stage("lower", designed.asset):
-            layout = _laid_out(traced, designed, store, workspace)
+            layout, before = _laid_out(traced, designed, store, workspace)
             del traced  # half a gigabyte of a deep decoder
-            partial = workspace.lay_out(layout, designed.asset, store)
+            spare = max(0, needs.written - layout.size) + (needs.fetched_at_once if needs.streamed else 0)
+            partial = workspace.lay_out(layout, designed.asset, store, spare)
+        stream = stream_of(designed, workspace)
         with report.stage("weights", f"{len(designed.weights.stored)} tensors as {designed.recipe.name}"):
-            filled = _fill(store, designed, layout, partial / designed.asset, stream, report)
+            filled = _fill(store, designed, layout, partial / designed.asset, stream, before, report)
             if stream is not None:  # all its values have been seen by now
                 designed = _with_notes(designed, stream.notes(), report)
         with report.stage("bundle", designed.name):
@@ -178,9 +180,13 @@ def _with_notes(designed: Design, of_values: tuple[str, ...], report: Reporter) 
     return evolve(designed, notes=notes)
 
 
-def _laid_out(traced: Traced, designed: Design, store: WeightStore, workspace: Workspace) -> Layout:
+def _laid_out(
+    traced: Traced, designed: Design, store: WeightStore, workspace: Workspace
+) -> tuple[Layout, list[FillReport]]:
     """Where everything stands in the asset. What that depends on is stored first, in files of the store's own."""
     from coreai_zoo.lowering.module import constants, planned_constants
+
+    filled: list[FillReport] = []
 
     def values(names: Collection[str]) -> Mapping[str, Constant]:
         if not names:
@@ -190,11 +196,11 @@ def _laid_out(traced: Traced, designed: Design, store: WeightStore, workspace: W
         part = evolve(designed.weights, tensors=tuple(each for each in designed.weights.stored if each.name in stored))
         stream = stream_of(evolve(designed, weights=part), workspace) if part.tensors else None
         arriving = None if stream is None else stream.arriving(lambda *_: None)
-        store.fill(part, designed.checkpoint, keep_others=True, arriving=arriving)
+        filled.append(store.fill(part, designed.checkpoint, keep_others=True, arriving=arriving))
         found = constants({each.name: store[each.stored_as] for each in read}, [each.name for each in read])
         return {name: found[name] for name in names}
 
-    return traced.lay_out(planned_constants(designed.weights), values)
+    return traced.lay_out(planned_constants(designed.weights), values), filled
 
 
 def _states(tensor: PlannedTensor) -> Collection[str]:
@@ -202,9 +208,15 @@ def _states(tensor: PlannedTensor) -> Collection[str]:
 
 
 def _fill(
-    store: WeightStore, designed: Design, layout: Layout, asset: Path, stream: Stream | None, report: Reporter
+    store: WeightStore,
+    designed: Design,
+    layout: Layout,
+    asset: Path,
+    stream: Stream | None,
+    before: Sequence[FillReport],
+    report: Reporter,
 ) -> FillReport:
-    """Have every weight in the asset, whose hash is taken meanwhile."""
+    """Have every weight in the asset, whose hash is taken meanwhile; what was done with those `before` included."""
     missing = 0 if stream is None else stream.missing_bytes
     if stream is not None and missing:
         report.note(f"fetching {size(missing)} meanwhile, {size(stream.most_bytes)} on the disk at a time")
@@ -235,6 +247,11 @@ def _fill(
         sha256 = digest.hexdigest()
     if layout.checksum is not None:
         (asset / layout.checksum).write_bytes(bytes.fromhex(sha256))
+    earlier = sum(each.computed for each in before)
+    repaired = (*chain.from_iterable(each.repaired for each in before), *filled.repaired)
+    filled = evolve(
+        filled, computed=filled.computed + earlier, reused=filled.reused - earlier, repaired=tuple(repaired)
+    )
     report.note(f"{filled.computed} computed, {filled.reused} reused")
     if filled.repaired:
         report.note(f"damaged and redone: {listing(list(filled.repaired))}")

@@ -20,7 +20,6 @@ from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import EnvironmentLacks, listing
 from coreai_zoo.machine import available_memory
-from coreai_zoo.weights.store import WeightStore
 from coreai_zoo.weights.stream import Stream
 
 LEAST_MEMORY = 384 * 2**20
@@ -120,28 +119,29 @@ class Preflight:
 def preflight(design: Design, workspace: Workspace) -> Preflight:
     """The preflight of building a design in `workspace` on this machine."""
     written = asset_bytes(design) + tokenizer_bytes(design)
-    needs: dict[int, Disk] = {}
-    places = [(workspace.destination, max(0, written - allocated_below(workspace.partial)))]
+    # What an earlier layout takes beyond that makes room where there is none.
+    there = allocated_below(workspace.partial)
+    places = [(workspace.destination, max(0, written - there), max(0, there - written))]
     fetched = at_once = 0
     if (stream := stream_of(design, workspace)) is not None:
         fetched, at_once = stream.missing_bytes, stream.most_bytes
-        places.append((workspace.shards, max(0, at_once - allocated_below(workspace.shards))))
+        places.append((workspace.shards, max(0, at_once - allocated_below(workspace.shards)), 0))
     elif (hub := design.source.hub) is not None:
         fetched = at_once = hub.missing_bytes
-        places.append((hub.directory, fetched))
-    for path, count in places:
+        places.append((hub.directory, fetched, 0))
+    disks: dict[int, Disk] = {}
+    for path, needs, spent in places:
         existing = existing_parent(path.parent)
         device = existing.stat().st_dev
-        before = needs[device].needs if device in needs else 0
-        needs.setdefault(device, Disk(existing, 0, shutil.disk_usage(existing).free))
-        needs[device] = attrs.evolve(needs[device], needs=before + count)
+        disk = disks.get(device) or Disk(existing, 0, shutil.disk_usage(existing).free)
+        disks[device] = attrs.evolve(disk, needs=disk.needs + needs, free=disk.free + spent)
     least_memory = design.backend.memory(int(design.facts["layers"]), len(design.functions), _steps(design))
     return Preflight(
         fetched,
         at_once,
         bytes_read(design),
         written,
-        tuple(needs.values()),
+        tuple(disks.values()),
         available_memory(),
         max(LEAST_MEMORY, least_memory),
         streamed=stream is not None,
@@ -153,8 +153,7 @@ def stream_of(design: Design, workspace: Workspace) -> Stream | None:
     if not design.source.streamed:
         return None
     assert design.source.hub is not None
-    store = WeightStore(workspace.work)
-    return Stream(design.source.hub, design.checkpoint, design.weights, store, workspace.shards)
+    return Stream(design.source.hub, design.checkpoint, design.weights, workspace.store, workspace.shards)
 
 
 def asset_bytes(design: Design) -> int:

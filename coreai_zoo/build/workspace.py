@@ -1,15 +1,14 @@
 """The folders of a build: nothing half-written is ever at the output path, and nothing is left behind.
 
     OUTPUT/NAME             the bundle, complete and verified
-    OUTPUT/.NAME.partial    the bundle being built, in a folder of its own, and any whose weights it can use
+    OUTPUT/.NAME.partial    the weight store: the journal of what is finished, and the bundle being built
     OUTPUT/.NAME.old        the bundle that it replaces, for the moment between two renames
-    WORK/NAME               the journal of the weights: what is finished, and where it is
-    WORK/.NAME.spent        a journal that is no longer needed, being removed
+    WORK/NAME               with --keep-weights, the journal of a finished bundle: which weights are where in it
     WORK/.NAME.shards       files of a checkpoint that is streamed: those that are fetched, or read, just now
 
-The names are fixed, so a build finds whatever a killed one left; see `Workspace.opened`. Partial bundle and journal
-outlive an interruption, so that the next build goes on. Each layout has a folder in the partial bundle that is named by
-chance, so that what a journal says of one is never true of another by mistake.
+The names are fixed, so a build finds whatever a killed one left; see `Workspace.opened`. The store outlives an
+interruption, so that the next build goes on. Journal and weights are in one folder, and stay together wherever it is
+moved or copied. A layout has a folder in it that is named by chance: what a journal says of one is true of no other.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ from coreai_zoo.layout import Layout
 from coreai_zoo.weights.store import JOURNAL, WeightStore
 
 _DEFAULT_WORK = ".zoo-work"
+_SPARE = 2 * 2**20
+"""Bytes of small files that a build writes beside the asset, at the most: journal and records."""
 
 
 def check_output_folder(output: Path) -> None:
@@ -65,9 +66,9 @@ class Workspace:
 
     Attributes:
         destination: where the bundle will be.
-        work: where the journal of the weights is.
-        keep: whether the journal stays when the build has succeeded.
-        given: whether the user chose where the journal is.
+        work: where the journal of a finished bundle is kept.
+        keep: whether to keep it.
+        given: whether the user chose where.
     """
 
     destination: Path
@@ -82,16 +83,17 @@ class Workspace:
 
     @property
     def partial(self) -> Path:
-        """The folder of the bundle being built."""
+        """The folder of the weight store, and in it of the bundle being built."""
         return self.destination.with_name(f".{self.destination.name}.partial")
+
+    @property
+    def store(self) -> WeightStore:
+        """The weight store, as it is on the disk now."""
+        return WeightStore(self.partial.resolve())
 
     @property
     def _aside(self) -> Path:
         return self.destination.with_name(f".{self.destination.name}.old")
-
-    @property
-    def _spent(self) -> Path:
-        return self.work.with_name(f".{self.work.name}.spent")
 
     @property
     def shards(self) -> Path:
@@ -108,28 +110,27 @@ class Workspace:
 
         Raises:
             BadInput: when there is a bundle already, unless `force`, or a folder cannot be made.
-            EnvironmentLacks: when the disk is full.
+            EnvironmentLacks: when the disk is full, or a file cannot be written.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._locked())
             self._recover()
             self._check_destination(force)
-            stack.enter_context(self._directories())
+            stack.enter_context(self._directory())
             try:
-                with _space_explained():
+                with _writing_explained():
                     yield
             except EnvironmentLacks as error:
-                if WeightStore(self.work).holds_tensors:
+                if self.store.holds_tensors:
                     error.add_note(f"Finished weights are kept in {self.partial}.")
                 raise
             except Exception:
                 shutil.rmtree(self.shards, ignore_errors=True)
-                if not self.keep and not self.given:
-                    self._remove_work()
+                if not self.keep:
                     shutil.rmtree(self.partial, ignore_errors=True)
                 raise
 
-    def lay_out(self, layout: Layout, asset: str, store: WeightStore) -> Path:
+    def lay_out(self, layout: Layout, asset: str, store: WeightStore, spare: int = 0) -> Path:
         """The folder of a bundle being built in which there is room for its weights, and nothing else but the asset.
 
         Finished weights are in it where an interrupted build had the same layout.
@@ -138,43 +139,45 @@ class Workspace:
             layout: of the asset.
             asset: its name.
             store: in whose journal the weights will be.
+            spare: bytes that the rest of the build takes, but for small files.
 
         Raises:
-            EnvironmentLacks: when it cannot be written.
-            OSError: when there is no room for it.
+            OSError: when it cannot be written: there may be no room for it.
         """
-        folder = self.partial.resolve() / (store.laid_out_as(layout.sha256) or "")
-        if folder == self.partial.resolve() or not layout.is_in(folder / asset):
-            folder = self.partial.resolve() / secrets.token_hex(4)
+        folder = store.directory / (store.laid_out_as(layout.sha256) or secrets.token_hex(4))
+        if not layout.is_in(folder / asset):
+            folder = store.directory / secrets.token_hex(4)
             folder.mkdir()
             store.lay_out(layout.sha256, folder.name)
-        # By its name, which is like no other: paths may have changed by which the journal knows a folder.
-        used = {folder.name, *(part for file in store.files() for part in file.parts)}
-        _remove(path for path in folder.parent.iterdir() if path.name not in used)
-        _remove(path for path in folder.iterdir() if path.name != asset)
-        others = [path for path in folder.parent.iterdir() if path != folder]
+        _remove_all_but(folder, folder / asset / layout.path)
+        others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
+        used = {parent for file in store.files() for parent in file.parents}
+        _remove(path for path in others if path not in used)
         try:
             layout.write(folder / asset, reserve=True)
+            short = bool(others) and shutil.disk_usage(folder).free < spare + _SPARE
         except OSError as error:
-            if error.errno not in NO_SPACE:
-                said = f"{folder / asset} cannot be written: {error.strerror}."
-                raise EnvironmentLacks(said, "Choose another output folder with -o DIR.") from error
-            if not others:
+            if error.errno not in NO_SPACE or not others:
                 raise
-            _remove(others)  # better to compute again what an earlier layout holds than not to build
+            short = True
+        if short:  # better to compute again what an earlier layout holds than not to build
+            _remove(others)
             layout.write(folder / asset, reserve=True)
         return folder
 
     def publish(self, bundle: Path, store: WeightStore) -> None:
-        """Put the finished bundle at its destination, in place of an older one; remove the journal unless kept.
+        """Put the finished bundle at its destination, in place of an older one, and remove the rest.
 
-        Whenever this is killed, `_recover` can tell whether the bundle was in place: then there is no partial one.
+        Whenever this is killed, `_recover` can tell whether the bundle was in place: then it is not in the store.
         """
         _sync_tree(bundle)
         shutil.rmtree(self.shards, ignore_errors=True)
-        _remove(path for path in bundle.parent.iterdir() if path != bundle)
-        if not self.keep:
-            os.rename(self.work, self._spent)
+        if self.keep:
+            self.work.mkdir(exist_ok=True)
+            store.keep(self.work, bundle, self.destination.resolve())
+        else:
+            shutil.rmtree(self.work, ignore_errors=True)
+        _remove(path for path in bundle.parent.iterdir() if path.is_dir() and path != bundle)
         if self.destination.exists():
             os.rename(self.destination, self._aside)
         try:
@@ -182,14 +185,9 @@ class Workspace:
         except OSError:
             if self._aside.exists():
                 os.rename(self._aside, self.destination)
-            if self._spent.exists():
-                os.rename(self._spent, self.work)
             raise
         _sync(self.destination.parent)
-        if self.keep:
-            store.moved(bundle, self.destination.resolve())
-        shutil.rmtree(self._aside, ignore_errors=True)
-        self._remove_work()
+        _remove([self._aside, self.partial])
 
     def tidy(self) -> None:
         """Finish what a build left half-done that was killed when its bundle was in place.
@@ -204,24 +202,23 @@ class Workspace:
         """Undo or finish what a killed build left half-done."""
         if self._aside.exists() and not self.destination.exists():
             os.rename(self._aside, self.destination)
-        unpublished = self.partial.is_dir() and any(self.partial.iterdir())
-        if self._spent.exists() and unpublished and not self.work.exists():
-            os.rename(self._spent, self.work)  # killed before the bundle was in place
-        for left in (self._spent, self._aside, *(() if self.work.exists() else (self.partial,))):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove([self._aside])
+        if self.partial.is_dir() and not any(path.is_dir() for path in self.partial.iterdir()):
+            _remove([self.partial])
 
     def _check_destination(self, force: bool) -> None:
-        if self.destination.is_symlink() or (self.destination.exists() and not self.destination.is_dir()):
-            raise BadInput(
-                f"{self.destination} exists and is no folder, so it is never replaced.",
-                "Move it away, or choose another folder with -o DIR.",
-            )
+        for path in (self.destination, self.partial):
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                raise BadInput(
+                    f"{path} exists and is no folder, so it is never replaced.",
+                    "Move it away, or choose another folder with -o DIR.",
+                )
         if self.destination.exists() and not force:
             raise BadInput(f"{self.destination} exists.", "Pass --force to replace it, or another folder with -o DIR.")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Lock the output, then the journal, against other builds; the folders above them are made."""
+        """Lock the output, then the work folder, against other builds; the folders above them are made."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._remove_default_parent)  # last, when no lock file is in it any more
             stack.enter_context(_parents_of(self.destination))
@@ -232,19 +229,16 @@ class Workspace:
             yield
 
     @contextlib.contextmanager
-    def _directories(self) -> Iterator[None]:
-        """Make the folders of partial bundle and journal; afterwards remove those from which nothing can go on."""
+    def _directory(self) -> Iterator[None]:
+        """Make the folder of the store, which knows what was kept; afterwards remove it if nothing goes on from it."""
         self.partial.mkdir(exist_ok=True)
         try:
-            with self._work_explained():
-                self.work.mkdir(exist_ok=True)
+            if not (self.partial / JOURNAL).exists() and (self.work / JOURNAL).exists():
+                self.store.adopt(self.work)
             yield
         finally:
-            if not WeightStore(self.work).holds_tensors:
-                _remove([self.partial, self.work / JOURNAL])
-            for folder in (self.work, self.partial):
-                with contextlib.suppress(OSError):  # not empty: to be resumed from
-                    folder.rmdir()
+            if not self.partial.exists() or not self.store.holds_tensors:
+                _remove([self.partial])
 
     @contextlib.contextmanager
     def _work_explained(self) -> Iterator[None]:
@@ -255,11 +249,6 @@ class Workspace:
                 f"The work directory {self.work} cannot be made: {error.strerror}.",
                 "Choose another with --work-dir DIR.",
             ) from error
-
-    def _remove_work(self) -> None:
-        if not self.keep:
-            shutil.rmtree(self._spent, ignore_errors=True)
-            shutil.rmtree(self.work, ignore_errors=True)
 
     def _remove_default_parent(self) -> None:
         if not self.given:  # ours, also when a killed build made it
@@ -276,6 +265,13 @@ def _remove(paths: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def _remove_all_but(folder: Path, file: Path) -> None:
+    """Remove all that is in a folder but one file, and the folders that it is in."""
+    for inside in (folder, *(parent for parent in file.parents if folder in parent.parents)):
+        if inside.is_dir():
+            _remove(path for path in inside.iterdir() if path not in (file, *file.parents))
+
+
 @contextlib.contextmanager
 def _parents_of(path: Path) -> Iterator[None]:
     """Make the folders above `path`; afterwards remove those that were made and are empty."""
@@ -290,18 +286,19 @@ def _parents_of(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _space_explained() -> Iterator[None]:
-    """Within the block, a full disk becomes an error that says how to go on."""
+def _writing_explained() -> Iterator[None]:
+    """Within the block, a disk that is full, or cannot be written, becomes an error that says how to go on."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # of the terminal that shows the progress
     except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
         file = error.filename2 or error.filename  # of a copy, the second is the one that was written
-        raise EnvironmentLacks(
-            f"There is no space left{f' for {file}' if file else ''} ({error.strerror}).",
-            "Free some, then run the same command again to go on.",
-        ) from error
+        if error.errno in NO_SPACE:
+            said = f"There is no space left{f' for {file}' if file else ''} ({error.strerror})."
+            raise EnvironmentLacks(said, "Free some, then run the same command again to go on.") from error
+        said = f"{file or 'A file'} cannot be written or read: {error.strerror or error}."
+        raise EnvironmentLacks(said, "Mend that, or choose another output folder with -o DIR.") from error
 
 
 def _sync_tree(directory: Path) -> None:

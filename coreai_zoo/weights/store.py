@@ -220,6 +220,7 @@ class _Journal:
         try:
             entry = json.loads(line)
             intact = line.endswith(b"\n") and entry.pop("check") == _digest(entry) and isinstance(entry["name"], str)
+            intact = intact and all("path" in file for file in entry.get("files", {}).values())  # of an older zoo: none
         except (ValueError, KeyError, AttributeError, RecursionError):
             return None
         return entry if intact else None
@@ -711,8 +712,8 @@ class WeightStore:
 
     @property
     def holds_tensors(self) -> bool:
-        """Whether there is a finished tensor."""
-        return bool(self.journal.entries.keys() - {_LAYOUT})
+        """Whether there is a finished tensor in an asset below the directory."""
+        return any(self.directory in path.parent.parents for path in self.files())
 
     def laid_out_as(self, sha256: str) -> str | None:
         """The folder in which weights are stored by the layout of that SHA-256; None where another was the last."""
@@ -729,23 +730,41 @@ class WeightStore:
         """The files in which tensors are stored."""
         return frozenset[Path]().union(*map(self._paths_of, self.journal.entries))
 
-    def moved(self, folder: Path, destination: Path) -> None:
-        """What was stored in a folder is in another now, and will not change any more."""
-        with _explained(self.directory):
-            entries = {name: self._moved(entry, folder, destination) for name, entry in self.journal.entries.items()}
-            entries.pop(_LAYOUT, None)
-            self.journal.replace(entries)
+    def keep(self, directory: Path, folder: Path, destination: Path) -> None:
+        """Leave a store from which another can begin: what is in a folder now will be in another, and not change.
 
-    @staticmethod
-    def _moved(entry: dict[str, Any], folder: Path, destination: Path) -> dict[str, Any]:
-        files = dict(entry.get("files", {}))
-        for kind, file in files.items():
-            if (path := Path(file["path"])).is_relative_to(folder):
-                there = destination / path.relative_to(folder)
-                status = there.stat()
-                stamp = [status.st_size, status.st_mtime_ns]
-                files[kind] = {**file, "path": str(there), "stamp": stamp}
-        return {**entry, "files": files} if files else entry
+        Args:
+            directory: of that store.
+            folder: of the asset, below the directory of this store.
+            destination: where it will be.
+        """
+
+        def kept(file: Mapping[str, Any]) -> Mapping[str, Any]:
+            path = self.directory / file["path"]
+            if folder not in path.parents:
+                return file
+            status, there = path.stat(), destination / path.relative_to(folder)
+            return {**file, "path": str(there), "stamp": [status.st_size, status.st_mtime_ns]}
+
+        entries = {name: entry for name, entry in self.journal.entries.items() if name != _LAYOUT}
+        for name, entry in entries.items():
+            if "files" in entry:
+                entries[name] = {**entry, "files": {kind: kept(file) for kind, file in entry["files"].items()}}
+        with _explained(directory):
+            self._hand_over(directory, entries)
+
+    def adopt(self, directory: Path) -> None:
+        """Begin with what `keep` left."""
+        left = WeightStore(directory)
+        with _explained(self.directory):
+            left._hand_over(self.directory, left.journal.entries)
+
+    def _hand_over(self, directory: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+        """Give another store the files of this one, and a journal."""
+        for path in self.files():
+            if path.parent == self.directory:
+                shutil.copyfile(path, directory / path.name)
+        _Journal(directory / JOURNAL).replace(entries)
 
 
 def _stamp_of(recorded: list[int] | None) -> tuple[int, int] | None:
@@ -885,8 +904,8 @@ class _Work:
         """Arrays as the journal has them; a path in the store's own directory is relative to that."""
         found = {}
         for kind, array in stored.items():
-            path = array.place.path
-            path = path.relative_to(self.store.directory) if path.parent == self.store.directory else path.absolute()
+            path, own = array.place.path, self.store.directory
+            path = path.relative_to(own) if path.is_relative_to(own) else path.absolute()
             found[kind] = {"path": str(path), "offset": array.place.offset, "bytes": array.bytes, "stamp": None}
         return found
 
@@ -910,7 +929,8 @@ class _Work:
         if entry is None:
             return False
         if not self.store.intact(planned.name):
-            self.repaired.append(planned.name)
+            if all(file["stamp"] is None for file in entry["files"].values()):  # not of a bundle that is gone
+                self.repaired.append(planned.name)
             return False
         stamps = _stamps(planned, self.checkpoint)
         if entry["stamps"] != stamps and entry["source_digest"] != _hash_sources(planned, self.checkpoint):
