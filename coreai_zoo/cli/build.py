@@ -46,13 +46,13 @@ _EXISTING = click.Path(path_type=Path)
 @click.option(
     "--custom", is_flag=True, help="The checkpoint is of another model than the entry says: build it as such."
 )
-@click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where the build notes what is finished.")
+@click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where streamed files lie meanwhile, and what is kept.")
 @click.option(
     "--stream",
     is_flag=True,
     help="Fetch weights file by file, use and drop each: two are on the disk at a time, and not all.",
 )
-@click.option("--keep-weights", is_flag=True, help="Keep these notes: a rebuild copies what it can use.")
+@click.option("--keep-weights", is_flag=True, help="Note which weights are where: a rebuild copies them.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option(
     "--progress",

@@ -17,8 +17,6 @@ hashed again, without computing anything, when it has not.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 import shutil
 from collections import deque
@@ -29,7 +27,7 @@ from functools import cache, cached_property, partial
 from importlib import metadata as distributions
 from itertools import chain
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import BoundedSemaphore
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, get_args
 
@@ -51,6 +49,7 @@ from coreai_zoo.weights.convert import (
     storage_digest,
 )
 from coreai_zoo.weights.formats import ArrayKind, Format, pack_int4
+from coreai_zoo.weights.journal import Journal, canonical, sync, sync_directory
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows
 
@@ -181,113 +180,8 @@ class FillReport:
     removed: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Journal
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
 def _digest(value: object) -> str:
-    return hashlib.sha256(_canonical(value)).hexdigest()
-
-
-class _Journal:
-    """One JSON object per line, each with a checksum of its own; the last line of a name counts.
-
-    A line that is torn or damaged is as good as absent: its tensor is computed again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = Lock()
-        self.entries: dict[str, dict[str, Any]] = {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        self._lines = len(lines)
-        for line in lines:
-            entry = self._parse(line)
-            if entry is None:
-                continue
-            if entry.get("forgotten"):
-                self.entries.pop(entry["name"], None)
-            else:
-                self.entries[entry["name"]] = entry
-
-    @staticmethod
-    def _parse(line: bytes) -> dict[str, Any] | None:
-        try:
-            entry = json.loads(line)
-            intact = line.endswith(b"\n") and entry.pop("check") == _digest(entry) and isinstance(entry["name"], str)
-            intact = intact and all("path" in file for file in entry.get("files", {}).values())  # of an older zoo: none
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            return None
-        return entry if intact else None
-
-    def append(self, *entries: dict[str, Any]) -> None:
-        """Add lines and wait until they are on disk."""
-        with self._lock:
-            self._write(entries)
-            self.entries |= {entry["name"]: entry for entry in entries}
-
-    def forget(self, *names: str) -> None:
-        """Withdraw entries, before their bytes are written anew: else a crash before the new entry would leave the old
-        one vouching for new bytes.
-        """
-        with self._lock:
-            known = [name for name in names if name in self.entries]
-            if known:
-                self._write([{"name": name, "forgotten": True} for name in known])
-                for name in known:
-                    del self.entries[name]
-
-    def compact(self) -> None:
-        """Rewrite the file without the lines that no longer count, when they are the greater part."""
-        if self._lines > 100 + 2 * len(self.entries):
-            self.replace(self.entries)
-
-    def replace(self, entries: Mapping[str, dict[str, Any]]) -> None:
-        """Have these entries and no others."""
-        with self._lock:
-            self.entries = dict(entries)
-            shorter = self._path.with_name(f"{self._path.name}.partial")
-            with shorter.open("wb") as file:
-                file.writelines(map(self._line, self.entries.values()))
-                _sync(file)
-            os.replace(shorter, self._path)
-            _sync_directory(self._path.parent)
-            self._lines = len(self.entries)
-
-    @staticmethod
-    def _line(entry: dict[str, Any]) -> bytes:
-        return _canonical({**entry, "check": _digest(entry)}) + b"\n"
-
-    def _write(self, entries: Sequence[dict[str, Any]]) -> None:
-        lines = b"".join(map(self._line, entries))
-        with self._path.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    lines = b"\n" + lines  # closes a torn line, which stays damaged and is ignored
-            file.write(lines)
-            _sync(file)
-        self._lines += len(entries)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    # A rename is on disk only when its directory is. Windows cannot open directories, and needs no such thing.
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 @contextmanager
@@ -398,7 +292,7 @@ class _TensorWriter:
     def sync(self) -> None:
         """Wait until all is on disk."""
         for file in self.files.values():
-            _sync(file)
+            sync(file)
         self.close()
 
     def close(self) -> None:
@@ -482,7 +376,7 @@ class _Committer:
         try:
             for written in batch:
                 written.writer.sync()
-            _sync_directory(self._directory)
+            sync_directory(self._directory)
             self._journal.append(*(written.entry for written in batch))
             for written in batch:
                 self._placed(written.writer.stored.values())
@@ -581,10 +475,10 @@ class WeightStore:
         self.directory = directory
 
     @cached_property
-    def journal(self) -> _Journal:
+    def journal(self) -> Journal:
         """The journal of the store, for this module alone."""
         with _explained(self.directory):
-            return _Journal(self.directory / JOURNAL)
+            return Journal(self.directory / JOURNAL)
 
     def fill(
         self,
@@ -764,7 +658,7 @@ class WeightStore:
         for path in self.files():
             if path.parent == self.directory:
                 shutil.copyfile(path, directory / path.name)
-        _Journal(directory / JOURNAL).replace(entries)
+        Journal(directory / JOURNAL).replace(entries)
 
 
 def _stamp_of(recorded: list[int] | None) -> tuple[int, int] | None:
