@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -18,8 +19,9 @@ from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.layout import Layout
 from coreai_zoo.overlay import ParameterInfo, WeightMap, WeightRule
 from coreai_zoo.recipes import RECIPES
+from coreai_zoo.weights.journal import canonical
 from coreai_zoo.weights.plan import WeightPlan, plan_weights
-from coreai_zoo.weights.store import FillReport, Place
+from coreai_zoo.weights.store import JOURNAL, FillReport, Place
 from test_store import write
 
 NAMES = ("a", "b")
@@ -174,7 +176,12 @@ def test_a_link_to_the_weights_is_not_published(builds: Builds, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["toy", ".toy.partial"])
 def test_what_is_no_folder_is_not_taken_for_one(builds: Builds, tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
-    for make in (lambda path: path.write_text(""), lambda path: path.symlink_to(tmp_path)):
+    (tmp_path / "empty").mkdir()
+    for make in (
+        lambda path: path.write_text(""),
+        lambda path: path.symlink_to(tmp_path),
+        lambda path: path.symlink_to(tmp_path / "empty"),
+    ):
         make(tmp_path / "out" / name)
         with pytest.raises(BadInput, match="exists and is no folder"):
             builds.run(LAYOUT)
@@ -209,6 +216,30 @@ def test_folders_that_were_moved_or_are_reached_by_another_path_are_the_same(bui
     assert there.folders == before
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_store_of_an_older_zoo_is_not_believed_and_goes(builds: Builds, keep: bool) -> None:
+    builds = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=keep))
+    work = builds.workspace.work
+    work.mkdir(parents=True)
+    entry = {"name": "a", "fingerprint": "f", "files": {"data": {"bytes": 5, "sha256": "0" * 64}}}
+    check = hashlib.sha256(canonical(entry)).hexdigest()
+    (work / JOURNAL).write_bytes(canonical({**entry, "check": check}) + b"\n")
+    (work / "a.data").write_bytes(b"large")
+    report = builds.run(LAYOUT, publish=True)
+    assert (report.computed, report.repaired) == (2, ())
+    assert builds.left_over == {"toy", *([".zoo-work"] if keep else [])}
+    assert not keep or [path.name for path in work.iterdir()] == [JOURNAL]
+
+
+def test_a_work_folder_that_cannot_be_is_refused_before_anything_else(builds: Builds) -> None:
+    builds = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=True))
+    builds.workspace.work.parent.mkdir(parents=True)
+    builds.workspace.work.write_text("a file")
+    with pytest.raises(BadInput, match="cannot be made"), builds.workspace.opened(force=False):
+        pytest.fail("it was opened")
+    assert builds.workspace.work.read_text() == "a file"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for an asset and a half."""
@@ -224,7 +255,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_an_earlier_layout_makes_room_where_there_is_none_for_both(builds: Builds, small_disk: Path) -> None:
     there = attrs.evolve(builds, workspace=Workspace.of(small_disk, "toy", None, keep=False))
     there.interrupted(LAYOUT)
-    assert there.run(OTHER, publish=True).computed == 2
+    report = there.run(OTHER, publish=True)
+    assert (report.computed, report.repaired) == (2, ()), "nothing was damaged"
     assert there.left_over == {"toy"}
 
 

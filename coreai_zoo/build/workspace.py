@@ -172,11 +172,12 @@ class Workspace:
         """
         _sync_tree(bundle)
         shutil.rmtree(self.shards, ignore_errors=True)
+        kept = [self.work / JOURNAL] if self.keep else []
         if self.keep:
-            self.work.mkdir(exist_ok=True)
             store.keep(self.work, bundle, self.destination.resolve())
-        else:
-            shutil.rmtree(self.work, ignore_errors=True)
+            kept += [self.work / path.name for path in store.files() if path.parent == store.directory]
+        if self.work.is_dir():  # also of an older zoo, which had all weights there
+            _remove(path for path in self.work.iterdir() if path not in kept)
         _remove(path for path in bundle.parent.iterdir() if path.is_dir() and path != bundle)
         if self.destination.exists():
             os.rename(self.destination, self._aside)
@@ -203,7 +204,8 @@ class Workspace:
         if self._aside.exists() and not self.destination.exists():
             os.rename(self._aside, self.destination)
         _remove([self._aside])
-        if self.partial.is_dir() and not any(path.is_dir() for path in self.partial.iterdir()):
+        ours = self.partial.is_dir() and not self.partial.is_symlink()
+        if ours and not any(path.is_dir() for path in self.partial.iterdir()):
             _remove([self.partial])
 
     def _check_destination(self, force: bool) -> None:
@@ -233,10 +235,15 @@ class Workspace:
         """Make the folder of the store, which knows what was kept; afterwards remove it if nothing goes on from it."""
         self.partial.mkdir(exist_ok=True)
         try:
+            if self.keep:
+                with self._work_explained():
+                    self.work.mkdir(exist_ok=True)
             if not (self.partial / JOURNAL).exists() and (self.work / JOURNAL).exists():
                 self.store.adopt(self.work)
             yield
         finally:
+            with contextlib.suppress(OSError):  # it does not exist, or something is kept in it
+                self.work.rmdir()
             if not self.partial.exists() or not self.store.holds_tensors:
                 _remove([self.partial])
 

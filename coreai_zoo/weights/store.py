@@ -148,6 +148,11 @@ class StoredTensor:
         """How it lies in memory."""
         return Format(self.shape, self.dtype, self.quantization, self.read_transposed)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether all its bytes are there, as far as sizes and times tell."""
+        return all(array.is_there for array in self.arrays.values())
+
     def array(self, kind: ArrayKind) -> np.memmap[Any, Any]:
         """One of its arrays, mapped: in `formats.StoredArray.memory_shape` and `memory_dtype`.
 
@@ -589,7 +594,8 @@ class WeightStore:
 
         def is_known(planned: PlannedTensor) -> bool:
             entry = self.entry_of(planned, checkpoint)
-            return entry is not None and self.intact(planned.name) and entry["stamps"] == _stamps(planned, checkpoint)
+            known = entry is not None and entry["stamps"] == _stamps(planned, checkpoint)
+            return known and self[planned.name].is_there
 
         return tuple(planned for planned in plan.stored if not is_known(planned))
 
@@ -597,10 +603,6 @@ class WeightStore:
         """The entry of a tensor that was made as `planned` would be; None where there is none."""
         entry = self.journal.entries.get(planned.name, {})
         return entry if entry.get("fingerprint") == _fingerprint(planned, checkpoint) else None
-
-    def intact(self, name: str) -> bool:
-        """Whether all bytes of `name` are there, as far as sizes and times tell."""
-        return all(array.is_there for array in self[name].arrays.values())
 
     # The asset that is filled
 
@@ -822,8 +824,10 @@ class _Work:
         entry = self.store.entry_of(planned, self.checkpoint)
         if entry is None:
             return False
-        if not self.store.intact(planned.name):
-            if all(file["stamp"] is None for file in entry["files"].values()):  # not of a bundle that is gone
+        stored = self.store[planned.name]
+        if not stored.is_there:
+            # What is gone, or another's, is not damaged: a bundle that was replaced, a layout that made room.
+            if any(array.stamp is None and array.place.path.exists() for array in stored.arrays.values()):
                 self.repaired.append(planned.name)
             return False
         stamps = _stamps(planned, self.checkpoint)
