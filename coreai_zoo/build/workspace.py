@@ -144,11 +144,12 @@ class Workspace:
         Raises:
             OSError: when it cannot be written: there may be no room for it.
         """
-        folder = store.directory / (store.laid_out_as(layout.sha256) or secrets.token_hex(4))
-        if not layout.is_in(folder / asset):
-            folder = store.directory / secrets.token_hex(4)
-            folder.mkdir()
-            store.lay_out(layout.sha256, folder.name)
+        name = store.laid_out_as(layout.sha256)
+        if name is None or not layout.is_in(store.directory / name / asset):
+            name = secrets.token_hex(4)
+            (store.directory / name).mkdir()
+            store.lay_out(layout.sha256, name)
+        folder = store.directory / name
         _remove_all_but(folder, folder / asset / layout.path)
         others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
         used = {parent for file in store.files() for parent in file.parents}
