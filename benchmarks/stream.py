@@ -1,7 +1,7 @@
 """Peak of disk of a build from the hub, with `--stream` and without: a sparse checkpoint, served on this machine.
 
     python benchmarks/stream.py qwen3.6-27b --layers 8 --vocab 8192 --shard-gib 1
-    python benchmarks/stream.py qwen3.6-27b --layers 64 --vocab 248320 --shard-gib 4 --streamed-only  # some 40 GB
+    python benchmarks/stream.py qwen3.6-27b --layers all --vocab 248320 --shard-gib 4 --streamed-only  # some 40 GB
 
 The hub is that of the tests. What it serves is sparse, but what is fetched takes its full size on the disk. Counted are
 the blocks of all files below the cache and the output. Prints a Markdown table.
@@ -60,7 +60,7 @@ def main() -> None:
     """Parse the command line, make a checkpoint, build it twice, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entry", help="whose shapes")
-    parser.add_argument("--layers", default="8", help="only the first N layers [8]")
+    parser.add_argument("--layers", default="8", help="only the first N layers, or all [8]")
     parser.add_argument("--vocab", default="8192", help="another vocabulary size [8192]")
     parser.add_argument("--shard-gib", default="1", help="size of a file at most [1]")
     parser.add_argument("--streamed-only", action="store_true", help="leave out the build that keeps the checkpoint")
@@ -68,7 +68,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         work, made = Path(folder), Path(folder) / "checkpoint"
-        shape = ["--layers", arguments.layers, "--vocab", arguments.vocab, "--shard-gib", arguments.shard_gib]
+        shape = ["--vocab", arguments.vocab, "--shard-gib", arguments.shard_gib]
+        shape += [] if arguments.layers == "all" else ["--layers", arguments.layers]
         script = [sys.executable, str(HERE / "synthetic_checkpoint.py"), arguments.entry, *shape]
         subprocess.run([*script, "--fill", "sparse", "-o", str(made)], check=True)
         served, records, rows = contents(made), [], []

@@ -118,7 +118,7 @@ THOROUGH = frozenset(
 )
 
 # These are about tracing: each of their decoders is traced, though one that is the same was traced before.
-TRACED_ANEW = frozenset({"coreai_backend", "interruption", "lowering", "mistakes", "walk"})
+TRACED_ANEW = frozenset({"candidates", "coreai_backend", "interruption", "lowering", "mistakes", "transposed", "walk"})
 
 # Files with tests that take most of a minute, longest first. They begin, or one of them would be what all wait for.
 LONG = ("contracts", "lowering", "coreml_backend", "tutorial", "check", "coreai_backend", "samples", "run")

@@ -290,8 +290,11 @@ def test_a_build_that_is_killed_while_it_publishes_is_finished_or_undone(
             genuine(source, target)
 
         monkeypatch.setattr(os, "rename", rename)
-        builds.run(LAYOUT, publish=True)
-        os._exit(0)
+        try:
+            builds.run(LAYOUT, publish=True)
+            os._exit(0)
+        finally:
+            os._exit(3)  # whatever went wrong, this is not the process that tells it
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     total = 1 + replaces
     assert status == (9 if renames < total else 0)

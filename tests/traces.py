@@ -77,14 +77,14 @@ LayOut = Callable[[CoreAITraced, Mapping[str, Constant], Values], Layout]
 
 
 def _remembering_layouts(lay_out: LayOut) -> LayOut:
-    """A layout depends on no weight unless it asks for some: then it is made anew."""
+    """A layout depends on no weight unless it is given some: then it is made anew."""
 
     def remembered(self: CoreAITraced, constants: Mapping[str, Constant], values: Values) -> Layout:
-        asked: set[str] = set()
+        given: dict[str, Constant] = {}
 
         def watched(names: Collection[str]) -> Mapping[str, Constant]:
-            asked.update(names)
-            return values(names)
+            given.update(values(names))
+            return given
 
         numbers: dict[int, int] = {}  # what is one constant under two names
         kinds = tuple(
@@ -94,7 +94,7 @@ def _remembering_layouts(lay_out: LayOut) -> LayOut:
         key = (id(self), kinds, os.environ.get("SOURCE_DATE_EPOCH"), tuple(_code()))
         if key not in _layouts:
             made = lay_out(self, constants, watched)
-            if asked:
+            if given:
                 return made
             _layouts[key] = (self, made)  # with whom it was made of, so that nobody else gets that identity
             if len(_layouts) > _KEPT:
