@@ -48,8 +48,7 @@ def file_sha256(path: Path) -> str:
         _let_tick(status)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if _identity(os.fstat(file.fileno())) == identity:
-            with _lock:
-                _known[identity] = digest
+            _remember(identity, digest)
         return digest
 
 
@@ -107,8 +106,7 @@ class FollowingDigest:
         status = self._path.stat()
         if status.st_size >= _REMEMBERED_BYTES:
             _let_tick(status)
-            with _lock:
-                _known[_identity(status)] = digest
+            _remember(_identity(status), digest)
         return digest
 
     def _follow(self) -> str:
@@ -136,6 +134,11 @@ class FollowingDigest:
                     return end
                 self._changed.wait()
         return place
+
+
+def _remember(identity: _Identity, digest: str) -> None:
+    with _lock:
+        _known[identity] = digest
 
 
 def _let_tick(status: os.stat_result) -> None:

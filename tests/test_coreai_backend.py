@@ -35,7 +35,7 @@ import toy_plugin
 from assets import save
 from coreai_zoo import composites, interruption
 from coreai_zoo.backend import Constant, drain
-from coreai_zoo.backends.coreai.backend import _REQUIRED, CoreAIBackend, CoreAITraced, _without_weights
+from coreai_zoo.backends.coreai.backend import _REQUIRED, CoreAIBackend, CoreAITraced, _lowered, _without_weights
 from coreai_zoo.backends.coreai.bytecode import Bytecode
 from coreai_zoo.backends.coreai.holes import Holes
 from coreai_zoo.checkpoint.files import Checkpoint
@@ -599,7 +599,7 @@ def test_an_asset_is_laid_out_as_the_compiler_writes_it(hybrids: Mapping[str, Co
         module, constants = asset.model.bound(asset.store, values=False)
         traced = BACKEND.trace({"main": module}, {"main": asset.model.spec})
         with interruption.deferred():
-            traced.lower(constants)._save_bytecode(str(tmp_path / kind))
+            _lowered(traced._whole(constants), lambda each: each)._save_bytecode(str(tmp_path / kind))
         assert (tmp_path / kind).read_bytes() == (asset.path / "main.mlirb").read_bytes()
 
         layout = traced.lay_out({name: evolve(each, data=None) for name, each in constants.items()}, lambda _: {})

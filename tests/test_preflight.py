@@ -26,6 +26,7 @@ from coreai_zoo.dtypes import size
 from coreai_zoo.errors import CheckFailed, EnvironmentLacks
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import EventReporter
+from disks import small_disks
 
 Disk = Callable[[str], Path]
 
@@ -38,22 +39,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Disk]:
     """Mounts a small file system, or changes its size."""
-    mount = tmp_path / "disk"
-
-    def make(size: str) -> Path:
-        again = mount.exists()
-        mount.mkdir(exist_ok=True)
-        options = f"remount,size={size}" if again else f"size={size}"
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount], check=False, capture_output=True, text=True
-        )
-        if made.returncode:
-            pytest.skip(f"a small file system cannot be mounted here: {made.stderr.strip()}")
-        return mount
-
-    yield make
-    if mount.is_mount():
-        subprocess.run(["umount", mount], check=True)
+    with small_disks(tmp_path / "disk") as make:
+        yield make
 
 
 def build(checkpoint: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:

@@ -29,6 +29,7 @@ from coreai_zoo.weights.plan import ParameterInfo, PlannedTensor, WeightPlan, pl
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, QUANTIZER_VERSION, quantize_rows
 from coreai_zoo.weights.store import JOURNAL, FillReport, Place, WeightStore
 from coreai_zoo_overlays.qwen3_5.table import ROLES
+from disks import small_disks
 
 INT8 = RECIPES["int8hu"]
 # Files of the same sizes as int8hu's, with other bits in them.
@@ -823,13 +824,8 @@ def test_a_read_only_store_is_refused(checkpoint: Checkpoint, tmp_path: Path) ->
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], check=False, capture_output=True)
-    if made.returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+    with small_disks(tmp_path / "disk") as make:
+        yield make("64k")
 
 
 def test_a_full_disk_is_explained_and_finished_tensors_are_kept(small_disk: Path, tmp_path: Path) -> None:

@@ -330,8 +330,8 @@ def test_the_next_file_comes_while_one_is_used(hub: Hub, tmp_path: Path) -> None
 def test_a_file_goes_when_what_it_gave_is_on_disk_and_not_before(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync = store_module.sync_directory
-    monkeypatch.setattr(store_module, "sync_directory", lambda path: (time.sleep(0.1), sync(path)))  # a slow disk
+    sync = store_module.sync_path
+    monkeypatch.setattr(store_module, "sync_path", lambda path: (time.sleep(0.1), sync(path)))  # a slow disk
     hub.add(ID, repository(spread=False))
     place = Place.of(tmp_path)
     stream, checkpoint, weights = place.stream(Notes())

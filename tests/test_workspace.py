@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from coreai_zoo.recipes import RECIPES
 from coreai_zoo.weights.journal import canonical
 from coreai_zoo.weights.plan import WeightPlan, plan_weights
 from coreai_zoo.weights.store import JOURNAL, FillReport, Place
+from disks import small_disks
 from test_store import write
 
 NAMES = ("a", "b")
@@ -243,13 +243,8 @@ def test_a_work_folder_that_cannot_be_is_refused_before_anything_else(builds: Bu
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for an asset and a half."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={3 * BYTES}", "tmpfs", mount]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+    with small_disks(tmp_path / "disk") as make:
+        yield make(str(3 * BYTES))
 
 
 def test_an_earlier_layout_makes_room_where_there_is_none_for_both(builds: Builds, small_disk: Path) -> None:

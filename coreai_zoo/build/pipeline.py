@@ -249,9 +249,7 @@ def _fill(
         (asset / layout.checksum).write_bytes(bytes.fromhex(sha256))
     earlier = sum(each.computed for each in before)
     repaired = (*chain.from_iterable(each.repaired for each in before), *filled.repaired)
-    filled = evolve(
-        filled, computed=filled.computed + earlier, reused=filled.reused - earlier, repaired=tuple(repaired)
-    )
+    filled = evolve(filled, computed=filled.computed + earlier, reused=filled.reused - earlier, repaired=repaired)
     report.note(f"{filled.computed} computed, {filled.reused} reused")
     if filled.repaired:
         report.note(f"damaged and redone: {listing(list(filled.repaired))}")

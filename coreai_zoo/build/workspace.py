@@ -26,6 +26,7 @@ from attrs import frozen
 from coreai_zoo.build.lock import exclusive
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError
 from coreai_zoo.layout import Layout
+from coreai_zoo.weights.journal import sync_path
 from coreai_zoo.weights.store import JOURNAL, WeightStore
 
 _DEFAULT_WORK = ".zoo-work"
@@ -176,7 +177,7 @@ class Workspace:
         kept = [self.work / JOURNAL] if self.keep else []
         if self.keep:
             store.keep(self.work, bundle, self.destination.resolve())
-            kept += [self.work / path.name for path in store.files() if path.parent == store.directory]
+            kept += [self.work / path.name for path in store.own_files()]
         if self.work.is_dir():  # also of an older zoo, which had all weights there
             _remove(path for path in self.work.iterdir() if path not in kept)
         _remove(path for path in bundle.parent.iterdir() if path.is_dir() and path != bundle)
@@ -188,7 +189,7 @@ class Workspace:
             if self._aside.exists():
                 os.rename(self._aside, self.destination)
             raise
-        _sync(self.destination.parent)
+        sync_path(self.destination.parent)
         _remove([self._aside, self.partial])
 
     def tidy(self) -> None:
@@ -312,12 +313,4 @@ def _writing_explained() -> Iterator[None]:
 def _sync_tree(directory: Path) -> None:
     """Wait until every file below `directory` is on disk: after a power cut a bundle is whole or absent."""
     for path in (directory, *sorted(directory.rglob("*"))):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(path)

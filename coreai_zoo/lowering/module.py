@@ -8,10 +8,9 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -198,41 +197,30 @@ def constants(store: WeightStore | Mapping[str, Stored], names: Iterable[str]) -
 
     Where two parameters share their bytes, theirs is one `Constant` under both names.
     """
-    found: dict[str, Constant] = {}
-    shared: dict[tuple[str, ArrayKind], Constant] = {}
-    for name in names:
-        stored = store[name]
-        for kind, state in stored.format.state_names(name).items():
-            array = stored.format.arrays[kind]
-            if (stored.name, kind) not in shared:
-                transposed = stored.format.transposed
-                shared[stored.name, kind] = Constant(stored.array(kind), array.shape, array.dtype, transposed)
-            found[state] = shared[stored.name, kind]
-    return found
+    return _constants({name: store[name] for name in names}, lambda stored, kind: stored.array(kind))
 
 
 def planned_constants(plan: WeightPlan) -> dict[str, Constant]:
     """The same constants before there are any bytes: their data are None."""
     tensors = {tensor.name: tensor for tensor in plan.tensors}
-    return constants({tensor.name: _NotThere(tensors[tensor.stored_as]) for tensor in plan.tensors}, tensors)
+    return _constants({tensor.name: tensors[tensor.stored_as] for tensor in plan.tensors}, lambda *_: None)
 
 
-@frozen
-class _NotThere:
-    """A parameter without its bytes."""
+_Named = TypeVar("_Named", bound="Stored | PlannedTensor")
 
-    planned: PlannedTensor
 
-    @property
-    def name(self) -> str:
-        return self.planned.name
-
-    @property
-    def format(self) -> Format:
-        return self.planned.format
-
-    def array(self, kind: ArrayKind) -> None:
-        """None."""
+def _constants(parameters: Mapping[str, _Named], data: Callable[[_Named, ArrayKind], Any]) -> dict[str, Constant]:
+    """The constants of parameters, of each of which it is said what it is stored as, and where its data are."""
+    found: dict[str, Constant] = {}
+    shared: dict[tuple[str, ArrayKind], Constant] = {}
+    for name, stored in parameters.items():
+        for kind, state in stored.format.state_names(name).items():
+            array = stored.format.arrays[kind]
+            if (stored.name, kind) not in shared:
+                transposed = stored.format.transposed
+                shared[stored.name, kind] = Constant(data(stored, kind), array.shape, array.dtype, transposed)
+            found[state] = shared[stored.name, kind]
+    return found
 
 
 def state_of(module: nn.Module, plan: WeightPlan) -> dict[str, tuple[tuple[int, ...], str]]:

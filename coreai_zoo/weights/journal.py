@@ -78,7 +78,7 @@ class Journal:
                 file.writelines(map(self._line, self.entries.values()))
                 sync(file)
             os.replace(shorter, self._path)
-            sync_directory(self._path.parent)
+            sync_path(self._path.parent)
             self._lines = len(self.entries)
 
     @staticmethod
@@ -107,11 +107,11 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def sync_directory(directory: Path) -> None:
-    """Wait until what was made or renamed in a directory is on disk."""
+def sync_path(path: Path) -> None:
+    """Wait until a file, or what was made or renamed in a directory, is on disk."""
     # A rename is on disk only when its directory is. Windows cannot open directories, and needs no such thing.
     if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -49,7 +49,7 @@ from coreai_zoo.weights.convert import (
     storage_digest,
 )
 from coreai_zoo.weights.formats import ArrayKind, Format, pack_int4
-from coreai_zoo.weights.journal import Journal, canonical, sync, sync_directory
+from coreai_zoo.weights.journal import Journal, canonical, sync, sync_path
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows
 
@@ -381,7 +381,7 @@ class _Committer:
         try:
             for written in batch:
                 written.writer.sync()
-            sync_directory(self._directory)
+            sync_path(self._directory)
             self._journal.append(*(written.entry for written in batch))
             for written in batch:
                 self._placed(written.writer.stored.values())
@@ -541,7 +541,7 @@ class WeightStore:
 
     def _remove_unused_files(self) -> None:
         """Remove what the journal does not name: a crash leaves it, and what was copied to another place does."""
-        used = self.files()
+        used = self.own_files()
         for path in self.directory.iterdir():
             name, _, kind = path.name.rpartition(".")
             if kind in _KINDS and _SAFE_NAME.fullmatch(name) and path not in used:
@@ -626,6 +626,10 @@ class WeightStore:
         """The files in which tensors are stored."""
         return frozenset[Path]().union(*map(self._paths_of, self.journal.entries))
 
+    def own_files(self) -> frozenset[Path]:
+        """Those of them that are the store's own."""
+        return frozenset(path for path in self.files() if path.parent == self.directory)
+
     def keep(self, directory: Path, folder: Path, destination: Path) -> None:
         """Leave a store from which another can begin: what is in a folder now will be in another, and not change.
 
@@ -657,9 +661,8 @@ class WeightStore:
 
     def _hand_over(self, directory: Path, entries: Mapping[str, dict[str, Any]]) -> None:
         """Give another store the files of this one, and a journal."""
-        for path in self.files():
-            if path.parent == self.directory:
-                shutil.copyfile(path, directory / path.name)
+        for path in self.own_files():
+            shutil.copyfile(path, directory / path.name)
         Journal(directory / JOURNAL).replace(entries)
 
 

@@ -241,10 +241,6 @@ class CoreAITraced:
             }
             return read_program(_lowered(whole, Holes.of(constants).given), named, constants.keys())
 
-    def lower(self, constants: Mapping[str, Constant]) -> Any:
-        """The `AIProgram` of all functions, with all their layers."""
-        return _lowered(self._whole(constants))
-
     def _whole(self, constants: Mapping[str, Constant]) -> list[WholeFunction]:
         """Every function with all its layers."""
         from coreai_zoo.lowering.folding import foldable
@@ -284,7 +280,7 @@ class WholeFunction:
     foldable: Foldable
 
 
-def _lowered(whole: Sequence[WholeFunction], given: Callable[[Constant], Constant] = lambda each: each) -> Any:
+def _lowered(whole: Sequence[WholeFunction], given: Callable[[Constant], Constant]) -> Any:
     """The `AIProgram` of all functions; the compiler sees of each constant what is `given` for it."""
     from coreai_zoo.backends.coreai.lowering import Converter
     from coreai_zoo.lowering import mistakes

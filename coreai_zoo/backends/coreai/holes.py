@@ -70,22 +70,10 @@ class Holes:
                 f"The compiler computed with weights that it cannot have the values of: {listing(sorted(lost))}."
             )
         sizes = {blob: blob.bytes if name is None else self.sizes[name] for blob, name in found.items()}
-        pieces = [
+        return tuple(
             (found[piece] or bytes(bytecode.view(piece))) if isinstance(piece, Blob) else piece
             for piece in bytecode.resized(sizes)
-        ]
-        return tuple(_joined(pieces))
-
-
-def _joined(pieces: Sequence[bytes | str]) -> list[bytes | str]:
-    """The pieces with those that are known and follow each other as one."""
-    joined: list[bytes | str] = []
-    for piece in pieces:
-        if joined and isinstance(piece, bytes) and isinstance(before := joined[-1], bytes):
-            joined[-1] = before + piece
-        else:
-            joined.append(piece)
-    return joined
+        )
 
 
 def _memory(tags: Sequence[bytes], most: int) -> np.ndarray[Any, Any]:
