@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from measure import measure
 
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.weights.quantizer import SCALE_FLOOR, quantize_rows
 
 HERE = Path(__file__).parent

@@ -16,7 +16,9 @@ from typing import Any, Literal
 from attrs import evolve, field, frozen
 from attrs.validators import ge, min_len
 
+from coreai_zoo.dtypes import bits_of
 from coreai_zoo.errors import BadInput
+from coreai_zoo.recipes import recorded_forms
 
 MEDIAN_FACTOR = 1.5
 """On medians over positions, which vary little from prompt to prompt."""
@@ -171,18 +173,17 @@ class MeasuredBounds:
             router_gap=self.router_gaps[name] if kind == "routed" else None,
         )
 
-    def of_recipe(
-        self, roles: Mapping[str, Mapping[str, Any] | None], layers: int, arithmetic: Arithmetic, kind: Kind = "dense"
-    ) -> Bounds:
+    def of_recipe(self, roles: Mapping[str, Any], layers: int, arithmetic: Arithmetic, kind: Kind = "dense") -> Bounds:
         """The bounds of a bundle: of its coarsest integers, for its depth.
 
         Args:
-            roles: of `build.json`: how each role is stored, None where it is not quantized.
+            roles: of `build.json`: how each role is stored, see `recorded_forms`.
             layers: depth of the model.
             arithmetic: of what runs it.
             kind: whether its layers choose experts.
         """
-        bits = {int(str(spec["dtype"]).lstrip("uint")) for spec in roles.values() if spec is not None}
+        forms = [form for stored in roles.values() for form in recorded_forms(stored) if form is not None]
+        bits = {bits_of(str(form["dtype"])) for form in forms}
         return self.of_class(f"int{min(bits)}" if bits else "fp16", arithmetic, kind).for_depth(layers)
 
     def table(self) -> str:

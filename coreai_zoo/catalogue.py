@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from coreai_zoo.contracts import Contract
 from coreai_zoo.entry import Entry, load_entry
 from coreai_zoo.errors import PluginError, ZooError, did_you_mean, listing
+from coreai_zoo.recipe_files import read_recipe
 from coreai_zoo.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -87,13 +88,22 @@ def find_entry(name: str, plugins: Plugins) -> tuple[Entry, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_recipe(name: str, plugins: Plugins) -> Recipe:
-    """The recipe called `name`.
+def is_file(recipe: str | Recipe | None) -> bool:
+    """Whether what was asked for is the file of a recipe."""
+    return isinstance(recipe, str) and recipe.endswith(".toml")
+
+
+def find_recipe(name: str | Recipe, plugins: Plugins) -> Recipe:
+    """The recipe called `name`, or in a file of that name when it ends with `.toml`; a recipe is found at once.
 
     Raises:
-        BadInput: when there is none, with the nearest names.
+        BadInput: when there is none, with the nearest names, or the file is bad.
         PluginError: when two plugins bring it.
     """
+    if isinstance(name, Recipe):
+        return name
+    if is_file(name):
+        return read_recipe(Path(name).expanduser())
     return _find("recipe", name, plugins.recipes(), plugins)
 
 

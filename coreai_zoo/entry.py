@@ -10,22 +10,29 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import attrs
 import cattrs
 from attrs import field, frozen
 from attrs.validators import in_, min_len, optional
-from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
-from cattrs.gen import make_dict_structure_fn, override
+from cattrs.errors import ClassValidationError
 
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.names import slug
+from coreai_zoo.toml_files import (
+    as_it_is,
+    choice,
+    make_converter,
+    mistyped,
+    problems_of,
+    raise_bad_keys,
+    read_toml,
+    register_table,
+)
 
 HF_ID = r"[\w.-]+/[\w.-]+"
 """Pattern of a repository's name on the Hugging Face hub."""
@@ -236,40 +243,6 @@ class Entry:
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
 
-_TOML_TYPES = {bool: "a boolean", int: "an integer", float: "a float", str: "text", list: "a list", dict: "a table"}
-_T = TypeVar("_T")
-
-
-def _mistyped(value: object, expected: str) -> ValueError:
-    return ValueError(f"expected {expected}, found {_TOML_TYPES.get(type(value), type(value).__name__)} ({value!r})")
-
-
-def _only(kinds: type | UnionType, expected: str, structure: Callable[[Any, Any], _T]) -> Callable[[Any, Any], _T]:
-    """A hook that structures values of some types and refuses all others; a boolean is no number."""
-
-    def hook(value: object, type_: Any) -> _T:
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise _mistyped(value, expected)
-        return structure(value, type_)
-
-    return hook
-
-
-def _texts(value: object, _type: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise _mistyped(value, "a list of text")
-    return tuple(value)
-
-
-def _choice(value: object, type_: Any) -> object:
-    if value not in get_args(type_):
-        raise ValueError(f"{value!r} is not one of {', '.join(map(repr, get_args(type_)))}")
-    return value
-
-
-def _as_it_is(value: Any, _type: Any) -> Any:
-    return value
-
 
 def _fact_table(value: Mapping[str, Any], type_: Any, *, structure: Callable[[Any, Any], Facts]) -> Facts:
     more = {name: item for name, item in value.items() if name not in _NAMED_FACTS}
@@ -277,59 +250,18 @@ def _fact_table(value: Mapping[str, Any], type_: Any, *, structure: Callable[[An
 
 
 def _make_converter() -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    converter.register_structure_hook(str, _only(str, "text", _as_it_is))
-    converter.register_structure_hook(int, _only(int, "an integer", _as_it_is))
-    converter.register_structure_hook(float, _only(int | float, "a number", lambda value, _type: float(value)))
-    converter.register_structure_hook_func(lambda type_: type_ == tuple[str, ...], _texts)
-    converter.register_structure_hook_func(lambda type_: type_ in (FFNKind, Status), _choice)
+    converter = make_converter()
+    converter.register_structure_hook_func(lambda type_: type_ in (FFNKind, Status), choice)
     # Further facts: `_bad_facts` has looked at them.
-    converter.register_structure_hook_func(lambda type_: type_ == Mapping[str, Scalar], _as_it_is)
-
-    def field_hook(value: object, type_: Any, *, attribute: attrs.Attribute[Any]) -> object:
-        # The constructor would run validators only once all types are right, and stop at the first.
-        structured = converter.structure(value, type_)
-        if attribute.validator is not None:
-            attribute.validator(None, attribute, structured)
-        return structured
-
-    for cls in (Sample, BundleDefaults, Facts, Published, Entry):
-        attributes = attrs.fields(attrs.resolve_types(cls))
-        hooks = {a.name: override(struct_hook=partial(field_hook, attribute=a)) for a in attributes}
-        structure: Any = make_dict_structure_fn(cls, converter, **hooks)  # type: ignore[arg-type]  # hooks are overrides
-        if cls is Facts:
-            structure = partial(_fact_table, structure=structure)
-        converter.register_structure_hook(cls, _only(dict, "a table", structure))
-        if cls is Published:
-            each = _only(list, "a list of tables", converter.get_structure_hook(tuple[Published, ...]))
-            converter.register_structure_hook_func(lambda type_: type_ == tuple[Published, ...], each)
+    converter.register_structure_hook_func(lambda type_: type_ == Mapping[str, Scalar], as_it_is)
+    for cls in (Sample, BundleDefaults, Published):
+        register_table(converter, cls)
+    register_table(converter, Facts, lambda structure: partial(_fact_table, structure=structure))
+    register_table(converter, Entry)
     return converter
 
 
 _CONVERTER = _make_converter()
-
-
-def _problems(error: BaseException, key: str = "") -> Iterator[str]:
-    if isinstance(error, ClassValidationError):
-        located, rest = error.group_exceptions()
-        for inner, note in located:
-            # `more` is ours: in the file these facts stand beside the named ones.
-            yield from _problems(inner, key if note.name == "more" else f"{key}.{note.name}".lstrip("."))
-        for inner in rest:
-            yield from _problems(inner, key)
-    elif isinstance(error, IterableValidationError):
-        for inner, item in error.group_exceptions()[0]:
-            yield from _problems(inner, f"{key}[{item.index}]")
-    elif isinstance(error, ForbiddenExtraKeysError):
-        known = [attribute.name for attribute in attrs.fields(error.cl)]
-        for name in sorted(error.extra_fields):
-            near = difflib.get_close_matches(name, known, n=1)
-            known_keys = f"nearest is {near[0]}" if near else f"known are {', '.join(known)}"
-            yield f"{f'{key}.{name}'.lstrip('.')}: unknown key, {known_keys}"
-    elif isinstance(error, KeyError):
-        yield f"{key}: missing"
-    else:
-        yield f"{key}: {error.args[0] if error.args else error}"
 
 
 @cache
@@ -348,7 +280,7 @@ def _bad_facts(data: Mapping[str, Any]) -> Iterator[str]:
         if near:
             yield f"facts.{name}: unknown key, nearest is {near}"
         elif not isinstance(value, Scalar):
-            yield f"facts.{name}: {_mistyped(value, 'a single value')}"
+            yield f"facts.{name}: {mistyped(value, 'a single value')}"
         elif value == "":
             yield f"facts.{name}: is empty"
         elif isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < float("inf"):
@@ -361,19 +293,11 @@ def load_entry(path: Path) -> Entry:
     Raises:
         BadInput: when the file cannot be read, or naming every key that is unknown, missing, ill-typed or bad.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"the entry file {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"the entry file {path} is not TOML: {error}.") from error
+    data = read_toml(path, "entry file")
     problems = list(_bad_facts(data))
     try:
         entry = _CONVERTER.structure(data, Entry)
     except ClassValidationError as error:
-        problems.extend(_problems(error))
-    if problems:
-        raise BadInput(
-            f"the entry file {path} has {len(problems)} bad key{'s' * (len(problems) > 1)}: {'; '.join(problems)}."
-        )
+        problems.extend(problems_of(error, unnamed="more"))  # further facts, which stand beside the named ones
+    raise_bad_keys(path, "entry file", problems)
     return entry

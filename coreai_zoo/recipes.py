@@ -1,12 +1,18 @@
-"""Recipes: which weights are quantized, and how; plain data, without torch."""
+"""Recipes: which weights are quantized, and how; plain data, without torch.
+
+A recipe is a list of rules in order. The first one that matches a weight decides how it is stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Final, Literal, get_args
 
-from attrs import evolve, field, frozen
+from attrs import asdict, evolve, field, frozen
 from attrs.validators import in_, max_len, min_len
 
 from coreai_zoo.errors import BadInput, listing
@@ -19,6 +25,7 @@ from coreai_zoo.overlay import Role, RoleKind
 
 IntegerDtype = Literal["int4", "int8", "uint4", "uint8"]
 Scheme = Literal["symmetric", "symmetric_with_clipping", "asymmetric"]
+Scales = Literal["absmax", "mse"]
 
 
 def _block(_instance: object, _attribute: Any, size: object) -> None:
@@ -35,16 +42,29 @@ class QuantizationSpec:
         scheme: `symmetric` uses the whole integer range; `symmetric_with_clipping` not its lowest signed integer,
             so that both signs have as many; `asymmetric` has a zero point. Names and arithmetic are coreai-opt's.
         block_size: inputs per scale; None for one scale per row ("per channel").
+        scales: how a scale is chosen: `absmax` by the largest magnitude of its block, so that nothing is cut off;
+            `mse` by the least sum of squared errors of its block, which may cut off the largest a little.
     """
 
     dtype: IntegerDtype = field(validator=in_(get_args(IntegerDtype)))
     scheme: Scheme = field(validator=in_(get_args(Scheme)))
     block_size: int | None = field(default=32, validator=_block)
+    scales: Scales = field(default="absmax", validator=in_(get_args(Scales)))
+
+    def __attrs_post_init__(self) -> None:
+        if self.scales == "mse" and (self.scheme == "asymmetric" or self.dtype.startswith("u")):
+            raise ValueError("scales by mse are for signed integers without zero points")
 
     @property
     def bits(self) -> int:
         """Bits per integer: 4 or 8."""
         return int(self.dtype.lstrip("uint"))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight with its share of a scale in half precision and of a zero point; without scales per row."""
+        shared = 16 + (self.bits if self.scheme == "asymmetric" or not self.signed else 0)
+        return self.bits + (0 if self.block_size is None else shared / self.block_size)
 
     @property
     def signed(self) -> bool:
@@ -53,7 +73,38 @@ class QuantizationSpec:
 
     def __str__(self) -> str:
         blocks = "per channel" if self.block_size is None else f"block {self.block_size}"
-        return f"{self.dtype} {blocks} {self.scheme}"
+        return f"{self.dtype} {blocks} {self.scheme}{'' if self.scales == 'absmax' else f' {self.scales}'}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """It as build.json says it."""
+        scales = {} if self.scales == "absmax" else {"scales": self.scales}
+        return {"dtype": self.dtype, "scheme": self.scheme, "block": self.block_size, **scales}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> QuantizationSpec:
+        """The spec of which `record` is the record.
+
+        Raises:
+            KeyError: when a key is missing.
+            ValueError: when one has a value that is none.
+        """
+        return cls(record["dtype"], record["scheme"], record["block"], record.get("scales", "absmax"))
+
+
+def recorded_forms(stored: Mapping[str, Any] | list[Any] | None) -> tuple[Mapping[str, Any] | None, ...]:
+    """How build.json says that the weights of a role are stored: in one way, or in a list of several."""
+    return tuple(stored) if isinstance(stored, list) else (stored,)
+
+
+def stored_text(specs: Iterable[QuantizationSpec | None]) -> str:
+    """How weights are stored, in words, where they are stored in one way or several."""
+    return ", ".join("not quantized" if spec is None else str(spec) for spec in specs)
+
+
+def recorded_text(stored: Mapping[str, Any] | list[Any] | None) -> str:
+    """How build.json says that the weights of a role are stored, in words; raises as `QuantizationSpec.of_record`."""
+    return stored_text(form if form is None else QuantizationSpec.of_record(form) for form in recorded_forms(stored))
 
 
 @frozen
@@ -70,25 +121,80 @@ class HeadQuantization:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Recipes
+# Rules
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_KINDS: tuple[str, ...] = get_args(RoleKind)
+KINDS: tuple[str, ...] = get_args(RoleKind)
+"""The kinds of roles, which a rule may name in place of a role."""
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])", re.ASCII)
 
 
-def _decides_every_kind(instance: Recipe, _attribute: object, specs: Mapping[str, QuantizationSpec | None]) -> None:
-    undecided = [kind for kind in _KINDS if kind not in specs]
-    if undecided:
-        raise BadInput(
-            f"The recipe {instance.name!r} leaves {listing(undecided)} undecided.",
-            "A recipe gives each kind of weight a spec, or None to keep it as it is: what is left out would be skipped "
-            f"without a word. The kinds are {listing(list(_KINDS))}.",
-        )
+def layer_of(parameter: str) -> int | None:
+    """Index of the layer that a parameter belongs to: the first number between dots in its name; None for none."""
+    found = _NUMBER.search(parameter)
+    return int(found[0]) if found else None
 
 
-def _frozen_mapping(specs: Mapping[str, QuantizationSpec | None]) -> Mapping[str, QuantizationSpec | None]:
-    return MappingProxyType(dict(specs))
+def _in_order(_instance: object, _attribute: Any, layers: tuple[int, int] | None) -> None:
+    if layers is not None and (layers[0] < 0) == (layers[1] < 0) and layers[0] > layers[1]:
+        raise ValueError(f"layers {list(layers)} end before they begin")
+
+
+@frozen
+class Rule:
+    """How the weights are stored that meet all of its conditions; a rule without any is for all weights.
+
+    Attributes:
+        spec: how, or None to keep them as the decoder declares them.
+        why: the reason, in words.
+        roles: names of roles or kinds of roles (see `overlay.Role`), of which a weight has one.
+        parameters: shell-style patterns on the parameter's name, of which it matches one.
+        layers: first and last layer, from 0; a negative number counts from the end, -1 being the last layer.
+        overlay_decides: whether the overlay's policy for the head takes the place of `spec`, where there is one.
+    """
+
+    spec: QuantizationSpec | None
+    why: str = field(validator=[min_len(1), max_len(500)])
+    roles: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    layers: tuple[int, int] | None = field(default=None, validator=_in_order)
+    overlay_decides: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.overlay_decides and (self.spec is None or self.roles != ("head",)):
+            raise ValueError("the overlay decides about a head that is quantized, by a rule for the role head")
+
+    def matches(self, parameter: str, role: Role, layers: int) -> bool:
+        """Whether it is for a parameter with this role, in a model with so many layers."""
+        if self.roles and not {role.name, role.kind} & set(self.roles):
+            return False
+        if self.parameters and not any(fnmatchcase(parameter, pattern) for pattern in self.parameters):
+            return False
+        if self.layers is None:
+            return True
+        layer = layer_of(parameter)
+        first, last = (edge + layers if edge < 0 else edge for edge in self.layers)
+        return layer is not None and first <= layer <= last
+
+    @property
+    def is_general(self) -> bool:
+        """Whether it speaks of kinds of weights alone, or of all: a model may lack them."""
+        return not self.parameters and self.layers is None and set(self.roles) <= set(KINDS)
+
+    def __str__(self) -> str:
+        conditions = [
+            f"role {' or '.join(self.roles)}" if self.roles else "",
+            f"parameter {' or '.join(self.parameters)}" if self.parameters else "",
+            f"layers {self.layers[0]} to {self.layers[1]}" if self.layers else "",
+        ]
+        return ", ".join(filter(None, conditions)) or "all weights"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @frozen
@@ -97,140 +203,169 @@ class Recipe:
 
     Attributes:
         name: what a user types.
-        published_name: the suffix of a bundle's name.
-        description: one sentence for `zoo show`.
-        specs: a spec for each kind of weight (see `overlay.Role.kind`), and for single roles by their names where they
-            differ from their kind; None keeps the parameter's own dtype.
-
-    Raises:
-        BadInput: when a kind is undecided, naming each.
+        description: one sentence for `zoo recipes`.
+        rules: in order; the first one that matches a weight decides it.
+        quality: what is known of the quality of its bundles, and from where; empty where nothing is.
+        head: the overlay's policy for the head, in place of the rule's where that leaves it to the overlay.
     """
 
     name: str
-    published_name: str
     description: str
-    specs: Mapping[str, QuantizationSpec | None] = field(converter=_frozen_mapping, validator=_decides_every_kind)
+    rules: tuple[Rule, ...] = field(validator=min_len(1))
+    quality: str = ""
+    head: QuantizationSpec | None = None
 
-    def spec(self, role: Role) -> QuantizationSpec | None:
-        """How a weight of `role` is quantized, or None."""
-        return self.specs[role.name if role.name in self.specs else role.kind]
+    @classmethod
+    def by_role(cls, name: str, description: str, specs: Mapping[str, QuantizationSpec | None]) -> Recipe:
+        """A recipe from a spec for each kind of role, and for single roles by their names, which go first.
 
-    def with_head(self, policy: HeadQuantization | None, *, allow_per_channel: bool = False) -> Recipe:
-        """The recipe with the overlay's head policy in place of its own head spec.
-
-        A recipe that keeps the head as it is stays so: whether to quantize is the recipe's choice, how is the policy's.
-
-        Args:
-            policy: the policy, or None for the recipe's own.
-            allow_per_channel: accept a head with one scale per row.
+        A head that is quantized is left to the overlay.
 
         Raises:
-            BadInput: for a per-channel head that is not allowed.
+            BadInput: when a kind is undecided, naming each.
         """
-        own = self.specs["head"]
-        if own is None:
-            return self
-        spec = policy.spec if policy else own
-        if spec.block_size is None and not allow_per_channel:
+        undecided = [kind for kind in KINDS if kind not in specs]
+        if undecided:
             raise BadInput(
-                f"Recipe {self.name} would quantize the head per channel ({spec}): per-channel int8 weights give "
-                "garbage on the GPU delegate, where blocks of 32 are right and fast.",
-                "Use a block size of 32, or force the per-channel head if you know your runtime.",
+                f"The recipe {name!r} leaves {listing(undecided)} undecided.",
+                "A recipe gives each kind of weight a spec, or None to keep it as it is: what is left out would be "
+                f"skipped without a word. The kinds are {listing(list(KINDS))}.",
             )
-        # Two policies for one head are two bundles: the name tells them apart.
-        published_name = self.published_name if spec == own else f"{self.published_name}{_HEAD}{_slug(spec)}"
-        return evolve(self, specs={**self.specs, "head": spec}, published_name=published_name)
+        ordered = sorted(specs, key=lambda role: role in KINDS)
+        return cls(name, description, tuple(_rule_by_role(role, specs[role], description or name) for role in ordered))
+
+    def rule_for(self, parameter: str, role: Role, layers: int) -> Rule | None:
+        """The rule that decides a parameter, or None; see `Rule.matches`."""
+        return next((rule for rule in self.rules if rule.matches(parameter, role, layers)), None)
+
+    def spec_of(self, rule: Rule) -> QuantizationSpec | None:
+        """How a rule stores its weights, with the overlay's policy in place."""
+        return self.head or rule.spec if rule.overlay_decides else rule.spec
+
+    @property
+    def specs(self) -> Mapping[str, QuantizationSpec | None]:
+        """What rules say that have no condition but roles and kinds, by those: the whole recipe, where all are so."""
+        found: dict[str, QuantizationSpec | None] = {}
+        for rule in self.rules:
+            if not rule.parameters and rule.layers is None:
+                for role in rule.roles or KINDS:
+                    found.setdefault(role, self.spec_of(rule))
+        return found
+
+    @property
+    def quantizations(self) -> frozenset[QuantizationSpec]:
+        """Every way in which a rule quantizes weights."""
+        return frozenset(spec for rule in self.rules if (spec := self.spec_of(rule)) is not None)
+
+    @property
+    def published_name(self) -> str:
+        """The end of a bundle's name, which follows from the rules alone: two recipes that differ in those have two."""
+        own = evolve(self, head=None)
+        name = _name_by_kind(own.specs) if all(rule.is_general for rule in self.rules) else None
+        if name is None:
+            dtypes: list[str] = sorted({spec.dtype for spec in own.quantizations})
+            name = "_".join(["mix", *dtypes, _digest(self.rules)])
+        # Two policies for one head are two bundles.
+        return name if self.head is None else f"{name}{_HEAD}{_slug(self.head)}"
+
+    @property
+    def leaves_head_to_overlay(self) -> bool:
+        """Whether the overlay's policy for the head has a say."""
+        return any(rule.overlay_decides for rule in self.rules)
+
+    def with_head(self, policy: HeadQuantization | None) -> Recipe:
+        """The recipe with the overlay's head policy in place, where a rule leaves the head to the overlay.
+
+        A recipe that keeps the head as it is, or says itself how it is stored, stays so.
+        """
+        own = {self.spec_of(rule) for rule in self.rules if rule.overlay_decides}
+        return self if policy is None or own <= {policy.spec} else evolve(self, head=policy.spec)
 
 
-def _slug(spec: QuantizationSpec) -> str:
-    blocks = "channel" if spec.block_size is None else f"block{spec.block_size}"
-    return f"{spec.dtype}_{blocks}_{_SCHEME_SLUGS[spec.scheme]}"
+def _rule_by_role(role: str, spec: QuantizationSpec | None, why: str) -> Rule:
+    return Rule(spec, why, (role,), overlay_decides=role == "head" and spec is not None)
 
+
+def _digest(rules: Iterable[Rule]) -> str:
+    """Eight digits that change with what rules match and how they store it, in whatever words they say why."""
+    content = [
+        [sorted(rule.roles), sorted(rule.parameters), rule.layers, None if rule.spec is None else asdict(rule.spec)]
+        for rule in rules
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+PLAIN: Final = "fp16"
+"""The recipe that quantizes nothing."""
 
 _SCHEME_SLUGS = {"symmetric": "sym", "symmetric_with_clipping": "clip", "asymmetric": "asym"}
 _HEAD = "_head_"
 
 
-def published_as(name: str, recipes: Mapping[str, Recipe]) -> Recipe | None:
+def _slug(spec: QuantizationSpec) -> str:
+    blocks = "channel" if spec.block_size is None else f"block{spec.block_size}"
+    scales = "" if spec.scales == "absmax" else f"_{spec.scales}"
+    return f"{spec.dtype}_{blocks}_{_SCHEME_SLUGS[spec.scheme]}{scales}"
+
+
+def _name_by_kind(specs: Mapping[str, QuantizationSpec | None]) -> str | None:
+    """The published name of a recipe that stores all weights of a kind alike; None where it has none of this form.
+
+    `lin` has the linear layers of the body in integers, `hu` an untied head as well, whose scheme comes last. A body
+    that uses its whole range, a head of other blocks, and an embedding in integers are said too.
+    """
+    if not set(specs) >= set(KINDS) or specs["other"] is not None:
+        return None
+    body, head, embedding = (specs[kind] for kind in ("body", "head", "embedding"))
+    if body is None and (head, embedding) != (None, None):
+        return None
+    if body is None:
+        return PLAIN
+    parts = [f"{body.dtype}{'hu' if head else 'lin'}"]
+    parts.append("channel" if body.block_size is None else f"block{body.block_size}")
+    if body.scheme != "symmetric_with_clipping":
+        parts.append(f"body_{_SCHEME_SLUGS[body.scheme]}")
+    if body.scales != "absmax":
+        parts.append(body.scales)
+    if embedding is not None:
+        parts.append("embedding" if embedding == head else f"embedding_{_slug(embedding)}")
+    if head is not None:
+        alike = (head.dtype, head.block_size, head.scales) == (body.dtype, body.block_size, body.scales)
+        parts.append(_SCHEME_SLUGS[head.scheme] if alike else f"head_{_slug(head)}")
+    return "_".join(parts)
+
+
+def published_as(name: str, recipes: Iterable[Recipe]) -> Recipe | None:
     """The recipe that a published name stands for, with the head that it names; None where none is published so.
 
     Args:
         name: the suffix of a bundle's name, see `Recipe.published_name`.
-        recipes: those that are installed, by name.
+        recipes: those that are known.
     """
-    own = [recipe for recipe in recipes.values() if recipe.published_name == name]
-    if own:
-        return own[0]
-    base, named, head = name.rpartition(_HEAD)
-    for recipe in recipes.values() if named else ():
-        if recipe.published_name == base and recipe.specs["head"] is not None and (spec := _read_slug(head)):
-            return evolve(recipe, specs={**recipe.specs, "head": spec}, published_name=name)
-    return None
+    known = list(recipes)
+    head = _read_slug(name.rpartition(_HEAD)[2])
+    with_heads = (evolve(recipe, head=head) for recipe in known if head and recipe.leaves_head_to_overlay)
+    return next((recipe for recipe in (*known, *with_heads) if recipe.published_name == name), None)
 
 
 def _read_slug(slug: str) -> QuantizationSpec | None:
     """The spec that `_slug` wrote; None for another text."""
     dtype, _, rest = slug.partition("_")
-    blocks, _, scheme = rest.partition("_")
+    blocks, _, rest = rest.partition("_")
+    scheme, _, scales = rest.partition("_")
     schemes = {short: name for name, short in _SCHEME_SLUGS.items()}
-    size = blocks.removeprefix("block")
+    size = None if blocks == "channel" else blocks.removeprefix("block")
     try:
-        return QuantizationSpec(dtype, schemes[scheme], None if blocks == "channel" else int(size))  # type: ignore[arg-type]
+        return QuantizationSpec(
+            dtype,  # type: ignore[arg-type]
+            schemes[scheme],  # type: ignore[arg-type]
+            None if size is None else int(size),
+            scales or "absmax",  # type: ignore[arg-type]
+        )
     except (KeyError, ValueError):
         return None
-
-
-def _specs(body: QuantizationSpec | None, head: QuantizationSpec | None = None) -> dict[str, QuantizationSpec | None]:
-    # What is neither body nor head is small and sensitive (router, gates, norms, decays, convolutions) or is looked up
-    # instead of multiplied (embedding).
-    return {"embedding": None, "head": head, "body": body, "other": None}
-
-
-_INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
-_INT4 = QuantizationSpec("int4", "symmetric_with_clipping", 32)
-_INT8_ABSMAX = QuantizationSpec("int8", "symmetric", 32)
-
-PLAIN = "fp16"
-"""The recipe that quantizes nothing."""
-
-
-def _published_name(body: QuantizationSpec | None, head: QuantizationSpec | None = None) -> str:
-    """The published name of a built-in recipe, by how it stores the body and the head.
-
-    `lin` has the linear layers of the body in integers, `hu` an untied head as well, whose scheme comes last. A body
-    that uses its whole range, and a head of other blocks, are said too.
-    """
-    if body is None:
-        return PLAIN
-    parts = [f"{body.dtype}{'hu' if head else 'lin'}", f"block{body.block_size}"]
-    if body.scheme != "symmetric_with_clipping":
-        parts.append(f"body_{_SCHEME_SLUGS[body.scheme]}")
-    if head is not None:
-        alike = (head.dtype, head.block_size) == (body.dtype, body.block_size)
-        parts.append(_SCHEME_SLUGS[head.scheme] if alike else f"head_{_slug(head)}")
-    return "_".join(parts)
-
-
-def _built_in(
-    name: str, description: str, body: QuantizationSpec | None, head: QuantizationSpec | None = None
-) -> Recipe:
-    return Recipe(name, _published_name(body, head), description, _specs(body, head))
-
-
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        recipe.name: recipe
-        for recipe in (
-            _built_in(PLAIN, "No quantization: the reference for the others.", None),
-            _built_in("int8lin", "Body in int8 blocks of 32, head in fp16.", _INT8),
-            _built_in(
-                "int8hu",
-                "Body and untied head in int8 blocks of 32, the head with absmax scales.",
-                _INT8,
-                _INT8_ABSMAX,
-            ),
-            _built_in("int4lin", "Body in int4 blocks of 32, head in fp16.", _INT4),
-        )
-    }
-)
-"""The built-in recipes by name."""

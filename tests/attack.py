@@ -40,7 +40,8 @@ from coreai_zoo.gates.rule import Verdict
 from coreai_zoo.gates.stress import positions_from, prompt_of, stress_samples, write_checkpoint
 from coreai_zoo.lowering.module import bind, build_module, parameters_of
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import RECIPES, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import Recipe
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5

@@ -16,7 +16,7 @@ from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1, Contract
 from coreai_zoo.lowering.module import bind, build_module, parameters_of
 from coreai_zoo.overlay import LayerRewrite
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.signature import KVCache, TraceSpec
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore

@@ -25,7 +25,8 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from coreai_zoo.composites import RMSNormImpl
-from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import QuantizationSpec, Recipe
 
 PACKAGE = "coreai_zoo_overlays.qwen3_5."
 DENSE, MOE = ("dense",), ("moe",)
@@ -208,7 +209,7 @@ def body_as(name: str, spec: QuantizationSpec, *roles: str) -> Recipe:
     """The ship recipe with some roles, or the whole body, quantized by `spec`."""
     ship = RECIPES["int8hu"]
     chosen = roles or tuple(role for role, given in ship.specs.items() if given is not None and role != "head")
-    return Recipe(name, name, "For a mutant.", {**ship.specs, **dict.fromkeys(chosen, spec)})
+    return Recipe.by_role(name, "For a mutant.", {**ship.specs, **dict.fromkeys(chosen, spec)})
 
 
 INT4_BODY = body_as("int4hu", QuantizationSpec("int4", "symmetric_with_clipping", 32))

@@ -10,7 +10,7 @@ import re
 
 from torch import nn
 
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from mutants import DENSE, MOE, Edit, Mutant, change, eps
 
 GOLDEN = "golden graph"

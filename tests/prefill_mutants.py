@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from mutants import DENSE, Edit, Mutant
 
 _CHUNKS = "gated_delta_chunks.ChunkedGatedDeltaRule"

@@ -30,6 +30,7 @@ from coreai_zoo.bundle.layout import file_digests
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint import portable_tokenizer
 from coreai_zoo.plugins import default_plugins
+from coreai_zoo.recipe_files import RECIPES, content_of
 from coreai_zoo_overlays.qwen3_5 import states as overlay_states
 
 ENTRY = "qwen3.6-27b"
@@ -91,7 +92,7 @@ def _compression(metadata: dict[str, Any], build: dict[str, Any]) -> None:
 
 def _named_after_another_recipe(metadata: dict[str, Any], build: dict[str, Any]) -> None:
     metadata["compression"] = build["recipe"]["published_name"] = "int8lin_block32"
-    build["recipe"]["name"] = "int8lin"
+    build["recipe"] |= {"name": "int8lin", **content_of(RECIPES["int8lin"])}
     metadata["name"] = build["name"] = metadata["language"]["tokenizer"] = NAME.replace(
         "int8hu_block32_sym", "int8lin_block32"
     )

@@ -38,6 +38,7 @@ QUICK = frozenset(
         "plan_contracts",
         "plugins",
         "quantize",
+        "recipes",
         "sensitivity",
         "suite",
         "tables",

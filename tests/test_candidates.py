@@ -22,7 +22,8 @@ from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.gates.layered import TorchCandidate, _by_prompt
 from coreai_zoo.gates.weights import AssetWeights, CheckpointWeights, WeightSource
 from coreai_zoo.lowering import module as lowering
-from coreai_zoo.recipes import RECIPES, QuantizationSpec
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.plan import WeightPlan, plan_weights
 from coreai_zoo.weights.store import WeightStore

@@ -45,7 +45,8 @@ from coreai_zoo.lowering import module as lowering
 from coreai_zoo.lowering.trace import dynamic_shapes, example_inputs
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo, WeightMap, WeightRule
 from coreai_zoo.program import Program
-from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import QuantizationSpec, Recipe
 from coreai_zoo.signature import InputSpec, KVCache, TensorSpec, TraceSpec
 from coreai_zoo.weights.formats import has_zero_points
 from coreai_zoo.weights.plan import plan_weights
@@ -64,7 +65,7 @@ INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
 def recipe_of(spec: QuantizationSpec, **others: QuantizationSpec) -> Recipe:
     """`spec` for every matrix that is multiplied, the head included."""
     plain = RECIPES["fp16"]
-    return evolve(plain, name="test", specs={**plain.specs, **dict.fromkeys(("body", "head"), spec), **others})
+    return Recipe.by_role("test", "", {**plain.specs, **dict.fromkeys(("body", "head"), spec), **others})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

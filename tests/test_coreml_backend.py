@@ -38,6 +38,7 @@ from coreai_zoo.backends.coreml.package import Package, WeightFile
 from coreai_zoo.backends.coreml.reference import Interpreter, memory
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.design import Design, design
+from coreai_zoo.build.record import roles_record
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.verify import verify
@@ -201,7 +202,7 @@ def judge(resolved: Design, tokens: list[int], logits: np.ndarray[Any, Any]) -> 
     reference = oracle(resolved.checkpoint.directory, json.dumps(resolved.model.hf_config), tuple(tokens))
     with np.errstate(all="ignore"):
         verdict = rule.compare(tokens, reference, Activations(logits), experts)
-    roles = {role: None if spec is None else {"dtype": spec.dtype} for role, spec in resolved.stored_roles.items()}
+    roles = roles_record(resolved)
     kind = "dense" if experts is None else "routed"
     bounds = SAMPLES.of_recipe(roles, resolved.facts["layers"], "torch", kind)
     return Judged(verdict, [check.name for check in check_bounds(verdict, bounds) if not check.passed])

@@ -31,11 +31,12 @@ from coreai_zoo.entry import BundleDefaults, Entry, Facts, Published, Sample, lo
 from coreai_zoo.overlay import Overlay
 from coreai_zoo.planning.plan import plan
 from coreai_zoo.plugins import HOOKS, Plugins, default_plugins
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.signature import KVCache
 from coreai_zoo_overlays import qwen3_5
 from coreai_zoo_overlays.qwen3_5.table import ROLES
 from documents import DOCS, blocks, first_column, public_modules, read, sections
+from recipe_roles import spec_of_role
 from toy_plugin import ToyOverlay
 
 HOOKS_PAGE = sections(read("hooks.md"))
@@ -120,7 +121,7 @@ def commands(plugins: Plugins) -> list[str]:
 # Each calls the example through the host and gives something by which its answer can be told.
 ANSWERS: dict[str, tuple[Callable[[Plugins], Any], Any]] = {
     "zoo_entries": (lambda plugins: plugins.entries(), []),  # no folder of entries is beside the page
-    "zoo_recipes": (lambda plugins: str(plugins.recipes()["acme-int8"].specs["mlp"]), f"int8 block 64 {CLIPPED}"),
+    "zoo_recipes": (lambda plugins: str(plugins.recipes()["acme-int8"].rules[0].spec), f"int8 block 64 {CLIPPED}"),
     "zoo_contracts": (lambda plugins: find_contract("acme-s4", plugins).query_length, 4),
     "zoo_register_commands": (commands, ["roles"]),
     "zoo_claim_overlay": (lambda plugins: plugins.claim_overlay("acme_hybrid", {})[0].name, "acme_hybrid"),
@@ -294,7 +295,7 @@ def test_the_parameters_of_each_role_are_those_of_the_entry(entry: str, column: 
 
     assert documented == counted
     assert {role for role, *_numbers, quantized in rows if quantized == "never"} == {
-        role.name for role in ROLES if RECIPES["int8hu"].spec(role) is None
+        role.name for role in ROLES if spec_of_role(RECIPES["int8hu"], role) is None
     }
 
 

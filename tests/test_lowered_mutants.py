@@ -25,7 +25,7 @@ from coreai_zoo.gates.candidate import AssetCandidate
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.weights import AssetWeights
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 from mutants import MUTANTS, Mutant, applied
 from suite import NIGHTLY

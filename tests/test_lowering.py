@@ -23,7 +23,7 @@ from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.lowering.repetition import NotRepeated, Repetition, find_repetition, short_signature, shortened
 from coreai_zoo.lowering.trace import check_traced, trace
 from coreai_zoo.overlay import LayerRewrite
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.signature import InputSpec, StateSpec, TensorSpec, TraceSpec
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore

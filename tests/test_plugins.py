@@ -21,7 +21,8 @@ from coreai_zoo.errors import BadInput, EnvironmentLacks, PluginError
 from coreai_zoo.gate import ReferenceModel
 from coreai_zoo.overlay import LayerRewrite, Overlay, Prefix, TokenizerClass, WeightMap
 from coreai_zoo.plugins import HOOKS, LISTS, Plugins
-from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
 from coreai_zoo.signature import KVCache, StateSpec
 
 MakePlugin = Callable[..., types.ModuleType]
@@ -626,7 +627,7 @@ def test_one_name_from_two_plugins_names_both(make_plugin: MakePlugin, hook: str
 
 
 def recipe(name: str) -> Recipe:
-    return Recipe(name, f"{name}_published", "A recipe.", RECIPES["fp16"].specs)
+    return Recipe.by_role(name, "A recipe.", RECIPES["fp16"].specs)
 
 
 def contract(name: str) -> contracts.Contract:

@@ -22,10 +22,12 @@ from coreai_zoo.catalogue import find_recipe
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import RoleKind
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
 from coreai_zoo.weights.formats import has_zero_points, pack_int4, unpack_int4
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, dequantize_rows, quantize_rows
 from coreai_zoo_overlays.qwen3_5.table import ROLES
+from recipe_roles import spec_of_role
 
 INTEGERS: tuple[Any, ...] = ("int4", "int8", "uint4", "uint8")
 SCHEMES: tuple[Any, ...] = ("symmetric", "symmetric_with_clipping", "asymmetric")
@@ -285,11 +287,21 @@ def test_the_built_in_recipes_are_these() -> None:
         "fp16": "fp16",
         "int8lin": "int8lin_block32",
         "int8hu": "int8hu_block32_sym",
+        "int8mse": "int8hu_block32_mse_sym",
         "int4lin": "int4lin_block32",
+        "int4hu8": "int4hu_block32_embedding_head_int8_block32_sym",
     }
     body = {"attention", "gdn.in", "gdn.out", "mlp", "moe.expert"}
-    quantized = {name: {role.name for role in ROLES if recipe.spec(role)} for name, recipe in RECIPES.items()}
-    assert quantized == {"fp16": set(), "int8lin": body, "int8hu": body | {"head"}, "int4lin": body}
+    quantized = {name: {role.name for role in ROLES if spec_of_role(recipe, role)} for name, recipe in RECIPES.items()}
+    with_head = body | {"head"}
+    assert quantized == {
+        "fp16": set(),
+        "int8lin": body,
+        "int8hu": with_head,
+        "int8mse": with_head,
+        "int4lin": body,
+        "int4hu8": with_head | {"embedding"},
+    }
     assert str(RECIPES["int8hu"].specs["head"]) == "int8 block 32 symmetric"
     assert str(RECIPES["int8hu"].specs["body"]) == "int8 block 32 symmetric_with_clipping"
     assert str(RECIPES["int4lin"].specs["body"]) == "int4 block 32 symmetric_with_clipping"
@@ -299,20 +311,20 @@ def test_a_recipe_must_decide_every_kind_of_weight() -> None:
     specs = dict.fromkeys(WEIGHT_KINDS)
     del specs["other"]
     with pytest.raises(BadInput, match=r"'half' leaves other undecided\. .*The kinds are embedding, head, "):
-        Recipe("half", "half", "", specs)
+        Recipe.by_role("half", "", specs)
 
 
 def test_a_recipe_may_decide_single_roles_otherwise_than_their_kind() -> None:
     one, other = QuantizationSpec("int8", "symmetric"), QuantizationSpec("int4", "symmetric")
-    recipe = Recipe("r", "r", "", {**dict.fromkeys(WEIGHT_KINDS), "body": one, "mlp": other, "moe.router": one})
-    found = {role.name: recipe.spec(role) for role in ROLES}
+    recipe = Recipe.by_role("r", "", {**dict.fromkeys(WEIGHT_KINDS), "body": one, "mlp": other, "moe.router": one})
+    found = {role.name: spec_of_role(recipe, role) for role in ROLES}
     chosen = {"attention": one, "gdn.in": one, "gdn.out": one, "moe.expert": one, "mlp": other}
     assert found == {**dict.fromkeys(found), **chosen, "moe.router": one}
 
 
 def test_a_recipe_cannot_be_changed_through_the_mapping_that_made_it() -> None:
     roles: dict[str, QuantizationSpec | None] = dict.fromkeys(WEIGHT_KINDS)
-    recipe = Recipe("r", "r", "", roles)
+    recipe = Recipe.by_role("r", "", roles)
     roles["head"] = QuantizationSpec("int8", "symmetric")
     assert recipe.specs["head"] is None
 
@@ -333,16 +345,9 @@ def test_another_head_policy_than_the_recipes_own_shows_in_the_name() -> None:
     assert RECIPES["int8lin"].with_head(other).published_name == "int8lin_block32"
 
 
-def test_a_per_channel_head_needs_force() -> None:
-    policy = HeadQuantization(QuantizationSpec("int8", "symmetric", None), "a reason")
-    with pytest.raises(BadInput, match="per-channel int8 weights give garbage on the GPU"):
-        RECIPES["int8hu"].with_head(policy)
-    assert RECIPES["int8hu"].with_head(policy, allow_per_channel=True).specs["head"] == policy.spec
-
-
 def test_an_unknown_recipe_is_answered_with_the_nearest_names() -> None:
     assert find_recipe("int8hu", default_plugins()) is RECIPES["int8hu"]
     with pytest.raises(BadInput, match=r"no recipe 'int8hy'\. Did you mean int8hu"):
         find_recipe("int8hy", default_plugins())
-    with pytest.raises(BadInput, match="There are fp16, int8lin, int8hu, int4lin"):
+    with pytest.raises(BadInput, match="There are fp16, int4hu8, int4lin, int8hu, int8lin, int8mse"):
         find_recipe("zzz", default_plugins())

@@ -93,7 +93,7 @@ def test_fewer_bits_cost_more_and_save_more(resolved: Design, subject: Subject) 
 
 
 def test_the_parts_of_a_recipe_save_what_the_recipe_saves(resolved: Design) -> None:
-    specs = {role: spec for role, spec in resolved.stored_roles.items() if spec is not None}
+    specs = {role: spec for role, (spec,) in resolved.weights.stored_as().items() if spec is not None}
     plain = sum(evolve(tensor, quantization=None).format.bytes for tensor in resolved.weights.tensors)
     parts = parts_of(resolved.weights, specs)
     assert sum(part.saved_bytes for part in parts) == plain - resolved.weights.stored_bytes

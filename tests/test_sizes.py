@@ -16,7 +16,7 @@ from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY

@@ -22,7 +22,8 @@ import forked
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Part, Transform, WeightMap, WeightRule
-from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import QuantizationSpec, Recipe
 from coreai_zoo.weights import store as store_module
 from coreai_zoo.weights.formats import has_zero_points, pack_int4
 from coreai_zoo.weights.plan import ParameterInfo, PlannedTensor, WeightPlan, plan_weights
@@ -33,7 +34,7 @@ from disks import small_disks
 
 INT8 = RECIPES["int8hu"]
 # Files of the same sizes as int8hu's, with other bits in them.
-ABSMAX = Recipe("absmax", "absmax", "", {**INT8.specs, "mlp": INT8.specs["head"], "moe.expert": INT8.specs["head"]})
+ABSMAX = Recipe.by_role("absmax", "", {**INT8.specs, "mlp": INT8.specs["head"], "moe.expert": INT8.specs["head"]})
 RULES = (
     WeightRule("norm", "norm", "norm", Transform("1 + weight", lambda weight: weight + 1)),
     WeightRule("decay", "decay", "scalar", Transform("-exp", lambda weight: -weight.exp())),
@@ -75,7 +76,7 @@ def one(checkpoint: Checkpoint, shape: tuple[int, ...], spec: QuantizationSpec |
     roles = {**RECIPES["fp16"].specs, "mlp": spec}
     parameters = {"w": ParameterInfo(shape, dtype)}
     rules = WeightMap((WeightRule("w", "w", "mlp"),))
-    return plan_weights(rules, parameters, checkpoint.tensors, Recipe("test", "test", "", roles))
+    return plan_weights(rules, parameters, checkpoint.tensors, Recipe.by_role("test", "", roles))
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -293,9 +294,9 @@ def test_one_changed_value_computes_exactly_the_tensor_that_it_fills(
 
 def test_another_spec_for_one_role_computes_exactly_that_role(checkpoint: Checkpoint, store: WeightStore) -> None:
     store.fill(plan(checkpoint), checkpoint)
-    other = Recipe("other", "other", "", {**INT8.specs, "moe.expert": INT8.specs["head"]})
+    other = Recipe.by_role("other", "", {**INT8.specs, "moe.expert": INT8.specs["head"]})
     assert computed(store, plan(checkpoint, other), checkpoint) == ["experts"]
-    kept = Recipe("kept", "kept", "", {**other.specs, "mlp": None})
+    kept = Recipe.by_role("kept", "", {**other.specs, "mlp": None})
     assert computed(store, plan(checkpoint, kept), checkpoint) == ["l.0.w", "l.1.w"]
 
 

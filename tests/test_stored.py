@@ -14,7 +14,8 @@ from coreai_zoo.bundle.find import checkpoint_of
 from coreai_zoo.bundle.stored import StoredForm, _uses_lowest, check_stored, stored_forms
 from coreai_zoo.gates.verify import expected_of
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import RECIPES, HeadQuantization, QuantizationSpec, published_as
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, published_as
 from coreai_zoo.weights.convert import bytes_of
 from coreai_zoo.weights.formats import Format, pack_int4
 from coreai_zoo.weights.quantizer import quantize_rows
@@ -103,7 +104,7 @@ def test_a_name_that_no_recipe_is_published_as_does_not_pass(built: Callable[[st
     bundle = built("qwen3.6-27b", "int8hu")
     other = evolve(bundle, metadata={**bundle.metadata, "compression": "int8"})
     found = check_stored(other, CoreAIBackend(), RECIPES, None)
-    assert "no recipe that is installed is published as int8" in found.detail
+    assert "neither a recipe that is installed nor the one in build.json is published as int8" in found.detail
     assert "the bundle is called qwen3_6_27b_sample_decode_int8hu_block32_sym and its compression int8" in found.detail
 
 
@@ -113,7 +114,7 @@ def test_a_name_that_no_recipe_is_published_as_does_not_pass(built: Callable[[st
 
 
 def test_a_published_name_leads_back_to_its_recipe() -> None:
-    assert all(published_as(recipe.published_name, RECIPES) == recipe for recipe in RECIPES.values())
+    assert all(published_as(recipe.published_name, RECIPES.values()) == recipe for recipe in RECIPES.values())
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_a_published_name_leads_back_to_its_recipe() -> None:
 )
 def test_a_head_of_another_policy_is_read_from_the_name(spec: QuantizationSpec) -> None:
     recipe = RECIPES["int8hu"].with_head(HeadQuantization(spec, "a reason"))
-    assert published_as(recipe.published_name, RECIPES) == recipe
+    assert published_as(recipe.published_name, RECIPES.values()) == recipe
 
 
 @pytest.mark.parametrize(
@@ -135,4 +136,4 @@ def test_a_head_of_another_policy_is_read_from_the_name(spec: QuantizationSpec) 
     ],
 )
 def test_a_name_that_nothing_is_published_as_is_none(name: str) -> None:
-    assert published_as(name, RECIPES) is None
+    assert published_as(name, RECIPES.values()) is None

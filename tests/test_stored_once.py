@@ -16,7 +16,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.weights.plan import WeightPlan, plan_weights, plan_without_checkpoint
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5

@@ -19,7 +19,8 @@ from coreai_zoo.catalogue import find_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.stress import StressTest, stress_samples, write_checkpoint
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipes import PLAIN, RECIPES
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import PLAIN
 from coreai_zoo.stress import StressSample
 from mutants import BOTH
 from precision_mutants import GOLDEN, PRECISION

@@ -197,14 +197,16 @@ def test_a_fine_tune_by_entry_alone_is_planned_as_its_base_model(zoo: Zoo, check
     assert (fine_tune["overlay"], fine_tune["plugin"]) == ("qwen3_5", "qwen36")
     assert fine_tune["published_name"] == "int8hu_block32_sym"
     assert fine_tune["roles"] == base["roles"]
-    assert fine_tune["roles"]["head"]["stored_as"] == {"dtype": "int8", "scheme": "symmetric", "block_size": 32}
+    stored_as = {"dtype": "int8", "scheme": "symmetric", "block_size": 32, "scales": "absmax"}
+    assert fine_tune["roles"]["head"]["stored_as"] == stored_as
 
 
 def test_the_other_head_policy_is_planned(zoo: Zoo) -> None:
     plan = json.loads(zoo("plan", "acme-mini-clamped", "--json").stdout)
 
     assert plan["published_name"] == "int8hu_block32_sym_head_int8_block16_sym"
-    assert plan["roles"]["head"]["stored_as"] == {"dtype": "int8", "scheme": "symmetric", "block_size": 16}
+    stored_as = {"dtype": "int8", "scheme": "symmetric", "block_size": 16, "scales": "absmax"}
+    assert plan["roles"]["head"]["stored_as"] == stored_as
     assert plan["roles"]["mlp"]["stored_as"]["block_size"] == 32
 
 

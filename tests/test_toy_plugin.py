@@ -35,9 +35,11 @@ from coreai_zoo.lowering.module import build_module
 from coreai_zoo.lowering.trace import check_traced, trace
 from coreai_zoo.overlay import COMMON_ROLES, LayerRewrite
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.recipes import RECIPES, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import Recipe
 from coreai_zoo.signature import StateSpec, TensorSpec, TraceSpec
 from coreai_zoo.weights.quantizer import dequantize_rows, quantize_rows
+from recipe_roles import spec_of_role
 
 CONFIG = {
     "model_type": toy_plugin.MODEL_TYPE,
@@ -175,7 +177,7 @@ def stored_value(name: str, tensor: Tensor, recipe: Recipe) -> Tensor:
     role = {"tok.table": "embedding", "unembed": "head"}.get(name) or ("attention" if ".w" in name else "mlp")
     if "gain" in name:
         return (10 ** (tensor.float() / 20)).half().float()
-    (spec,) = (recipe.spec(known) for known in COMMON_ROLES if known.name == role)
+    (spec,) = (spec_of_role(recipe, known) for known in COMMON_ROLES if known.name == role)
     plain = tensor.half()
     return plain.float() if spec is None else dequantize_rows(quantize_rows(plain, spec), spec)
 

@@ -15,7 +15,8 @@ from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.checkpoint.originals import NotOriginal
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Drop, Part, Prefix, Transform, WeightMap, WeightRule
-from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import QuantizationSpec, Recipe
 from coreai_zoo.weights.plan import (
     ParameterInfo,
     PlannedTensor,
@@ -25,6 +26,7 @@ from coreai_zoo.weights.plan import (
     plan_without_checkpoint,
 )
 from coreai_zoo_overlays.qwen3_5.table import ROLES
+from recipe_roles import spec_of_role
 
 FP16, INT8 = RECIPES["fp16"], RECIPES["int8hu"]
 EXPERTS = (
@@ -294,5 +296,5 @@ def test_every_recipe_can_plan_every_role() -> None:
         table = WeightMap(rules, roles=ROLES)
         result = plan_weights(table, floats(**shapes), tensors(**shapes), recipe)
         assert {tensor.role: tensor.quantization for tensor in result.tensors} == {
-            role.name: recipe.spec(role) for role in ROLES
+            role.name: spec_of_role(recipe, role) for role in ROLES
         }

@@ -17,7 +17,7 @@ from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.layout import Layout
 from coreai_zoo.overlay import ParameterInfo, WeightMap, WeightRule
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.weights.journal import canonical
 from coreai_zoo.weights.plan import WeightPlan, plan_weights
 from coreai_zoo.weights.store import JOURNAL, FillReport, Place

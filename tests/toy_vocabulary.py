@@ -16,7 +16,8 @@ from coreai_zoo import hookimpl
 from coreai_zoo.bounds import Measured, MeasuredBounds
 from coreai_zoo.gate import ReferenceModel
 from coreai_zoo.overlay import COMMON_ROLES, Overlay, Role, WeightMap
-from coreai_zoo.recipes import RECIPES, QuantizationSpec, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import QuantizationSpec, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +28,8 @@ ROLES = (
     Role("toy.memory", "gains of what the toy remembers"),
 )
 
-RECIPE = Recipe(
+RECIPE = Recipe.by_role(
     name="toy-int8",
-    published_name="toy_int8_fine",
     description="As int8hu, the way back from the wide layer in blocks of 16.",
     specs={**RECIPES["int8hu"].specs, "toy.way-back": QuantizationSpec("int8", "symmetric", 16)},
 )

@@ -8,7 +8,8 @@ from coreai_zoo import hookimpl
 from coreai_zoo.backend import Backend
 from coreai_zoo.contracts import CONTRACTS, Contract
 from coreai_zoo.overlay import TokenizerClass
-from coreai_zoo.recipes import RECIPES, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import Recipe
 
 
 @hookimpl

@@ -38,7 +38,7 @@ from coreai_zoo.names import slug
 from coreai_zoo.overlay import HasParameterTable, LayerRewrite, ParameterInfo, WeightMap
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
-from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
+from coreai_zoo.recipes import HeadQuantization, Recipe
 from coreai_zoo.signature import StateSpec, TraceSpec
 from coreai_zoo.weights.names import Names
 from coreai_zoo.weights.plan import WeightPlan, plan_weights, plan_without_checkpoint
@@ -76,8 +76,8 @@ class Design:
             architecture, or another model of the same size.
         contract: the engine contract that the functions meet.
         backend: the backend that writes the asset.
-        recipe: how each role is stored, with the overlay's head policy in place.
-        head: that policy; None where the recipe does not quantize the head.
+        recipe: how each weight is stored, with the overlay's head policy in place.
+        head: that policy; None where the recipe does not leave the head to the overlay.
         functions: the bundle's functions by name; the first one decodes.
         decoders: the functions' modules.
         weights: where every parameter comes from and how it is stored.
@@ -130,11 +130,6 @@ class Design:
     def decode(self) -> str:
         """Name of the function that decodes."""
         return next(iter(self.functions))
-
-    @property
-    def stored_roles(self) -> Mapping[str, QuantizationSpec | None]:
-        """The quantization of each role of the model's weights, by the role's name; None for plain values."""
-        return {name: self.recipe.spec(self.weights.roles[name]) for name in self.weights.by_role()}
 
     @property
     def sample(self) -> bool:
@@ -190,7 +185,7 @@ class Design:
         transposed = {tensor.name: tensor.read_transposed for tensor in plain}
         return self.backend.trace(self.modules, self.signatures, transposed)
 
-    def with_recipe(self, name: str) -> Design:
+    def with_recipe(self, name: str | Recipe) -> Design:
         """The same design with its weights stored by another recipe.
 
         Raises:
@@ -517,10 +512,9 @@ def _check_table(overlay: str, table: Mapping[str, ParameterInfo], real: Mapping
 def _with_head(
     recipe: Recipe, model: Model, entry: Entry | None, plugins: Plugins
 ) -> tuple[Recipe, HeadQuantization | None]:
-    """The recipe with the overlay's head policy in place; and that policy, None where the head is not quantized."""
+    """The recipe with the overlay's head policy in place; and that policy, None where the recipe decides by itself."""
     policy = plugins.head_quantization(model.overlay, entry, model.config)
-    chosen = recipe.with_head(policy)
-    return chosen, policy if chosen.specs["head"] is not None else None
+    return recipe.with_head(policy), policy if recipe.leaves_head_to_overlay else None
 
 
 def _weights(
@@ -532,17 +526,17 @@ def _weights(
     """
     model, plugins = decoders.model, decoders.plugins
     plugin, table = plugins.weight_map(model.overlay, entry, model.config)
-    parameters = decoders.parameters
+    parameters, layers = decoders.parameters, int(model.whole_facts["layers"])
     notes = [*source.notes, *(checkpoint.notes if checkpoint else ())]
     with plugins.attribute_errors(plugin, "the weight map", except_input=True), source.naming_the_original():
         tensors = source.tensors(checkpoint)
         if checkpoint is not None:
             notes += checkpoint.check_index(Names(table).is_left_out)
         if tensors is None:
-            weights = plan_without_checkpoint(table, parameters, recipe)
+            weights = plan_without_checkpoint(table, parameters, recipe, layers)
         else:
             with _telling(notes):
-                weights = plan_weights(table, parameters, tensors, recipe)
+                weights = plan_weights(table, parameters, tensors, recipe, layers)
     _check_routed(model, table, weights)
     return weights, (*dict.fromkeys((*notes, *weights.notes)),)
 

@@ -19,6 +19,7 @@ def expected_by(designed: Design, checkpoint: Path | None) -> Expected:
         name=designed.name,
         asset=designed.asset,
         compression=designed.recipe.published_name,
+        layers=designed.model.whole_facts["layers"],
         functions=designed.signatures,
         language=language_block(designed.signatures, designed.facts["vocab_size"], designed.max_context),
         weights={tensor.name: ExpectedWeight(tensor.format, roles[tensor.role]) for tensor in designed.weights.stored},

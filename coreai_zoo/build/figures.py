@@ -31,7 +31,7 @@ class RoleSum:
         role: name of the role.
         meaning: what they do, in words.
         routed: whether it holds experts of which a token reads a few.
-        spec: how they are quantized, or None.
+        specs: how they are quantized, each way once; None for plain values.
         bytes: what they take in the bundle.
         stored_with: the role whose bytes they share, None where they have their own.
         read: bytes of them that one decoded token reads.
@@ -42,7 +42,7 @@ class RoleSum:
     routed: bool
     tensors: int
     parameters: int
-    spec: QuantizationSpec | None
+    specs: tuple[QuantizationSpec | None, ...]
     bytes: int
     stored_with: str | None
     read: int
@@ -83,7 +83,7 @@ class Figures:
             routed=role.routed,
             tensors=total.tensors,
             parameters=total.parameters,
-            spec=self.design.recipe.spec(role),
+            specs=tuple(dict.fromkeys(tensor.quantization for tensor in tensors)),
             bytes=total.bytes,
             stored_with=total.stored_with,
             read=round(read * self._share_read(role)),

@@ -23,6 +23,8 @@ from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.recipe_files import recorded_recipe
+from coreai_zoo.recipes import Recipe
 
 
 def rebuild(bundle: Bundle, checkpoint: Path | None, plugins: Plugins, report: Reporter) -> Check:
@@ -57,7 +59,7 @@ def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> t
             checkpoint=checkpoint,
             label=build.get("label"),
             sample=bool(build["sample"]),
-            recipe=build["recipe"]["name"],
+            recipe=_recipe(bundle),
             contract=build["contract"]["name"],
             backend=build["backend"],
             output=output,
@@ -68,6 +70,14 @@ def recorded_request(bundle: Bundle, checkpoint: Path | None, output: Path) -> t
         return request, int(build["source_date_epoch"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"build.json of {bundle.directory} does not say how it was built: {error!r}.") from error
+
+
+def _recipe(bundle: Bundle) -> str | Recipe:
+    """The recipe that a bundle was built by, from its record; of one that does not hold it, the name."""
+    recorded = bundle.build["recipe"]
+    if "rule" not in recorded:
+        return str(recorded["name"])
+    return recorded_recipe(str(recorded["name"]), recorded, bundle.directory)
 
 
 def _model(bundle: Bundle, checkpoint: Path | None) -> str | None:

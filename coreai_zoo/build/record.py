@@ -21,6 +21,7 @@ from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
 from coreai_zoo.bundle.layout import BUILD_SCHEMA, card_digest, file_digests
 from coreai_zoo.bundle.metadata import language_block, metadata
+from coreai_zoo.catalogue import is_file
 from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer
 from coreai_zoo.checkpoint.readme import texts
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
@@ -28,6 +29,8 @@ from coreai_zoo.dates import build_date
 from coreai_zoo.digest import file_sha256
 from coreai_zoo.json_files import write_json
 from coreai_zoo.overlay import LayerRewrite
+from coreai_zoo.recipe_files import content_of
+from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.weights.plan import RoleTotal
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION
 from coreai_zoo.weights.store import WeightStore
@@ -151,6 +154,7 @@ def describe(design: Design) -> dict[str, Any]:
         "recipe": {
             "name": design.recipe.name,
             "published_name": design.recipe.published_name,
+            **content_of(design.recipe),
             "roles": roles_record(design),
             "head_reason": design.head.reason if design.head else None,
         },
@@ -162,11 +166,13 @@ def describe(design: Design) -> dict[str, Any]:
 
 
 def roles_record(design: Design) -> dict[str, Any]:
-    """How each role is stored, as build.json says it; null for plain values."""
-    return {
-        role: None if spec is None else {"dtype": spec.dtype, "scheme": spec.scheme, "block": spec.block_size}
-        for role, spec in design.stored_roles.items()
-    }
+    """How each role is stored, as build.json says it: null for plain values, a list where its weights differ."""
+
+    def recorded(specs: tuple[QuantizationSpec | None, ...]) -> Any:
+        forms = [None if spec is None else spec.record for spec in specs]
+        return forms[0] if len(forms) == 1 else forms
+
+    return {role: recorded(specs) for role, specs in design.weights.stored_as().items()}
 
 
 def _entry(design: Design) -> dict[str, Any] | None:
@@ -200,7 +206,7 @@ def _command(design: Design) -> list[str]:
     if design.differences:
         words.append("--custom")
     if design.recipe.name != (entry.recipe if entry else DEFAULT_RECIPE):
-        words += ["--recipe", design.recipe.name]
+        words += ["--recipe", f"{design.recipe.name}.toml" if is_file(design.request.recipe) else design.recipe.name]
     if design.backend.name != DEFAULT_BACKEND:
         words += ["--backend", design.backend.name]
     if design.contract.name != (entry.contract if entry else DEFAULT_CONTRACT):

@@ -7,6 +7,7 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.bundle.layout import EXPORTS
+from coreai_zoo.recipes import Recipe
 from coreai_zoo.systems import System
 
 DEFAULT_OUTPUT = EXPORTS
@@ -22,6 +23,7 @@ class BuildRequest:
     Attributes:
         model: an entry by its name or file, a repository on the hub, or a folder; None for the folder `checkpoint`.
         checkpoint: the folder of an entry's checkpoint; None to fetch it.
+        recipe: name or file of the recipe, or itself; None for the entry's.
         backend: name of the backend; None for the default one, or for the target's.
         target: the system of the machine that is to run the bundle, which decides contract and backend where they are
             None, and refuses those that it does not run; None where nothing is said of the machine.
@@ -34,7 +36,7 @@ class BuildRequest:
     model: str | None = None
     checkpoint: Path | None = None
     sample: bool = False
-    recipe: str | None = None
+    recipe: str | Recipe | None = None
     contract: str | None = None
     backend: str | None = None
     target: System | None = None

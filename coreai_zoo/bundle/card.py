@@ -16,6 +16,7 @@ from attrs import frozen
 from coreai_zoo.backend import Backend
 from coreai_zoo.dtypes import size
 from coreai_zoo.entry import HF_ID, Published
+from coreai_zoo.recipes import recorded_forms
 
 CARD = "README.md"
 
@@ -256,7 +257,8 @@ def _differences(differences: Sequence[str]) -> str:
 
 
 def _quantized(record: Mapping[str, Any]) -> str:
-    dtypes = {spec["dtype"] for spec in record["recipe"]["roles"].values() if spec is not None}
+    roles = record["recipe"]["roles"].values()
+    dtypes = {form["dtype"] for stored in roles for form in recorded_forms(stored) if form is not None}
     return f"quantized to {_listed(sorted(dtypes))}" if dtypes else "in half precision, not quantized"
 
 
@@ -305,11 +307,13 @@ def _bundle(record: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -
 def _recipe(record: Mapping[str, Any]) -> str:
     """The recipe in one sentence, and why the head is as it is."""
     stored: dict[str, list[str]] = {}
-    for role, spec in record["recipe"]["roles"].items():
-        stored.setdefault(_format(spec), []).append(f"`{role}`")
+    for role, recorded in record["recipe"]["roles"].items():
+        forms = recorded_forms(recorded)
+        for form in forms:
+            stored.setdefault(_format(form), []).append(f"{'' if len(forms) == 1 else 'part of '}`{role}`")
     # What is quantized first: it is nearly all there is.
-    forms = sorted(stored.items(), key=lambda form: form[0] == _format(None))
-    parts = "; ".join(f"{_listed(roles)} {form}" for form, roles in forms)
+    ordered = sorted(stored.items(), key=lambda form: form[0] == _format(None))
+    parts = "; ".join(f"{_listed(roles)} {form}" for form, roles in ordered)
     parameters, count = (sum(role[key] for role in record["weights"].values()) for key in ("parameters", "bytes"))
     text = (
         f"Recipe `{record['recipe']['name']}`: {parts}. That makes {8 * count / parameters:.2f} bits for each of "
@@ -323,7 +327,8 @@ def _format(spec: Mapping[str, Any] | None) -> str:
     if spec is None:
         return "as they are"
     blocks = "with one scale per row" if spec["block"] is None else f"in blocks of {spec['block']}"
-    return f"as {spec['dtype']} {blocks} ({spec['scheme'].replace('_', ' ')})"
+    scales = f", scales by {spec['scales']}" if "scales" in spec else ""
+    return f"as {spec['dtype']} {blocks} ({spec['scheme'].replace('_', ' ')}{scales})"
 
 
 def _needs(record: Mapping[str, Any], needs: Needs) -> str:

@@ -35,6 +35,7 @@ class Expected:
         name: of the bundle.
         asset: name of its asset.
         compression: as its recipe is published.
+        layers: of the whole model.
         functions: the signature of each function by name, the one that decodes first.
         language: the block `language` of metadata.json, but for the name of the tokenizer.
         weights: every weight that has bytes of its own, by name.
@@ -46,6 +47,7 @@ class Expected:
     name: str
     asset: str
     compression: str
+    layers: int
     functions: Mapping[str, TraceSpec]
     language: Mapping[str, Any]
     weights: Mapping[str, ExpectedWeight]

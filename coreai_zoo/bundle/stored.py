@@ -20,6 +20,7 @@ from coreai_zoo.dtypes import bits_of
 from coreai_zoo.errors import listing
 from coreai_zoo.names import parameter_of
 from coreai_zoo.overlay import Role
+from coreai_zoo.recipe_files import recorded_recipe
 from coreai_zoo.recipes import QuantizationSpec, Recipe, published_as
 from coreai_zoo.weights.formats import Format, has_zero_points
 
@@ -141,9 +142,9 @@ def check_stored(bundle: Bundle, backend: Backend, recipes: Mapping[str, Recipe]
     forms = stored_forms(bundle.asset, backend)
     compression = str(bundle.metadata.get("compression"))
     problems = list(_names(bundle, compression))
-    claimed = published_as(compression, recipes)
+    claimed = published_as(compression, [*recipes.values(), *_recorded(bundle)])
     if claimed is None:
-        problems.append(f"no recipe that is installed is published as {compression}")
+        problems.append(f"neither a recipe that is installed nor the one in build.json is published as {compression}")
     elif expected is not None:
         problems += _as_designed(forms, claimed, expected)
     else:
@@ -151,6 +152,13 @@ def check_stored(bundle: Bundle, backend: Backend, recipes: Mapping[str, Recipe]
     counts = Counter(_summary(form) for form in forms.values())
     detail = f"{compression}: {listing([f'{count} {what}' for what, count in counts.most_common()])}"
     return Check("weights", not problems, listing(problems, 6) or detail)
+
+
+def _recorded(bundle: Bundle) -> Iterator[Recipe]:
+    """The recipe in the bundle's record. It may say anything: the name, which follows from the rules, must fit it."""
+    recorded = bundle.build.get("recipe")
+    if isinstance(recorded, dict) and "rule" in recorded:
+        yield recorded_recipe(str(recorded.get("name")), recorded, bundle.directory)
 
 
 def _summary(form: StoredForm) -> str:
@@ -167,7 +175,8 @@ def _names(bundle: Bundle, compression: str) -> Iterator[str]:
 def _as_designed(forms: Mapping[str, StoredForm], claimed: Recipe, expected: Expected) -> Iterator[str]:
     """What is stored otherwise than the name says, or not at all, weight by weight."""
     for name, weight in expected.weights.items():
-        spec = claimed.spec(weight.role)
+        rule = claimed.rule_for(name, weight.role, expected.layers)
+        spec = None if rule is None else claimed.spec_of(rule)
         wanted = evolve(weight.format, quantization=spec)
         if name in forms and not forms[name].is_of(wanted):
             yield f"{name} is {forms[name]}, and by the bundle's name {spec or wanted.dtype} {list(wanted.shape)}"
@@ -177,17 +186,29 @@ def _as_designed(forms: Mapping[str, StoredForm], claimed: Recipe, expected: Exp
 
 
 def _as_recorded(forms: Mapping[str, StoredForm], claimed: Recipe, bundle: Bundle) -> Iterator[str]:
-    """What is stored otherwise than the name says, by the number of elements: here no weight's role is known."""
-    roles, totals = bundle.build.get("roles") or {}, bundle.build.get("weights") or {}
-    wanted: Counter[QuantizationSpec | None] = Counter()
-    for role, total in totals.items():
-        wanted[claimed.spec(Role(**roles[role]))] += total["parameters"]
+    """What is stored otherwise than the name says, where no design says which weights there are.
+
+    A weight's role is that of none here: which roles have weights is the record's, and so which rules are not needed.
+    """
     quantized = [form for form in forms.values() if form.scales is not None]
-    specs = [spec for spec in wanted if spec is not None and wanted[spec]]
     for form in quantized:
-        if not any(form.fits(spec, form.shape[-1], str(form.scales)) for spec in specs):
+        if not any(form.fits(spec, form.shape[-1], str(form.scales)) for spec in claimed.quantizations):
             yield f"a weight is {form}, which the bundle's name does not say"
-    for spec in specs:
-        fitting = [form for form in quantized if form.fits(spec, form.shape[-1], str(form.scales))]
-        if not fitting:
-            yield f"no weight is {spec}, which the bundle's name says of {wanted[spec]:,} elements"
+    for spec in _needed(claimed, bundle):
+        if not any(form.fits(spec, form.shape[-1], str(form.scales)) for form in quantized):
+            yield f"no weight is {spec}, which the bundle's name says"
+
+
+def _needed(claimed: Recipe, bundle: Bundle) -> list[QuantizationSpec]:
+    """Every way in which a recipe stores weights that a bundle has, by the roles of its record.
+
+    Of a role with weights of its own that is decided by names or layers, any of its rules may be for others.
+    """
+    roles, totals = bundle.build.get("roles") or {}, bundle.build.get("weights") or {}
+    needed = []
+    for role in (Role(**roles[name]) for name, total in totals.items() if total["parameters"]):
+        rules = [rule for rule in claimed.rules if not rule.roles or {role.name, role.kind} & set(rule.roles)]
+        first = rules[0] if rules else None
+        if first is not None and not first.parameters and first.layers is None:
+            needed.append(claimed.spec_of(first))
+    return [spec for spec in dict.fromkeys(needed) if spec is not None]

@@ -26,7 +26,8 @@ from coreai_zoo.dates import build_date
 from coreai_zoo.engine import Interface, sentence
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing
 from coreai_zoo.json_files import read_object
-from coreai_zoo.recipes import RECIPES, Recipe
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.recipes import Recipe
 from coreai_zoo.signature import Signature, TraceSpec
 
 # Weights up to this size are run for one step; beyond it the CPU interpreter needs minutes for a token.

@@ -14,12 +14,12 @@ from coreai_zoo.build import pipeline
 from coreai_zoo.build.pipeline import BuildResult
 from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_OUTPUT, BuildRequest
 from coreai_zoo.cli.completion import complete_entry
+from coreai_zoo.cli.recipe_option import recipe_option
 from coreai_zoo.cli.target import target_option
 from coreai_zoo.commands import json_option, plugins_of, print_json
 from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.errors import BadInput, tell_failure_as
 from coreai_zoo.progress import EventReporter, Reporter
-from coreai_zoo.recipes import RECIPES
 
 _EXISTING = click.Path(path_type=Path)
 
@@ -28,7 +28,7 @@ _EXISTING = click.Path(path_type=Path)
 @click.argument("model", shell_complete=complete_entry)
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local copy of the entry's checkpoint.")
 @click.option("--sample", is_flag=True, help="The miniature trained checkpoint that ships with the entry.")
-@click.option("--recipe", metavar="R", help=f"Quantization: {', '.join(RECIPES)}. Default: the entry's.")
+@recipe_option("Quantization: a name from `zoo recipes`, or a TOML file. Default: the entry's.")
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
 @click.option("--backend", metavar="B", help=f"coreai or coreml. Default: {DEFAULT_BACKEND}, or the target's.")
 @target_option
@@ -83,6 +83,7 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
         zoo build qwen3.6-27b
         zoo build qwen3.6-27b --target macos27.2
         zoo build qwen3.6-27b --sample
+        zoo build qwen3.6-27b --recipe mine.toml
         zoo build qwen3.6-27b --stream
         zoo build someone/a-fine-tune@v2 -o bundles
         zoo build ~/a-checkpoint

@@ -21,6 +21,18 @@ def complete_entry(ctx: click.Context, _parameter: click.Parameter, incomplete: 
     return found or [CompletionItem(incomplete, type="file")]
 
 
+def complete_recipe(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The recipes that begin with `incomplete`, each with what it does; where none does, files."""
+    try:
+        recipes = [*plugins_of(ctx).recipes().values()]
+    except ZooError:
+        recipes = []
+    found = [
+        CompletionItem(recipe.name, help=recipe.description) for recipe in recipes if recipe.name.startswith(incomplete)
+    ]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
 def complete_bundle(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The bundles whose names begin with `incomplete`; where none does, folders."""
     found = [CompletionItem(name) for name in bundle_names() if name.startswith(incomplete)]

@@ -10,6 +10,7 @@ import click
 from attrs import asdict, evolve
 
 from coreai_zoo.build.chips import EFFICIENCY, GPU_SHARE_SOURCE, MEASURED, tokens_per_second
+from coreai_zoo.build.figures import RoleSum
 from coreai_zoo.build.request import DEFAULT_BACKEND, BuildRequest
 from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.cli.plan_contracts import describe_contracts, print_contracts
@@ -24,6 +25,7 @@ from coreai_zoo.cli.plan_machines import (
     find_machines,
     fits_from,
 )
+from coreai_zoo.cli.recipe_option import recipe_option
 from coreai_zoo.cli.target import target_option
 from coreai_zoo.commands import (
     Column,
@@ -41,9 +43,9 @@ from coreai_zoo.dtypes import size
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import COMMON_ROLES
 from coreai_zoo.planning.contracts import compare_contracts
-from coreai_zoo.planning.plan import Plan
+from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.planning.plan import plan as make_plan
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipes import stored_text
 
 PROMPT_TOKENS = 2000
 """Tokens of a prompt that nobody said the length of."""
@@ -61,7 +63,7 @@ _RATES = (1e-3, 1e6)  # GB/s and TFLOPS of anything that may be a machine: with 
     multiple=True,
     help="A checkpoint, or a folder with nothing but its config.json, instead of an entry.",
 )
-@click.option("--recipe", "recipes", metavar="R", multiple=True, help=f"{', '.join(RECIPES)}. Default: the entry's.")
+@recipe_option("A name from `zoo recipes`, or a TOML file. Default: the entry's.", "recipes", multiple=True)
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
 @click.option("--backend", metavar="B", help=f"coreai or coreml. Default: {DEFAULT_BACKEND}, or the target's.")
 @target_option
@@ -142,7 +144,8 @@ def plan(
     _require_one_question(given, prompt_tokens, contracts=contracts, compare=compare)
     plugins = plugins_of(ctx)
     several = len(models) + len(checkpoints) > 1
-    chosen: Sequence[str | None] = recipes or ((*plugins.recipes(),) if compare and not several else (None,))
+    every_recipe = compare and not several and not recipes
+    chosen: Sequence[str | None] = recipes or (None,)
     if not compare and (several or len(chosen) > 1):
         raise BadInput(
             "This asks for several plans.",
@@ -167,12 +170,19 @@ def plan(
         else:
             print_contracts(options, machines)
         return
-    plans = [make_plan(evolve(subject, recipe=recipe), plugins) for recipe in chosen for subject in subjects]
+    if every_recipe:
+        by_recipe, misfits = plans_by_recipe(subjects[0], plugins)
+        plans = [*by_recipe.values()]
+    else:
+        misfits = {}
+        plans = [make_plan(evolve(subject, recipe=recipe), plugins) for recipe in chosen for subject in subjects]
     if as_json:
         described = [_described(made, machines) for made in plans]
         print_json(described if compare else described[0])
     elif compare:
         _print_side_by_side(plans, machines)
+        for name, reason in misfits.items():
+            print_text(f"\n{name} is not for this model: {reason}")
     else:
         _print(plans[0], machines)
 
@@ -245,8 +255,7 @@ def _print_roles(plan: Plan) -> None:
         Column("read per token", number=True, drop=1),
     )
     for role in plan.roles:
-        stored = str(role.spec) if role.spec else "not quantized"
-        stored = f"with the {role.stored_with}" if role.stored_with else stored
+        stored = f"with the {role.stored_with}" if role.stored_with else stored_text(role.specs)
         bits = "" if role.bits is None else f"{role.bits:.2f}"
         numbers = (bits, f"{role.bytes:,}", f"{role.read:,}")
         table.add_row(role.role, str(role.tensors), f"{role.parameters:,}", stored, *numbers)
@@ -377,7 +386,7 @@ def _described(plan: Plan, machines: Machines) -> Mapping[str, Any]:
                 "meaning": role.meaning,
                 "tensors": role.tensors,
                 "parameters": role.parameters,
-                "stored_as": asdict(role.spec) if role.spec else None,
+                "stored_as": _stored_as(role),
                 "bits": role.bits,
                 "bytes": role.bytes,
                 "stored_with": role.stored_with,
@@ -390,3 +399,9 @@ def _described(plan: Plan, machines: Machines) -> Mapping[str, Any]:
         "machines": [describe_decode(plan, chip, machines.efficiency) for chip in machines.chips],
         "published": [asdict(measured) for measured in plan.published],
     }
+
+
+def _stored_as(role: RoleSum) -> Any:
+    """How the weights of a role are stored; a list where they differ."""
+    forms = [None if spec is None else asdict(spec) for spec in role.specs]
+    return forms[0] if len(forms) == 1 else forms

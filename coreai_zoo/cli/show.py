@@ -17,6 +17,7 @@ from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.recipes import QuantizationSpec, Rule, stored_text
 
 
 @click.command("show")
@@ -59,19 +60,27 @@ def show(ctx: click.Context, model: str, as_json: bool) -> None:
 
 
 def _recipe_by_role(entry: Entry, plugins: Plugins) -> dict[str, str | None]:
-    """How a weight of each role is stored; of an entry that states too little to know its roles, of each kind."""
+    """How a weight of each role is stored; of an entry that states too little to know its roles, each rule."""
     recipe = find_recipe(entry.recipe, plugins)
     try:
         return _stored(design(BuildRequest(entry.name, dry=True), plugins, entry))
     except BadInput:
-        stored = {kind: None if spec is None else str(spec) for kind, spec in recipe.specs.items()}
-    if (head := recipe.specs["head"]) is not None:  # the recipe says whether, the overlay how, and that by a config
-        stored["head"] = f"{head.dtype}, as the overlay decides when it sees a config"
-    return stored
+        return {str(rule).removeprefix("role "): _undecided(rule) for rule in recipe.rules}
+
+
+def _undecided(rule: Rule) -> str | None:
+    """How a rule stores its weights while no config is at hand, by which an overlay decides."""
+    if rule.overlay_decides and rule.spec is not None:
+        return f"{rule.spec.dtype}, as the overlay decides when it sees a config"
+    return None if rule.spec is None else str(rule.spec)
 
 
 def _stored(found: Design) -> dict[str, str | None]:
-    return {role: None if spec is None else str(spec) for role, spec in found.stored_roles.items()}
+    return {role: _text(specs) for role, specs in found.weights.stored_as().items()}
+
+
+def _text(specs: tuple[QuantizationSpec | None, ...]) -> str | None:
+    return None if specs == (None,) else stored_text(specs)
 
 
 def _rows_of_entry(entry: Entry, plugin: str) -> list[tuple[str, object]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from coreai_zoo.gates.charts import Chart, Line, Mark, Rule, decades
 from coreai_zoo.gates.power import CONFIDENCE, Power, percent, percent_above
+from coreai_zoo.recipes import recorded_text
 
 _SHOWN_FLIPS = 50  # of a bundle that fails badly over a corpus; the transcript has them all
 
@@ -56,6 +57,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
     environment.filters |= {
         "bytes": "{:,}".format,
         "significant": significant,
+        "stored": recorded_text,
         "quoted": quoted,  # shows a token's white space; the page escapes it
     }
     judged = [prompt for prompt in record["prompts"] if prompt["judged"]]

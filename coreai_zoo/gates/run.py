@@ -48,7 +48,7 @@ from coreai_zoo.gates.teacher_forced import (
 from coreai_zoo.overlay import LayeredDecoder, Overlay
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
-from coreai_zoo.recipes import PLAIN
+from coreai_zoo.recipes import PLAIN, recorded_forms
 
 if TYPE_CHECKING:
     from coreai_zoo.backend import Backend
@@ -489,7 +489,7 @@ def _judge(
         progress,
         control_bounds=measured.of_recipe({}, layers, "torch", kind),
         experts_per_token=subject.experts_per_token,
-        quantized=any(roles.values()),
+        quantized=any(any(recorded_forms(stored)) for stored in roles.values()),
         allow_weak=allow_weak,
         controls=controls,
     )

@@ -348,7 +348,8 @@ def _specs(designed: Design, options: SensitivityOptions) -> dict[str, Quantizat
     Raises:
         BadInput: for a role that the recipe leaves alone, when nothing else says how, or when there is none at all.
     """
-    recipe = {role: spec for role, spec in designed.stored_roles.items() if spec is not None}
+    stored = designed.weights.stored_as()
+    recipe = {role: spec for role, specs in stored.items() for spec in specs if spec is not None}
     roles = options.role or tuple(recipe)
     if not roles:
         raise BadInput(

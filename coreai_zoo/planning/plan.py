@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from attrs import frozen
+from collections.abc import Mapping
+
+from attrs import evolve, frozen
 
 from coreai_zoo.build.design import design
 from coreai_zoo.build.figures import Figures
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.request import DEFAULT_OUTPUT, BuildRequest
 from coreai_zoo.build.workspace import Workspace
+from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
 
 _UNBUILT = ".plan"  # no build is called so: what it writes is counted from nothing
@@ -38,3 +41,21 @@ def plan(request: BuildRequest, plugins: Plugins) -> Plan:
     designed = design(request, plugins)
     designed.backend.require(designed.signatures, designed.weights.quantizations)
     return Plan(designed, designed.label, preflight(designed, Workspace.of(DEFAULT_OUTPUT, _UNBUILT, None, keep=False)))
+
+
+def plans_by_recipe(request: BuildRequest, plugins: Plugins) -> tuple[Mapping[str, Plan], Mapping[str, str]]:
+    """The plans for a dry request by every recipe that is installed, and why there is none by the others.
+
+    Raises:
+        BadInput: when there is none at all.
+        PluginError: as `plan`.
+    """
+    plans, misfits, refused = {}, {}, None
+    for name in plugins.recipes():
+        try:
+            plans[name] = plan(evolve(request, recipe=name), plugins)
+        except BadInput as error:
+            misfits[name], refused = error.message, error
+    if not plans and refused is not None:
+        raise refused
+    return plans, misfits

@@ -18,7 +18,7 @@ from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import checkpoint_of, named_bundle
 from coreai_zoo.bundle.verify import backend_of
-from coreai_zoo.catalogue import find_entry, find_recipe, load_entries
+from coreai_zoo.catalogue import find_entry, find_recipe, is_file, load_entries
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, zoo_command
 from coreai_zoo.gates.run import oracle_of
@@ -52,7 +52,11 @@ class Comparison:
 
 @frozen
 class EntryRecipe:
-    """An entry under one recipe: `ENTRY` or `ENTRY:RECIPE` on the command line, where it was called `name`."""
+    """An entry under one recipe: `ENTRY` or `ENTRY:RECIPE` on the command line, where it was called `name`.
+
+    Attributes:
+        recipe: the recipe by its name, or the path of its file.
+    """
 
     name: str
     entry: Entry
@@ -135,12 +139,15 @@ class Comparer:
 
     def _entry_recipe(self, text: str) -> EntryRecipe:
         name, _, recipe = text.partition(":")
-        if not name.endswith(".toml") and ("/" in text or Path(text).exists()):
+        if not name.endswith(".toml") and ("/" in name or Path(text).exists()):
             raise BadInput(f"{text} is neither a bundle's folder nor an entry.", "`zoo list` shows the entries.")
         if name in self.plugins.recipes() and not recipe and name not in load_entries(self.plugins):
             raise BadInput(f"{name} is a recipe: two are compared on an entry.", f"Write it as ENTRY:{name}.")
         entry, _ = find_entry(name, self.plugins)
-        return EntryRecipe(name, entry, find_recipe(recipe or entry.recipe, self.plugins).name)
+        recipe = recipe or entry.recipe
+        find_recipe(recipe, self.plugins)
+        # Other revisions of the code run in their own folder.
+        return EntryRecipe(name, entry, str(Path(recipe).expanduser().resolve()) if is_file(recipe) else recipe)
 
     def _of_bundles(self, a: Bundle, b: Bundle) -> Difference:
         backends = [backend_of(bundle, self.plugins.backends()) for bundle in (a, b)]

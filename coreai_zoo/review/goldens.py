@@ -22,7 +22,7 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph
 from coreai_zoo.lowering.wiring import Wiring, unnamed
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.recipes import RECIPES
+from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.review import structure
 
 DEFAULT_FOLDER = Path("tests/goldens")

@@ -20,7 +20,7 @@ from coreai_zoo.names import parameter_of
 from coreai_zoo.overlay import Role
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.program import Program
-from coreai_zoo.recipes import PLAIN, QuantizationSpec
+from coreai_zoo.recipes import PLAIN, recorded_text, stored_text
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan, active_share
 
@@ -132,7 +132,7 @@ def of_bundle(bundle: Bundle, backend: Backend) -> Structure:
         recipe, known = build["recipe"]["roles"], build.get("roles", {})
         roles = {
             role: RoleWeights(
-                _spec_text(recipe[role]),
+                recorded_text(recipe[role]),
                 counts["tensors"],
                 counts["parameters"],
                 counts["bytes"],
@@ -166,12 +166,6 @@ def contents(bundle: Bundle, backend: Backend) -> dict[str, memoryview]:
 def _weight_name(state: str) -> str:
     """A stored tensor's name without how torch presents a quantized weight: the parameter, and which part of it."""
     return " ".join(parameter_of(state)).rstrip()
-
-
-def _spec_text(record: Mapping[str, Any] | None) -> str:
-    if record is None:
-        return "not quantized"
-    return str(QuantizationSpec(record["dtype"], record["scheme"], record["block"]))
 
 
 def flattened(content: Mapping[str, Any], separator: str) -> dict[str, Any]:
@@ -285,10 +279,10 @@ def _stored(tensor: PlannedTensor) -> list[tuple[str, StoredWeight]]:
 
 
 def _roles(plan: WeightPlan) -> dict[str, RoleWeights]:
-    totals = plan.totals()
+    totals, stored_as = plan.totals(), plan.stored_as()
     return {
         name: RoleWeights(
-            str(tensors[0].quantization or "not quantized"),
+            stored_text(stored_as[name]),
             totals[name].tensors,
             totals[name].parameters,
             totals[name].bytes,

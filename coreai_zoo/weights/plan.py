@@ -20,7 +20,7 @@ from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.checkpoint.originals import NotOriginal
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.overlay import Drop, ParameterInfo, Part, Role, RoleKind, Transform, WeightMap, WeightRule
-from coreai_zoo.recipes import QuantizationSpec, Recipe
+from coreai_zoo.recipes import QuantizationSpec, Recipe, Rule, layer_of
 from coreai_zoo.weights.formats import Format
 from coreai_zoo.weights.names import Names, Spelling, notes_on
 
@@ -134,6 +134,13 @@ class WeightPlan:
         for tensor in self.tensors:
             members.setdefault(tensor.role, []).append(tensor)
         return {name: tuple(members[name]) for name in (*self.roles, *members) if name in members}
+
+    def stored_as(self) -> Mapping[str, tuple[QuantizationSpec | None, ...]]:
+        """How the tensors of each role of `by_role` are quantized, None for plain values: each way once, in order."""
+        return {
+            role: tuple(dict.fromkeys(tensor.quantization for tensor in tensors))
+            for role, tensors in self.by_role().items()
+        }
 
     def totals(self) -> Mapping[str, RoleTotal]:
         """What each role of `by_role` takes."""
@@ -306,16 +313,25 @@ class _Problems:
     doubled: list[str] = field(factory=list)
     dtypes: list[str] = field(factory=list)
     blocks: list[str] = field(factory=list)
+    per_channel: list[str] = field(factory=list)
+    undecided: list[str] = field(factory=list)
+    idle: list[str] = field(factory=list)
     is_mlx: bool = False
 
     def raise_if_any(self) -> None:
+        of_recipe = {
+            "not divisible by the recipe's block": self.blocks,
+            "a head with one scale per row, which gives garbage on the GPU delegate": self.per_channel,
+            "decided by no rule of the recipe": self.undecided,
+            "rules that decide no weight": self.idle,
+        }
         kinds = {
             "missing": self.missing,
             "unknown to the weight map": self.unknown,
             "misshapen": self.misshapen,
             "filled twice": self.doubled,
             "not floating point": self.dtypes,
-            "not divisible by the recipe's block": self.blocks,
+            **of_recipe,
         }
         found = {title: items for title, items in kinds.items() if items}
         if not found:
@@ -327,7 +343,7 @@ class _Problems:
                 "The checkpoint was converted for MLX, which stores convolutions with their last axes exchanged. "
                 f"{text}."
             )
-        subject = "recipe" if self.blocks and len(found) == 1 else "checkpoint"  # there may be none
+        subject = "recipe" if found.keys() <= of_recipe.keys() else "checkpoint"  # there may be none
         raise BadInput(
             f"The {subject} does not fit the model ({count} problem{'s' if count > 1 else ''}). {text}.", self._hint()
         )
@@ -335,9 +351,13 @@ class _Problems:
     def _hint(self) -> str:
         if self.missing or self.unknown:
             return "Check that it is a checkpoint of this architecture, complete and original."
-        if self.blocks:
-            return "Choose a recipe that leaves these roles alone."
-        return "Use the original checkpoint."
+        if self.misshapen or self.doubled or self.dtypes:
+            return "Use the original checkpoint."
+        if self.undecided or self.idle:
+            return "`zoo show` names the roles of a model; docs/recipes.md says how rules match."
+        if self.per_channel:
+            return "Use a block size of 32."
+        return "Choose a recipe that leaves these roles alone."
 
 
 _ALIKE = 3  # fewer are named one by one
@@ -361,12 +381,21 @@ def _grouped(items: list[str]) -> list[str]:
 
 
 class _Planner:
-    """Collects what fills each parameter, and everything that is wrong on the way."""
+    """Collects what fills each parameter and how it is stored, and everything that is wrong on the way."""
 
     def __init__(
-        self, weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], tensors: Mapping[str, TensorInfo | None]
+        self,
+        weight_map: WeightMap,
+        parameters: Mapping[str, ParameterInfo],
+        tensors: Mapping[str, TensorInfo | None],
+        recipe: Recipe,
+        layers: int | None,
     ) -> None:
         self.tensors = tensors
+        self.recipe = recipe
+        self.built = 1 + max((layer for name in parameters if (layer := layer_of(name)) is not None), default=-1)
+        self.layers = layers or self.built
+        self._applied: list[Rule] = []
         self.targets = {name: _Target(name, info) for name, info in parameters.items()}
         self.problems = _Problems()
         self.dropped: list[tuple[str, Drop]] = []
@@ -423,7 +452,7 @@ class _Planner:
 
     # -- one target
 
-    def plan(self, target: _Target, recipe: Recipe) -> PlannedTensor | None:
+    def plan(self, target: _Target) -> PlannedTensor | None:
         """The plan of one parameter, or None when something is wrong with it."""
         sources = self._sources(target)
         if not target.matches:
@@ -432,14 +461,14 @@ class _Planner:
         said = {(match.rule.role, match.rule.transform, match.rule.read_transposed) for match in target.matches}
         if len(said) > 1:
             raise ValueError(f"the weight rules that fill {target.name} differ in role, transform or read_transposed")
-        return self._planned(target, rule, recipe, sources)
+        return self._planned(target, rule, sources)
 
-    def plan_without_sources(self, target: _Target, recipe: Recipe) -> PlannedTensor:
+    def plan_without_sources(self, target: _Target) -> PlannedTensor:
         """The plan of one parameter while there is no checkpoint."""
         rules = [rule.rule for rule, _ in self._rules_for(target)]
         if not rules:
             raise ValueError(f"no weight rule fills {target.name}")
-        return self._planned(target, rules[0], recipe, ())
+        return self._planned(target, rules[0], ())
 
     def assumed_keys(self) -> Iterator[str]:
         """The key that fills each parameter in a checkpoint that stores values once: one of an earlier parameter's
@@ -453,8 +482,8 @@ class _Planner:
             taken.add(key)
             yield key
 
-    def _planned(self, target: _Target, rule: WeightRule, recipe: Recipe, sources: tuple[Source, ...]) -> PlannedTensor:
-        spec = recipe.spec(self.roles[rule.role])
+    def _planned(self, target: _Target, rule: WeightRule, sources: tuple[Source, ...]) -> PlannedTensor:
+        spec = self._spec(target.name, self.roles[rule.role])
         planned = PlannedTensor(
             target.name,
             rule.role,
@@ -470,6 +499,31 @@ class _Planner:
         except ValueError as error:
             self.problems.blocks.append(f"{target.name} ({rule.role}, {spec}: {error})")
         return planned
+
+    # -- the recipe
+
+    def _spec(self, name: str, role: Role) -> QuantizationSpec | None:
+        """How the recipe stores a parameter."""
+        rule = self.recipe.rule_for(name, role, self.layers)
+        if rule is None:
+            self.problems.undecided.append(f"{name} ({role.name})")
+            return None
+        self._applied.append(rule)
+        spec = self.recipe.spec_of(rule)
+        if role.kind == "head" and spec is not None and spec.block_size is None:
+            self.problems.per_channel.append(f"{name} ({spec})")
+        return spec
+
+    def find_idle_rules(self) -> None:
+        """Report the rules that decided nothing, but for those that speak of kinds of weights a model may lack.
+
+        Of a slice, the layers and parameters that a rule is for may be among those that are left out.
+        """
+        applied = {*map(id, self._applied)}
+        for number, rule in enumerate(self.recipe.rules, 1):
+            of_slice = self.built < self.layers and (rule.layers is not None or rule.parameters)
+            if id(rule) not in applied and not rule.is_general and not of_slice:
+                self.problems.idle.append(f"rule {number} ({rule})")
 
     def _sources(self, target: _Target) -> tuple[Source, ...]:
         sources = []
@@ -545,6 +599,7 @@ def plan_weights(
     parameters: Mapping[str, ParameterInfo],
     tensors: Mapping[str, TensorInfo | None],
     recipe: Recipe,
+    layers: int | None = None,
 ) -> WeightPlan:
     """Decide what fills each parameter of a decoder and how it is stored.
 
@@ -555,17 +610,20 @@ def plan_weights(
         weight_map: the overlay's table.
         parameters: the decoder's parameters, in its order.
         tensors: what the checkpoint holds; None for a tensor of which an index tells the name alone.
-        recipe: how each role is stored.
+        recipe: how each parameter is stored.
+        layers: of the whole model, where the decoder is a slice of it.
 
     Raises:
-        BadInput: listing at once every missing, unknown, misshapen, doubled or ill-typed key and every width that its
-            block does not divide.
+        BadInput: listing at once every missing, unknown, misshapen, doubled or ill-typed key, every width that its
+            block does not divide, every parameter that no rule of the recipe decides and every rule that decides none.
         ValueError: when the table itself is wrong.
     """
-    planner = _Planner(weight_map, parameters, tensors)
+    planner = _Planner(weight_map, parameters, tensors, recipe, layers)
     planner.place_keys()
     planner.drop_fallbacks()
-    planned = [planner.plan(target, recipe) for target in planner.targets.values()]
+    planned = [planner.plan(target) for target in planner.targets.values()]
+    if None not in planned:  # else a rule may be for what is missing
+        planner.find_idle_rules()
     planner.problems.raise_if_any()
     found = _stored_once((tensor, tensor.sources) for tensor in planned if tensor is not None)
     dropped = tuple((key, drop.reason) for key, drop in planner.dropped)
@@ -598,20 +656,22 @@ def active_share(role: Role, facts: Mapping[str, Any]) -> float | None:
 
 
 def plan_without_checkpoint(
-    weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], recipe: Recipe
+    weight_map: WeightMap, parameters: Mapping[str, ParameterInfo], recipe: Recipe, layers: int | None = None
 ) -> WeightPlan:
     """A plan without sources: how each parameter of a decoder will be stored, when no checkpoint is at hand.
 
     Args:
         weight_map: the overlay's table.
         parameters: the decoder's parameters.
-        recipe: how each role is stored.
+        recipe: how each parameter is stored.
+        layers: of the whole model, where the decoder is a slice of it.
 
     Raises:
-        BadInput: listing every width that its block does not divide.
+        BadInput: listing all that is wrong with the recipe, as `plan_weights` does.
         ValueError: when the table fills a parameter by no rule.
     """
-    planner = _Planner(weight_map, parameters, {})
-    planned = [planner.plan_without_sources(target, recipe) for target in planner.targets.values()]
+    planner = _Planner(weight_map, parameters, {}, recipe, layers)
+    planned = [planner.plan_without_sources(target) for target in planner.targets.values()]
+    planner.find_idle_rules()
     planner.problems.raise_if_any()
     return WeightPlan(_stored_once(zip(planned, planner.assumed_keys(), strict=True)), (), planner.roles)

