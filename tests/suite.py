@@ -91,6 +91,7 @@ THOROUGH = frozenset(
         "preflight",
         "product_mutants",
         "publish",
+        "quantizer_mutants",
         "read_only",
         "reproducible",
         "resume",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from typing import Any, get_args
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from coreai_opt.config.spec import CompressionTargetTensor
@@ -24,7 +26,7 @@ from coreai_zoo.overlay import RoleKind
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
-from coreai_zoo.weights.formats import has_zero_points, pack_int4, unpack_int4
+from coreai_zoo.weights.formats import has_zero_points, integer_range, pack_int4, unpack_int4
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, dequantize_rows, quantize_rows
 from coreai_zoo_overlays.qwen3_5.table import ROLES
 from recipe_roles import spec_of_role
@@ -219,12 +221,114 @@ def test_dequantizing_needs_the_zero_points_of_the_scheme() -> None:
         dequantize_rows(quantized, QuantizationSpec("int8", "symmetric"))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Scales of the least squared error
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def searched(block: list[float], spec: QuantizationSpec, dtype: Any) -> dict[float, float]:
+    """The squared error of a block by each scale that the search is to try, computed one value at a time, exactly."""
+    low, high = integer_range(spec)
+
+    def rounded(scale: float) -> float:
+        return max(float(np.float32(dtype(np.float32(scale)))), 2.0**-23)
+
+    def integers(scale: float) -> list[int]:
+        quotients = (float(np.float32(value) / np.float32(scale)) for value in block)
+        return [min(max(round(quotient), low), high) for quotient in quotients]  # to even, as torch
+
+    def error(scale: float) -> float:
+        return math.fsum((code * scale - value) ** 2 for code, value in zip(integers(scale), block, strict=True))
+
+    first = rounded(dtype(max(map(abs, block))) / dtype((high - low) / 2))
+    tried = [first, *(rounded(first * (0.95 + 0.1 * step / 15)) for step in range(16))]
+    best = min(tried, key=error)
+    codes = integers(best)
+    squares = math.fsum(code**2 for code in codes)
+    if squares:
+        tried.append(rounded(math.fsum(c * v for c, v in zip(codes, block, strict=True)) / squares))
+    return {scale: error(scale) for scale in tried}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["symmetric", "symmetric_with_clipping"])
+@pytest.mark.parametrize("integer", ["int4", "int8"])
+@pytest.mark.parametrize("size", [32, 6])
+def test_a_scale_by_mse_is_the_best_of_those_tried(integer: Any, scheme: Any, dtype: torch.dtype, size: int) -> None:
+    spec = QuantizationSpec(integer, scheme, size, "mse")
+    for kind in ("normal", "zero blocks", "outliers", "positive"):
+        weight = make_weight(6, 2 * size, dtype, kind, 7)
+        scales = quantize_rows(weight, spec).scales
+        numpy = {torch.float16: np.float16, torch.float32: np.float32}[dtype]
+        for row, found in zip(weight.float().tolist(), scales.float().tolist(), strict=True):
+            for at, scale in enumerate(found):
+                errors = searched(row[at * size : (at + 1) * size], spec, numpy)
+                nearest = min(errors, key=lambda tried: abs(tried - scale))
+                assert scale == pytest.approx(nearest, rel=1e-6)
+                assert errors[nearest] <= min(errors.values()) * (1 + 1e-5)  # our sums are in float32
+
+
+def test_integers_by_mse_are_those_that_coreai_opts_arithmetic_makes_of_the_scales() -> None:
+    weight = make_weight(8, 64, torch.float16, "outliers", 3)
+    for scheme in ("symmetric", "symmetric_with_clipping"):
+        spec = QuantizationSpec("int8", scheme, 32, "mse")
+        found = quantize_rows(weight, spec)
+        low, high = integer_range(spec)
+        scales = found.scales.float().repeat_interleave(32, dim=1)
+        assert torch.equal(found.codes.float(), (weight.float() / scales).round().clamp(low, high))
+
+
+@pytest.mark.parametrize(("integer", "most"), [("int8", 0.82), ("int4", 0.91)])
+def test_scales_by_mse_have_less_error_than_those_by_the_largest_magnitude(integer: Any, most: float) -> None:
+    weight = make_weight(64, 1024, torch.float16, "normal", 5)
+    scheme: Any = "symmetric_with_clipping"
+    blocks = {
+        scales: (dequantize_rows(quantize_rows(weight, spec), spec) - weight.float()).view(64, 32, 32).square().sum(-1)
+        for scales in ("absmax", "mse")
+        for spec in [QuantizationSpec(integer, scheme, 32, scales)]  # type: ignore[arg-type]
+    }
+    assert (blocks["mse"] <= blocks["absmax"] * (1 + 1e-6)).all(), "in no block is it worse"
+    assert blocks["mse"].sum() < most * blocks["absmax"].sum()
+
+
+def test_a_scale_that_would_overflow_is_not_taken() -> None:
+    weight = make_weight(4, 64, torch.float16, "huge", 2)
+    weight[0, 0] = torch.finfo(torch.float16).max
+    spec = QuantizationSpec("int4", "symmetric", 32, "mse")
+    found = quantize_rows(weight * 1.0, spec)
+    assert found.scales.isfinite().all()
+    assert (dequantize_rows(found, spec) - weight.float()).abs().max() < weight.abs().max() / 7
+
+
+def test_chunks_and_blocks_of_any_size_do_not_change_a_scale_by_mse() -> None:
+    rows = 2 * CHUNK_ELEMENTS // 1024 + 5
+    weight = make_weight(rows, 1024, torch.float16, "outliers", 1)
+    spec = QuantizationSpec("int8", "symmetric", 32, "mse")
+    whole = quantize_rows(weight, spec)
+    for start in (0, 7, rows - 3):
+        part = quantize_rows(weight[start : start + 3], spec)
+        assert torch.equal(part.codes, whole.codes[start : start + 3])
+        assert torch.equal(part.scales, whole.scales[start : start + 3])
+
+
+@pytest.mark.parametrize(
+    ("integer", "scheme"), [("uint8", "symmetric"), ("int8", "asymmetric"), ("uint4", "asymmetric")]
+)
+def test_scales_by_mse_are_for_signed_integers_alone(integer: Any, scheme: Any) -> None:
+    with pytest.raises(ValueError, match="scales by mse are for signed integers without zero points"):
+        QuantizationSpec(integer, scheme, 32, "mse")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_value_that_is_not_finite_shows_in_the_scale_of_its_block(value: float) -> None:
     weight = torch.ones(2, 64, dtype=torch.float16)
     weight[1, 40] = value
-    for scheme in ("symmetric", "asymmetric"):
-        scales = quantize_rows(weight, QuantizationSpec("int8", scheme, 32)).scales
+    for spec in (
+        QuantizationSpec("int8", "symmetric", 32),
+        QuantizationSpec("int8", "asymmetric", 32),
+        QuantizationSpec("int8", "symmetric", 32, "mse"),
+    ):
+        scales = quantize_rows(weight, spec).scales
         assert scales.isfinite().tolist() == [[True, True], [True, False]]
 
 
