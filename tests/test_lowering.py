@@ -147,7 +147,7 @@ def test_both_functions_are_continued_where_one_reads_prompts(
 # decoder in which no layer is odd, and a dense one.
 CONTINUED = [("moe", "FLLLFLFLFLF", "model.layers.2.mlp.shared_expert", 7)]
 if NIGHTLY:
-    CONTINUED += [("moe", "FLLFLFLF", None, 6), ("dense", "FLLFLLFLLFLL", "model.layers.2.mlp", 7)]
+    CONTINUED += [("moe", "FLLFLFLF", None, 6), ("dense", "FLLFLLFLLFLL", "model.layers.2.mlp", 8)]
 
 
 @pytest.mark.slow

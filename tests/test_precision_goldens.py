@@ -23,6 +23,8 @@ IN_THE_GRAPH = [mutant for mutant in PRECISION.values() if mutant.edits and ":" 
 BY_NOTHING_ELSE = [mutant for mutant in IN_THE_GRAPH if mutant.on == GOLDEN]
 # A cast, a constant and one in the mixture.
 BY_DAY = [PRECISION[name] for name in ("beta-in-half", "a-in-bf16", "router-softmax-in-half")]
+# The compiler takes a cast from half precision to bf16 and back for nothing, so these do not reach an asset.
+TAKEN_AWAY = {"recurrent-state-in-bf16", "conv-state-in-bf16", "residual-in-bf16", "logits-in-bf16", "router-in-bf16"}
 OTHERS = [mutant for mutant in IN_THE_GRAPH if mutant.on != GOLDEN]
 
 
@@ -39,4 +41,7 @@ def test_the_golden_graph_shows(mutant: Any, plugins: Plugins, goldens: Path) ->
     with applied(mutant):
         found = golden(entry, dict(graphs(entry, plugins, [RECIPE])))
     problems = compare(of_recipe(read(golden_path(goldens, entry)), RECIPE), found)
-    assert problems, f"{mutant.mistake}, and the golden graph is the same"
+    if mutant.name in TAKEN_AWAY:
+        assert not problems, "the compiler keeps such a cast now: it is to be shown like the others"
+    else:
+        assert problems, f"{mutant.mistake}, and the golden graph is the same"
