@@ -56,7 +56,7 @@ docs: $(stamp)  ## Write again what docs/ takes from the commands: their help, a
 	$(bin)/python scripts/command_docs.py
 	$(bin)/python scripts/tutorial.py
 
-figures: $(stamp)  ## Measure again the figures that README and docs/ state, some ten minutes
+figures: $(stamp)  ## Measure again the figures that README and docs/ state, some twenty minutes
 	$(bin)/python scripts/figures.py
 
 install: $(stamp)  ## Make the environment only

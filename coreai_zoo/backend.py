@@ -186,12 +186,12 @@ class Backend(Protocol):
     def state(
         self, asset: Path, function: str, state: Mapping[str, tuple[tuple[int, ...], str]]
     ) -> Mapping[str, memoryview]:
-        """The bytes of every state that a function was written with, wherever they are stored; views of the file.
+        """The bytes of weights that a function was written with; views of the file.
 
         Args:
             asset: the asset.
             function: its name.
-            state: shape and logical dtype of each state in the order of the module; see `lowering.module.state_of`.
+            state: shape and logical dtype of each array by its name; see `lowering.module.state_of`.
 
         Raises:
             CheckFailed: when the asset cannot be read, or holds other constants than these.

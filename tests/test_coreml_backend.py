@@ -408,7 +408,7 @@ def test_signature_and_state_are_read_back(built: Samples) -> None:
     checks = verify(model.bundle, {"coreml": BACKEND}, default_plugins().tokenizer_classes())
     assert {"files", "signature", "step"} <= {check.name for check in checks}
     assert [check.name for check in checks if not check.passed] == []
-    expected = lowering_module.state_of(model.resolved.modules["main"], model.resolved.weights)
+    expected = lowering_module.state_of(model.resolved.weights)
     read = BACKEND.state(model.package, "main", expected)
     assert list(read) == list(expected)
     wrong = {name: ((*shape, 1), dtype) for name, (shape, dtype) in expected.items()}

@@ -51,7 +51,7 @@ def outcomes(mutant: Mutant, target: Target, folder: Path) -> dict[Arithmetic, O
         bundle = Bundle.open(build(request, plugins).path)
         resolved = design(request, plugins)
         backend: Backend = resolved.backend
-        weights = AssetWeights.open(bundle.asset, backend, "main", resolved.modules["main"], resolved.weights)
+        weights = AssetWeights.open(bundle.asset, backend, "main", resolved.weights)
         candidates: dict[Arithmetic, Model] = {
             "runtime": AssetCandidate(bundle, backend),
             "torch": TorchCandidate(resolved.modules["main"], resolved.weights, resolved.signatures["main"], weights),

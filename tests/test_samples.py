@@ -149,7 +149,7 @@ def test_both_candidates_agree_within_half_precision(
 ) -> None:
     bundle, (tokens, _) = built(entry, "int8hu"), oracle(entry)
     resolved = design(BuildRequest(entry, sample=True, recipe="int8hu"), plugins)
-    weights = AssetWeights.open(bundle.asset, resolved.backend, "main", resolved.modules["main"], resolved.weights)
+    weights = AssetWeights.open(bundle.asset, resolved.backend, "main", resolved.weights)
     ours = TorchCandidate(resolved.modules["main"], resolved.weights, resolved.signatures["main"], weights).run(tokens)
     gaps = np.full(len(tokens), np.inf)
     if ours.router_logits is not None:

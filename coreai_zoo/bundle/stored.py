@@ -84,8 +84,8 @@ class StoredForm:
 def stored_forms(asset: Path, backend: Backend) -> dict[str, StoredForm]:
     """How every weight of an asset is stored, by the name of the parameter.
 
-    Constants that no weight fills, such as tables of frequencies, are among them. Equal ones are stored once, and not
-    there under every name that they had.
+    Constants that no weight fills, such as tables of frequencies, are among them. A weight that shares another's bytes
+    is not there under its own name.
 
     Raises:
         CheckFailed: when the asset cannot be read.

@@ -399,7 +399,7 @@ def _stored_weights(bundle: Bundle, shipped: Design, options: GateOptions) -> As
     module = shipped.modules[bundle.decode]
     if not isinstance(module, LayeredDecoder) and options.candidate != "torch":
         return None
-    return AssetWeights.open(bundle.asset, shipped.backend, bundle.decode, module, shipped.weights)
+    return AssetWeights.open(bundle.asset, shipped.backend, bundle.decode, shipped.weights)
 
 
 def _models(

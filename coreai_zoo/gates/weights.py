@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 from attrs import field, frozen
-from torch import Tensor, nn
+from torch import Tensor
 
 from coreai_zoo.backend import Backend
 from coreai_zoo.checkpoint.files import Checkpoint
@@ -54,20 +54,19 @@ class AssetWeights:
     state: Mapping[str, Tensor]
 
     @classmethod
-    def open(cls, asset: Path, backend: Backend, function: str, module: nn.Module, plan: WeightPlan) -> AssetWeights:
+    def open(cls, asset: Path, backend: Backend, function: str, plan: WeightPlan) -> AssetWeights:
         """Map the weights of an asset.
 
         Args:
             asset: the asset.
             backend: the backend that wrote it.
             function: the function whose weights are read.
-            module: the decoder that it was written from, rewritten, on any device.
             plan: the plan of its weights.
 
         Raises:
             CheckFailed: when it cannot be read, or holds other weights than the plan says.
         """
-        state = backend.state(asset, function, state_of(module, plan))
+        state = backend.state(asset, function, state_of(plan))
         with warnings.catch_warnings():
             # Nothing writes to them, and torch need not warn that nothing may.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")

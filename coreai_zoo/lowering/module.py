@@ -223,17 +223,10 @@ def _constants(parameters: Mapping[str, _Named], data: Callable[[_Named, ArrayKi
     return found
 
 
-def state_of(module: nn.Module, plan: WeightPlan) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and logical dtype of each state of `module` once `plan` is bound to it, buffers included.
-
-    The names are those of `constants`, each of state that is stored once, and the order is that of the plan, then of
-    the buffers.
-    """
-    state: dict[str, tuple[tuple[int, ...], str]] = {}
-    for tensor in plan.stored:
-        for kind, name in tensor.format.state_names(tensor.name).items():
-            array = tensor.format.arrays[kind]
-            state[name] = (array.shape, array.dtype)
-    for name, buffer in module.named_buffers():
-        state[name] = (tuple(buffer.shape), str(buffer.dtype).removeprefix("torch."))
-    return state
+def state_of(plan: WeightPlan) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and logical dtype of each array of the weights of `plan`, by the names of `constants`; shared ones once."""
+    return {
+        name: (tensor.format.arrays[kind].shape, tensor.format.arrays[kind].dtype)
+        for tensor in plan.stored
+        for kind, name in tensor.format.state_names(tensor.name).items()
+    }

@@ -1,10 +1,8 @@
-"""The state that each constant of a saved asset was written from.
+"""The stored constants of a saved asset. Each bears the name of the state that it was written from.
 
-Three habits of the toolchain stand between a constant in the program and its state:
-
-* Equal bytes are stored once: the constants of several states with the same bytes all bear the name of one of them.
-* Constants are hoisted to the head of the function in the reverse of the states' order.
-* A matrix of one row of which the transpose is read is stored as that; the bytes are the same.
+Every weight is lowered as a hole of its own (see `holes`), so that two with the same bytes are two constants. What is
+lowered with its bytes, a buffer of a decoder and the rare weight that a compiler can compute with, is stored once where
+several are equal, under one of their names.
 """
 
 from __future__ import annotations
@@ -15,6 +13,8 @@ from typing import Any
 
 from attrs import frozen
 from coreai._compiler.ir import DenseElementsAttr
+
+from coreai_zoo.errors import listing
 
 _DTYPES = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "i1": "bool"}
 
@@ -42,7 +42,7 @@ def stored_constants(program: Any) -> list[Found]:
 
 
 def read_state(program: Any, function: str, stored: Mapping[str, memoryview], state: State) -> dict[str, memoryview]:
-    """The bytes of each of `state`; see `Backend.state`.
+    """The bytes of each of `state`, by its name; see `Backend.state`.
 
     Args:
         program: an `AIProgram`; the bytes of its stored constants do not matter.
@@ -56,8 +56,15 @@ def read_state(program: Any, function: str, stored: Mapping[str, memoryview], st
     graphs = [graph for graph in _graphs(program) if graph.attributes["sym_name"].value == function]
     if len(graphs) != 1:
         raise RuntimeError(f"it has no function {function}")
-    placed = _placed(list(_constants_of(graphs[0])), state)
-    return {name: stored[placed[name]] for name in state}
+    held = {found.name: found for found in _constants_of(graphs[0])}
+    missing = [name for name in state if name not in held]
+    if missing:
+        raise RuntimeError(f"it does not hold {listing(missing, 3)}")
+    for name, (shape, dtype) in state.items():
+        found = held[name]
+        if (found.shape, found.dtype) != (row(shape), dtype):
+            raise RuntimeError(f"{name} is {found.dtype} {list(found.shape)} and not {dtype} {list(shape)}")
+    return {name: stored[name] for name in state}
 
 
 def _graphs(program: Any) -> list[Any]:
@@ -79,25 +86,6 @@ def _constants_of(graph: Any) -> Iterator[Found]:
         if name is None:
             raise RuntimeError(f"a constant is neither a resource nor values: {str(value)[:80]}")
         yield Found(name[1], row(type_.shape), dtype)
-
-
-def _placed(found: Sequence[Found], state: State) -> dict[str, str]:
-    """The resource that holds the bytes of each state."""
-    placed: dict[str, str] = {}
-    kinds = {name: (row(shape), dtype) for name, (shape, dtype) in state.items()}
-    for kind in dict.fromkeys(kinds.values()):
-        names = [name for name in state if kinds[name] == kind]
-        # A constant with a name that is not a state's holds a literal of the graph.
-        held = [f.name for f in reversed(found) if f.name in state and (f.shape, f.dtype) == kind]
-        if len(held) != len(names):
-            if missing := [name for name in names if name not in held]:
-                raise RuntimeError(f"it does not hold {', '.join(missing[:3])}")
-            raise RuntimeError(f"it holds {len(held)} constants of {kind[1]} {list(kind[0])} for {len(names)} weights")
-        for name, stored in zip(names, held, strict=True):
-            if stored != name and name in held:
-                raise RuntimeError(f"{name} is where {stored} was expected")
-            placed[name] = stored
-    return placed
 
 
 def row(shape: Sequence[int]) -> tuple[int, ...]:
