@@ -94,9 +94,13 @@ class Plugins:
     Args:
         tolerant: report what is wrong with a plugin once, on stderr, and go on without what it would have added. Else
             it is raised.
+
+    Attributes:
+        without: names of installed plugins that were left out, which another process leaves out to have the same.
     """
 
     def __init__(self, *, tolerant: bool = False) -> None:
+        self.without: tuple[str, ...] = ()
         self._manager = pluggy.PluginManager("coreai_zoo")
         self._manager.add_hookspecs(hookspecs)
         self._sources: dict[str, importlib.metadata.EntryPoint] = {}
@@ -115,6 +119,7 @@ class Plugins:
             BadInput: when there is no plugin of a name in `without`.
         """
         plugins = cls(tolerant=True)
+        plugins.without = tuple(without)
         points = sorted(importlib.metadata.entry_points(group=GROUP), key=_precedence)
         names = [point.name for point in points]
         for name in without:

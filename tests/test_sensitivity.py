@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from attrs import evolve
 from click.testing import CliRunner
 
@@ -17,6 +18,7 @@ from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.cli.app import cli
 from coreai_zoo.errors import BadInput
+from coreai_zoo.gates import layered
 from coreai_zoo.gates.rule import judge
 from coreai_zoo.gates.sensitivity import Part, Sensitivity, Subject, margins_lost, measure, parts_of, ranked
 from coreai_zoo.lowering.module import bind, build_module
@@ -49,12 +51,19 @@ def resolved(checkpoint: Path) -> Design:
 
 @pytest.fixture(scope="module")
 def subject(resolved: Design) -> Subject:
-    return Subject(resolved.modules["main"], resolved.signatures["main"], resolved.checkpoint, resolved.weights)
+    return Subject.of(resolved)
 
 
-def fp16_and(resolved: Design, part: Part | None, work: Path) -> np.ndarray:
-    """Logits of the whole decoder, with one part quantized by the build's own store."""
-    chosen = {} if part is None else dict.fromkeys(part.tensors, part.spec)
+def measured(subject: Subject, *parts: Part) -> list[Sensitivity]:
+    reference = subject.logits(None, TOKENS)
+    return [measure(subject, part, TOKENS, reference) for part in parts]
+
+
+def built(resolved: Design, base: Mapping[str, QuantizationSpec], part: Part | None, work: Path) -> np.ndarray:
+    """Logits of the whole decoder, with the base and one part quantized by the build's own store."""
+    chosen = {tensor.name: base.get(tensor.role) for tensor in resolved.weights.tensors}
+    if part is not None:
+        chosen |= dict.fromkeys(part.tensors, part.spec)
     plan = evolve(
         resolved.weights,
         tensors=tuple(evolve(tensor, quantization=chosen.get(tensor.name)) for tensor in resolved.weights.tensors),
@@ -69,13 +78,15 @@ def fp16_and(resolved: Design, part: Part | None, work: Path) -> np.ndarray:
     return feed(module, TOKENS, fresh_states(resolved.signatures["main"])).float().numpy()
 
 
-def test_a_part_costs_what_a_build_that_quantizes_only_it_costs(
-    resolved: Design, subject: Subject, tmp_path: Path
+@pytest.mark.parametrize("base", [{}, {"gdn.in": INT8, "moe.expert": INT8}], ids=["fp16", "int8"])
+def test_a_part_costs_what_two_builds_that_differ_in_only_it_differ(
+    base: dict[str, QuantizationSpec], resolved: Design, subject: Subject, tmp_path: Path
 ) -> None:
-    parts = parts_of(resolved.weights, {"moe.expert": INT4, "gdn.in": INT8})
-    plain = fp16_and(resolved, None, tmp_path / "plain")
-    for found in measure(subject, parts, TOKENS):
-        positions = judge(TOKENS, plain, fp16_and(resolved, found.part, tmp_path / found.part.role)).positions
+    specs = {"moe.expert": INT4, "gdn.in": INT4 if base else INT8}
+    parts = parts_of(resolved.weights, specs, base=base)
+    plain = built(resolved, base, None, tmp_path / "plain")
+    for found in measured(evolve(subject, base=base), *parts):
+        positions = judge(TOKENS, plain, built(resolved, base, found.part, tmp_path / found.part.role)).positions
         expected = np.mean([position.kl_divergence for position in positions])
         assert expected > 1e-5
         assert found.kl == pytest.approx(expected, rel=0.02)
@@ -83,9 +94,8 @@ def test_a_part_costs_what_a_build_that_quantizes_only_it_costs(
 
 
 def test_fewer_bits_cost_more_and_save_more(resolved: Design, subject: Subject) -> None:
-    coarse, fine = (
-        next(measure(subject, parts_of(resolved.weights, {"gdn.in": spec}), TOKENS)) for spec in (INT4, INT8)
-    )
+    parts = [part for spec in (INT4, INT8) for part in parts_of(resolved.weights, {"gdn.in": spec})]
+    coarse, fine = measured(subject, *parts)
     assert coarse.kl > 10 * fine.kl > 0
     assert coarse.margin_lost > fine.margin_lost > 0
     assert coarse.part.saved_bytes > fine.part.saved_bytes
@@ -101,12 +111,54 @@ def test_the_parts_of_a_recipe_save_what_the_recipe_saves(resolved: Design) -> N
 
 def test_each_layer_by_itself_adds_up_to_the_role(resolved: Design) -> None:
     (whole,) = parts_of(resolved.weights, {"gdn.in": INT8})
-    layers = parts_of(resolved.weights, {"gdn.in": INT8}, resolved.modules["main"].layer_paths)
+    layers = parts_of(resolved.weights, {"gdn.in": INT8}, resolved.modules["main"].layer_paths, "layer")
     assert [part.layer for part in layers] == [0, 2]
     assert sorted(name for part in layers for name in part.tensors) == sorted(whole.tensors)
     assert sum(part.saved_bytes for part in layers) == whole.saved_bytes
-    (head,) = parts_of(resolved.weights, {"head": INT8}, resolved.modules["main"].layer_paths)
+    (head,) = parts_of(resolved.weights, {"head": INT8}, resolved.modules["main"].layer_paths, "layer")
     assert head.layer is None
+
+
+def test_each_tensor_by_itself_adds_up_to_the_role(resolved: Design) -> None:
+    (whole,) = parts_of(resolved.weights, {"gdn.in": INT8})
+    tensors = parts_of(resolved.weights, {"gdn.in": INT8}, resolved.modules["main"].layer_paths, "tensor")
+    assert tuple(part.tensor for part in tensors) == whole.tensors
+    assert all(part.tensors == (part.tensor,) and f".{part.layer}." in str(part) for part in tensors)
+    assert sum(part.saved_bytes for part in tensors) == whole.saved_bytes
+
+
+def test_a_part_saves_the_difference_of_two_formats_and_is_left_out_where_there_is_none(resolved: Design) -> None:
+    base = {"gdn.in": INT8, "head": INT4}
+    (part,) = parts_of(resolved.weights, {"gdn.in": INT4, "head": INT4}, base=base)
+    (to_eight,), (to_four,) = (parts_of(resolved.weights, {"gdn.in": spec}) for spec in (INT8, INT4))
+    assert part.role == "gdn.in"
+    assert part.saved_bytes == to_four.saved_bytes - to_eight.saved_bytes
+    (back,) = parts_of(resolved.weights, {"gdn.in": None}, base=base)
+    assert back.saved_bytes == -to_eight.saved_bytes
+    with pytest.raises(BadInput, match="as it is anyway"):
+        parts_of(resolved.weights, {"head": INT4}, base=base)
+
+
+def test_arithmetic_takes_one_thread_however_many_there_are(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layered, "_WORTH_THREADS", 0)  # as if the matrices were large
+    counts: set[int] = set()
+    torch.set_num_threads(2)
+    try:
+        subject.logits(None, TOKENS[:2], lambda: counts.add(torch.get_num_threads()))
+        assert (counts, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_logits_that_overflow_cost_infinitely_much(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    (part,) = parts_of(subject.plan, {"gdn.in": INT8})
+    reference = subject.logits(None, TOKENS)
+    overflowing = reference.copy()
+    overflowing[3, 5] = np.inf
+    monkeypatch.setattr(Subject, "logits", lambda *_: overflowing)
+    with np.errstate(invalid="ignore"):
+        found = measure(subject, part, TOKENS, reference)
+    assert (found.kl, found.largest_kl, found.kl_per_mib) == (np.inf, np.inf, np.inf)
 
 
 def test_a_role_that_is_not_there_and_a_width_that_does_not_fit_are_refused(resolved: Design) -> None:
@@ -124,12 +176,15 @@ def test_a_margin_is_lost_where_the_lead_of_the_reference_shrinks_and_only_there
 
 def test_a_ranking_is_per_byte_saved() -> None:
     def cost(role: str, saved: int, kl: float, margin: float) -> Sensitivity:
-        return Sensitivity(Part(role, None, INT8, (), saved, 0), kl, kl, margin, 0)
+        return Sensitivity(Part(role, None, None, INT8, (), max(saved, 0), max(-saved, 0)), kl, kl, margin, 0)
 
     large, small = cost("mlp", 64 * 2**20, 0.02, 0.01), cost("head", 2**20, 0.01, 0.001)
     assert ranked([large, small], "kl") == [small, large]
     assert ranked([small, large], "margin") == [small, large]
     assert small.kl_per_mib == 0.01
+    nothing, more = cost("norm", 0, 0.5, 0.5), cost("router", -(2**20), 0.7, 0.7)
+    assert nothing.kl_per_mib is None and more.margin_lost_per_mib is None
+    assert ranked([nothing, large, more, small], "kl") == [small, large, more, nothing]
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -155,7 +210,7 @@ def test_the_command_prints_a_table(checkpoint: Path) -> None:
     code, out, err = run(ENTRY, "--custom", "--checkpoint", checkpoint, "--role", "gdn.out", "--positions", 4)
     assert code == 0, err
     assert "gdn.out" in out
-    assert "int8 block 32 symmetric_with_clipping" in out
+    assert "int8:block32:symmetric_with_clipping" in out
     assert "4 positions; reference: fp16" in out
 
 
@@ -173,6 +228,16 @@ def test_what_cannot_be_measured_is_said(checkpoint: Path) -> None:
     code, _, err = run(checkpoint, "--sample")
     assert code == 2
     assert "are for an entry" in err
+    for options, said in (
+        (("--per-layer", "--per-tensor"), "exclude each other"),
+        (("--as", "int5"), "The format 'int5' cannot be read"),
+        (("--from", "int4:block1"), "is no block of at least 2 inputs"),
+        (("--scheduler", "tcp://127.0.0.1:1"), "--scheduler needs -o DIR"),
+        (("--scheduler", "tcp://127.0.0.1:1", "-o", "x", "--jobs", 2), "--jobs is for this machine"),
+        (("--fresh",), "Say in which one with -o DIR."),
+    ):
+        code, _, err = run(*at, *options)
+        assert (code, said in err) == (2, True), err
 
 
 def test_the_gate_refuses_with_it_what_it_would_not_do() -> None:

@@ -9,6 +9,7 @@ from html import escape
 from attrs import frozen
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 40
+_HEADING = 28  # above the chart, in a file
 
 _SUBSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -113,17 +114,47 @@ class Chart:
 
     def svg(self) -> str:
         """The chart as an inline SVG element."""
-        x = Scale(self.x[0], self.x[1], _LEFT, self.width - _RIGHT, self.x[2])
-        y = Scale(*self.y, self.height - _BOTTOM, _TOP)
-        parts = [
+        return (
             f'<svg class="chart" viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self.label)}">'
-        ]
-        parts += [_polygon(points, css, x, y) for points, css in self.areas]
+            f"{self._drawn()}</svg>"
+        )
+
+    def file(self, description: str, style: str, labels: Sequence[tuple[float, float, str]] = ()) -> str:
+        """The chart as an SVG file that needs no page.
+
+        Args:
+            description: what can be seen in it, for a reader who cannot see it.
+            style: CSS with the colours that a page would give.
+            labels: x, y and text of what is written over it, in SVG units.
+        """
+        texts = (f'<text class="label" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>' for x, y, text in labels)
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-_HEADING} {self.width} {self.height + _HEADING}" '
+            f'role="img" aria-labelledby="title description">\n<title id="title">{escape(self.label)}</title>\n'
+            f'<desc id="description">{escape(description)}</desc>\n<style>\n{style}\n</style>\n'
+            f'<text class="heading" x="{_LEFT}" y="-8" aria-hidden="true">{escape(self.label)}</text>\n'
+            f"{self._drawn()}{''.join(texts)}\n</svg>\n"
+        )
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point of the chart is, in SVG units."""
+        across, up = self._scales()
+        return across(x), up(y)
+
+    def _scales(self) -> tuple[Scale, Scale]:
+        return (
+            Scale(self.x[0], self.x[1], _LEFT, self.width - _RIGHT, self.x[2]),
+            Scale(*self.y, self.height - _BOTTOM, _TOP),
+        )
+
+    def _drawn(self) -> str:
+        x, y = self._scales()
+        parts = [_polygon(points, css, x, y) for points, css in self.areas]
         parts += self._axes(x, y)
         parts += [_rule(rule, x, y) for rule in self.rules]
         parts += [_polyline(line, x, y) for line in self.lines]
         parts += [_mark(mark, x, y) for mark in self.marks]
-        return "".join([*parts, "</svg>"])
+        return "".join(parts)
 
     def _axes(self, x: Scale, y: Scale) -> list[str]:
         parts = []
