@@ -154,11 +154,11 @@ def test_logits_that_overflow_cost_infinitely_much(subject: Subject, monkeypatch
     (part,) = parts_of(subject.plan, {"gdn.in": INT8})
     reference = subject.logits(None, TOKENS)
     overflowing = reference.copy()
-    overflowing[3, 5] = np.inf
+    overflowing[3, 5], overflowing[4, 6] = np.inf, np.nan
     monkeypatch.setattr(Subject, "logits", lambda *_: overflowing)
     with np.errstate(invalid="ignore"):
         found = measure(subject, part, TOKENS, reference)
-    assert (found.kl, found.largest_kl, found.kl_per_mib) == (np.inf, np.inf, np.inf)
+    assert (found.kl, found.largest_kl, found.kl_per_mib, found.margin_lost) == (np.inf,) * 4
 
 
 def test_a_role_that_is_not_there_and_a_width_that_does_not_fit_are_refused(resolved: Design) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -125,13 +125,13 @@ def test_a_run_goes_on_without_the_logits_of_the_reference_and_where_all_is_ther
 def test_a_folder_takes_more_parts_and_formats_of_the_same_model(whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "more"))
     options = ("--sample", "--layers", "4", "--role", "mlp", "--positions", "12", "-o", folder)
-    for more in (("--as", "int8"), ("--as", "int4", "--per-layer")):
+    for more in (("--as", "int8"), ("--as", "uint8"), ("--as", "int4", "--per-layer")):
         assert zoo("sensitivity", ENTRY, *options, *more).exit_code == 0
     found = [
         (part["role"], part["layer"], part["as"][:4]) for part in record(folder)["parts"] if part["tensor"] is None
     ]
-    assert found == [("mlp", None, "int8"), *(("mlp", layer, "int4") for layer in range(4))]
-    assert len(record(folder)["parts"]) == TENSORS + 5
+    assert found == [("mlp", None, "int8"), ("mlp", None, "uint"), *(("mlp", layer, "int4") for layer in range(4))]
+    assert len(record(folder)["parts"]) == TENSORS + 6
 
 
 def test_a_run_does_not_go_on_where_the_reference_comes_out_otherwise(whole: Path, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_what_takes_more_bytes_is_ranked_by_what_it_changes(tmp_path: Path) -> N
 
 @contextmanager
 def running(*command: object) -> Iterator[subprocess.Popen[str]]:
-    """A process with this module's path and a session of its own, which is gone after the block."""
+    """A process with this module's path, in its own session; it and what it started are gone after the block."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -226,7 +226,8 @@ def running(*command: object) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -261,6 +262,18 @@ def test_a_run_that_was_ended_in_the_middle_goes_on(jobs: int, number: int, whol
 
     assert f"{done} of {TENSORS} parts were measured before" in gone_on(folder).stderr
     assert same(folder, whole)
+
+
+@pytest.mark.slow
+def test_an_interruption_while_workers_start_is_told_in_one_line(tmp_path: Path) -> None:
+    with running("-m", "coreai_zoo", *WHAT, "-o", tmp_path, "--jobs", 2) as process:
+        wait_until((tmp_path / "reference.npy").exists, process)
+        time.sleep(1)  # a worker takes three to import what it needs
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert stderr.splitlines()[1:] == ["", "interrupted"]
+    assert measured(tmp_path) == 0
 
 
 @pytest.mark.slow

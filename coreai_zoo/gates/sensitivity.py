@@ -299,20 +299,21 @@ def measure(
     expected = reference.astype(np.float32)
     logits = subject.logits(part, tokens, on_layer).astype(np.float32)
     verdict = judge(tokens, expected, logits)
-    divergences = _or_infinite(np.array([position.kl_divergence for position in verdict.positions]))
-    lost = _or_infinite(margins_lost(expected, logits))
+    divergences = [position.kl_divergence for position in verdict.positions]
     return Sensitivity(
-        part, float(divergences.mean()), float(divergences.max()), float(lost.mean()), len(verdict.confident_flips)
+        part,
+        float(np.mean(divergences)),
+        max(divergences),
+        float(np.mean(margins_lost(expected, logits))),
+        len(verdict.confident_flips),
     )
 
 
-def _or_infinite(costs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Costs per position; infinite where logits overflow, which leaves nothing to compute with."""
-    return np.where(np.isfinite(costs), costs, np.inf)
-
-
 def margins_lost(reference: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The lead that the reference's best token loses: logits [P, V] to float32 [P], zero where the lead grows."""
+    """The lead that the reference's best token loses: logits [P, V] to float32 [P], zero where the lead grows.
+
+    It is infinite where logits are not finite.
+    """
     best = reference.argmax(axis=-1)[:, None]
 
     def lead(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -322,4 +323,4 @@ def margins_lost(reference: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) 
         return found
 
     lost: np.ndarray[Any, Any] = np.maximum(lead(reference) - lead(logits), 0)
-    return lost
+    return np.where(np.isfinite(logits).all(axis=-1), lost, np.inf)

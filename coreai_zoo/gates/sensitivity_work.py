@@ -227,6 +227,9 @@ def processes(jobs: int) -> Iterator[Executor]:
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads,))
     try:
+        with _ignored_interruption():
+            for _ in range(jobs):
+                pool.submit(int)  # has the pool start a process each
         yield pool
     except BaseException:
         # A part may take minutes, and nobody waits for it any more. That the pool itself drops those that wait matters:
@@ -239,11 +242,23 @@ def processes(jobs: int) -> Iterator[Executor]:
         pool.shutdown()
 
 
+@contextlib.contextmanager
+def _ignored_interruption() -> Iterator[None]:
+    """Processes that are started within the block never hear Ctrl-C: it is for the one that ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def _begin_worker(threads: int) -> None:
-    """Before the first part: Ctrl-C is for the process that gives the work, and a worker ends when that has ended."""
+    """Before the first part; a worker ends when the process that gives the work has ended, however that ends."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)  # that read weights; arithmetic takes one
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
