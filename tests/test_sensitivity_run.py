@@ -202,7 +202,9 @@ def test_what_takes_more_bytes_is_ranked_by_what_it_changes(tmp_path: Path) -> N
 
     told = zoo("sensitivity", ENTRY, *options, "-o", tmp_path)
     assert "reference: int4:block32:symmetric_with_clipping" in told.stdout
-    assert "What saves nothing comes last, ranked by what it changes." in told.stdout
+    assert "Ranked by KL: nothing is saved." in told.stdout
+    svg = ET.fromstring((tmp_path / "sensitivity.svg").read_text(encoding="utf-8"))
+    assert "0" in texts(svg, "tick") and any(tick.startswith("-") for tick in texts(svg, "tick"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,11 +266,26 @@ def test_a_run_that_was_ended_in_the_middle_goes_on(jobs: int, number: int, whol
     assert same(folder, whole)
 
 
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The ids of the processes that a run has started to measure."""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("only Linux says here which processes a process has started")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def ignores_interruptions(pid: int) -> bool:
+    (mask,) = re.findall(r"^SigIgn:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="ascii"), re.MULTILINE)
+    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
+
+
 @pytest.mark.slow
 def test_an_interruption_while_workers_start_is_told_in_one_line(tmp_path: Path) -> None:
     with running("-m", "coreai_zoo", *WHAT, "-o", tmp_path, "--jobs", 2) as process:
         wait_until((tmp_path / "reference.npy").exists, process)
-        time.sleep(1)  # a worker takes three to import what it needs
+        wait_until(lambda: len(workers_of(process)) == 2, process)
+        time.sleep(0.5)  # a worker takes three seconds to import what it needs
+        assert all(ignores_interruptions(worker) for worker in workers_of(process))
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
@@ -278,14 +295,10 @@ def test_an_interruption_while_workers_start_is_told_in_one_line(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_a_run_that_then_goes_on(whole: Path, tmp_path: Path) -> None:
-    if not Path("/proc/self/task").is_dir():
-        pytest.skip("only Linux says here which processes a process has started")
     folder = tmp_path / "killed"
     with running("-m", "coreai_zoo", *WHAT, "-o", folder, "--jobs", 2) as process:
         wait_until(lambda: measured(folder) > 2, process)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
-        worker = next(pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        os.kill(int(worker), signal.SIGKILL)
+        os.kill(workers_of(process)[0], signal.SIGKILL)
         _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 3, stderr
     assert "error: A worker process has ended in the middle of a part" in stderr

@@ -16,6 +16,7 @@ from coreai_zoo.recipes import PLAIN, RECIPES
 
 if TYPE_CHECKING:
     from coreai_zoo.gates.sensitivity import Sensitivity
+    from coreai_zoo.gates.sensitivity_run import Ranking
 
 _EXISTING = click.Path(path_type=Path)
 
@@ -72,7 +73,7 @@ _EXISTING = click.Path(path_type=Path)
 @json_option
 @click.pass_context
 def sensitivity(ctx: click.Context, /, subject: str, as_json: bool, **given: Any) -> None:
-    """Rank a model's weights by what another format costs them for each byte that it saves.
+    """Rank a model's weights by what quantizing them costs for each byte that it saves.
 
     One part at a time is stored in another format, from the checkpoint, and the logits are compared with those of the
     reference, by default fp16 throughout: KL divergence, and how much of its lead over the next best token the best one
@@ -103,15 +104,19 @@ def sensitivity(ctx: click.Context, /, subject: str, as_json: bool, **given: Any
         print_json(ranking.as_json())
         return
     _print(ranking.rows)
-    by = "KL" if options.by == "kl" else "margin lost"
-    print_text(
-        f"{ranking.positions} positions; reference: {ranking.stored_from}. Ranked by {by} per MiB saved: the first row "
-        "is the worst bargain."
-    )
-    if any(row.kl_per_mib is None for row in ranking.rows):
-        print_text("What saves nothing comes last, ranked by what it changes.")
+    print_text(f"{ranking.positions} positions; reference: {ranking.stored_from}. {_order(ranking)}")
     if options.output is not None:
         print_text(f"Results: {options.output / 'sensitivity.json'}, picture: {options.output / 'sensitivity.svg'}")
+
+
+def _order(ranking: Ranking) -> str:
+    """The order of the table in words."""
+    by = "KL" if ranking.by == "kl" else "margin lost"
+    nothing = sum(row.kl_per_mib is None for row in ranking.rows)
+    if nothing == len(ranking.rows):
+        return f"Ranked by {by}: nothing is saved."
+    last = " What saves nothing comes last, ranked by what it changes." if nothing else ""
+    return f"Ranked by {by} per MiB saved: the first row is the worst bargain.{last}"
 
 
 def _print(rows: Sequence[Sensitivity]) -> None:

@@ -48,7 +48,7 @@ class Scale:
             step = max(1, math.ceil((last - first) / 6))
             return [10.0**power for power in range(first, last + 1, step)]
         step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if (self.high - self.low) / s <= 9)
-        return [float(value) for value in range(math.ceil(self.low), math.floor(self.high) + 1, step)]
+        return [float(value) for value in range(math.ceil(self.low / step) * step, math.floor(self.high) + 1, step)]
 
 
 def decades(values: Iterable[float | None], floor: float) -> tuple[float, float]:

@@ -124,8 +124,8 @@ def rank_parts(subject: str, options: SensitivityOptions, plugins: Plugins, repo
 
 def _title(ranking: Ranking) -> str:
     formats = {format_text(row.part.spec) for row in ranking.rows}
-    one = formats.pop() if len(formats) == 1 else f"as recipe {ranking.design.recipe.name} has it"
-    return f"{ranking.design.label}: one part {one}, not {ranking.stored_from}, over {ranking.positions} positions"
+    one = f"in {formats.pop()}" if len(formats) == 1 else f"as recipe {ranking.design.recipe.name} has it"
+    return f"{ranking.design.label}: a part {one} instead of {ranking.stored_from}, {ranking.positions} positions"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

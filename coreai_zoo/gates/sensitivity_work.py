@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from attrs import frozen
 
 from coreai_zoo.build.code import code_digest
@@ -177,8 +178,6 @@ def different(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def _values(checkpoint: Checkpoint) -> str:
     """SHA-256 over the first row of every tensor: what tells two fine-tunes of one model apart without reading all."""
-    import torch
-
     digest = hashlib.sha256()
     for key, info in checkpoint.tensors.items():
         row = checkpoint.read_rows(key, 0, min(1, info.rows)).contiguous()
@@ -223,7 +222,7 @@ def measured_by(executor: Executor, work: Work, parts: Sequence[Part]) -> Iterat
 def processes(jobs: int) -> Iterator[Executor]:
     """Within the block, so many processes on this machine, which share its cores; none of them outlives the block."""
     before = set(multiprocessing.active_children())
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads,))
     try:
@@ -257,8 +256,6 @@ def _ignored_interruption() -> Iterator[None]:
 
 def _begin_worker(threads: int) -> None:
     """Before the first part; a worker ends when the process that gives the work has ended, however that ends."""
-    import torch
-
     torch.set_num_threads(threads)  # that read weights; arithmetic takes one
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
