@@ -1,17 +1,17 @@
-"""The format of a weight as a text that a user types: `int8`, `int4:block64:symmetric`, `uint4:channel`, `fp16`."""
+"""The format of a weight as a text that a user types: `int8`, `int4:block64:symmetric:mse`, `uint4:channel`, `fp16`."""
 
 from __future__ import annotations
 
 from typing import get_args
 
 from coreai_zoo.errors import BadInput, listing
-from coreai_zoo.recipes import PLAIN, IntegerDtype, QuantizationSpec, Scheme
+from coreai_zoo.recipes import PLAIN, IntegerDtype, QuantizationSpec, Scales, Scheme, usual_scheme
 
 _BLOCK = 32  # inputs per scale where nothing else is said: the blocks that engines are fast with
 
 
 def read_format(text: str) -> QuantizationSpec | None:
-    """The format that `text` names: DTYPE[:blockN|:channel][:SCHEME], or `fp16` for plain values: None.
+    """The format that `text` names: DTYPE[:blockN|:channel][:SCHEME][:mse], or `fp16` for plain values: None.
 
     Without blocks these are of 32. Without a scheme it is the one that uses the integers best: signed ones symmetric
     with clipping, unsigned ones asymmetric.
@@ -25,13 +25,17 @@ def read_format(text: str) -> QuantizationSpec | None:
     block: int | None = _BLOCK
     if rest and (rest[0] == "channel" or rest[0].startswith("block")):
         block = _read_block(text, rest.pop(0))
-    scheme = rest.pop(0) if rest else "asymmetric" if dtype.startswith("u") else "symmetric_with_clipping"
+    scales = rest.pop() if rest and rest[-1] in get_args(Scales) else "absmax"
+    scheme = rest.pop(0) if rest else usual_scheme(dtype)
     for value, known in ((dtype, get_args(IntegerDtype)), (scheme, get_args(Scheme))):
         if value not in known:
             raise _unreadable(text, f"{value!r} is none of {listing(list(known))}")
     if rest:
         raise _unreadable(text, f"{':'.join(rest)!r} is too much")
-    return QuantizationSpec(dtype, scheme, block)  # type: ignore[arg-type]  # looked up above
+    try:
+        return QuantizationSpec(dtype, scheme, block, scales)  # type: ignore[arg-type]  # looked up above
+    except ValueError as error:
+        raise _unreadable(text, str(error)) from error
 
 
 def format_text(spec: QuantizationSpec | None) -> str:
@@ -39,7 +43,7 @@ def format_text(spec: QuantizationSpec | None) -> str:
     if spec is None:
         return PLAIN
     blocks = "channel" if spec.block_size is None else f"block{spec.block_size}"
-    return f"{spec.dtype}:{blocks}:{spec.scheme}"
+    return f"{spec.dtype}:{blocks}:{spec.scheme}{'' if spec.scales == 'absmax' else f':{spec.scales}'}"
 
 
 def _read_block(text: str, part: str) -> int | None:
@@ -54,5 +58,5 @@ def _read_block(text: str, part: str) -> int | None:
 def _unreadable(text: str, why: str) -> BadInput:
     return BadInput(
         f"The format {text!r} cannot be read: {why}.",
-        f"Write DTYPE[:blockN|:channel][:SCHEME], for example int4 or int4:block64:symmetric, or {PLAIN}.",
+        f"Write DTYPE[:blockN|:channel][:SCHEME][:mse], for example int4 or int4:block64:symmetric, or {PLAIN}.",
     )

@@ -24,7 +24,7 @@ from attrs.validators import min_len
 from cattrs.errors import ClassValidationError
 
 from coreai_zoo.errors import BadInput
-from coreai_zoo.recipes import PLAIN, IntegerDtype, QuantizationSpec, Recipe, Rule, Scales, Scheme
+from coreai_zoo.recipes import PLAIN, QuantizationSpec, Recipe, Rule, Scales, Scheme, usual_scheme
 from coreai_zoo.toml_files import (
     choice,
     make_converter,
@@ -114,11 +114,6 @@ class _File:
     description: str = field(validator=min_len(1))
     quality: str = ""
     rule: tuple[_RuleTable, ...] = field(kw_only=True, validator=min_len(1))
-
-
-def usual_scheme(dtype: IntegerDtype) -> Scheme:
-    """The scheme of a rule that names none."""
-    return "asymmetric" if dtype.startswith("u") else "symmetric_with_clipping"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -92,6 +92,11 @@ class QuantizationSpec:
         return cls(record["dtype"], record["scheme"], record["block"], record.get("scales", "absmax"))
 
 
+def usual_scheme(dtype: str) -> Scheme:
+    """The scheme where none is named: the one that uses the integers best."""
+    return "asymmetric" if dtype.startswith("u") else "symmetric_with_clipping"
+
+
 def recorded_forms(stored: Mapping[str, Any] | list[Any] | None) -> tuple[Mapping[str, Any] | None, ...]:
     """How build.json says that the weights of a role are stored: in one way, or in a list of several."""
     return tuple(stored) if isinstance(stored, list) else (stored,)

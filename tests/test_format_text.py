@@ -16,13 +16,14 @@ from coreai_zoo.recipes import IntegerDtype, QuantizationSpec, Scheme
 def test_what_is_written_is_read_again() -> None:
     schemes, blocks = get_args(Scheme), (None, 2, 32, 128)
     specs = [QuantizationSpec(*each) for each in itertools.product(get_args(IntegerDtype), schemes, blocks)]
+    specs += [QuantizationSpec("int4", "symmetric", block, "mse") for block in blocks]
     assert [read_format(format_text(spec)) for spec in [*specs, None]] == [*specs, None]
     assert len({format_text(spec) for spec in [*specs, None]}) == len(specs) + 1
 
 
 def test_the_text_has_every_field() -> None:
     # A field that is not in the text would be lost between a command line and what it asks for.
-    assert {field.name for field in attrs.fields(QuantizationSpec)} == {"dtype", "scheme", "block_size"}
+    assert {field.name for field in attrs.fields(QuantizationSpec)} == {"dtype", "scheme", "block_size", "scales"}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,8 @@ def test_the_text_has_every_field() -> None:
         ("uint4:block64", QuantizationSpec("uint4", "asymmetric", 64)),
         ("int8:symmetric", QuantizationSpec("int8", "symmetric", 32)),
         ("int4:block64:symmetric", QuantizationSpec("int4", "symmetric", 64)),
+        ("int8:mse", QuantizationSpec("int8", "symmetric_with_clipping", 32, "mse")),
+        ("int8:channel:symmetric:mse", QuantizationSpec("int8", "symmetric", None, "mse")),
         ("fp16", None),
     ],
 )
@@ -55,6 +58,8 @@ def test_what_is_left_out_is_what_engines_are_fast_with(text: str, spec: Quantiz
         ("int4:block32:symmetric:more", "'more' is too much"),
         ("fp16:block32", "'fp16' is none of int4"),
         ("INT4", "'INT4' is none of int4"),
+        ("int4:mse:symmetric", "'mse' is none of symmetric, "),
+        ("uint4:mse", "scales by mse are for signed integers"),
     ],
 )
 def test_another_text_is_refused_with_what_is_wrong(text: str, why: str) -> None:

@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from attrs import frozen
+from safetensors.torch import save_file
 
 import forked
 from checkpoints import tiny_checkpoint
@@ -324,3 +326,35 @@ def test_the_shell_sees_exit_code_130(tmp_path: Path) -> None:
         ["sh", "-c", f"{sys.executable} {script}; echo $?"], capture_output=True, text=True, check=False
     )
     assert (shell.stdout, shell.stderr) == ("130\n", "\ninterrupted\n")
+
+
+_READS = """
+import os, signal, sys, time
+from safetensors import safe_open
+from coreai_zoo import interruption
+
+def interrupt(frame, event, _argument):
+    if event == "call" and frame.f_globals.get("__name__") == "torch.storage":
+        sys.setprofile(None)
+        print("reading", flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+with interruption.answered():
+    with safe_open(sys.argv[1], "pt") as file:
+        rows = file.get_slice("w")
+        sys.setprofile(interrupt)
+        read = rows[0:2]
+        print(len(read), flush=True)
+        time.sleep(5)
+"""
+
+
+def test_an_interruption_while_safetensors_reads_is_none_of_its_errors(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(4, 8)}, tmp_path / "w.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", _READS, str(tmp_path / "w.safetensors")], capture_output=True, text=True, check=False,
+        preexec_fn=hear_interruptions,  # no thread of the tests holds a lock that it takes
+    )  # fmt: skip
+    assert done.returncode == interruption.EXIT_CODE, done.stderr
+    assert done.stdout.split() == ["reading", "2"]
+    assert done.stderr.split() == ["interrupted"]

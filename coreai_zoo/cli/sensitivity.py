@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coreai_zoo.cli.completion import complete_entry
+from coreai_zoo.cli.recipe_option import recipe_option
 from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, print_text
 from coreai_zoo.format_text import format_text
 from coreai_zoo.progress import Reporter
-from coreai_zoo.recipes import PLAIN, RECIPES
+from coreai_zoo.recipes import PLAIN
 
 if TYPE_CHECKING:
     from coreai_zoo.gates.sensitivity import Sensitivity
@@ -26,7 +27,7 @@ _EXISTING = click.Path(path_type=Path)
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local Hugging Face checkpoint.")
 @click.option("--sample", is_flag=True, help="Of an entry: the miniature that ships with it.")
 @click.option("--custom", is_flag=True, help="Of an entry: the checkpoint is of other sizes, as in `zoo build`.")
-@click.option("--recipe", metavar="R", help=f"Of an entry: {', '.join(RECIPES)}. Default: the entry's.")
+@recipe_option("Of an entry: a name from `zoo recipes`, or a TOML file. Default: the entry's.")
 @click.option("--layers", type=click.IntRange(1), metavar="N", help="Of an entry: its first N layers only.")
 @click.option(
     "--from",

@@ -256,7 +256,8 @@ def _specs(
         BadInput: for a format that cannot be read, for a role that the recipe leaves alone, when nothing else says how,
             or when there is none at all.
     """
-    recipe = {role: spec for role, spec in designed.stored_roles.items() if spec is not None}
+    stored = {role: [spec for spec in specs if spec] for role, specs in designed.weights.stored_as().items()}
+    recipe = {role: specs[0] for role, specs in stored.items() if specs}
     roles = options.role or tuple(recipe)
     if not roles:
         raise BadInput(
@@ -266,6 +267,10 @@ def _specs(
     base = {} if rest is None else dict.fromkeys((*recipe, *roles), rest)
     if options.stored_as is not None:
         return dict.fromkeys(roles, read_format(options.stored_as)), base
+    if mixed := [role for role in roles if len(stored.get(role, ())) > 1]:
+        raise BadInput(
+            f"Recipe {designed.recipe.name} stores {' and '.join(mixed)} in several ways.", "Say how with --as."
+        )
     left = [role for role in roles if role not in recipe]
     if left:
         raise BadInput(f"Recipe {designed.recipe.name} leaves {' and '.join(left)} alone.", "Say how with --as.")
