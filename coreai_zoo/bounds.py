@@ -121,8 +121,8 @@ class MeasuredBounds:
     Attributes:
         measured_on: the models and the machine, in words, for the report.
         layers: depth of these models.
-        rows: what they showed, by class of recipes (`fp16`, or `int8` and `int4` by the coarsest integers), arithmetic,
-            and whether layers choose experts. A class that is not here has the bounds of `GENERAL`.
+        rows: what they showed, by class of recipes (`fp16`, or `int8`, `int6` and `int4` by the coarsest integers),
+            arithmetic, and whether layers choose experts. A class that is not here has the bounds of `GENERAL`.
         router_gaps: by class of recipes, the gap between the last chosen and the first rejected expert, in router
             logits, below which errors of that size may swap the two. Needed for each class that has a `routed` row.
         slack: a further factor on errors (its square on KL and 1 - cosine), for models that were not measured.
@@ -208,6 +208,8 @@ _GENERAL: Mapping[tuple[str, Arithmetic], Measured] = MappingProxyType(
         ("fp16", "runtime"): Measured(0.0057, 0.03, 0.16, 0.00043, 7.0e-05, 0.0012, 0, 4.7),
         ("int8", "torch"): Measured(0.01, 0.084, 0.31, 0.0014, 0.00029, 0.038, 0.012, 11),
         ("int8", "runtime"): Measured(0.011, 0.042, 0.31, 0.00068, 0.00053, 0.0051, 0, 12),
+        ("int6", "torch"): Measured(0.035, 0.3, 0.72, 0.01, 0.002, 0.1, 0.05, 45),
+        ("int6", "runtime"): Measured(0.035, 0.3, 0.72, 0.01, 0.002, 0.1, 0, 45),
         ("int4", "torch"): Measured(0.11, 0.72, 0.72, 0.17, 0.014, 0.12, 0.27, 125),
         ("int4", "runtime"): Measured(0.11, 0.72, 0.72, 0.17, 0.014, 0.12, 0, 125),
     }
@@ -219,7 +221,7 @@ GENERAL = MeasuredBounds(
     measured_on="trained miniatures of another family, on a 2-core x86-64 Linux machine, with twice the allowance",
     layers=8,
     rows=MappingProxyType({(*key, kind): row for key, row in _GENERAL.items() for kind in _KINDS}),
-    router_gaps=MappingProxyType({"fp16": 0.005, "int8": 0.02, "int4": 0.1}),
+    router_gaps=MappingProxyType({"fp16": 0.005, "int8": 0.02, "int6": 0.05, "int4": 0.1}),
     slack=2.0,
 )
 """The bounds of a family that nobody measured: the looser of dense and routed models, times two."""

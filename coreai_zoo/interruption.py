@@ -31,7 +31,7 @@ EXIT_CODE = 130
 """What a shell calls a command that Ctrl-C ended."""
 
 _RETRY_SECONDS = 0.02
-# The first is renamed to the second; the last is what safetensors calls, and makes another error of what is raised there.
+# The first is renamed to the second. The last is what safetensors calls, which makes another error of what is raised.
 _UNSAFE_MODULES = ("_frozen_importlib", "importlib._bootstrap", "weakref", "torch.storage")
 _UNSAFE_FUNCTIONS = ("__torch_dispatch__", "__torch_function__", "__del__")
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 
+_PARTS = {".original": "", ".0.scales": "scales", ".0.zero_points": "zero points", ".0.table": "table"}
+
 
 def slug(name: str) -> str:
     """A name as a part of a bundle's name: `acme_1_5_7b` for `Acme-1.5-7B`."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "model"
 
 
-def quantized_names(name: str) -> tuple[str, str, str]:
-    """Names of the integers, scales and zero points of the quantized parameter `name`, as `bind` makes them."""
+def quantized_names(name: str) -> tuple[str, str, str, str]:
+    """Names of the integers, scales, zero points and table of the quantized parameter `name`, as `bind` makes them."""
     path, _, leaf = name.rpartition(".")
     state = f"{path}.parametrizations.{leaf}." if path else f"parametrizations.{leaf}."
-    return state + "original", state + "0.scales", state + "0.zero_points"
+    return state + "original", state + "0.scales", state + "0.zero_points", state + "0.table"
 
 
 def scales_name(codes: str) -> str:
@@ -23,9 +25,9 @@ def scales_name(codes: str) -> str:
 
 
 def parameter_of(state: str) -> tuple[str, str]:
-    """The parameter that a state belongs to, and its part: `scales`, `zero points`, or nothing for the values."""
+    """The parameter that a state belongs to, and its part: `scales`, `zero points`, `table`, or '' for the values."""
     name = state.replace(".parametrizations.", ".")
-    for ending, part in ((".original", ""), (".0.scales", "scales"), (".0.zero_points", "zero points")):
+    for ending, part in _PARTS.items():
         if name.endswith(ending):
             return name.removesuffix(ending), part
     return name, ""

@@ -38,7 +38,7 @@ from coreai_zoo.toml_files import (
 CHANNEL = "channel"
 """The block size of one scale per row."""
 
-Dtype = Literal["fp16", "int4", "int8", "uint4", "uint8"]
+Dtype = Literal["fp16", "int4", "int6", "int8", "uint4", "uint8"]
 
 
 @frozen
@@ -252,7 +252,7 @@ def _value(value: object) -> str:
 
 
 def read_recipes(folder: Path) -> Mapping[str, Recipe]:
-    """The recipes in the files of a folder, by name, in the order of the files' names; for the hook `zoo_recipes`."""
+    """The recipes in the files of a folder, by name, in the order of the names; for the hook `zoo_recipes`."""
     return MappingProxyType({path.stem: read_recipe(path) for path in sorted(folder.glob("*.toml"))})
 
 

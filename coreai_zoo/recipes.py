@@ -23,7 +23,7 @@ from coreai_zoo.overlay import Role, RoleKind
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-IntegerDtype = Literal["int4", "int8", "uint4", "uint8"]
+IntegerDtype = Literal["int4", "int6", "int8", "uint4", "uint8"]
 Scheme = Literal["symmetric", "symmetric_with_clipping", "asymmetric"]
 Scales = Literal["absmax", "mse"]
 
@@ -38,7 +38,8 @@ class QuantizationSpec:
     """How a weight is stored: integers of `dtype` in blocks of `block_size` along the last axis, one scale per block.
 
     Attributes:
-        dtype: `int4`, `int8`, `uint4` or `uint8`.
+        dtype: `int4`, `int8`, `uint4` or `uint8`; or `int6`, which no runtime has: it is stored as indices of 6 bits
+            into a table of the 64 integers.
         scheme: `symmetric` uses the whole integer range; `symmetric_with_clipping` not its lowest signed integer,
             so that both signs have as many; `asymmetric` has a zero point. Names and arithmetic are coreai-opt's.
         block_size: inputs per scale; None for one scale per row ("per channel").
@@ -57,7 +58,7 @@ class QuantizationSpec:
 
     @property
     def bits(self) -> int:
-        """Bits per integer: 4 or 8."""
+        """Bits per integer: 4, 6 or 8."""
         return int(self.dtype.lstrip("uint"))
 
     @property

@@ -10,7 +10,8 @@ from coreai_zoo import hookimpl
 from coreai_zoo.bounds import MeasuredBounds
 from coreai_zoo.contracts import Contract
 from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, WeightMap
-from coreai_zoo.recipes import HeadQuantization
+from coreai_zoo.recipe_files import read_recipes
+from coreai_zoo.recipes import HeadQuantization, Recipe
 from coreai_zoo.signature import StateSpec, TraceSpec
 from coreai_zoo.stress import StressSample
 from coreai_zoo_overlays import qwen3_5
@@ -21,6 +22,12 @@ from coreai_zoo_qwen36.bounds import BOUNDS
 def zoo_entries() -> Iterable[Path]:
     """The entries of the family."""
     return sorted((Path(__file__).parent / "zoo_entries").glob("*.toml"))
+
+
+@hookimpl
+def zoo_recipes() -> Iterable[Recipe]:
+    """Mixes that name the roles of the family."""
+    return read_recipes(Path(__file__).parent / "recipes").values()
 
 
 @hookimpl

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 
 import click
@@ -24,8 +23,3 @@ def commands() -> Iterator[click.Command]:
         command = cli.get_command(context, name)
         assert command is not None
         yield command
-
-
-def hear_interruptions() -> None:
-    """For `preexec_fn`: a shell that starts the tests in the background has them ignore Ctrl-C, which is inherited."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)

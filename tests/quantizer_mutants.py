@@ -37,6 +37,8 @@ UINT4 = QuantizationSpec("uint4", "asymmetric", 32)
 MSE = QuantizationSpec("int8", "symmetric_with_clipping", 32, "mse")
 INT4 = QuantizationSpec("int4", "symmetric_with_clipping", 32)
 
+INT6 = QuantizationSpec("int6", "symmetric_with_clipping", 32)
+
 LAYERS = by(Rule(INT4, "why", ("mlp",), layers=(2, 3)), Rule(INT8, "why", ("mlp",)))
 OVERLAPPING = by(Rule(INT4, "why", ("body",), layers=(2, 3)), Rule(INT8, "why", ("mlp",)))
 
@@ -94,11 +96,15 @@ def _packing(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
     def make(patch: pytest.MonkeyPatch) -> None:
         from coreai_zoo.weights import formats
 
-        pack = edited(formats, old, new)["pack_int4"]
-        patch.setattr(convert, "pack_int4", pack)
-        patch.setattr(store, "pack_int4", pack)
+        packing = edited(formats, old, new)
+        patch.setattr(convert, "packed_codes", packing["packed_codes"])
+        patch.setattr(store, "pack_int4", packing["pack_int4"])
 
     return make
+
+
+def _other_table(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(store, "TABLE", store.TABLE[::-1])
 
 
 def _exchanged(patch: pytest.MonkeyPatch) -> None:
@@ -183,6 +189,19 @@ QUANTIZER_MUTANTS: tuple[QuantizerMutant, ...] = (
             "(raw[..., 1::2] << 4).bitwise_or_(raw[..., ::2] & 15)",
             "(raw[..., ::2] << 4).bitwise_or_(raw[..., 1::2] & 15)",
         ),
+    ),
+    QuantizerMutant("table-order", "the table of 6-bit integers begins with its last", body(INT6), _other_table),
+    QuantizerMutant(
+        "indices-from-zero",
+        "of 6-bit integers the index is the integer, and not its place in the table",
+        body(INT6),
+        _packing("pack_uint6(codes - TABLE[0])", "pack_uint6(codes & 63)"),
+    ),
+    QuantizerMutant(
+        "fours-exchanged",
+        "of four 6-bit indices in three bytes the first is in the highest bits",
+        body(INT6),
+        _packing("first, second, third, fourth = codes", "fourth, third, second, first = codes"),
     ),
     QuantizerMutant("scales-exchanged", "two weights have each other's scales", body(INT8), _exchanged),
     QuantizerMutant(

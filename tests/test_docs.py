@@ -277,7 +277,7 @@ def test_every_recipe_is_in_its_table_with_what_it_does() -> None:
     rows = re.findall(r"^\| `(\w+)`[^|]* \| ([^|]+) \| ([^|]+) \| `(\w+)` \|$", read("recipes.md"), re.MULTILINE)
 
     assert {name: published for name, _body, _head, published in rows} == {
-        recipe.name: recipe.published_name for recipe in RECIPES.values()
+        recipe.name: recipe.published_name for recipe in default_plugins().recipes().values()
     }
 
 

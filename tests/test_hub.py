@@ -440,7 +440,6 @@ def started(hub: Hub, **environment: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, **hub.environment, "HF_HUB_DOWNLOAD_TIMEOUT": "60", **environment},
         # A shell that starts the tests in the background has them ignore Ctrl-C, and a child would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
 
 

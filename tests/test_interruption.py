@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 import forked
 from checkpoints import tiny_checkpoint
-from command import hear_interruptions
 from coreai_zoo import interruption
 from coreai_zoo.build.design import BuildRequest, design
 from coreai_zoo.bundle.bundle import Bundle
@@ -63,7 +62,6 @@ def started(arguments: tuple[str, ...], folder: Path, *, fresh: bool) -> subproc
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=hear_interruptions,  # noqa: PLW1509  # no threads
         )
     else:
         process = forked.Process(*arguments, env=environment)
@@ -353,7 +351,6 @@ def test_an_interruption_while_safetensors_reads_is_none_of_its_errors(tmp_path:
     save_file({"w": torch.ones(4, 8)}, tmp_path / "w.safetensors")
     done = subprocess.run(
         [sys.executable, "-c", _READS, str(tmp_path / "w.safetensors")], capture_output=True, text=True, check=False,
-        preexec_fn=hear_interruptions,  # no thread of the tests holds a lock that it takes
     )  # fmt: skip
     assert done.returncode == interruption.EXIT_CODE, done.stderr
     assert done.stdout.split() == ["reading", "2"]

@@ -15,7 +15,7 @@ from attrs import evolve
 
 import forked
 from checkpoints import tiny_checkpoint
-from command import hear_interruptions, zoo
+from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.build.design import design
 from coreai_zoo.build.preflight import LEAST_MEMORY, preflight
@@ -139,7 +139,6 @@ def test_an_interrupted_build_says_as_an_event_how_to_resume(checkpoint: Path, t
         command,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_interruptions,  # noqa: PLW1509  # no threads
     ) as process:
         assert process.stderr is not None
         first = process.stderr.readline()

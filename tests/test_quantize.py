@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization import ModuleQuantizerConfig, Quantizer, QuantizerConfig
 from coreai_opt.quantization import QuantizationSpec as AppleSpec
@@ -26,7 +27,15 @@ from coreai_zoo.overlay import RoleKind
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
-from coreai_zoo.weights.formats import has_zero_points, integer_range, pack_int4, unpack_int4
+from coreai_zoo.weights.formats import (
+    Format,
+    has_zero_points,
+    integer_range,
+    pack_int4,
+    pack_uint6,
+    unpack_int4,
+    unpack_uint6,
+)
 from coreai_zoo.weights.quantizer import CHUNK_ELEMENTS, dequantize_rows, quantize_rows
 from coreai_zoo_overlays.qwen3_5.table import ROLES
 from recipe_roles import spec_of_role
@@ -203,6 +212,37 @@ def test_rows_are_rounded_to_the_dtype_of_the_weight_first(
     direct, stepwise = quantize_rows(rows, spec, dtype), quantize_rows(rows.float().to(dtype), spec)
     assert torch.equal(direct.codes, stepwise.codes) and torch.equal(direct.scales, stepwise.scales)
     assert direct.scales.dtype == dtype
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 2**32))
+def test_integers_of_6_bits_are_packed_from_the_lowest_bit_on_and_can_be_unpacked(
+    rows: int, fours: int, seed: int
+) -> None:
+    codes = torch.randint(0, 64, (rows, 4 * fours), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    packed = pack_uint6(codes)
+    stream = "".join(f"{int(code):06b}"[::-1] for code in codes.flatten())
+    expected = [int(stream[at : at + 8][::-1], 2) for at in range(0, len(stream), 8)]
+    assert packed.shape == (rows, 3 * fours) and packed.flatten().tolist() == expected
+    assert torch.equal(unpack_uint6(packed), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "symmetric_with_clipping"])
+@pytest.mark.parametrize("scales", ["absmax", "mse"])
+def test_integers_of_6_bits_are_those_of_their_scales_and_within_their_range(scheme: Any, scales: Any) -> None:
+    spec, weight = QuantizationSpec("int6", scheme, 32, scales), make_weight(16, 96, torch.float16, "outliers", 4)
+    found = quantize_rows(weight, spec)
+    low, high = (-32, 31) if scheme == "symmetric" else (-31, 31)
+    assert (int(found.codes.min()), int(found.codes.max())) == (low, high)
+    scaled = weight.float() / found.scales.float().repeat_interleave(32, dim=1)
+    assert torch.equal(found.codes.float(), scaled.round().clamp(low, high))
+    format_ = Format((16, 96), "float16", spec)
+    assert {kind: (array.shape, array.dtype) for kind, array in format_.arrays.items()} == {
+        "data": ((16, 96), "uint6"), "scales": ((16, 3), "float16"), "table": ((1, 1, 64, 1), "int8"),
+    }  # fmt: skip
+    assert format_.bytes == 16 * 96 * 6 // 8 + 16 * 3 * 2 + 64
+    with pytest.raises(ValueError, match="30 columns are not divisible by 4"):
+        Format((2, 30), "float16", evolve(spec, block_size=None))
 
 
 @settings(max_examples=200, deadline=None)

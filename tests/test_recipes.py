@@ -236,7 +236,7 @@ def test_every_bad_key_of_a_file_is_told_at_once(tmp_path: Path) -> None:
         "has 9 bad keys",
         "description: Length of 'description' must be >= 1: 0",
         "rule[0].rol: unknown key, nearest is role",
-        "rule[0].dtype: 'int3' is not one of 'fp16', 'int4', 'int8', 'uint4', 'uint8'",
+        "rule[0].dtype: 'int3' is not one of 'fp16', 'int4', 'int6', 'int8', 'uint4', 'uint8'",
         "rule[1].role: needs at least one name",
         "rule[1].layers: expected the first and the last layer, such as [0, 3], found a list",
         "rule[1].block_size: expected an integer or 'channel', found text ('row')",

@@ -22,7 +22,7 @@ import pytest
 from attrs import evolve
 from click.testing import Result
 
-from command import hear_interruptions, zoo
+from command import zoo
 from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_entry
@@ -223,7 +223,6 @@ def running(*command: object) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=hear_interruptions,  # noqa: PLW1509  # no thread of the tests holds a lock that it takes
     )
     try:
         yield process

@@ -19,7 +19,7 @@ from coreai_zoo.backend import Backend
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.lowering.module import state_of
 from coreai_zoo.weights.convert import values_of
-from coreai_zoo.weights.formats import ArrayKind, unpack_int4, unpacked
+from coreai_zoo.weights.formats import ArrayKind, unpacked, unpacked_rows
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import scratch
 
@@ -81,6 +81,8 @@ class AssetWeights:
         if tensor.quantization is None:
             out.copy_(codes)
             return
+        if "table" in arrays:
+            codes = arrays["table"][codes.int()]
         scales, zero_points = arrays["scales"], arrays.get("zero_points")
         values, _ = scratch(codes.shape)
         blocks = values.copy_(codes).view(*scales.shape, -1)
@@ -94,11 +96,12 @@ class AssetWeights:
         memory = self.state[tensor.format.state_names(tensor.stored_as)[kind]].view(getattr(torch, array.memory_dtype))
         if tensor.format.transposed:
             return _rows_of_transposed(memory.view(-1, *array.shape[-2:]), start, stop)
+        if kind == "table":
+            return memory
         if not array.packed:
             return memory.view(tensor.format.rows, -1)[start:stop]
-        signed = not array.dtype.startswith("u")
         if kind == "data":
-            return unpack_int4(memory.view(tensor.format.rows, -1)[start:stop], signed=signed)
+            return unpacked_rows(memory.view(tensor.format.rows, -1)[start:stop], array.dtype)
         # Packed as one row, whose last half-byte may be unused.
         return unpacked(memory, array).view(tensor.format.rows, -1)[start:stop]
 

@@ -158,7 +158,8 @@ def allocate(module: nn.Module, formats: Mapping[str, Format]) -> None:
 def bind(module: nn.Module, store: WeightStore) -> None:
     """Give every parameter of `module` its stored value, memory-mapped.
 
-    In memory 4-bit integers are unpacked, and what is stored transposed is laid out as the parameter is.
+    In memory packed integers are unpacked, indices are the integers of their table, and what is stored transposed is
+    laid out as the parameter is.
 
     Args:
         module: the decoder, on the meta device.
@@ -171,6 +172,8 @@ def bind(module: nn.Module, store: WeightStore) -> None:
             stored = store[name]
             arrays = stored.format.arrays.items()
             values = {kind: unpacked(torch.from_numpy(stored.array(kind)), array) for kind, array in arrays}
+            if "table" in values:
+                values["data"] = values.pop("table").view(-1)[values["data"].int()]
             if stored.format.transposed:
                 values["data"] = values["data"].transpose(-1, -2).contiguous()
             _put(module, name, stored.format, values)
@@ -178,7 +181,7 @@ def bind(module: nn.Module, store: WeightStore) -> None:
 
 def _carrier(array: StoredArray) -> torch.dtype:
     """The dtype in which torch holds an element: a byte for one of 4 bits."""
-    packed = {"int4": torch.int8, "uint4": torch.uint8}
+    packed = {"int4": torch.int8, "uint4": torch.uint8, "uint6": torch.uint8}
     return packed[array.dtype] if array.packed else getattr(torch, array.dtype)
 
 

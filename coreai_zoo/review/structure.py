@@ -271,7 +271,7 @@ def _lowered(traced: Traced, plan: WeightPlan) -> Program:
 
 
 def _stored(tensor: PlannedTensor) -> list[tuple[str, StoredWeight]]:
-    suffixes = {"data": "", "scales": " scales", "zero_points": " zero points"}
+    suffixes = {"data": "", "scales": " scales", "zero_points": " zero points", "table": " table"}
     return [
         (f"{tensor.name}{suffixes[kind]}", StoredWeight(array.shape, array.dtype))
         for kind, array in tensor.format.arrays.items()

@@ -16,7 +16,7 @@ from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Transform
 from coreai_zoo.recipes import QuantizationSpec
-from coreai_zoo.weights.formats import pack_int4
+from coreai_zoo.weights.formats import packed_codes
 from coreai_zoo.weights.plan import PlannedTensor
 from coreai_zoo.weights.quantizer import (
     QuantizedRows,
@@ -67,7 +67,7 @@ def chunks_of(planned: PlannedTensor) -> Iterator[Chunk]:
 
 @frozen
 class Result:
-    """The outcome of a chunk: the hash of its source, and plain values or integers (at 4 bits in pairs)."""
+    """The outcome of a chunk: the hash of its source, and plain values or integers as they are stored."""
 
     chunk: Chunk
     source: bytes
@@ -83,9 +83,8 @@ def convert_chunk(checkpoint: Checkpoint, chunk: Chunk) -> Result:
     if planned.quantization is None:
         return Result(chunk, source, plain=_convert(rows, chunk))
     quantized = _quantize(rows, chunk, planned.quantization)
-    if planned.quantization.bits == 4:
-        quantized = evolve(quantized, codes=pack_int4(quantized.codes))
-    return Result(chunk, source, quantized=quantized)
+    codes = packed_codes(quantized.codes, planned.quantization)
+    return Result(chunk, source, quantized=evolve(quantized, codes=codes))
 
 
 def _quantize(rows: torch.Tensor, chunk: Chunk, spec: QuantizationSpec) -> QuantizedRows:
@@ -184,8 +183,7 @@ def storage_digest(columns: int, dtype: str, spec: QuantizationSpec | None) -> s
         return digest.hexdigest()
     # One row at a time, as above.
     for quantized in (quantize_rows(row, spec, getattr(torch, dtype)) for row in rows.split(1)):
-        codes = pack_int4(quantized.codes) if spec.bits == 4 else quantized.codes
-        parts = (codes, quantized.scales, quantized.zero_points)
+        parts = (packed_codes(quantized.codes, spec), quantized.scales, quantized.zero_points)
         for part in (part for part in parts if part is not None):
             digest.update(bytes_of(part))
     return digest.hexdigest()

@@ -20,7 +20,10 @@ from coreai_zoo.recipes import QuantizationSpec
 if TYPE_CHECKING:
     import torch
 
-ArrayKind = Literal["data", "scales", "zero_points"]
+ArrayKind = Literal["data", "scales", "zero_points", "table"]
+
+TABLE = tuple(range(-32, 32))
+"""The integers of 6 bits in the order of their indices."""
 
 
 @frozen
@@ -28,10 +31,11 @@ class StoredArray:
     """One array of a stored weight.
 
     Attributes:
-        kind: `data` holds the plain values or the integers.
+        kind: `data` holds the plain values, the integers, or the indices of integers in the `table`.
         shape: in elements.
-        dtype: of an element, for example `float16`, `int8` or `int4`; elements of 4 bits lie two to a byte, the first
-            in the low half, and an odd number of them leaves half a byte unused.
+        dtype: of an element, for example `float16`, `int8` or `int4`; elements of less than 8 bits lie one after the
+            other from the lowest bit on: two of 4 bits in a byte, four of 6 bits in three bytes. What is left of the
+            last byte is unused.
     """
 
     kind: ArrayKind
@@ -40,7 +44,7 @@ class StoredArray:
 
     @property
     def packed(self) -> bool:
-        """Whether two elements share a byte."""
+        """Whether elements share bytes."""
         return bits_of(self.dtype) < 8
 
     @property
@@ -53,7 +57,8 @@ class StoredArray:
         """The shape of the array in memory: of packed integers [rows, bytes], of packed zero points [bytes]."""
         if not self.packed:
             return self.shape
-        return (math.prod(self.shape[:-1]), self.shape[-1] // 2) if self.kind == "data" else (self.bytes,)
+        rows, bits = math.prod(self.shape[:-1]), bits_of(self.dtype)
+        return (rows, self.shape[-1] * bits // 8) if self.kind == "data" else (self.bytes,)
 
     @property
     def memory_dtype(self) -> str:
@@ -73,8 +78,8 @@ class Format:
             in this order.
 
     Raises:
-        ValueError: when the block does not divide the weight's width, two 4-bit integers would share a byte across
-            rows, or one of fewer than three axes is read transposed.
+        ValueError: when the block does not divide the weight's width, integers would share a byte across rows, or one
+            of fewer than three axes is read transposed.
     """
 
     shape: tuple[int, ...]
@@ -117,9 +122,11 @@ class Format:
             shape = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
             return {"data": StoredArray("data", shape, self.dtype)}
         arrays: dict[ArrayKind, StoredArray] = {
-            "data": StoredArray("data", self.shape, spec.dtype),
+            "data": StoredArray("data", self.shape, "uint6" if has_table(spec) else spec.dtype),
             "scales": StoredArray("scales", self.scales_shape, self.dtype),
         }
+        if has_table(spec):  # one entry along each axis of the weight: all of it has this table
+            arrays["table"] = StoredArray("table", (*(1 for _ in self.shape), len(TABLE), 1), "int8")
         if has_zero_points(spec):
             arrays["zero_points"] = StoredArray("zero_points", self.scales_shape, spec.dtype)
         return arrays
@@ -133,8 +140,8 @@ class Format:
         """Under which name each array is in the state of a decoder whose parameter is called `parameter`."""
         if self.quantization is None:
             return {"data": parameter}
-        data, scales, zero_points = quantized_names(parameter)
-        names: dict[ArrayKind, str] = {"data": data, "scales": scales, "zero_points": zero_points}
+        data, scales, zero_points, table = quantized_names(parameter)
+        names: dict[ArrayKind, str] = {"data": data, "scales": scales, "zero_points": zero_points, "table": table}
         return {kind: names[kind] for kind in self.arrays}
 
 
@@ -149,6 +156,8 @@ def require_divisible(columns: int, spec: QuantizationSpec) -> None:
         raise ValueError(f"{columns} columns are not divisible by the block size {size}")
     if spec.bits == 4 and columns % 2:
         raise ValueError(f"{columns} columns are odd, 4-bit integers are packed in pairs")
+    if spec.bits == 6 and columns % 4:
+        raise ValueError(f"{columns} columns are not divisible by 4, 6-bit integers are packed in fours")
 
 
 def integer_range(spec: QuantizationSpec) -> tuple[int, int]:
@@ -164,9 +173,21 @@ def has_zero_points(spec: QuantizationSpec) -> bool:
     return spec.scheme == "asymmetric" or not spec.signed
 
 
+def has_table(spec: QuantizationSpec) -> bool:
+    """Whether integers are stored as indices into a table of them."""
+    return spec.dtype == "int6"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Two 4-bit integers in a byte
+# Integers that share bytes
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def packed_codes(codes: torch.Tensor, spec: QuantizationSpec) -> torch.Tensor:
+    """Integers [..., C] as they are stored: as they are, packed [..., C * bits / 8], or as packed indices of them."""
+    if spec.bits == 4:
+        return pack_int4(codes)
+    return pack_uint6(codes - TABLE[0]) if has_table(spec) else codes
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
@@ -194,10 +215,40 @@ def unpack_int4(packed: torch.Tensor, *, signed: bool) -> torch.Tensor:
     return (pairs << 4).view(torch.int8) >> 4
 
 
+def pack_uint6(codes: torch.Tensor) -> torch.Tensor:
+    """Pack numbers of 0 to 63 in fours, the first in the lowest bits: [..., C] int8 to [..., C * 3 / 4] uint8.
+
+    Raises:
+        ValueError: when C is not divisible by 4.
+    """
+    import torch
+
+    if codes.shape[-1] % 4:
+        raise ValueError(f"cannot pack {tuple(codes.shape)}: needs fours")
+    first, second, third, fourth = codes.contiguous().view(torch.uint8).unflatten(-1, (-1, 4)).unbind(-1)
+    return torch.stack((first | second << 6, second >> 2 | third << 4, third >> 4 | fourth << 2), dim=-1).flatten(-2)
+
+
+def unpack_uint6(packed: torch.Tensor) -> torch.Tensor:
+    """Undo `pack_uint6`: [..., 3 * P] uint8 to [..., 4 * P] uint8."""
+    import torch
+
+    first, second, third = packed.unflatten(-1, (-1, 3)).unbind(-1)
+    fours = (first & 63, first >> 6 | (second & 15) << 2, second >> 4 | (third & 3) << 4, third >> 2)
+    return torch.stack(fours, dim=-1).flatten(-2)
+
+
+def unpacked_rows(packed: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The elements of packed rows: [R, bytes] uint8 to [R, C] int8 or uint8."""
+    if bits_of(dtype) == 6:
+        return unpack_uint6(packed)
+    return unpack_int4(packed, signed=not dtype.startswith("u"))
+
+
 def unpacked(memory: torch.Tensor, array: StoredArray) -> torch.Tensor:
     """The elements of an array, [shape], from its memory."""
     if not array.packed:
         return memory.view(array.shape)
-    codes = unpack_int4(memory.reshape(-1), signed=not array.dtype.startswith("u"))
+    codes = unpacked_rows(memory.reshape(-1), array.dtype)
     # The last half-byte may be unused.
     return codes[: math.prod(array.shape)].view(array.shape)

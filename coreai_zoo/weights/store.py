@@ -48,7 +48,7 @@ from coreai_zoo.weights.convert import (
     run_in_order,
     storage_digest,
 )
-from coreai_zoo.weights.formats import ArrayKind, Format, pack_int4
+from coreai_zoo.weights.formats import TABLE, ArrayKind, Format, pack_int4
 from coreai_zoo.weights.journal import Journal, canonical, sync, sync_path
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows
@@ -130,7 +130,7 @@ class StoredTensor:
         dtype: of the plain values, or of the scales.
         quantization: how it is quantized, or None.
         source_digest: SHA-256 over the SHA-256 of each chunk of the source values, as stored in the checkpoint.
-        arrays: by kind: `data`, `scales`, `zero_points`.
+        arrays: by kind: `data`, `scales`, `zero_points`, `table`.
         read_transposed: see `Format.read_transposed`.
     """
 
@@ -288,6 +288,8 @@ class _TensorWriter:
 
         if self.carry is not None:
             self.write("zero_points", pack_int4(torch.cat((self.carry, torch.zeros_like(self.carry)))))
+        if "table" in self.files:
+            self.write("table", torch.tensor(TABLE, dtype=torch.int8))
 
     @property
     def stored(self) -> dict[str, StoredArray]:
@@ -783,7 +785,7 @@ class _Work:
             return result.plain.numel()
         assert result.quantized is not None and spec is not None
         writer.write_quantized(result.quantized, spec)
-        return result.quantized.codes.numel() * (8 // spec.bits)
+        return result.quantized.codes.numel() * 8 // spec.bits
 
     def _entry(self, planned: PlannedTensor, source_digest: str, writer: _TensorWriter) -> dict[str, Any]:
         return {

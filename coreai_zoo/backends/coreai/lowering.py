@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import coreai.authoring  # before the dialects, which import each other through it
+import numpy as np
 import torch
 from attrs import evolve
 from coreai._compiler.dialects import coreai
@@ -48,6 +49,7 @@ from coreai_zoo.lowering import mistakes
 from coreai_zoo.lowering.folding import TensorKind
 from coreai_zoo.lowering.torch_export import without_code
 from coreai_zoo.lowering.transposed import is_read_transposed, is_row
+from coreai_zoo.names import parameter_of
 from coreai_zoo.signature import TraceSpec
 
 # A larger alignment is written but cannot be read back: AIModelAsset.summary() then expects sections aligned to 64.
@@ -66,7 +68,7 @@ def element_type(dtype: str) -> Type:
 
 
 State: TypeAlias = Mapping[str, Constant]
-"""A constant under its state name, or the integers, scales and perhaps zero points of one weight under theirs."""
+"""A constant under its state name, or the integers, scales and perhaps zero points or table of a weight."""
 
 
 class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no types
@@ -77,7 +79,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         super().__init__(mode=TorchConverter.Mode.RELEASE)
         self._states: dict[int, Mapping[str, State]] = {}  # by identity of the program
         self._attributes: dict[str, tuple[Any, Constant]] = {}  # by name
-        self._quantized: dict[str, list[Value]] = {}  # by placeholder, until it is read
+        self._quantized: dict[str, dict[str, Value]] = {}  # by placeholder, until it is read
         self._computed: dict[TensorKind, frozenset[str]] = {}  # what the compiler can make of which weights
         self._serial = itertools.count()
 
@@ -146,7 +148,9 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         if node.name in state:
             given = state[node.name]
             if len(given) > 1:
-                self._quantized[node.name] = [self._constant(name, each) for name, each in given.items()]
+                self._quantized[node.name] = {
+                    parameter_of(name)[1]: self._constant(name, each) for name, each in given.items()
+                }
                 return
             ((name, constant),) = given.items()
             if not constant.transposed and is_row(node) and is_read_transposed(node):
@@ -163,7 +167,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         for read in node.all_input_nodes:
             # Where it is read first, as a layer does that unpacks its own weight.
             if read.name in self._quantized and id(self.exported_program) in self._states:
-                self._values_map[read.name] = _dequantized(*self._quantized.pop(read.name))
+                self._values_map[read.name] = _dequantized(self._quantized.pop(read.name))
         super()._handle_call_function_op(node)
 
     def _constant(self, name: str, constant: Constant) -> Value:
@@ -212,10 +216,17 @@ def _splat_zero(shape: Sequence[int], element: Type) -> Value:
     return coreai.ConstantOp(value=DenseElementsAttr.get_splat(RankedTensorType.get(list(shape), element), zero)).result
 
 
-def _dequantized(codes: Value, scales: Value, zero_points: Value | None = None) -> Value:
-    """The weight that integers and scales stand for; a missing zero point costs a splat, not a tensor."""
+def _dequantized(parts: Mapping[str, Value]) -> Value:
+    """The weight that integers and scales stand for; a missing zero point costs a splat, not a tensor.
+
+    Args:
+        parts: by `parameter_of`. Where there is a table, integers are looked up in it, along no axis of the weight.
+    """
+    codes, scales = parts[""], parts["scales"]
+    if "table" in parts:
+        codes = coreai.lut_to_dense(codes, parts["table"], coreai.constant(np.array(0, dtype=np.int16)))
     shape = list(scales.type.shape)
-    offset = _splat_zero(shape, codes.type.element_type) if zero_points is None else zero_points
+    offset = parts.get("zero points") or _splat_zero(shape, codes.type.element_type)
     return coreai.blockwise_shift_scale(codes, scales, offset, _splat_zero(shape, scales.type.element_type))
 
 
