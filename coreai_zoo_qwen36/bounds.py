@@ -25,6 +25,11 @@ _ROWS: Mapping[tuple[str, Arithmetic, Kind], tuple[float, ...]] = MappingProxyTy
         ("int8", "runtime", "dense"): (8.04e-03, 4.17e-02, 0, 6.74e-04, 2.12e-04, 5.01e-03, 0, 9.89),
         ("int8", "runtime", "routed"): (1.08e-02, 3.58e-02, 3.01e-01, 3.58e-04, 5.24e-04, 1.89e-03, 0, 11.2),
         # In PyTorch the hidden states of two prompts only; the rest as on the runtime.
+        # Of a body in int6 and a head in int8.
+        ("int6", "torch", "dense"): (2.23e-02, 1.09e-01, 0, 5.44e-03, 2.31e-03, 3.05e-02, 3.75e-02, 30.2),
+        ("int6", "torch", "routed"): (3.81e-02, 1.63e-01, 4.22e-01, 5.96e-03, 4.25e-03, 6.56e-02, 5.42e-02, 39.4),
+        ("int6", "runtime", "dense"): (2.37e-02, 1.11e-01, 0, 5.81e-03, 2.46e-03, 2.72e-02, 0, 30.0),
+        ("int6", "runtime", "routed"): (3.58e-02, 4.69e-02, 2.71e-01, 3.77e-04, 4.49e-03, 9.38e-03, 0, 37.0),
         ("int4", "torch", "dense"): (1.06e-01, 5.88e-01, 0, 1.40e-01, 1.39e-02, 1.18e-01, 1.26e-01, 125),
         ("int4", "torch", "routed"): (9.61e-02, 7.15e-01, 7.15e-01, 1.70e-01, 1.32e-02, 1.20e-01, 2.70e-01, 115),
         ("int4", "runtime", "dense"): (1.06e-01, 5.88e-01, 0, 1.40e-01, 1.38e-02, 1.18e-01, 0, 125),
@@ -37,7 +42,7 @@ BOUNDS = MeasuredBounds(
     measured_on="both samples and the built-in recipes, on a 2-core x86-64 Linux machine",
     layers=8,
     rows=MappingProxyType({key: Measured(*row) for key, row in _ROWS.items()}),
-    router_gaps=MappingProxyType({"fp16": 0.005, "int8": 0.02, "int4": 0.1}),
+    router_gaps=MappingProxyType({"fp16": 0.005, "int8": 0.02, "int6": 0.05, "int4": 0.1}),
 )
 """The largest over all built-in prompts that were run on each sample, with the gaps of its router."""
 
