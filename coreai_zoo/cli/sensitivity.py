@@ -83,8 +83,8 @@ def sensitivity(ctx: click.Context, /, subject: str, as_json: bool, **given: Any
     time; each part takes a pass over the checkpoint. A bundle is a path or its own name; an entry's name means the
     entry.
 
-    A FORMAT is DTYPE[:blockN|:channel][:SCHEME][:mse], for example int8, uint4:channel or int4:block64:symmetric, or fp16.
-    Without more, blocks are of 32, signed integers symmetric_with_clipping and unsigned ones asymmetric.
+    A FORMAT is DTYPE[:blockN|:channel][:SCHEME][:mse], for example int8, uint4:channel or int4:block64:symmetric, or
+    fp16. Without more, blocks are of 32, signed integers symmetric_with_clipping and unsigned ones asymmetric.
 
     With -o every finished part is kept, and the same command goes on where it was interrupted. Results are the same
     whoever measures: this process, --jobs, or a --scheduler (needs the extra `cluster`).
