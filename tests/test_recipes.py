@@ -372,3 +372,14 @@ def test_a_recipe_that_is_not_for_a_model_is_said_so_and_the_others_compared(tmp
     misfit.write_text(as_toml(RECIPES["int8hu"]).replace('"body"', '"bodies"'), encoding="utf-8")
     result = zoo("plan", "qwen3.6-27b", "--recipe", misfit, "--compare")
     assert result.exit_code == 2 and "rule 3 (role bodies)" in result.stderr
+
+
+def test_a_file_with_the_name_of_a_recipe_is_not_that_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "int8hu.toml"
+    path.write_text(as_toml(RECIPES["int4lin"]), encoding="utf-8")
+    shipped, own = (
+        json.loads(zoo("plan", "qwen3.6-27b", "--recipe", recipe, "--json").stdout) for recipe in ("int8hu", path)
+    )
+    assert shipped["published"] and own["recipe"] == "int8hu"
+    assert [measured["recipe"] for measured in own["published"]] == ["int4lin"], "by what it does"
+    assert own["published_name"] == "int4lin_block32"

@@ -131,6 +131,11 @@ class Design:
         """Name of the function that decodes."""
         return next(iter(self.functions))
 
+    def is_stored_by(self, recipe: str) -> bool:
+        """Whether the weights are stored by the installed recipe of this name, and not by a file that is called so."""
+        known = self.decoders.plugins.recipes().get(recipe)
+        return known is not None and evolve(known, head=self.recipe.head).published_name == self.recipe.published_name
+
     @property
     def sample(self) -> bool:
         """Whether this is the entry's sample, a miniature."""

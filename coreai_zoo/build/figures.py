@@ -191,7 +191,7 @@ class Figures:
         entry, contract = self.design.entry, self.design.contract
         if entry is None or contract.name != entry.contract or self.design.backend.name != backend_of(contract):
             return ()
-        return tuple(measured for measured in entry.published if measured.recipe == self.design.recipe.name)
+        return tuple(measured for measured in entry.published if self.design.is_stored_by(measured.recipe))
 
 
 def needs(design: Design) -> Needs:

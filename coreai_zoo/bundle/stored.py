@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import evolve, frozen
@@ -17,7 +18,7 @@ from coreai_zoo.backend import Backend, Check
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.expected import Expected
 from coreai_zoo.dtypes import bits_of
-from coreai_zoo.errors import listing
+from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.names import parameter_of
 from coreai_zoo.overlay import Role
 from coreai_zoo.recipe_files import recorded_recipe
@@ -167,7 +168,8 @@ def _recorded(bundle: Bundle) -> Iterator[Recipe]:
     """The recipe in the bundle's record. It may say anything: the name, which follows from the rules, must fit it."""
     recorded = bundle.build.get("recipe")
     if isinstance(recorded, dict) and "rule" in recorded:
-        yield recorded_recipe(str(recorded.get("name")), recorded, bundle.directory)
+        with suppress(BadInput):  # then nothing is published as that
+            yield recorded_recipe(str(recorded.get("name")), recorded, bundle.directory)
 
 
 def _summary(form: StoredForm) -> str:
@@ -196,7 +198,7 @@ def _as_designed(forms: Mapping[str, StoredForm], claimed: Recipe, expected: Exp
 def _as_recorded(forms: Mapping[str, StoredForm], claimed: Recipe, bundle: Bundle) -> Iterator[str]:
     """What is stored otherwise than the name says, where no design says which weights there are.
 
-    A weight's role is that of none here: which roles have weights is the record's, and so which rules are not needed.
+    What is in integers has to be one of the formats of the recipe, and each format that has to be there has to be seen.
     """
     quantized = [form for form in forms.values() if form.scales is not None]
     for form in quantized:
