@@ -138,7 +138,7 @@ def cost(entry: str, recipe: str, bundle: Path) -> tuple[str, ...]:
         f"{verdicts.count('match')} of {len(positions)}, {verdicts.count('tie')} ties, {verdicts.count('FLIP')} flips",
         f"{min(cosines):.6f}",
         f"{np.median(cosines):.6f}",
-        f"{np.median([position['max_abs_error'] for position in positions]):.3f}",
+        f"{np.median([position['max_abs_logit_error'] for position in positions]):.3f}",
         f"{max(position['kl_divergence'] for position in positions):.1e}",
         running_text(bundle),
     )
