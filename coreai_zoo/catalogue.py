@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from coreai_zoo.contracts import Contract
 from coreai_zoo.entry import Entry, load_entry
-from coreai_zoo.errors import PluginError, ZooError, did_you_mean, listing
+from coreai_zoo.errors import BadInput, PluginError, ZooError, did_you_mean, listing
 from coreai_zoo.recipe_files import read_recipe
 from coreai_zoo.recipes import Recipe
 
@@ -93,6 +94,14 @@ def is_file(recipe: str | Recipe | None) -> bool:
     return isinstance(recipe, str) and recipe.endswith(".toml")
 
 
+def recipe_path(name: str) -> Path:
+    """The file of a recipe; a home that nobody has stays as it is written."""
+    path = Path(name)
+    with suppress(RuntimeError):
+        path = path.expanduser()
+    return path
+
+
 def find_recipe(name: str | Recipe, plugins: Plugins) -> Recipe:
     """The recipe called `name`, or in a file of that name when it ends with `.toml`; a recipe is found at once.
 
@@ -103,7 +112,9 @@ def find_recipe(name: str | Recipe, plugins: Plugins) -> Recipe:
     if isinstance(name, Recipe):
         return name
     if is_file(name):
-        return read_recipe(Path(name).expanduser())
+        return read_recipe(recipe_path(name))
+    if name not in plugins.recipes() and ("/" in name or Path(name).exists()):
+        raise BadInput(f"There is no recipe {name!r}.", "The file of a recipe ends in .toml.")
     return _find("recipe", name, plugins.recipes(), plugins)
 
 

@@ -243,7 +243,8 @@ def _rule_lines(rules: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _value(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)  # of text, integers, booleans and lists of them, TOML is JSON
+    # Of text, integers, booleans and lists of them, TOML is JSON, but for one control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

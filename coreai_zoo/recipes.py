@@ -215,8 +215,8 @@ class Recipe:
         head: the overlay's policy for the head, in place of the rule's where that leaves it to the overlay.
     """
 
-    name: str
-    description: str
+    name: str = field(validator=min_len(1))
+    description: str = field(validator=min_len(1))
     rules: tuple[Rule, ...] = field(validator=min_len(1))
     quality: str = ""
     head: QuantizationSpec | None = None
@@ -238,7 +238,8 @@ class Recipe:
                 f"skipped without a word. The kinds are {listing(list(KINDS))}.",
             )
         ordered = sorted(specs, key=lambda role: role in KINDS)
-        return cls(name, description, tuple(_rule_by_role(role, specs[role], description or name) for role in ordered))
+        description = description or name
+        return cls(name, description, tuple(_rule_by_role(role, specs[role], description[:500]) for role in ordered))
 
     def rule_for(self, parameter: str, role: Role, layers: int) -> Rule | None:
         """The rule that decides a parameter, or None; see `Rule.matches`."""
@@ -276,8 +277,13 @@ class Recipe:
 
     @property
     def leaves_head_to_overlay(self) -> bool:
-        """Whether the overlay's policy for the head has a say."""
-        return any(rule.overlay_decides for rule in self.rules)
+        """Whether the overlay's policy for the head has a say: no rule before decides the head instead."""
+        for rule in self.rules:
+            if rule.overlay_decides:
+                return True
+            if not rule.parameters and rule.layers is None and (not rule.roles or "head" in rule.roles):
+                return False
+        return False
 
     def with_head(self, policy: HeadQuantization | None) -> Recipe:
         """The recipe with the overlay's head policy in place, where a rule leaves the head to the overlay.
@@ -285,7 +291,8 @@ class Recipe:
         A recipe that keeps the head as it is, or says itself how it is stored, stays so.
         """
         own = {self.spec_of(rule) for rule in self.rules if rule.overlay_decides}
-        return self if policy is None or own <= {policy.spec} else evolve(self, head=policy.spec)
+        has_say = policy is not None and self.leaves_head_to_overlay and not own <= {policy.spec}
+        return evolve(self, head=policy.spec) if policy is not None and has_say else self
 
 
 def _rule_by_role(role: str, spec: QuantizationSpec | None, why: str) -> Rule:
@@ -293,12 +300,18 @@ def _rule_by_role(role: str, spec: QuantizationSpec | None, why: str) -> Rule:
 
 
 def _digest(rules: Iterable[Rule]) -> str:
-    """Eight digits that change with what rules match and how they store it, in whatever words they say why."""
+    """Twelve digits that change with what rules match and how they store it, in whatever words they say why."""
     content = [
-        [sorted(rule.roles), sorted(rule.parameters), rule.layers, None if rule.spec is None else asdict(rule.spec)]
+        [
+            sorted(rule.roles),
+            sorted(rule.parameters),
+            rule.layers,
+            None if rule.spec is None else asdict(rule.spec),
+            rule.overlay_decides,
+        ]
         for rule in rules
     ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

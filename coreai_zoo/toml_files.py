@@ -34,10 +34,10 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         BadInput: when it cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BadInput(f"the {what} {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of bad UTF-8, and of a number with thousands of digits
         raise BadInput(f"the {what} {path} is not TOML: {error}.") from error
 
 

@@ -16,6 +16,7 @@ from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipe_files import RECIPES, as_toml, content_of, read_recipe, recorded_recipe
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe, Rule, layer_of, published_as
 from coreai_zoo.weights.plan import WeightPlan, plan_without_checkpoint
+from traces import trace_once
 
 INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
 INT4 = QuantizationSpec("int4", "symmetric_with_clipping", 32)
@@ -123,7 +124,7 @@ def test_all_that_does_not_fit_is_one_error() -> None:
         "(attention, int8 block 48 symmetric_with_clipping: 64 columns are not divisible by the block size 48); a head "
         "with one scale per row, which gives garbage on the GPU delegate: head (int8 per channel "
         "symmetric_with_clipping); decided by no rule of the recipe: norm (norm); rules that decide no weight: rule 2 "
-        "(role mlp, layers 1 to 2), rule 3 (parameter *.gate)."
+        "(role mlp, layers 1 to 2 of 6), rule 3 (parameter *.gate)."
     )
 
 
@@ -135,10 +136,12 @@ def test_a_kind_of_weights_that_a_model_lacks_is_no_mistake() -> None:
 
 def test_of_a_slice_a_rule_may_be_for_what_is_left_out() -> None:
     rule = Rule(INT8, "why", layers=(6, 7))
-    with pytest.raises(BadInput, match=r"rules that decide no weight: rule 1 \(layers 6 to 7\)"):
+    with pytest.raises(BadInput, match=r"rules that decide no weight: rule 1 \(layers 6 to 7 of 6\)"):
         planned(rule, PLAIN)
     assert stored(rule, PLAIN, layers=8) == {}
-    with pytest.raises(BadInput, match=r"rule 1 \(role mpl\)"):  # a role is in any slice, or in none
+    with pytest.raises(
+        BadInput, match=r"rule 1 names mpl, no role of this model"
+    ):  # a role is in any slice, or in none
         planned(Rule(INT8, "why", ("mpl",)), PLAIN, layers=8)
 
 
@@ -371,7 +374,7 @@ def test_a_recipe_that_is_not_for_a_model_is_said_so_and_the_others_compared(tmp
     misfit = tmp_path / "misfit.toml"
     misfit.write_text(as_toml(RECIPES["int8hu"]).replace('"body"', '"bodies"'), encoding="utf-8")
     result = zoo("plan", "qwen3.6-27b", "--recipe", misfit, "--compare")
-    assert result.exit_code == 2 and "rule 3 (role bodies)" in result.stderr
+    assert result.exit_code == 2 and "rule 3 names bodies, no role of this model" in result.stderr
 
 
 def test_a_file_with_the_name_of_a_recipe_is_not_that_recipe(tmp_path: Path) -> None:
@@ -383,3 +386,109 @@ def test_a_file_with_the_name_of_a_recipe_is_not_that_recipe(tmp_path: Path) -> 
     assert shipped["published"] and own["recipe"] == "int8hu"
     assert [measured["recipe"] for measured in own["published"]] == ["int4lin"], "by what it does"
     assert own["published_name"] == "int4lin_block32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a hostile file may do
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_overlay_has_no_say_where_an_earlier_rule_decides_the_head() -> None:
+    explicit, left = Rule(INT4, "why", ("head",)), Rule(INT8, "why", ("head",), overlay_decides=True)
+    policy = HeadQuantization(WIDE, "a reason")
+    shadowed, open_ = (
+        Recipe("r", "d", (*rules, Rule(INT8, "why", ("body",)), PLAIN)) for rules in ([explicit, left], [left])
+    )
+    assert not shadowed.leaves_head_to_overlay and shadowed.with_head(policy) is shadowed
+    assert open_.with_head(policy).head == WIDE
+    assert shadowed.published_name != open_.with_head(policy).published_name
+    narrow = evolve(explicit, parameters=("other",))
+    assert Recipe("r", "d", (narrow, left, PLAIN)).leaves_head_to_overlay
+
+
+def test_who_decides_the_head_is_part_of_the_name() -> None:
+    first = Rule(INT4, "why", ("head",), ("*",), overlay_decides=False)
+    one = Recipe("r", "d", (first, Rule(INT4, "why", ("head",), overlay_decides=True), PLAIN))
+    other = Recipe("r", "d", (evolve(first, overlay_decides=True), Rule(INT4, "why", ("head",)), PLAIN))
+    assert one.published_name != other.published_name
+
+
+def test_a_role_that_the_overlay_does_not_have_is_told_also_of_a_slice_and_in_a_list() -> None:
+    for rule in (Rule(INT8, "why", ("mpl",), layers=(6, 6)), Rule(INT8, "why", ("mlp", "mpl"))):
+        with pytest.raises(BadInput, match=r"rule 1 names mpl, no role of this model \(Did you mean mlp\?\)"):
+            planned(rule, PLAIN, layers=8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'description = "d"\n[[rule]]\nlayers = [0, {"9" * 5000}]\ndtype = "int8"\nwhy = "w"\n',
+        f"description = {'[' * 3000}",
+        'description = "\xff"'.encode("latin-1").decode("latin-1") + "\n\x00",
+    ],
+    ids=["digits", "deep", "nul"],
+)
+def test_a_file_that_the_parser_gives_up_on_is_an_error_in_words(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.toml"
+    path.write_text(text, encoding="utf-8")
+    result = zoo("show-recipe", path)
+    assert result.exit_code == 2 and "is not TOML" in result.stderr, result.output
+
+
+def test_odd_names_of_files_are_errors_in_words_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = as_toml(evolve(RECIPES["int8hu"], description="x \u007f y"))
+    Path("with mark.toml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert zoo("show-recipe", "with mark.toml").stdout == text
+    Path("int8hu").mkdir()
+    assert zoo("show-recipe", "int8hu").stdout == as_toml(RECIPES["int8hu"])
+    Path("noext").write_text(text, encoding="utf-8")
+    for name, told in (
+        ("~nobody-at-all/x.toml", "cannot be read"),
+        ("./noext", "The file of a recipe ends in .toml"),
+        ("noext", "The file of a recipe ends in .toml"),
+        (str(tmp_path), "The file of a recipe ends in .toml"),
+        ("", "There is no recipe ''"),
+    ):
+        result = zoo("plan", "qwen3.6-27b", "--recipe", name)
+        assert result.exit_code == 2 and told in result.stderr, (name, result.output)
+
+
+MIXED = """\
+description = "Of my own."
+
+[[rule]]
+role = "mlp"
+layers = [2, -3]
+dtype = "int8"
+scheme = "symmetric"
+why = "To see it."
+
+[[rule]]
+role = ["head", "body"]
+dtype = "int8"
+why = "The rest."
+
+[[rule]]
+dtype = "fp16"
+why = "Small."
+"""
+
+
+def test_a_bundle_by_a_file_is_verified_and_rebuilt_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_once(monkeypatch)
+    path = tmp_path / "int8hu.toml"  # which it is not
+    path.write_text(MIXED, encoding="utf-8")
+    built = zoo("build", "qwen3.6-27b", "--sample", "--recipe", path, "-o", tmp_path / "out", "--json")
+    assert built.exit_code == 0, built.output
+    bundle = Path(json.loads(built.stdout)["path"])
+    build = json.loads((bundle / "build.json").read_text(encoding="utf-8"))
+    assert build["command"][-2:] == ["--recipe", "int8hu.toml"] and not build["recipe"]["installed"]
+    assert build["recipe"]["roles"]["mlp"] == [INT8.record, evolve(INT8, scheme="symmetric").record]
+    assert "of a file" in (bundle / "README.md").read_text(encoding="utf-8")
+    path.unlink()
+    assert zoo("verify", bundle, "--rebuild").exit_code == 0
+    for key, value in (("installed", True), ("rule", build["recipe"]["rule"][1:])):
+        changed = {**build, "recipe": {**build["recipe"], key: value}}
+        (bundle / "build.json").write_text(json.dumps(changed), encoding="utf-8")
+        assert zoo("verify", bundle).exit_code == 1, key

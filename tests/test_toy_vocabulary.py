@@ -95,7 +95,7 @@ def test_an_entry_is_shown_with_how_its_roles_are_stored(plugins: Plugins) -> No
 
 def test_the_records_of_a_bundle_say_what_its_roles_are(bundle: Bundle) -> None:
     build = bundle.build
-    assert bundle.directory.name == "toy_mean_decode_mix_int8_0e8ec7d9_head_int8_block16_sym"
+    assert bundle.directory.name == "toy_mean_decode_mix_int8_cf529cc4a2cc_head_int8_block16_sym"
     assert (build["recipe"]["name"], build["contract"]["name"]) == ("toy-int8", "toy-pair")
     assert build["recipe"]["roles"]["toy.way-back"] == {"dtype": "int8", "scheme": "symmetric", "block": 16}
     assert build["recipe"]["roles"]["toy.memory"] is None

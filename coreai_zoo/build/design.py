@@ -131,6 +131,11 @@ class Design:
         """Name of the function that decodes."""
         return next(iter(self.functions))
 
+    @property
+    def recipe_installed(self) -> bool:
+        """Whether a plugin brings the recipe, as it is; else it is of a file."""
+        return evolve(self.recipe, head=None) == self.decoders.plugins.recipes().get(self.recipe.name)
+
     def is_stored_by(self, recipe: str) -> bool:
         """Whether the weights are stored by the installed recipe of this name, and not by a file that is called so."""
         known = self.decoders.plugins.recipes().get(recipe)
@@ -241,7 +246,8 @@ def design(
     request = aimed(request, entry, plugins)
     backend = find_backend(request.backend or DEFAULT_BACKEND, plugins)
     contract = _contract(request, entry, backend, plugins)
-    recipe = find_recipe(request.recipe or (entry.recipe if entry else DEFAULT_RECIPE), plugins)
+    usual = entry.recipe if entry else DEFAULT_RECIPE
+    recipe = find_recipe(usual if request.recipe is None else request.recipe, plugins)
     if not request.dry:
         _ = backend.versions  # refuses another version of the toolchain
     date = 0 if request.dry else source_date_epoch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coreai_zoo.build.design import Design
-from coreai_zoo.build.record import roles_record
+from coreai_zoo.build.record import roles_meant, roles_record
 from coreai_zoo.bundle.expected import Expected, ExpectedWeight
 from coreai_zoo.bundle.metadata import language_block
 
@@ -29,7 +29,9 @@ def expected_by(designed: Design, checkpoint: Path | None) -> Expected:
             "layers": designed.facts["layers"],
             "whole_layers": designed.model.whole_facts["layers"],
             "facts": dict(designed.facts),
+            "recipe.installed": designed.recipe_installed,
             "recipe.roles": roles_record(designed),
+            "roles": roles_meant(designed),
             **({} if designed.entry is None else {"entry.differences": list(designed.differences)}),
         },
     )

@@ -21,7 +21,6 @@ from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.bundle.card import CARD, render
 from coreai_zoo.bundle.layout import BUILD_SCHEMA, card_digest, file_digests
 from coreai_zoo.bundle.metadata import language_block, metadata
-from coreai_zoo.catalogue import is_file
 from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer
 from coreai_zoo.checkpoint.readme import texts
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
@@ -153,16 +152,22 @@ def describe(design: Design) -> dict[str, Any]:
         "remarks": list(design.backend.version_warnings),
         "recipe": {
             "name": design.recipe.name,
+            "installed": design.recipe_installed,
             "published_name": design.recipe.published_name,
             **content_of(design.recipe),
             "roles": roles_record(design),
             "head_reason": design.head.reason if design.head else None,
         },
-        "roles": {role: attrs.asdict(design.weights.roles[role]) for role in sorted(totals)},
+        "roles": roles_meant(design),
         "weights": {role: _total(total) for role, total in sorted(totals.items())},
         "max_context": design.max_context,
         "functions": {name: signature_record(signature) for name, signature in design.signatures.items()},
     }
+
+
+def roles_meant(design: Design) -> dict[str, Any]:
+    """What each role of the weights is, as build.json says it."""
+    return {role: attrs.asdict(design.weights.roles[role]) for role in sorted(design.weights.by_role())}
 
 
 def roles_record(design: Design) -> dict[str, Any]:
@@ -205,8 +210,9 @@ def _command(design: Design) -> list[str]:
         words.append(f"{origin.hf_id}@{origin.revision}" if origin.proven else "CHECKPOINT")
     if design.differences:
         words.append("--custom")
-    if design.recipe.name != (entry.recipe if entry else DEFAULT_RECIPE):
-        words += ["--recipe", f"{design.recipe.name}.toml" if is_file(design.request.recipe) else design.recipe.name]
+    recipe = design.recipe.name if design.recipe_installed else f"{design.recipe.name}.toml"
+    if recipe != (entry.recipe if entry else DEFAULT_RECIPE):
+        words += ["--recipe", recipe]
     if design.backend.name != DEFAULT_BACKEND:
         words += ["--backend", design.backend.name]
     if design.contract.name != (entry.contract if entry else DEFAULT_CONTRACT):

@@ -315,12 +315,17 @@ def _recipe(record: Mapping[str, Any]) -> str:
     ordered = sorted(stored.items(), key=lambda form: form[0] == _format(None))
     parts = "; ".join(f"{_listed(roles)} {form}" for form, roles in ordered)
     parameters, count = (sum(role[key] for role in record["weights"].values()) for key in ("parameters", "bytes"))
+    name = f"{_code(record['recipe']['name'])}{_of_file(record)}"
     text = (
-        f"Recipe `{record['recipe']['name']}`: {parts}. That makes {8 * count / parameters:.2f} bits for each of "
+        f"Recipe {name}: {parts}. That makes {8 * count / parameters:.2f} bits for each of "
         f"{parameters:,} parameters, scales included."
     )
     reason = record["recipe"]["head_reason"]
     return text + (f"\n\nWhy the head is stored as it is: {reason.rstrip('.')}." if reason else "")
+
+
+def _of_file(record: Mapping[str, Any]) -> str:
+    return "" if record["recipe"].get("installed", True) else ", of a file (`build.json` has its rules)"
 
 
 def _format(spec: Mapping[str, Any] | None) -> str:

@@ -140,8 +140,11 @@ def parts_of(
     layer_paths: Sequence[str] = (),
     by: Granularity = "role",
     base: Mapping[str, QuantizationSpec] = PLAIN_BASE,
+    each: Mapping[str, QuantizationSpec] | None = None,
 ) -> tuple[Part, ...]:
     """The weights that are to be stored in another format, in parts. A part that has its format anyway is left out.
+
+    Weights of one role in two formats are two parts.
 
     Args:
         plan: the plan of all weights.
@@ -149,6 +152,8 @@ def parts_of(
         layer_paths: module path of each layer.
         by: what a part is.
         base: how the rest is stored, by role; what is not named has plain values.
+        each: how single tensors of these roles are stored, by their names, in place of their role; one that is not
+            named is left alone.
 
     Raises:
         BadInput: when no weight has one of the roles, a block does not divide the width of a weight, or every part has
@@ -158,26 +163,28 @@ def parts_of(
     if absent:
         present = listing(sorted({tensor.role for tensor in plan.tensors}))
         raise BadInput(f"This model has no weights with the role {' or '.join(absent)}.", f"It has: {present}.")
-    misfits = [*_misfits(plan, base), *_misfits(plan, specs)]
+    misfits = [*_misfits(plan, base), *(_misfits(plan, specs) if each is None else ())]
     if misfits:
         raise BadInput(
             f"Not every weight can be quantized like that: {listing([*dict.fromkeys(misfits)])}.",
             "Leave these roles out.",
         )
-    grouped: dict[tuple[str, int | None, str | None], list[PlannedTensor]] = {}
+    grouped: dict[tuple[str, int | None, str | None, QuantizationSpec | None], list[PlannedTensor]] = {}
     for tensor in plan.tensors:
-        if tensor.role in specs and specs[tensor.role] != base.get(tensor.role):
+        if tensor.role not in specs or (each is not None and tensor.name not in each):
+            continue
+        spec = specs[tensor.role] if each is None else each[tensor.name]
+        if spec != base.get(tensor.role):
             layer = None if by == "role" else _layer_of(tensor.name, layer_paths)
-            grouped.setdefault((tensor.role, layer, tensor.name if by == "tensor" else None), []).append(tensor)
+            grouped.setdefault((tensor.role, layer, tensor.name if by == "tensor" else None, spec), []).append(tensor)
     if not grouped:
         raise BadInput("Every part would be stored as it is anyway.", "Choose another --as, or another --from.")
     return tuple(
         Part(
             *key,
-            specs[key[0]],
             tuple(tensor.name for tensor in tensors),
             _bytes(tensors, base.get(key[0])),
-            _bytes(tensors, specs[key[0]]),
+            _bytes(tensors, key[-1]),
         )
         for key, tensors in grouped.items()
     )

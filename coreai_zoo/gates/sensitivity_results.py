@@ -8,6 +8,7 @@ describes the fields.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import shutil
@@ -82,8 +83,10 @@ class Results:
             differing = [] if record["schema"] == SCHEMA else ["schema"]
             differing += different(record["determined_by"], self.head["determined_by"])
             rows = {_key(row): row for row in record["parts"]}
+            for row in rows.values():
+                _measured(row)
             sha256 = record["reference_sha256"]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"{path} holds no results of `zoo sensitivity`: {error!r}.", "Choose another -o.") from error
         if differing:
             raise BadInput(
@@ -97,9 +100,7 @@ class Results:
         row = self.rows.get(_key(_what(part)))
         if row is None:
             return None
-        names = ("mean_kl_divergence", "largest_kl_divergence", "margin_lost")
-        kl, largest, lost = (math.inf if row[name] is None else float(row[name]) for name in names)
-        return Sensitivity(part, kl, largest, lost, row["confident_flips"])
+        return Sensitivity(part, *_measured(row))
 
     def add(self, found: Sensitivity) -> None:
         """Note a result, on the disk as well."""
@@ -195,12 +196,26 @@ def as_row(found: Sensitivity) -> dict[str, Any]:
     }
 
 
+def _measured(row: Mapping[str, Any]) -> tuple[float, float, float, int]:
+    """The measures of a row; raises KeyError, TypeError or ValueError where they are none."""
+    names = ("mean_kl_divergence", "largest_kl_divergence", "margin_lost")
+    kl, largest, lost = (math.inf if row[name] is None else float(row[name]) for name in names)
+    return kl, largest, lost, int(row["confident_flips"])
+
+
 def _what(part: Part) -> dict[str, Any]:
-    return {"role": part.role, "layer": part.layer, "tensor": part.tensor, "as": format_text(part.spec)}
+    members = hashlib.sha256("\n".join(part.tensors).encode()).hexdigest()[:12]
+    return {
+        "role": part.role,
+        "layer": part.layer,
+        "tensor": part.tensor,
+        "as": format_text(part.spec),
+        "members": members,  # by a recipe a part may be some weights of a role
+    }
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["role"], row["layer"], row["tensor"], row["as"]
+    return row["role"], row["layer"], row["tensor"], row["as"], row["members"]
 
 
 def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

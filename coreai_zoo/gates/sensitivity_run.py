@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +95,18 @@ def rank_parts(subject: str, options: SensitivityOptions, plugins: Plugins, repo
     _check(options)
     designed = design(_request(subject, options, plugins), plugins)
     tokens = _tokens(designed, options)
-    specs, base = _specs(designed, options)
-    measured = Subject.of(designed, base)
+    asked = _asked(designed, options)
+    measured = Subject.of(designed, asked.base)
     layers = measured.candidate(None).module.layer_paths  # refuses a decoder that cannot be run layer by layer
     granularity: Granularity = "tensor" if options.per_tensor else "layer" if options.per_layer else "role"
-    parts = parts_of(designed.weights, specs, layers, granularity, base)
+    parts = parts_of(designed.weights, asked.specs, layers, granularity, asked.base, asked.each)
     rest = format_text(read_format(options.stored_from))
     head = {
         "checkpoint": designed.checkpoint.directory.name,
         "entry": designed.entry.name if designed.entry else None,
         "positions": len(tokens),
         "from": rest,
-        "determined_by": determined_by(designed, tokens, base),
+        "determined_by": determined_by(designed, tokens, asked.base),
     }
     with Results.opened(options.output, head, fresh=options.fresh) as results:
         missing = [part for part in parts if results.find(part) is None]
@@ -247,17 +247,24 @@ def _tokens(designed: Design, options: SensitivityOptions) -> list[int]:
     return tokens[:positions]
 
 
-def _specs(
-    designed: Design, options: SensitivityOptions
-) -> tuple[dict[str, QuantizationSpec | None], dict[str, QuantizationSpec]]:
+@frozen
+class _Asked:
+    """What is stored in another format: see `parts_of`."""
+
+    specs: Mapping[str, QuantizationSpec | None]
+    base: Mapping[str, QuantizationSpec]
+    each: Mapping[str, QuantizationSpec] | None
+
+
+def _asked(designed: Design, options: SensitivityOptions) -> _Asked:
     """How each role that is asked for is stored, and how the rest is: the roles that the recipe quantizes, and those.
 
     Raises:
         BadInput: for a format that cannot be read, for a role that the recipe leaves alone, when nothing else says how,
             or when there is none at all.
     """
-    stored = {role: [spec for spec in specs if spec] for role, specs in designed.weights.stored_as().items()}
-    recipe = {role: specs[0] for role, specs in stored.items() if specs}
+    of_recipe = {tensor.name: tensor for tensor in designed.weights.tensors if tensor.quantization is not None}
+    recipe = dict.fromkeys(tensor.role for tensor in of_recipe.values())
     roles = options.role or tuple(recipe)
     if not roles:
         raise BadInput(
@@ -266,12 +273,10 @@ def _specs(
     rest = read_format(options.stored_from)
     base = {} if rest is None else dict.fromkeys((*recipe, *roles), rest)
     if options.stored_as is not None:
-        return dict.fromkeys(roles, read_format(options.stored_as)), base
-    if mixed := [role for role in roles if len(stored.get(role, ())) > 1]:
-        raise BadInput(
-            f"Recipe {designed.recipe.name} stores {' and '.join(mixed)} in several ways.", "Say how with --as."
-        )
-    left = [role for role in roles if role not in recipe]
+        return _Asked(dict.fromkeys(roles, read_format(options.stored_as)), base, None)
+    known = designed.weights.by_role()
+    left = [role for role in roles if role in known and role not in recipe]
     if left:
         raise BadInput(f"Recipe {designed.recipe.name} leaves {' and '.join(left)} alone.", "Say how with --as.")
-    return {role: recipe[role] for role in roles}, base
+    each = {name: tensor.quantization for name, tensor in of_recipe.items() if tensor.quantization is not None}
+    return _Asked(dict.fromkeys(roles), base, each)

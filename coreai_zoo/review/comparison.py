@@ -18,7 +18,7 @@ from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import checkpoint_of, named_bundle
 from coreai_zoo.bundle.verify import backend_of
-from coreai_zoo.catalogue import find_entry, find_recipe, is_file, load_entries
+from coreai_zoo.catalogue import find_entry, find_recipe, is_file, load_entries, recipe_path
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, zoo_command
 from coreai_zoo.gates.run import oracle_of
@@ -147,7 +147,7 @@ class Comparer:
         recipe = recipe or entry.recipe
         find_recipe(recipe, self.plugins)
         # Other revisions of the code run in their own folder.
-        return EntryRecipe(name, entry, str(Path(recipe).expanduser().resolve()) if is_file(recipe) else recipe)
+        return EntryRecipe(name, entry, str(recipe_path(recipe).resolve()) if is_file(recipe) else recipe)
 
     def _of_bundles(self, a: Bundle, b: Bundle) -> Difference:
         backends = [backend_of(bundle, self.plugins.backends()) for bundle in (a, b)]

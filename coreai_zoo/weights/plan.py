@@ -18,9 +18,9 @@ from attrs import define, evolve, field, frozen
 
 from coreai_zoo.checkpoint.headers import TensorInfo
 from coreai_zoo.checkpoint.originals import NotOriginal
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, did_you_mean, listing
 from coreai_zoo.overlay import Drop, ParameterInfo, Part, Role, RoleKind, Transform, WeightMap, WeightRule
-from coreai_zoo.recipes import QuantizationSpec, Recipe, Rule, layer_of
+from coreai_zoo.recipes import KINDS, QuantizationSpec, Recipe, Rule, layer_of
 from coreai_zoo.weights.formats import Format
 from coreai_zoo.weights.names import Names, Spelling, notes_on
 
@@ -521,9 +521,17 @@ class _Planner:
         """
         applied = {*map(id, self._applied)}
         for number, rule in enumerate(self.recipe.rules, 1):
+            unknown = [role for role in rule.roles if role not in self.roles and role not in KINDS]
+            if unknown:
+                near = did_you_mean(unknown[0], self.roles)
+                self.problems.idle.append(f"rule {number} names {listing(unknown)}, no role of this model ({near})")
+                continue
             of_slice = self.built < self.layers and (rule.layers is not None or rule.parameters)
             if id(rule) not in applied and not rule.is_general and not of_slice:
-                self.problems.idle.append(f"rule {number} ({rule})")
+                self.problems.idle.append(f"rule {number} ({rule}{self._of_layers(rule)})")
+
+    def _of_layers(self, rule: Rule) -> str:
+        return "" if rule.layers is None else f" of {self.layers}"
 
     def _sources(self, target: _Target) -> tuple[Source, ...]:
         sources = []

@@ -101,7 +101,7 @@ class CoreMLBackend:
         if unknown:
             raise BadInput(
                 f"The Core ML backend writes int8 without zero points and float16, not {listing(unknown)}.",
-                "Use the recipe int8hu, int8lin or fp16.",
+                "Use the recipe int8hu, int8mse, int8lin or fp16.",
             )
 
     def memory(self, layers: int, functions: int, steps: int) -> int:  # noqa: ARG002  # it writes one function
