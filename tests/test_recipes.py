@@ -492,3 +492,23 @@ def test_a_bundle_by_a_file_is_verified_and_rebuilt_without_it(tmp_path: Path, m
         changed = {**build, "recipe": {**build["recipe"], key: value}}
         (bundle / "build.json").write_text(json.dumps(changed), encoding="utf-8")
         assert zoo("verify", bundle).exit_code == 1, key
+
+
+def test_sensitivity_measures_a_recipe_as_it_is(tmp_path: Path) -> None:
+    """Weights that a rule leaves alone are no part, and those of one role in two formats are two."""
+    path = tmp_path / "mine.toml"
+    rules = (
+        Rule(INT4, "why", ("mlp",), layers=(1, 2)),
+        Rule(INT8, "why", ("mlp",), layers=(0, 3)),
+        Rule(INT8, "why", parameters=("*.o_proj.weight",)),
+        PLAIN,
+    )
+    path.write_text(as_toml(Recipe("mine", "Mine.", rules)), encoding="utf-8")
+    result = zoo("sensitivity", "qwen3.6-27b", "--sample", "--recipe", path, "--positions", "4", "--json")
+    assert result.exit_code == 0, result.output
+    parts = {(part["role"], part["as"]): part["tensors"] for part in json.loads(result.stdout)["parts"]}
+    assert parts == {
+        ("mlp", "int4:block32:symmetric_with_clipping"): 6,
+        ("mlp", "int8:block32:symmetric_with_clipping"): 6,
+        ("attention", "int8:block32:symmetric_with_clipping"): 2,
+    }

@@ -21,6 +21,7 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.gates import layered
 from coreai_zoo.gates.rule import judge
 from coreai_zoo.gates.sensitivity import Part, Sensitivity, Subject, margins_lost, measure, parts_of, ranked
+from coreai_zoo.gates.sensitivity_results import _key, _what
 from coreai_zoo.lowering.module import bind, build_module
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipes import QuantizationSpec
@@ -107,6 +108,15 @@ def test_the_parts_of_a_recipe_save_what_the_recipe_saves(resolved: Design) -> N
     plain = sum(evolve(tensor, quantization=None).format.bytes for tensor in resolved.weights.tensors)
     parts = parts_of(resolved.weights, specs)
     assert sum(part.saved_bytes for part in parts) == plain - resolved.weights.stored_bytes
+
+
+def test_by_a_recipe_a_part_has_the_weights_of_a_role_that_are_stored_so(resolved: Design) -> None:
+    """Some weights of `gdn.in` in one format, some in another, and some left alone."""
+    first, second, *_left = (tensor.name for tensor in resolved.weights.tensors if tensor.role == "gdn.in")
+    parts = parts_of(resolved.weights, {"gdn.in": None}, each={first: INT8, second: INT4})
+    assert [(part.spec, part.tensors) for part in parts] == [(INT8, (first,)), (INT4, (second,))]
+    keys = {_key(_what(part)) for part in (*parts, *parts_of(resolved.weights, {"gdn.in": INT8}))}
+    assert len(keys) == 3, "results of a part are not those of the whole role"
 
 
 def test_each_layer_by_itself_adds_up_to_the_role(resolved: Design) -> None:

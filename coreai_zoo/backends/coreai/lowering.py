@@ -226,7 +226,7 @@ def _dequantized(parts: Mapping[str, Value]) -> Value:
     if "table" in parts:
         codes = coreai.lut_to_dense(codes, parts["table"], coreai.constant(np.array(0, dtype=np.int16)))
     shape = list(scales.type.shape)
-    offset = parts.get("zero points") or _splat_zero(shape, codes.type.element_type)
+    offset = parts["zero points"] if "zero points" in parts else _splat_zero(shape, codes.type.element_type)
     return coreai.blockwise_shift_scale(codes, scales, offset, _splat_zero(shape, scales.type.element_type))
 
 
