@@ -47,7 +47,7 @@ def test_what_is_left_out_is_what_engines_are_fast_with(text: str, spec: Quantiz
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "'' is none of int4, int8, uint4, uint8"),
+        ("", "'' is none of int4, int6, int8, uint4, uint8"),
         ("int5", "'int5' is none of int4"),
         ("int4:", "'' is none of symmetric, "),
         ("int4:32", "'32' is none of symmetric, "),
