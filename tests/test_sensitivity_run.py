@@ -32,6 +32,7 @@ from coreai_zoo.gates.sensitivity import Part, Sensitivity
 from coreai_zoo.gates.sensitivity_chart import picture
 from coreai_zoo.gates.sensitivity_work import Work, determined_by, measure_part, write_reference
 from coreai_zoo.plugins import default_plugins
+from suite import NIGHTLY
 
 ENTRY = "qwen3.6-27b"
 WHAT = ("sensitivity", ENTRY, "--sample", "--layers", "4", "--as", "int4", "--per-tensor", "--positions", "12")
@@ -245,9 +246,11 @@ def measured(folder: Path) -> int:
     return len(record(folder)["parts"]) if (folder / "sensitivity.json").exists() else 0
 
 
+ENDS = [(number, jobs) for number in (signal.SIGKILL, signal.SIGINT) for jobs in (1, 2)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+@pytest.mark.parametrize(("number", "jobs"), ENDS if NIGHTLY else ENDS[::3])
 def test_a_run_that_was_ended_in_the_middle_goes_on(jobs: int, number: int, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ended"
     with running("-m", "coreai_zoo", *WHAT, "-o", folder, "--jobs", jobs) as process:
