@@ -94,6 +94,7 @@ THOROUGH = frozenset(
         "publish",
         "quantizer_mutants",
         "read_only",
+        "recipe_bundles",
         "reproducible",
         "resume",
         "same_tokenizer",
