@@ -103,6 +103,11 @@ def recorded_forms(stored: Mapping[str, Any] | list[Any] | None) -> tuple[Mappin
     return tuple(stored) if isinstance(stored, list) else (stored,)
 
 
+def one_or_several(forms: list[Any]) -> Any:
+    """The form itself where there is one, else all: what `recorded_forms` undoes."""
+    return forms[0] if len(forms) == 1 else forms
+
+
 def stored_text(specs: Iterable[QuantizationSpec | None]) -> str:
     """How weights are stored, in words, where they are stored in one way or several."""
     return ", ".join("not quantized" if spec is None else str(spec) for spec in specs)

@@ -21,7 +21,7 @@ from coreai_zoo.errors import BadInput
 from coreai_zoo.gates import layered
 from coreai_zoo.gates.rule import judge
 from coreai_zoo.gates.sensitivity import Part, Sensitivity, Subject, margins_lost, measure, parts_of, ranked
-from coreai_zoo.gates.sensitivity_results import _key, _what
+from coreai_zoo.gates.sensitivity_results import _in_order, _key, _what
 from coreai_zoo.lowering.module import bind, build_module
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipes import QuantizationSpec
@@ -117,6 +117,12 @@ def test_by_a_recipe_a_part_has_the_weights_of_a_role_that_are_stored_so(resolve
     assert [(part.spec, part.tensors) for part in parts] == [(INT8, (first,)), (INT4, (second,))]
     keys = {_key(_what(part)) for part in (*parts, *parts_of(resolved.weights, {"gdn.in": INT8}))}
     assert len(keys) == 3, "results of a part are not those of the whole role"
+    two = [
+        _what(part)
+        for name in (first, second)
+        for part in parts_of(resolved.weights, {"gdn.in": None}, each={name: INT8})
+    ]
+    assert _in_order(two) == _in_order(two[::-1]), "whichever was measured first"
 
 
 def test_each_layer_by_itself_adds_up_to_the_role(resolved: Design) -> None:

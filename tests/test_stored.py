@@ -17,7 +17,7 @@ from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, published_as
 from coreai_zoo.weights.convert import bytes_of
-from coreai_zoo.weights.formats import Format, pack_int4
+from coreai_zoo.weights.formats import Format, integer_range, pack_int4, packed_codes
 from coreai_zoo.weights.quantizer import quantize_rows
 
 SIGNED = [(dtype, scheme) for dtype in ("int4", "int8") for scheme in ("symmetric", "symmetric_with_clipping")]
@@ -137,3 +137,17 @@ def test_a_head_of_another_policy_is_read_from_the_name(spec: QuantizationSpec) 
 )
 def test_a_name_that_nothing_is_published_as_is_none(name: str) -> None:
     assert published_as(name, RECIPES.values()) is None
+
+
+@pytest.mark.parametrize(
+    "spec", [QuantizationSpec(dtype, "symmetric", 32) for dtype in ("int4", "int6", "int8")], ids=str
+)
+def test_integers_show_whether_the_lowest_is_in_use(spec: QuantizationSpec) -> None:
+    low, high = integer_range(spec)
+    dtype = Format((4, 64), "float16", spec).arrays["data"].dtype
+    codes = torch.arange(low + 1, high + 1).repeat(64).to(torch.int8)
+    for lowest, expected in (([], False), ([low], True)):
+        values = torch.cat([codes, torch.tensor([*lowest, *[0] * (12 - len(lowest))], dtype=torch.int8)])
+        values = torch.cat([values, values.new_zeros(-len(values) % 4)])
+        assert _uses_lowest(bytes_of(packed_codes(values, spec)), dtype) is expected
+    assert _uses_lowest(bytes_of(packed_codes(codes.new_zeros(64), spec)), dtype) is None

@@ -72,10 +72,18 @@ class Figures:
     def roles(self) -> tuple[RoleSum, ...]:
         """The weights by role, in the order of the overlay's roles."""
         weights = self.design.weights
-        totals = weights.totals()
-        return tuple(self._sum(weights.roles[name], totals[name], of) for name, of in weights.by_role().items())
+        totals, specs = weights.totals(), weights.stored_as()
+        return tuple(
+            self._sum(weights.roles[name], totals[name], of, specs[name]) for name, of in weights.by_role().items()
+        )
 
-    def _sum(self, role: Role, total: RoleTotal, tensors: Sequence[PlannedTensor]) -> RoleSum:
+    def _sum(
+        self,
+        role: Role,
+        total: RoleTotal,
+        tensors: Sequence[PlannedTensor],
+        specs: tuple[QuantizationSpec | None, ...],
+    ) -> RoleSum:
         read = sum(tensor.format.bytes for tensor in tensors)
         return RoleSum(
             role=role.name,
@@ -83,7 +91,7 @@ class Figures:
             routed=role.routed,
             tensors=total.tensors,
             parameters=total.parameters,
-            specs=tuple(dict.fromkeys(tensor.quantization for tensor in tensors)),
+            specs=specs,
             bytes=total.bytes,
             stored_with=total.stored_with,
             read=round(read * self._share_read(role)),

@@ -29,7 +29,7 @@ from coreai_zoo.digest import file_sha256
 from coreai_zoo.json_files import write_json
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.recipe_files import content_of
-from coreai_zoo.recipes import QuantizationSpec
+from coreai_zoo.recipes import one_or_several
 from coreai_zoo.weights.plan import RoleTotal
 from coreai_zoo.weights.quantizer import QUANTIZER_VERSION
 from coreai_zoo.weights.store import WeightStore
@@ -172,12 +172,10 @@ def roles_meant(design: Design) -> dict[str, Any]:
 
 def roles_record(design: Design) -> dict[str, Any]:
     """How each role is stored, as build.json says it: null for plain values, a list where its weights differ."""
-
-    def recorded(specs: tuple[QuantizationSpec | None, ...]) -> Any:
-        forms = [None if spec is None else spec.record for spec in specs]
-        return forms[0] if len(forms) == 1 else forms
-
-    return {role: recorded(specs) for role, specs in design.weights.stored_as().items()}
+    return {
+        role: one_or_several([None if spec is None else spec.record for spec in specs])
+        for role, specs in design.weights.stored_as().items()
+    }
 
 
 def _entry(design: Design) -> dict[str, Any] | None:

@@ -23,9 +23,9 @@ from coreai_zoo.names import parameter_of
 from coreai_zoo.overlay import Role
 from coreai_zoo.recipe_files import recorded_recipe
 from coreai_zoo.recipes import QuantizationSpec, Recipe, published_as
-from coreai_zoo.weights.formats import TABLE, Format, has_zero_points
+from coreai_zoo.weights.formats import TABLE, Format, has_zero_points, unpacked_rows
 
-_LOOKED_AT = 1 << 18
+_LOOKED_AT = 3 << 17
 """Bytes of a weight's integers that are looked at for its scheme."""
 
 _ENOUGH = 32
@@ -119,17 +119,13 @@ def _of_table(stored: memoryview | None) -> str:
 
 def _uses_lowest(stored: memoryview | None, dtype: str) -> bool | None:
     """Whether the lowest integer of a dtype is among the first integers of a weight; None where few come near it."""
-    import numpy as np
+    import torch
 
     if stored is None or not stored.nbytes or dtype in ("uint4", "uint8"):
         return None
-    raw = np.frombuffer(stored[:_LOOKED_AT], dtype=np.uint8)
-    bits = bits_of(dtype)
-    codes = np.concatenate([raw & 15, raw >> 4]) if bits == 4 else raw
-    lowest = 1 << (bits - 1)  # as its bits are: -128 is 0x80
-    if dtype == "uint6":  # the lowest integer is the first of the table
-        bits_of_codes = np.unpackbits(raw[: len(raw) // 3 * 3], bitorder="little").reshape(-1, 6)
-        codes, lowest = np.packbits(bits_of_codes, axis=1, bitorder="little")[:, 0], 0
+    raw = torch.frombuffer(bytearray(stored[:_LOOKED_AT]), dtype=torch.uint8)
+    codes = raw.view(torch.int8) if bits_of(dtype) == 8 else unpacked_rows(raw, dtype)
+    lowest = 0 if dtype == "uint6" else -1 << (bits_of(dtype) - 1)  # of a table, the first
     if bool((codes == lowest).any()):
         return True
     return False if int((codes == lowest + 1).sum()) >= _ENOUGH else None

@@ -10,7 +10,6 @@ import click
 from attrs import asdict, evolve
 
 from coreai_zoo.build.chips import EFFICIENCY, GPU_SHARE_SOURCE, MEASURED, tokens_per_second
-from coreai_zoo.build.figures import RoleSum
 from coreai_zoo.build.request import DEFAULT_BACKEND, BuildRequest
 from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.cli.plan_contracts import describe_contracts, print_contracts
@@ -25,7 +24,7 @@ from coreai_zoo.cli.plan_machines import (
     find_machines,
     fits_from,
 )
-from coreai_zoo.cli.recipe_option import recipe_option
+from coreai_zoo.cli.recipe_option import print_misfits, recipe_option
 from coreai_zoo.cli.target import target_option
 from coreai_zoo.commands import (
     Column,
@@ -45,7 +44,7 @@ from coreai_zoo.overlay import COMMON_ROLES
 from coreai_zoo.planning.contracts import compare_contracts
 from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.planning.plan import plan as make_plan
-from coreai_zoo.recipes import stored_text
+from coreai_zoo.recipes import one_or_several, stored_text
 
 PROMPT_TOKENS = 2000
 """Tokens of a prompt that nobody said the length of."""
@@ -181,8 +180,7 @@ def plan(
         print_json(described if compare else described[0])
     elif compare:
         _print_side_by_side(plans, machines)
-        for name, reason in misfits.items():
-            print_text(f"\n{name} is not for this model: {reason}")
+        print_misfits(misfits)
     else:
         _print(plans[0], machines)
 
@@ -386,7 +384,7 @@ def _described(plan: Plan, machines: Machines) -> Mapping[str, Any]:
                 "meaning": role.meaning,
                 "tensors": role.tensors,
                 "parameters": role.parameters,
-                "stored_as": _stored_as(role),
+                "stored_as": one_or_several([None if spec is None else asdict(spec) for spec in role.specs]),
                 "bits": role.bits,
                 "bytes": role.bytes,
                 "stored_with": role.stored_with,
@@ -399,9 +397,3 @@ def _described(plan: Plan, machines: Machines) -> Mapping[str, Any]:
         "machines": [describe_decode(plan, chip, machines.efficiency) for chip in machines.chips],
         "published": [asdict(measured) for measured in plan.published],
     }
-
-
-def _stored_as(role: RoleSum) -> Any:
-    """How the weights of a role are stored; a list where they differ."""
-    forms = [None if spec is None else asdict(spec) for spec in role.specs]
-    return forms[0] if len(forms) == 1 else forms

@@ -1,13 +1,14 @@
-"""The option `--recipe` of every command that designs a bundle."""
+"""The option `--recipe` of every command that designs a bundle, and the recipes that do not fit a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
 from coreai_zoo.cli.completion import complete_recipe
+from coreai_zoo.commands import print_text
 
 
 def recipe_option(help_: str, *names: str, multiple: bool = False) -> Callable[[Any], Any]:
@@ -19,3 +20,9 @@ def recipe_option(help_: str, *names: str, multiple: bool = False) -> Callable[[
         multiple: whether it may be repeated.
     """
     return click.option("--recipe", *names, metavar="R", multiple=multiple, help=help_, shell_complete=complete_recipe)
+
+
+def print_misfits(misfits: Mapping[str, str]) -> None:
+    """Say of each recipe that does not fit a model why."""
+    for name, reason in misfits.items():
+        print_text(f"\n{name} is not for this model: {reason}")

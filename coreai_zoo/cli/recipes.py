@@ -10,7 +10,8 @@ import click
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import find_recipe
 from coreai_zoo.cli.completion import complete_entry, complete_recipe
-from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, print_text
+from coreai_zoo.cli.recipe_option import print_misfits
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.dtypes import size
 from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.recipe_files import as_toml, content_of
@@ -73,8 +74,7 @@ def _print(known: Mapping[str, Recipe], plans: Mapping[str, Plan], misfits: Mapp
         figures = [f"{plans[name].bits:.2f}", size(plans[name].asset)] if name in plans else [_bits(recipe)]
         table.add_row(name, *figures, recipe.published_name, recipe.description, recipe.quality or "not measured")
     print_table(table)
-    for name, reason in misfits.items():
-        print_text(f"\n{name} is not for this model: {reason}")
+    print_misfits(misfits)
 
 
 def _bits(recipe: Recipe) -> str:

@@ -221,8 +221,9 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Whole roles first, then layers, then tensors; the order in which they were measured does not show."""
 
-    def place(row: Mapping[str, Any]) -> tuple[bool, bool, int, str, str, str]:
+    def place(row: Mapping[str, Any]) -> tuple[bool, bool, int, str, str, str, str]:
         layer = -1 if row["layer"] is None else row["layer"]
-        return row["tensor"] is not None, layer >= 0, layer, row["role"], row["tensor"] or "", row["as"]
+        name = row["tensor"] or ""
+        return row["tensor"] is not None, layer >= 0, layer, row["role"], name, row["as"], row["members"]
 
     return sorted(rows, key=place)

@@ -395,7 +395,7 @@ class _Planner:
         self.recipe = recipe
         self.built = 1 + max((layer for name in parameters if (layer := layer_of(name)) is not None), default=-1)
         self.layers = layers or self.built
-        self._applied: list[Rule] = []
+        self._applied: set[int] = set()  # by identity: two rules may be equal, and the second decides nothing
         self.targets = {name: _Target(name, info) for name, info in parameters.items()}
         self.problems = _Problems()
         self.dropped: list[tuple[str, Drop]] = []
@@ -508,7 +508,7 @@ class _Planner:
         if rule is None:
             self.problems.undecided.append(f"{name} ({role.name})")
             return None
-        self._applied.append(rule)
+        self._applied.add(id(rule))
         spec = self.recipe.spec_of(rule)
         if role.kind == "head" and spec is not None and spec.block_size is None:
             self.problems.per_channel.append(f"{name} ({spec})")
@@ -519,7 +519,6 @@ class _Planner:
 
         Of a slice, the layers and parameters that a rule is for may be among those that are left out.
         """
-        applied = {*map(id, self._applied)}
         for number, rule in enumerate(self.recipe.rules, 1):
             unknown = [role for role in rule.roles if role not in self.roles and role not in KINDS]
             if unknown:
@@ -527,7 +526,7 @@ class _Planner:
                 self.problems.idle.append(f"rule {number} names {listing(unknown)}, no role of this model ({near})")
                 continue
             of_slice = self.built < self.layers and (rule.layers is not None or rule.parameters)
-            if id(rule) not in applied and not rule.is_general and not of_slice:
+            if id(rule) not in self._applied and not rule.is_general and not of_slice:
                 self.problems.idle.append(f"rule {number} ({rule}{self._of_layers(rule)})")
 
     def _of_layers(self, rule: Rule) -> str:
