@@ -15,13 +15,13 @@ def slug(name: str) -> str:
 def quantized_names(name: str) -> tuple[str, str, str, str]:
     """Names of the integers, scales, zero points and table of the quantized parameter `name`, as `bind` makes them."""
     path, _, leaf = name.rpartition(".")
-    state = f"{path}.parametrizations.{leaf}." if path else f"parametrizations.{leaf}."
-    return state + "original", state + "0.scales", state + "0.zero_points", state + "0.table"
+    return names_beside(f"{path}.parametrizations.{leaf}.original" if path else f"parametrizations.{leaf}.original")
 
 
-def scales_name(codes: str) -> str:
-    """Name of the scales that belong to the integers called `codes`; see `quantized_names`."""
-    return f"{codes.removesuffix('original')}0.scales"
+def names_beside(codes: str) -> tuple[str, str, str, str]:
+    """As `quantized_names`, of the parameter whose integers are called `codes`."""
+    state = codes.removesuffix("original")
+    return codes, state + "0.scales", state + "0.zero_points", state + "0.table"
 
 
 def parameter_of(state: str) -> tuple[str, str]:

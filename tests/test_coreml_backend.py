@@ -53,8 +53,10 @@ from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
 from coreai_zoo.gates.run import judges_asset
 from coreai_zoo.lowering import module as lowering_module
+from coreai_zoo.names import names_beside
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.signature import Axis, KVCache, StateSpec, TraceSpec
+from coreai_zoo.weights.formats import pack_int4
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 from decoders import rewrites_of
@@ -68,6 +70,30 @@ LAYERS = {"dense": None if NIGHTLY else 4, "moe": None}
 FLOAT16, FLOAT32 = 10, 11  # of the format's DataType
 BACKEND = CoreMLBackend()
 KINDS = ("dense", "moe")
+MIXED = """
+description = "What no built-in recipe has: zero points, and integers of 4 bits with and without them."
+[[rule]]
+role = "mlp"
+dtype = "uint4"
+why = "Zero points of 4 bits."
+[[rule]]
+role = "embedding"
+dtype = "uint8"
+why = "Zero points of 8 bits."
+[[rule]]
+role = "head"
+dtype = "int4"
+scheme = "asymmetric"
+why = "Signed zero points."
+[[rule]]
+role = "body"
+dtype = "int4"
+why = "No zero points."
+[[rule]]
+dtype = "fp16"
+why = "The rest."
+"""
+STORED = (*KINDS, "mixed")
 
 
 @frozen
@@ -90,7 +116,8 @@ class Built:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(self.bundle.tokenizer / "tokenizer.json"))
-        return list(tokenizer.encode(named_prompts([prompt])[0].text).ids[:positions])
+        tokens = tokenizer.encode(named_prompts([prompt])[0].text).ids[:positions]
+        return [token % self.resolved.model.config.vocab_size for token in tokens]
 
     def logits(self, package: Path | None = None, tokens: list[int] | None = None) -> np.ndarray[Any, Any]:
         """Of the reference interpreter, float16 [P, V]."""
@@ -100,6 +127,8 @@ class Built:
 
 
 def request_of(kind: str, output: Path, **options: Any) -> BuildRequest:
+    if kind == "mixed":
+        kind, options = "dense", {"checkpoint": output / "checkpoint", "recipe": str(output / "mixed.toml")}
     of = {"sample": True, "layers": LAYERS[kind]} if "checkpoint" not in options else {"custom": True}
     usual = {"backend": "coreml", "max_context": CONTEXT, "keep_weights": True}
     return BuildRequest(ENTRIES[kind], output=output, **of, **usual, **options)
@@ -117,14 +146,20 @@ def opened(bundle: Path, resolved: Design) -> Built:
 
 
 class Samples(dict[str, Built]):
-    """The samples of both kinds, each built when the first test of any worker asks for it."""
+    """The samples of both kinds, and a tiny model by `MIXED`, each built when the first test of any worker asks."""
 
     def __init__(self, shared: Shared) -> None:
         super().__init__()
         self._shared = shared
 
     def __missing__(self, kind: str) -> Built:
-        output = self._shared.folder(f"coreml-{kind}", lambda folder: build(kind, folder))
+        def fill(folder: Path) -> None:
+            if kind == "mixed":
+                tiny_checkpoint(folder / "checkpoint")
+                (folder / "mixed.toml").write_text(MIXED)
+            build(kind, folder)
+
+        output = self._shared.folder(f"coreml-{kind}", fill)
         (record,) = output.glob("*/build.json")
         self[kind] = opened(record.parent, design(request_of(kind, output), default_plugins()))
         return self[kind]
@@ -263,7 +298,7 @@ def only(by_index: dict[int, torch.Tensor]) -> torch.Tensor:
     return state
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_the_interpreter_agrees_with_the_overlay_in_pytorch_within_half_precision(
     kind: str, built: Samples, stepped: Callable[[str], Arrays]
 ) -> None:
@@ -323,7 +358,7 @@ def test_a_package_whose_rope_frequencies_are_quantized_fails(built: Samples, tm
     def quantize(package: Any) -> None:
         (name,) = [made for made, state in package.names.items() if state.endswith("inverse_frequency")]
         (table,) = [o for o in package.block.operations if o.outputs and o.outputs[0].name == name]
-        values = package.array(table.attributes["val"])
+        values = package.stored(table.attributes["val"]).array
         scale = np.abs(values).max() / 127
         tensor = table.attributes["val"].immediateValue.tensor
         tensor.floats.values[:] = (np.round(values / scale) * scale).tolist()
@@ -365,7 +400,7 @@ def with_outlier(directory: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_every_weight_is_stored_once_with_the_very_bytes_of_the_store(kind: str, built: Samples) -> None:
     """The store's are those of the Core AI backend, see test_coreai_backend."""
     model = built[kind]
@@ -378,7 +413,7 @@ def test_every_weight_is_stored_once_with_the_very_bytes_of_the_store(kind: str,
     assert len(quantized) == sum(tensor.quantization is not None for tensor in model.resolved.weights.tensors) > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: Samples, tmp_path: Path) -> None:
     import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load
@@ -391,16 +426,36 @@ def test_coreml_tools_reads_the_same_out_of_it(kind: str, built: Samples, tmp_pa
     assert [state.name for state in spec.description.state] == [state.name for state in model.bundle.signature.states]
     weights = model.package / "Data/com.apple.CoreML/weights"
     program = load(spec, specification_version=9, file_weights_dir=str(weights))
+    names = json.loads(spec.description.metadata.userDefined["coreai_zoo.constants"])
     found = {
-        operation.outputs[0].name: operation.data.val
+        name: stored_bytes(read)
         for operation in program.functions["main"].operations
         if operation.op_type == "constexpr_blockwise_shift_scale"
+        for name, read in zip(
+            names_beside(names[operation.outputs[0].name]),
+            (operation.data, operation.scale, operation.offset),
+            strict=False,
+        )
+        if read is not None
     }
-    names = json.loads(spec.description.metadata.userDefined["coreai_zoo.constants"])
     ours = BACKEND.constants(model.package)
-    assert len(found) > 30
-    for name, values in found.items():
-        assert ours[names[name]] == np.ascontiguousarray(values).tobytes(), name
+    quantized = [tensor for tensor in model.resolved.weights.tensors if tensor.quantization is not None]
+    assert len(found) == sum(len(tensor.format.arrays) for tensor in quantized) > 20
+    for name, content in found.items():
+        assert ours[name] == content, name
+
+
+def stored_bytes(read: Any) -> bytes:
+    """The bytes in which a constant of coremltools' program is stored, whose integers of 4 bits it holds in 8."""
+    from coremltools.converters.mil.mil import types
+
+    values = np.ascontiguousarray(read.val).ravel()
+    return packed(values) if types.is_sub_byte(read.dtype) else values.tobytes()
+
+
+def packed(values: np.ndarray[Any, Any]) -> bytes:
+    """Integers of 4 bits, two to a byte."""
+    return pack_int4(nn.functional.pad(torch.from_numpy(values), (0, len(values) % 2))).numpy().tobytes()
 
 
 def test_signature_and_state_are_read_back(built: Samples) -> None:
@@ -416,7 +471,7 @@ def test_signature_and_state_are_read_back(built: Samples) -> None:
         BACKEND.state(model.package, "main", wrong)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_its_program_as_data_names_every_stored_weight(kind: str, built: Samples) -> None:
     model = built[kind]
     program = BACKEND.program(model.package)
@@ -593,7 +648,7 @@ def test_a_state_beyond_the_limits_of_core_ml_is_refused(change: dict[str, Any],
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--recipe", "int4lin"], "writes int8 without zero points and float16, not int4"),
+        (["--recipe", "mix68"], "does not write int6"),
         (["--contract", "static-s1"], "does not write for the contract static-s1"),
     ],
 )
@@ -734,7 +789,7 @@ def test_more_positions_than_the_package_allows_are_refused(built: Samples) -> N
         stack.enter_context(BACKEND.stepper(built["dense"].package, {"main": signature}, CONTEXT + 1))
 
 
-DTYPES = ("float16", "float32", "int8", "uint8", "int16", "uint16", "int32", "uint32")
+DTYPES = ("float16", "float32", "int8", "uint8", "int16", "uint16", "int4", "uint4", "int32", "uint32")
 
 
 def test_the_weights_are_laid_out_as_coremltools_writes_them(tmp_path: Path) -> None:
@@ -745,12 +800,16 @@ def test_the_weights_are_laid_out_as_coremltools_writes_them(tmp_path: Path) -> 
     written: dict[str, bytes] = {}
     methods = {"float16": "write_fp16_data", "float32": "write_float_data"}
     for number, dtype in enumerate(DTYPES * 9):
-        values = np.arange(1 + 7 * number, dtype="uint16" if dtype == "float16" else dtype)
+        narrow = dtype in {"int4", "uint4"}
+        values = np.arange(
+            1 + 7 * number, dtype={"float16": "uint16", "int4": "int8", "uint4": "uint8"}.get(dtype, dtype)
+        )
+        values = values % 8 if narrow else values
         write = methods.get(dtype, f"write_{dtype}_data")
         place = getattr(native, write)(values)
-        if number % 3 == 0:
+        if number % 3 == 0 or narrow:
             assert ours.add_room(f"w{number}", Constant(None, values.shape, dtype)) == place
-            written[f"w{number}"] = values.tobytes()
+            written[f"w{number}"] = packed(values) if narrow else values.tobytes()
         else:
             assert getattr(ours, write)(values) == place
     del native  # which closes the file

@@ -21,9 +21,11 @@ from coreai_zoo.backends.versions import checked_versions
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
 from coreai_zoo.layout import Layout
 from coreai_zoo.machine import available_memory, physical_memory
+from coreai_zoo.names import names_beside
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import Signature, StateSpec, TraceSpec
+from coreai_zoo.weights.formats import has_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from coreai_zoo.backend import Constant, Values
     from coreai_zoo.backends.coreml.lowering import Converted
-    from coreai_zoo.backends.coreml.package import Package
+    from coreai_zoo.backends.coreml.package import Package, Stored
     from coreai_zoo.backends.coreml.reference import Interpreter
 
 FUNCTION = "main"
@@ -97,11 +99,12 @@ class CoreMLBackend:
         problems += [f"axis {name} is dynamic" for name in spec.axes]
         if problems:
             raise BadInput(f"Core ML cannot hold this decoder: {listing(problems)}.", "Try a smaller --max-context.")
-        unknown = sorted(str(spec) for spec in quantizations if spec.dtype != "int8" or spec.scheme == "asymmetric")
-        if unknown:
+        tables = sorted(str(spec) for spec in quantizations if has_table(spec))
+        if tables:
             raise BadInput(
-                f"The Core ML backend writes int8 without zero points and float16, not {listing(unknown)}.",
-                "Use the recipe int8hu, int8mse, int8lin or fp16.",
+                f"The Core ML backend does not write {listing(tables)}: systems before macOS 26 and iOS 26 take scales "
+                "before a table only, and so a table for each block.",
+                "Use a recipe of int8 or int4, or the backend coreai.",
             )
 
     def memory(self, layers: int, functions: int, steps: int) -> int:  # noqa: ARG002  # it writes one function
@@ -131,7 +134,7 @@ class CoreMLBackend:
     def constants(self, asset: Path) -> Mapping[str, memoryview]:
         """See `Backend.constants`."""
         with _opened(asset) as package:
-            return {name: _bytes(value) for name, value in _constants(package).items()}
+            return {name: stored.bytes for name, stored in _constants(package).items()}
 
     def state(
         self,
@@ -140,17 +143,19 @@ class CoreMLBackend:
         state: Mapping[str, tuple[tuple[int, ...], str]],
     ) -> Mapping[str, memoryview]:
         """See `Backend.state`."""
+        from coreai_zoo.backends.coreml.package import TensorType
+
         with _opened(asset) as package:
             found = _constants(package)
             problems = [name for name in state if name not in found]
             problems += [
-                f"{name} ({found[name].dtype} {found[name].shape} instead of {dtype} {shape})"
+                f"{name} ({found[name].type} instead of {TensorType(shape, dtype)})"
                 for name, (shape, dtype) in state.items()
-                if name in found and (found[name].shape, str(found[name].dtype)) != (shape, dtype)
+                if name in found and found[name].type != TensorType(shape, dtype)
             ]
             if problems:
                 raise CheckFailed(f"{asset} holds other constants than the decoder: {listing(problems)}.")
-            return {name: _bytes(found[name]) for name in state}
+            return {name: found[name].bytes for name in state}
 
     def program(self, asset: Path) -> Program:
         """See `Backend.program`."""
@@ -256,26 +261,26 @@ def _signature(package: Package) -> Signature:
     return Signature(kinds, states, outputs)
 
 
-def _constants(package: Package) -> dict[str, np.ndarray[Any, Any]]:
-    """The values of the decoder's states by name; arrays are views of the mapped file."""
-    from coreai_zoo.names import scales_name
-
+def _constants(package: Package) -> dict[str, Stored]:
+    """The values of the decoder's states by name."""
     names = package.names
-    found: dict[str, np.ndarray[Any, Any]] = {}
+    found: dict[str, Stored] = {}
     for operation in package.block.operations:
         name = names.get(operation.outputs[0].name) if operation.outputs else None
         if name is None:
             continue
         if operation.type == "const":
-            found[name] = package.array(operation.attributes["val"])
+            found[name] = package.stored(operation.attributes["val"])
         else:
-            found[name] = package.array(operation.inputs["data"].arguments[0].value)
-            found[scales_name(name)] = package.array(operation.inputs["scale"].arguments[0].value)
+            for key, part in _unpacked_from(name).items():
+                if key in operation.inputs:
+                    found[part] = package.stored(operation.inputs[key].arguments[0].value)
     return found
 
 
-def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
-    return array.reshape(-1).view("uint8").data
+def _unpacked_from(codes: str) -> dict[str, str]:
+    """The states that the weight with the integers `codes` is unpacked from, by the argument that each of them is."""
+    return dict(zip(("data", "scale", "offset"), names_beside(codes), strict=False))
 
 
 def _program(package: Package) -> Program:
@@ -285,9 +290,8 @@ def _program(package: Package) -> Program:
 
 
 def _function_of(package: Package, name: str, function: Any) -> Function:
-    """One function as data; a quantized weight is two stored constants and the operation that unpacks them."""
+    """One function as data; a quantized weight is its stored constants and the operation that unpacks them."""
     from coreai_zoo.backends.coreml.package import Damaged, tensor_type
-    from coreai_zoo.names import scales_name
 
     if len(function.block_specializations) != 1:
         raise Damaged(f"it has several forms of the function {name}, or none")
@@ -308,7 +312,7 @@ def _function_of(package: Package, name: str, function: Any) -> Function:
         if operation.type == "const":
             numbers[made] = constant(operation.attributes["val"], names.get(made))
             continue
-        quantized = {"data": names[made], "scale": scales_name(names[made])} if made in names else {}
+        quantized = _unpacked_from(names[made]) if made in names else {}
         operands = [
             numbers[binding.name]
             if binding.WhichOneof("binding") == "name"

@@ -24,13 +24,22 @@ from torch.export import ExportedProgram
 
 from coreai_zoo import interruption
 from coreai_zoo.backend import Constant, Values
-from coreai_zoo.backends.coreml.package import NAMES, WEIGHT_FILE, WeightFile, quietly, specification
+from coreai_zoo.backends.coreml.package import (
+    NAMES,
+    WEIGHT_FILE,
+    Stored,
+    TensorType,
+    WeightFile,
+    quietly,
+    specification,
+)
+from coreai_zoo.dtypes import bits_of
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.layout import Layout
 from coreai_zoo.lowering import mistakes
 from coreai_zoo.lowering.trace import example_inputs, require_contract
 from coreai_zoo.lowering.transposed import stacks_read_transposed
-from coreai_zoo.names import scales_name
+from coreai_zoo.names import names_beside
 from coreai_zoo.signature import TraceSpec
 
 with quietly():  # what it says of versions, see `version_warnings`
@@ -43,7 +52,7 @@ with quietly():  # what it says of versions, see `version_warnings`
     )
     from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813  # coremltools' own name for it
-    from coremltools.converters.mil.mil import Program
+    from coremltools.converters.mil.mil import Program, types
     from coremltools.converters.mil.mil.passes.pass_pipeline import PassPipelineManager
 
 TARGET = ct.target.iOS18  # the same as macOS 15
@@ -150,8 +159,23 @@ _KEEPS_VALUES = {
 def coreai_zoo_dequantize(context: Any, node: Any) -> None:
     """`coreai_zoo::dequantize` as a weight that the device unpacks itself."""
     codes, scales, zero_points = (None if name is None else context[name] for name in node.inputs[:3])
-    offset = {} if zero_points is None else {"offset": zero_points}
-    context.add(mb.constexpr_blockwise_shift_scale(data=codes, scale=scales, name=node.name, **offset))
+    dtype = str(node.inputs[3])
+    offset = {} if zero_points is None else {"offset": _as_stored(zero_points, dtype)}
+    data = _as_stored(codes, dtype)
+    context.add(mb.constexpr_blockwise_shift_scale(data=data, scale=scales, name=node.name, **offset))
+
+
+def _as_stored(codes: Any, dtype: str) -> Any:
+    """The placeholder `codes` in the dtype that it is stored in, where torch has none of 4 bits and holds it in 8."""
+    if bits_of(dtype) >= 8:
+        return codes
+    stored = types.nptype_from_builtin(types.string_to_builtin(dtype))
+    return mb.const(val=np.broadcast_to(np.ones((), stored), codes.shape), name=_stored_name(codes.name, dtype))
+
+
+def _stored_name(placeholder: str, dtype: str | None) -> str:
+    """Name of the constant that a placeholder becomes."""
+    return placeholder if dtype is None or bits_of(dtype) >= 8 else f"{placeholder}_{dtype}"
 
 
 @frozen
@@ -160,7 +184,7 @@ class Converted:
 
     Attributes:
         program: coremltools' program.
-        names: name of the parameter or buffer behind each constant of the program.
+        names: the state behind each constant of the program: parameter, part of a quantized one, or buffer.
     """
 
     program: Any
@@ -253,17 +277,23 @@ def _give_as_read(traced: ExportedProgram, said: Mapping[str, bool] | None) -> N
 
 
 def _hide_weights(traced: ExportedProgram) -> dict[str, str]:
-    """Replace every parameter by a placeholder that takes no memory; returns the parameter behind each constant.
+    """Replace every parameter by a placeholder that takes no memory; returns the state behind each constant.
 
     A floating-point placeholder is NaN, so that whatever an optimisation computes from it shows.
     """
     signature = traced.graph_signature
+    dtypes = {
+        codes.name: node.args[3]
+        for node in traced.graph.find_nodes(op="call_function", target=torch.ops.coreai_zoo.dequantize.default)
+        for codes in (node.args[0], node.args[2])
+        if codes is not None
+    }
     for name in signature.parameters:
         tensor = traced.state_dict[name]
         blank = torch.full((1,), math.nan if tensor.is_floating_point() else 1, dtype=tensor.dtype)
         traced.state_dict[name] = nn.Parameter(blank.expand(tensor.shape), requires_grad=False)
     return {
-        placeholder: name.removeprefix(_DECODER)
+        _stored_name(placeholder, dtypes.get(placeholder)): name.removeprefix(_DECODER)
         for placeholder, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()
         if name.startswith(_DECODER)
     }
@@ -283,7 +313,8 @@ def _check(converted: Converted, traced: ExportedProgram, spec: TraceSpec) -> No
         if written.count(state.name) != 1
     ]
     constants = {operation.outputs[0].name: operation for operation in operations if operation.op_type == "const"}
-    parameters = traced.graph_signature.inputs_to_parameters
+    paths = set(traced.graph_signature.parameters)
+    parameters = {constant: _DECODER + name for constant, name in converted.names.items() if _DECODER + name in paths}
     for constant, path in parameters.items():
         value, parameter = constants.get(constant), traced.state_dict[path]
         expected = (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
@@ -295,7 +326,7 @@ def _check(converted: Converted, traced: ExportedProgram, spec: TraceSpec) -> No
         for name, operation in constants.items()
         if name not in parameters and _has_nan(operation.val.val)
     ]
-    problems += _misquantized(converted, operations, parameters)
+    problems += _misquantized(converted, operations)
     if problems:
         raise PluginError(f"coremltools changed the decoder on its way: {listing(problems)}.")
 
@@ -304,18 +335,23 @@ def _has_nan(value: Any) -> bool:
     return isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f" and bool(np.isnan(value).any())
 
 
-def _misquantized(converted: Converted, operations: Sequence[Any], parameters: Mapping[str, str]) -> list[str]:
+def _misquantized(converted: Converted, operations: Sequence[Any]) -> list[str]:
     """Weights that should be quantized and are not, and the other way round; one phrase each."""
+    states = set(converted.names.values())
     expected = {
-        (path, scales_name(path)) for path in map(converted.names.__getitem__, parameters) if path.endswith(".original")
+        tuple(part for part in names_beside(name) if part in states) for name in states if name.endswith(".original")
     }
     found = {
-        tuple(converted.names.get(part.name, part.name) for part in (operation.data, operation.scale))
+        tuple(
+            converted.names.get(part.name, part.name)
+            for part in (operation.data, operation.scale, operation.offset)
+            if part is not None
+        )
         for operation in operations
         if operation.op_type.startswith("constexpr_")
     }
-    return [f"{codes} is not quantized by {scales}" for codes, scales in sorted(expected - found)] + [
-        f"{' and '.join(pair)} are no weight of the recipe" for pair in sorted(found - expected)
+    return [f"{codes} is not quantized by {' and '.join(rest)}" for codes, *rest in sorted(expected - found)] + [
+        f"{' and '.join(parts)} are no weight of the recipe" for parts in sorted(found - expected)
     ]
 
 
@@ -341,7 +377,9 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]  # coremltools ships no
             return super().get_milproto_value(var)
         weight = self._constants[path]
         if path in self._known:
-            return helper.create_tensor_value(np.asarray(self._known[path].data).reshape(weight.shape))
+            content = np.asarray(self._known[path].data).reshape(-1).view(np.uint8)
+            elements = Stored(TensorType(weight.shape, weight.dtype), content.data).array
+            return helper.create_tensor_value(elements.view(types.nptype_from_builtin(var.dtype)))
         if id(weight) not in self._offsets:
             self._offsets[id(weight)] = self.file.add_room(path, weight)
         return helper.create_file_value_tensor(

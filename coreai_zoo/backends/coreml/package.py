@@ -30,6 +30,7 @@ from attrs import define, field, frozen
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from coreai_zoo.backend import Constant
+from coreai_zoo.dtypes import bits_of, packed_bytes
 from coreai_zoo.errors import PluginError
 
 
@@ -63,20 +64,34 @@ NAMES = "coreai_zoo.constants"
 unpacked weight holds; of a quantized weight, the state of its integers."""
 
 # MILBlob's StorageFormat.hpp. The file begins with the number of its tensors and a version. A tensor is described by
-# sentinel, data type, size in bytes and offset of the data. All are aligned, and what comes last is not padded.
+# sentinel, data type, size in bytes, offset of the data, and how many bits of the last byte are not used. All are
+# aligned, and what comes last is not padded.
 _HEAD, _STORAGE_VERSION = struct.Struct("<II"), 2
-_BLOB, _SENTINEL = struct.Struct("<IIQQ"), 0xDEADBEEF
+_BLOB, _SENTINEL = struct.Struct("<IIQQQ"), 0xDEADBEEF
 _ALIGNMENT = 64
-_STORED = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int16": 6, "uint16": 7, "int32": 14, "uint32": 15}
+_STORED = {
+    "float16": 1,
+    "float32": 2,
+    "uint8": 3,
+    "int8": 4,
+    "int16": 6,
+    "uint16": 7,
+    "int4": 8,
+    "uint4": 11,
+    "int32": 14,
+    "uint32": 15,
+}
 """MILBlob's data types by numpy's names: BlobDataType.hpp."""
 
 _DTYPES: Mapping[int, str] = {
     MIL_pb2.BOOL: "bool",
     MIL_pb2.FLOAT16: "float16",
     MIL_pb2.FLOAT32: "float32",
+    MIL_pb2.INT4: "int4",
     MIL_pb2.INT8: "int8",
     MIL_pb2.INT16: "int16",
     MIL_pb2.INT32: "int32",
+    MIL_pb2.UINT4: "uint4",
     MIL_pb2.UINT8: "uint8",
     MIL_pb2.UINT16: "uint16",
     MIL_pb2.UINT32: "uint32",
@@ -89,14 +104,44 @@ class Damaged(Exception):
 
 @frozen
 class TensorType:
-    """Shape and numpy dtype of a value."""
+    """Shape of a value, in elements, and their dtype: numpy's name of it, `int4` or `uint4`."""
 
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def bytes(self) -> int:
+        """Bytes that a value takes in the file of the weights."""
+        return packed_bytes(self.shape, self.dtype)
+
     def __str__(self) -> str:
         """The type as a backend-independent program spells it."""
         return f"tensor<{'x'.join([*map(str, self.shape), self.dtype])}>"
+
+
+@frozen
+class Stored:
+    """The value of a constant that is an array.
+
+    Attributes:
+        type: what it is an array of.
+        bytes: of all elements, as they are stored: two of 4 bits share one, the first in the low half.
+    """
+
+    type: TensorType
+    bytes: memoryview
+
+    @property
+    def array(self) -> np.ndarray[Any, Any]:
+        """The elements: a view, or integers of 4 bits as int8 or uint8, each in a byte of its own."""
+        if bits_of(self.type.dtype) >= 8:
+            return np.frombuffer(self.bytes, self.type.dtype).reshape(self.type.shape)
+        import torch
+
+        from coreai_zoo.weights.formats import unpacked_rows
+
+        elements = unpacked_rows(torch.from_numpy(np.array(self.bytes)), self.type.dtype)
+        return elements[: math.prod(self.type.shape)].numpy().reshape(self.type.shape)
 
 
 def tensor_type(value_type: Any) -> TensorType:
@@ -185,44 +230,43 @@ class Package:
         return dict(names)
 
     def value(self, value: Any) -> np.ndarray[Any, Any] | str:
-        """The value of a constant: text, or an array, which is a view of the mapped file where it is stored there.
+        """The value of a constant: text, or an array, see `Stored.array`.
 
         Raises:
             Damaged: when it is neither, or the file does not hold it.
         """
+        if (
+            value.WhichOneof("value") == "immediateValue"
+            and value.immediateValue.tensor.WhichOneof("value") == "strings"
+        ):
+            return str(value.immediateValue.tensor.strings.values[0])
+        return self.stored(value).array
+
+    def stored(self, value: Any) -> Stored:
+        """The value of a constant that is an array, mapped where it is in the file of the weights.
+
+        Raises:
+            Damaged: when it is text, or the file does not hold it.
+        """
+        kind = tensor_type(value.type)
         if value.WhichOneof("value") == "blobFileValue":
-            kind = tensor_type(value.type)
-            return np.frombuffer(self._blob(value.blobFileValue.offset, kind), kind.dtype).reshape(kind.shape)
+            return Stored(kind, self._blob(value.blobFileValue.offset, kind))
         tensor = value.immediateValue.tensor
         field = tensor.WhichOneof("value")
         if field is None:
             raise Damaged("a constant has no value")
         values = getattr(tensor, field).values
-        if field == "strings":
-            return str(values[0])
-        kind = tensor_type(value.type)
-        array = np.frombuffer(values, kind.dtype) if field == "bytes" else np.array(values, kind.dtype)
-        return array.reshape(kind.shape)
-
-    def array(self, value: Any) -> np.ndarray[Any, Any]:
-        """The value of a constant that is an array.
-
-        Raises:
-            Damaged: when it is text, or the file does not hold it.
-        """
-        found = self.value(value)
-        if isinstance(found, str):
-            raise Damaged(f"a weight is the text {found!r}")
-        return found
+        return Stored(kind, memoryview(values if field == "bytes" else np.array(values, kind.dtype).tobytes()))
 
     def _blob(self, offset: int, kind: TensorType) -> memoryview:
         """The bytes of a stored constant, whose description is at `offset` of the file."""
-        size = math.prod(kind.shape) * np.dtype(kind.dtype).itemsize
+        size = kind.bytes
         if offset + _BLOB.size > len(self._weights):
             raise Damaged(f"{WEIGHT_FILE} is too short")
-        sentinel, _, stored, start = _BLOB.unpack_from(self._weights, offset)
-        if sentinel != _SENTINEL or stored != size or start + size > len(self._weights):
-            raise Damaged(f"{WEIGHT_FILE} has no tensor of {size:,} bytes at byte {offset:,}")
+        sentinel, storage, stored, start, _ = _BLOB.unpack_from(self._weights, offset)
+        described = (sentinel, storage, stored) == (_SENTINEL, _STORED.get(kind.dtype), size)
+        if not described or start + size > len(self._weights):
+            raise Damaged(f"{WEIGHT_FILE} has no {kind.dtype} of {size:,} bytes at byte {offset:,}")
         return self._weights[start : start + size]
 
     @cached_property
@@ -260,12 +304,13 @@ class WeightFile:
         if weight.dtype not in _STORED:
             raise PluginError(f"A weight is {weight.dtype}, which the Core ML backend does not store.")
         self.sizes[name] = weight.bytes
-        return self._add(_STORED[weight.dtype], name, weight.bytes)
+        unused = 8 * weight.bytes - math.prod(weight.shape) * bits_of(weight.dtype)
+        return self._add(_STORED[weight.dtype], name, weight.bytes, unused)
 
-    def _add(self, kind: int, content: bytes | str, size: int) -> int:
+    def _add(self, kind: int, content: bytes | str, size: int, unused: int = 0) -> int:
         place = -(-self._end // _ALIGNMENT) * _ALIGNMENT
         start = place + _ALIGNMENT
-        head = _BLOB.pack(_SENTINEL, kind, size, start).ljust(_ALIGNMENT, b"\0")
+        head = _BLOB.pack(_SENTINEL, kind, size, start, unused).ljust(_ALIGNMENT, b"\0")
         self._blobs += [bytes(place - self._end) + head, content]
         self._end = start + size
         self._count += 1
