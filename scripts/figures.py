@@ -19,7 +19,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ COLUMNS = (
     "largest KL",
     "mean KL, running text",
 )
+CORE_ML_COLUMNS = ("entry", "recipe", "`weight.bin`", *COLUMNS[3:-1])
 
 
 def zoo(*arguments: object, codes: Sequence[int] = (0,)) -> str:
@@ -117,30 +118,55 @@ def demo() -> str:
 
 def costs() -> str:
     """The table of what each recipe costs on the samples."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    with tempfile.TemporaryDirectory(prefix="figures-") as folder:
-        for entry in ENTRIES:
-            for recipe in default_plugins().recipes():
-                made = json.loads(zoo("build", entry, "--sample", "--recipe", recipe, "-o", folder, "--json"))
-                lines.append(cost(entry, recipe, Path(made["path"])))
-    return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return table(
+        COLUMNS,
+        (
+            (*row_of(entry, recipe, bundle), *judged(bundle, "coreai"), running_text(bundle))
+            for entry, recipe, bundle in bundles("coreai")
+        ),
+    )
 
 
-def cost(entry: str, recipe: str, bundle: Path) -> tuple[str, ...]:
-    """One row of that table. A coarse recipe may fail the gate."""
-    options = ("--prompts", "code", "--positions", 64, "--candidate", "coreai", "--no-control", "--json")
+def core_ml_costs() -> str:
+    """The table of each recipe that a Core ML package can hold."""
+    rows = []
+    for entry, recipe, bundle in bundles("coreml"):
+        (weights,) = bundle.rglob("weight.bin")
+        rows.append((entry, f"`{recipe}`", f"{weights.stat().st_size:,}", *judged(bundle, "mil")))
+    return table(CORE_ML_COLUMNS, rows)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, ("---",) * len(columns), *rows))
+
+
+def bundles(backend: str) -> Iterator[tuple[str, str, Path]]:
+    """Entry, recipe and bundle of every sample by every recipe that a backend writes, each there until the next."""
+    for entry in ENTRIES:
+        for recipe in default_plugins().recipes():
+            with tempfile.TemporaryDirectory(prefix="figures-") as folder:
+                options = ("--sample", "--recipe", recipe, "--backend", backend, "-o", folder, "--json")
+                made = run("-m", "coreai_zoo", "build", entry, *options, codes=(0, 2))
+                if made.returncode == 0:
+                    yield entry, recipe, Path(json.loads(made.stdout)["path"])
+                elif "does not write" not in made.stderr:
+                    raise SystemExit(made.stderr)
+
+
+def judged(bundle: Path, candidate: str) -> tuple[str, ...]:
+    """The cells of a row that a gate on one prompt fills. A coarse recipe may fail it."""
+    options = ("--prompts", "code", "--positions", 64, "--candidate", candidate, "--no-control", "--json")
     (prompt,) = json.loads(zoo("gate", bundle, *options, codes=(0, 1)))["prompts"]
     positions = prompt["positions"]
     verdicts = [position["verdict"] for position in positions]
     cosines = [position["cosine"] for position in positions]
     return (
-        *row_of(entry, recipe, bundle),
         f"{verdicts.count('match')} of {len(positions)}, {verdicts.count('tie')} ties, {verdicts.count('FLIP')} flips",
         f"{min(cosines):.6f}",
         f"{np.median(cosines):.6f}",
         f"{np.median([position['max_abs_logit_error'] for position in positions]):.3f}",
         f"{max(position['kl_divergence'] for position in positions):.1e}",
-        running_text(bundle),
     )
 
 
@@ -165,7 +191,12 @@ def check_minutes() -> str:
     return f"{(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60:.0f} minutes of one core"
 
 
-MEASURED: Mapping[str, Callable[[], str]] = {"demo": demo, "costs": costs, "check-minutes": check_minutes}
+MEASURED: Mapping[str, Callable[[], str]] = {
+    "demo": demo,
+    "costs": costs,
+    "core-ml-costs": core_ml_costs,
+    "check-minutes": check_minutes,
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pages

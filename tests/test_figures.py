@@ -48,7 +48,7 @@ CHANGES = [
     ("README.md", "figure: sample-parameters -->", "sample-parameters"),
     ("README.md", "figure: bytes-read -->", "bytes-read"),
     ("README.md", "figure: bytes-written -->", "bytes-written"),
-    ("recipes.md", "| qwen3.6-27b | `int8hu` | ", "costs"),
+    ("recipes.md", "| qwen3.6-27b | `int8hu` | ", "costs"),  # the first of two tables
     ("recipes.md", "| qwen3.6-35b-a3b | `int8hu` | ", "costs"),
     ("README.md", "bytes               ", "demo"),
     ("README.md", "weights  109 tensors as", "demo"),
@@ -61,9 +61,9 @@ def test_every_figure_that_differs_is_named(
 ) -> None:
     for name, stated, _ in CHANGES:
         (page,) = (each for each in figures.PAGES if each.name == name)
-        assert page.read_text().count(stated) == 1
+        assert page.read_text().count(stated) == 1 + (name == "recipes.md")
         changed = f"{stated}1" if stated.endswith((" ", ">")) else stated.replace("9", "8")
-        page.write_text(page.read_text().replace(stated, changed))
+        page.write_text(page.read_text().replace(stated, changed, 1))
 
     code = figures.main(["--check", *samples])
 

@@ -159,14 +159,15 @@ def test_the_windows_of_a_small_bundle_are_the_first_of_the_built_in_text(bundle
     checkpoint = subject.tokenizer
     taken, left_out = default_prompts(subject, checkpoint, windows=CORPUS_WINDOWS)
 
-    windows = [prompt for prompt in taken if prompt.prompt.running_text]
+    long, *windows = [prompt for prompt in taken if prompt.prompt.running_text]
+    assert long.name == "long"
     assert [prompt.name for prompt in windows] == [f"corpus-{number}" for number in range(1, 7)]
     assert [prompt.tokens for prompt in windows] == list(corpus.windows[:6])
     assert all(prompt.long and not prompt.prompt.required for prompt in windows)
     assert "def insort_right(a, x" in "".join("".join(window.pieces) for window in windows)
     assert sum(len(prompt.tokens) for prompt in taken) >= 3000 and left_out == []
 
-    assert not any(prompt.prompt.running_text for prompt in default_prompts(subject, checkpoint)[0])
+    assert [each.name for each in default_prompts(subject, checkpoint)[0] if each.prompt.running_text] == ["long"]
     taken, left_out = default_prompts(bundle(max_context=511), checkpoint, windows=CORPUS_WINDOWS)
     assert not any(prompt.prompt.running_text for prompt in taken)
     assert "windows of the built-in corpus are left out: one is 512 positions, of which 511 fit." in left_out

@@ -295,7 +295,7 @@ BUILT_IN: Mapping[str, Prompt] = MappingProxyType(
             Prompt("digits", _DIGITS),
             Prompt("spanish", _SPANISH),
             Prompt("chat", turns=_CHAT, positions=2 * DEFAULT_POSITIONS),
-            Prompt("long", _LONG, positions=LONG_POSITIONS, minimum=LONG_POSITIONS),
+            Prompt("long", _LONG, positions=LONG_POSITIONS, minimum=LONG_POSITIONS, running_text=True),
         )
     }
 )
