@@ -1012,6 +1012,29 @@ def test_a_bundle_whose_record_cannot_be_used_is_refused(
     assert words in paragraph(result, code=2)
 
 
+@pytest.mark.parametrize(
+    ("part", "junk"),
+    [
+        ("facts", "x"),
+        ("recipe", ["x"]),
+        ("roles", 7),
+        ("roles", {"mlp": None}),
+        ("roles", {"mlp": {"name": "mlp", "kind": "body"}}),
+        ("weights", {"mlp": {"tensors": 1, "parameters": "many", "bytes": 2}}),
+    ],
+    ids=["facts", "recipe", "roles", "a role", "a role without its meaning", "weights"],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bundle_whose_record_has_a_part_of_another_form_is_refused(
+    bundle: Path, dense: Path, command: str, part: str, junk: object
+) -> None:
+    record = json.loads((bundle / "build.json").read_text())
+    write_json(bundle / "build.json", record | {part: junk})
+    more = ("--checkpoint", dense) if command == "gate" else COMMANDS[command]
+
+    assert f"build.json is damaged: {part} missing or of another type" in paragraph(zoo(command, bundle, *more), code=2)
+
+
 def test_a_bundle_of_a_backend_that_is_not_installed_is_refused(bundle: Path, dense: Path) -> None:
     record = json.loads((bundle / "build.json").read_text())
     write_json(bundle / "build.json", record | {"backend": "coral"})

@@ -10,7 +10,7 @@ build.json          everything that determined the bytes, and the SHA-256 of eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import NoneType
@@ -82,6 +82,28 @@ _RECORDED: Mapping[str, type | tuple[type, ...]] = {
     "files": dict,
 }
 
+# What some of them read where it is there: tables, and of those whose values are tables, the fields of each.
+_ALSO: Mapping[str, Mapping[str, type]] = {
+    "facts": {},
+    "recipe": {},
+    "roles": {"name": str, "meaning": str, "kind": str},
+    "weights": {"tensors": int, "parameters": int, "bytes": int},
+}
+
+
+def _wrong(build: Mapping[str, Any]) -> Iterator[str]:
+    """What of a record is missing or of another type."""
+    yield from (key for key, kind in _RECORDED.items() if key not in build or not isinstance(build[key], kind))
+    for key, fields in _ALSO.items():
+        table = build.get(key) or {}
+        rows = table.values() if isinstance(table, dict) and fields else ()
+        whole = all(
+            isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in fields.items())
+            for row in rows
+        )
+        if not isinstance(table, dict) or not whole:
+            yield key
+
 
 @frozen
 class Bundle:
@@ -112,7 +134,7 @@ class Bundle:
         build = _of_today(read_object(directory / "build.json"))
         if build.get("schema") not in (1, BUILD_SCHEMA):
             raise BadInput(f"{directory / 'build.json'} has schema {build.get('schema')!r}, not {BUILD_SCHEMA}.")
-        wrong = [key for key, kind in _RECORDED.items() if key not in build or not isinstance(build[key], kind)]
+        wrong = list(_wrong(build))
         if wrong:
             raise BadInput(
                 f"{directory / 'build.json'} is damaged: {listing(wrong)} missing or of another type.",
