@@ -418,31 +418,56 @@ def test_doctor_checks_every_requirement_of_the_distribution(shipped: Plugins) -
     required = {Requirement(text) for text in importlib.metadata.requires("coreai-zoo") or ()}
     expected = {requirement.name for requirement in required if requirement.marker is None}
     found = {finding["name"]: finding for finding in report["requirements"]}
-    assert expected | {"python", "plugins"} == set(found)
+    extra = {requirement.name for requirement in required if 'extra == "cluster"' in str(requirement.marker)}
+    assert extra == {"distributed"}
+    assert expected | extra | {"python", "plugins"} == set(found)
+    assert [name for name, finding in found.items() if not finding["needed"]] == [*extra]
     assert found["coreai-core"]["wanted"] == "==1.0.0b3"
     assert report["machine"]["cores"] >= 1
     assert report["machine"]["free_disk_gib"] > 0
 
 
 @pytest.mark.parametrize(
-    ("requirements", "verdict", "name"),
+    ("requirements", "verdict", "name", "typed"),
     [
-        (["no-such-package-at-all==1.0"], "missing", "no-such-package-at-all"),
-        (["click==0.1"], "wrong version", "click"),
+        (["no-such-package-at-all==1.0"], "missing", "no-such-package-at-all", "no-such-package-at-all==1.0"),
+        (["click>=0.1,<0.2"], "wrong version", "click", "'click<0.2,>=0.1'"),
     ],
 )
 def test_doctor_exits_with_3_for_what_is_missing_or_another_version(
-    shipped: Plugins, monkeypatch: pytest.MonkeyPatch, requirements: list[str], verdict: str, name: str
+    shipped: Plugins, monkeypatch: pytest.MonkeyPatch, requirements: list[str], verdict: str, name: str, typed: str
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "requires", lambda _distribution: requirements)
 
     result = zoo(shipped, "doctor")
 
     assert result.exit_code == 3
-    assert result.stderr == f"error: not as required: {name}. The table says what is wanted.\n"
-    (row,) = [line for line in result.stdout.splitlines() if line.strip().startswith(name)]
+    assert result.stderr == f"error: not as required: {name}. The table says what is wanted, and what to type.\n"
+    row, command = [line for line in result.stdout.splitlines() if line.strip().startswith(name)]
     assert verdict in row
+    assert command.split(maxsplit=1) == [name, f"pip install {typed}"]
     assert "no: needs the packages above" in result.stdout
+
+
+def test_doctor_does_not_fail_for_what_an_option_alone_needs(shipped: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ['no-such-package==1.0; extra == "cluster"'])
+
+    result = zoo(shipped, "doctor")
+
+    assert result.exit_code == 0 and "not needed but by `zoo sensitivity --scheduler`" in result.stdout
+    assert "pip install no-such-package==1.0" in result.stdout
+    assert "yes: converts and writes bundles" in result.stdout
+
+
+def test_doctor_says_how_to_install_again_what_cannot_be_imported(
+    shipped: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "coreai_opt", None)
+
+    result = zoo(shipped, "doctor", "--deep")
+
+    assert result.exit_code == 3
+    assert "pip install --force-reinstall coreai-opt==0.3.0" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
@@ -20,24 +21,49 @@ from coreai_zoo.errors import EnvironmentLacks, listing
 from coreai_zoo.machine import physical_memory
 from coreai_zoo.plugins import Plugins
 
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
 
 @frozen
 class Finding:
-    """One thing that is required: what was found, what is wanted, and whether that fits."""
+    """One thing that is required or of use.
+
+    Attributes:
+        name: what it is.
+        found: what was found, None where it is not there.
+        wanted: what is wanted.
+        ok: whether that fits.
+        note: what is to be said of it.
+        mend: the command that brings what is wanted.
+        needed: whether nothing can be built without it.
+    """
 
     name: str
     found: str | None
     wanted: str
     ok: bool
     note: str = ""
+    mend: str = ""
+    needed: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """In a few words."""
+        return "ok" if self.ok else self.note or ("missing" if self.found is None else "wrong version")
 
 
 _TOOLCHAIN = ("torch", "transformers", "coreai", "coreai_torch", "coreai_opt", "coremltools")
+_NEW_PYTHON = "python3.11 -m venv .venv && . .venv/bin/activate && pip install coreai-zoo"
+_EXTRAS = {"cluster": "`zoo sensitivity --scheduler`"}
 _GIB = 2**30
 
 
 def _requirements() -> list[Finding]:
-    """Python and every package that this distribution requires, from its own metadata: there is no second list."""
+    """Python and every package that this distribution requires, from its own metadata: there is no second list.
+
+    The packages of an extra come last, with what it is for.
+    """
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -47,19 +73,28 @@ def _requirements() -> list[Finding]:
         raise EnvironmentLacks("coreai-zoo runs but is not installed.", "Install it: pip install -e .") from error
     python = SpecifierSet(metadata["Requires-Python"])
     version = platform.python_version()
-    findings = [Finding("python", version, str(python), python.contains(version, prereleases=True))]
-    for text in importlib.metadata.requires("coreai-zoo") or ():
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            found = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(requirement.name, None, str(requirement.specifier), ok=False))
-        else:
-            fits = requirement.specifier.contains(found, prereleases=True)
-            findings.append(Finding(requirement.name, found, str(requirement.specifier), fits))
+    fits = python.contains(version, prereleases=True)
+    findings = [Finding("python", version, str(python), fits, mend=_NEW_PYTHON)]
+    requirements = [Requirement(text) for text in importlib.metadata.requires("coreai-zoo") or ()]
+    findings += [_package(each) for each in requirements if _asked_for(each, "")]
+    for extra, use in _EXTRAS.items():
+        of_it = [each for each in requirements if _asked_for(each, extra) and not _asked_for(each, "")]
+        findings += [attrs.evolve(_package(each), note=f"not needed but by {use}", needed=False) for each in of_it]
     return findings
+
+
+def _asked_for(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _package(requirement: Requirement) -> Finding:
+    wanted = str(requirement.specifier)
+    mend = f"pip install {shlex.quote(requirement.name + wanted)}"
+    try:
+        found = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(requirement.name, None, wanted, ok=False, mend=mend)
+    return Finding(requirement.name, found, wanted, requirement.specifier.contains(found, prereleases=True), mend=mend)
 
 
 def _imports() -> list[Finding]:
@@ -68,10 +103,21 @@ def _imports() -> list[Finding]:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001  # a broken binary can raise anything, and saying so is the point
-            findings.append(Finding(f"import {name}", None, "", ok=False, note=f"{type(error).__name__}: {error}"))
+            note = f"{type(error).__name__}: {error}"
+            findings.append(Finding(f"import {name}", None, "", ok=False, note=note, mend=_reinstall(name)))
         else:
             findings.append(Finding(f"import {name}", "fine", "", ok=True))
     return findings
+
+
+def _reinstall(module: str) -> str:
+    """The command that installs the package of a module once more, as it is wanted."""
+    from packaging.requirements import Requirement
+
+    package = (importlib.metadata.packages_distributions().get(module) or [module])[0]
+    texts = map(Requirement, importlib.metadata.requires("coreai-zoo") or ())
+    (wanted, *_) = [str(each.specifier) for each in texts if each.name == package] or [""]
+    return f"pip install --force-reinstall {shlex.quote(package + wanted)}"
 
 
 def _plugin_finding(ctx: click.Context) -> Finding:
@@ -80,7 +126,7 @@ def _plugin_finding(ctx: click.Context) -> Finding:
         load(plugins)
     problems = " ".join(str(problem) for problem in plugins.problems)
     names = None if problems else ", ".join(plugins.names()) or "none"
-    return Finding("plugins", names, "all load", ok=not problems, note=problems)
+    return Finding("plugins", names, "all load", ok=not problems, note=problems, mend="zoo --without PLUGIN COMMAND")
 
 
 def _machine() -> dict[str, Any]:
@@ -130,7 +176,7 @@ def doctor(ctx: click.Context, deep: bool, as_json: bool) -> None:
         zoo doctor --deep
     """
     findings = [*_requirements(), *(_imports() if deep else ()), _plugin_finding(ctx)]
-    packages_fit = all(finding.ok for finding in findings if finding.name != "plugins")
+    packages_fit = all(finding.ok for finding in findings if finding.needed and finding.name != "plugins")
     abilities = _abilities(platform.system(), platform.mac_ver()[0], toolchain=packages_fit)
     machine = _machine()
     if as_json:
@@ -144,13 +190,15 @@ def doctor(ctx: click.Context, deep: bool, as_json: bool) -> None:
     else:
         table = new_table("required", "found", Column("wanted", drop=1), "")
         for finding in findings:
-            verdict = "ok" if finding.ok else finding.note or ("missing" if finding.found is None else "wrong version")
-            table.add_row(finding.name, finding.found or "-", finding.wanted, verdict)
+            table.add_row(finding.name, finding.found or "-", finding.wanted, finding.verdict)
         print_table(table)
         print_rows(
             [(name.replace("_gib", " (GiB)").replace("_", " "), value) for name, value in machine.items()], "machine"
         )
         print_rows([(name, f"{'yes' if able else 'no'}: {why}") for name, (able, why) in abilities.items()], "it can")
-    bad = [finding.name for finding in findings if not finding.ok]
+        to_mend = [(finding.name, finding.mend) for finding in findings if not finding.ok]
+        if to_mend:
+            print_rows(to_mend, "what to type")
+    bad = [finding.name for finding in findings if finding.needed and not finding.ok]
     if bad:
-        raise EnvironmentLacks(f"not as required: {listing(bad)}. The table says what is wanted.")
+        raise EnvironmentLacks(f"not as required: {listing(bad)}. The table says what is wanted, and what to type.")
