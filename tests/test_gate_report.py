@@ -522,10 +522,12 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: set[str] = set()
         self.links: list[str] = []
+        self.ids: list[str] = []
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
 
     def handle_data(self, data: str) -> None:
@@ -538,7 +540,9 @@ def test_the_page_fetches_and_runs_nothing_and_escapes_what_it_shows(bundle: Bun
     page.feed(html)
 
     assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "base"})
-    assert set(page.links) == {"#code", "#chat"}
+    assert {"#code", "#chat"} < set(page.links)
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids), "a link leads out of the page, or nowhere"
+    assert len(page.ids) == len(set(page.ids))
     assert "url(" not in html and "@import" not in html
     assert "<7>" not in html and '"<7>"' in page.text
     assert "zoo gate toy -p 'it'\"'\"'s'" in page.text

@@ -9,7 +9,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from coreai_zoo.gates.charts import Chart, Line, Mark, Rule, decades
+from coreai_zoo import pages
+from coreai_zoo.gates.charts import STYLE, Chart, Line, Mark, Rule, decades
 from coreai_zoo.gates.power import CONFIDENCE, Power, percent, percent_above
 from coreai_zoo.recipes import recorded_text
 
@@ -45,15 +46,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         record: a transcript.
         against: the transcript of another bundle on the same oracle, to show beside it.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("coreai_zoo", "gates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = pages.environment("gates")
     environment.filters |= {
         "bytes": "{:,}".format,
         "significant": significant,
@@ -80,6 +73,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         routed=any(position["router_margin"] is not None for prompt in judged for position in prompt["positions"]),
         command=command(record),
         token=token,
+        chart_style=STYLE,
     )
 
 
@@ -337,6 +331,38 @@ def _describe(prompt: Mapping[str, Any], position: Mapping[str, Any]) -> str:
     return text
 
 
+def _told_overview(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """What the chart of every position shows, for who cannot see it."""
+    positions = [position for _, position in rows]
+    reach = sum(
+        position["max_abs_logit_error"] is None or position["max_abs_logit_error"] >= position["margin"] / 2
+        for position in positions
+    )
+    return (
+        f"Of {len(positions)} positions the error of {reach} is at least half the margin: there the top token could "
+        f"change. {_verdicts(positions)} The largest error is "
+        f"{significant(_largest(position['max_abs_logit_error'] for position in positions))}."
+    )
+
+
+def _verdicts(positions: Sequence[Mapping[str, Any]]) -> str:
+    """How many positions match, are ties or flips, as a sentence."""
+    found = [position["verdict"] for position in positions]
+    return (
+        f"Same top token: {found.count('match')}, ties: {found.count('tie')}, confident flips: {found.count('FLIP')}."
+    )
+
+
+def _extent(values: Iterable[float | None]) -> str:
+    """From where to where values go: "0.1 to 2.5, the largest at 7"; one that is not finite is the largest."""
+    numbers = [math.inf if value is None else value for value in values]
+    if not numbers:
+        return "none"
+    low, high = min(numbers), max(numbers)
+    end = significant(high if math.isfinite(high) else None)
+    return f"{significant(low if math.isfinite(low) else None)} to {end}, the largest at {numbers.index(high)}"
+
+
 def _overview(judged: Sequence[Mapping[str, Any]]) -> str:
     """The chart of every position: the oracle's margin against the largest error of a logit."""
     rows = [(prompt, position) for prompt in judged for position in prompt["positions"]]
@@ -365,6 +391,7 @@ def _overview(judged: Sequence[Mapping[str, Any]]) -> str:
             ([*diagonal, (high, top), (low, top)], "danger"),
             ([(low, floor), (min(max(0.1, low), high), floor), (min(max(0.1, low), high), top), (low, top)], "tieband"),
         ],
+        told=_told_overview(rows),
         height=340,
     ).svg()
 
@@ -399,6 +426,7 @@ def _figures(prompt: Mapping[str, Any]) -> dict[str, str]:
         lines=[line(controls, "line control", low), line(errors, "line candidate", low)],
         marks=marks,
         areas=[([(0, low), (end, low), (end, 0.1), (0, 0.1)], "tieband")],
+        told=f"{_verdicts(positions)} Margins: {_extent(series('margin'))}. Errors: {_extent(errors)}.",
     )
 
     def half_width(label: str, y_title: str, ours: list[float | None], theirs: list[float | None], bound: float) -> str:
@@ -413,7 +441,7 @@ def _figures(prompt: Mapping[str, Any]) -> dict[str, str]:
                 line(ours, "line candidate", _LEAST["distance"]),
             ],
             rules=[Rule(bound, "limit", "bound")],
-            width=428,
+            told=f"{y_title}: {_extent(ours)}; bound: {significant(bound)}.",
             height=220,
         ).svg()
 
@@ -424,6 +452,15 @@ def _figures(prompt: Mapping[str, Any]) -> dict[str, str]:
         "cosine": half_width("cosine", "1 - cosine", cosines, their_cosines, 1 - bounds["cosine"]),
         "kl": half_width("KL divergence", "KL (nats)", kls, their_kls, bounds["kl"]),
     }
+
+
+def _told_hidden(judged: Sequence[Mapping[str, Any]], lines: Sequence[tuple[Sequence[float | None], str]]) -> str:
+    """What the chart of the layers shows, for who cannot see it."""
+    names = {"line control": "fp16 control", "line candidate": "bundle"}
+    ends = [f"{names[css]} {significant(errors[0])} to {significant(errors[-1])}" for errors, css in lines]
+    worst = damage(judged)
+    most = f" Layer {worst['layer'] + 1} adds the largest part." if worst and worst["layer"] >= 0 else ""
+    return f"From the embedding to the last layer: {'; '.join(ends)}.{most}"
 
 
 def _hidden(judged: Sequence[Mapping[str, Any]]) -> str:
@@ -451,4 +488,5 @@ def _hidden(judged: Sequence[Mapping[str, Any]]) -> str:
             for errors, css in lines
         ],
         rules=[Rule(bound, "limit", "bound")] if bound else [],
+        told=_told_hidden(judged, lines),
     ).svg()
