@@ -21,12 +21,14 @@ from hypothesis import HealthCheck, settings
 import forked
 import halves
 from coreai_zoo import hookimpl
+from coreai_zoo.backends import builtin
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.cli.app import cli
-from coreai_zoo.plugins import Plugins
+from coreai_zoo.plugins import HOOKS, Plugins
+from coreai_zoo_qwen36 import plugin as family
 from hub import Hub
 from shared import Shared
-from suite import NIGHTLY, QUICK, THOROUGH, TRACED_ANEW, long_ones_first
+from suite import CATALOGUED, NIGHTLY, QUICK, THOROUGH, TRACED_ANEW, long_ones_first
 
 # Before anything imports torch. A step of a miniature is over before a second thread has woken up, and with as many
 # workers as cores the threads of one wait for those of the other, busily: measured, four times as long.
@@ -153,6 +155,35 @@ def built(shared: Shared) -> Callable[[str, str], Bundle]:
         return Bundle.open(bundle)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def host_of() -> Callable[..., Plugins]:
+    """A host with its own backends and the family's plugin, which brings these files of entries and no other."""
+
+    def host(*files: Path) -> Plugins:
+        module = types.ModuleType("few_entries")
+        hooks = {name: getattr(family, name) for name in HOOKS if hasattr(family, name)}
+        vars(module).update(hooks, zoo_entries=hookimpl(lambda: list(files)))
+        plugins = Plugins()
+        plugins.register(builtin, "coreai")
+        plugins.register(module, "qwen36")
+        return plugins
+
+    return host
+
+
+@pytest.fixture(scope="session")
+def catalogue_folder(shared: Shared, host_of: Callable[..., Plugins]) -> Path:
+    """What `zoo catalogue` writes, once for all tests; see `CATALOGUED`."""
+
+    def fill(folder: Path) -> None:
+        files = [ROOT / "zoo_entries" / f"{name}.toml" for name in CATALOGUED]
+        plugins = None if NIGHTLY else host_of(*files)
+        result = CliRunner().invoke(cli, ["catalogue", "-o", str(folder)], obj=plugins)
+        assert result.exit_code == 0, result.output
+
+    return shared.folder("catalogue", fill)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -55,6 +55,7 @@ THOROUGH = frozenset(
         "benchmarks",
         "candidates",
         "cases",
+        "catalogue",
         "check",
         "code",
         "config",
@@ -86,6 +87,7 @@ THOROUGH = frozenset(
         "oracle",
         "origin",
         "originals",
+        "pages",
         "parity",
         "precision_goldens",
         "prefill",
@@ -130,6 +132,10 @@ LONG = ("contracts", "lowering", "coreml_backend", "tutorial", "check", "coreai_
 
 NIGHTLY = os.environ.get("ZOO_NIGHTLY", "") not in {"", "0"}
 """Whether the long runs have their full size (`make nightly`)."""
+
+# Entries that the tests of the catalogue are about: small, dense, of experts, and too large for most machines. By day
+# it has these alone; every combination of every entry takes a while to plan.
+CATALOGUED = ("qwen3.5-2b", "qwen3.5-9b", "qwen3.5-397b-a17b", "qwen3.6-27b", "qwen3.6-35b-a3b")
 
 _Test = TypeVar("_Test")
 

@@ -6,7 +6,6 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from coreai_zoo.gates.transcript import Run, replace, to_json, transcript, write
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
+from web_pages import Page, assert_alone
 
 P, V, D, LAYERS = 16, 24, 6, 3
 STOP = 3
@@ -515,35 +515,12 @@ def test_a_routed_bundle_that_passes_with_flips_says_why(bundle: Bundle, capsys:
     assert "A routed model may have up to 4 of so many" in render(record)
 
 
-class Page(HTMLParser):
-    """What a page would fetch or run, and its text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-        self.ids: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_page_fetches_and_runs_nothing_and_escapes_what_it_shows(bundle: Bundle) -> None:
     html = render(record_of(bundle, judged(flip_at=7)))
-    page = Page()
-    page.feed(html)
+    page = assert_alone(html)
 
-    assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "base"})
+    assert "script" not in page.tags
     assert {"#code", "#chat"} < set(page.links)
-    assert {link.removeprefix("#") for link in page.links} <= set(page.ids), "a link leads out of the page, or nowhere"
-    assert len(page.ids) == len(set(page.ids))
-    assert "url(" not in html and "@import" not in html
     assert "<7>" not in html and '"<7>"' in page.text
     assert "zoo gate toy -p 'it'\"'\"'s'" in page.text
     assert "prefers-color-scheme: dark" in html

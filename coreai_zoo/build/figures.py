@@ -15,6 +15,7 @@ from coreai_zoo.build.design import Design
 from coreai_zoo.build.preflight import asset_bytes, tokenizer_bytes
 from coreai_zoo.build.target import backend_of
 from coreai_zoo.bundle.card import Machine, Needs
+from coreai_zoo.contracts import MINIMUM_CONTEXT
 from coreai_zoo.dtypes import packed_bytes
 from coreai_zoo.entry import Published
 from coreai_zoo.overlay import Role
@@ -162,6 +163,11 @@ class Figures:
         return sum(role.bytes if role.routed else role.read for role in self.roles)
 
     @property
+    def gathers(self) -> bool:
+        """Whether a token reads some of the experts and not all."""
+        return self.dense_read > self.read
+
+    @property
     def _states(self) -> tuple[StateSpec, ...]:
         return self.design.signatures[self.design.decode].states
 
@@ -190,6 +196,16 @@ class Figures:
         """Bytes that a machine has to hold to run the bundle: the asset and the states, and nothing of the engine's."""
         return self.asset + self.state_bytes
 
+    def context_within(self, room: int) -> int:
+        """Positions whose states fit beside the asset into `room` bytes, at most those that the model was made for.
+
+        0 where there is no room for the least context of a bundle.
+        """
+        free = room - (self.resident - self.growth * self.context)
+        limit = int(self.design.facts["max_context_length"])
+        positions = limit if not self.growth else min(limit, free // self.growth)
+        return positions if free >= 0 and positions >= MINIMUM_CONTEXT else 0
+
     @property
     def published(self) -> tuple[Published, ...]:
         """Measurements that others published of this entry with this recipe.
@@ -213,7 +229,7 @@ def needs(design: Design) -> Needs:
         growth=figures.growth,
         resident=figures.resident,
         machines=tuple(_machine(figures, chip) for chip in CHIPS) if true_size else (),
-        gathers=figures.dense_read > figures.read,
+        gathers=figures.gathers,
         published=figures.published if true_size else (),
         rate_source=f"{100 * EFFICIENCY:.0f} % of the memory's bandwidth, a share taken from {EFFICIENCY_SOURCE}",
         fit_source=GPU_SHARE_SOURCE,

@@ -30,6 +30,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
         "show": ("coreai_zoo.cli.show:show", "Everything that is known of a model."),
         "build": ("coreai_zoo.cli.build:build", "Build a bundle."),
         "plan": ("coreai_zoo.cli.plan:plan", "What a bundle would hold, need and run at, from a config alone."),
+        "catalogue": (
+            "coreai_zoo.cli.catalogue:catalogue",
+            "Write everything that could be built as a page, and as JSON.",
+        ),
         "recipes": ("coreai_zoo.cli.recipes:recipes", "In what ways weights can be stored."),
         "show-recipe": ("coreai_zoo.cli.recipes:show_recipe", "Print the file of a recipe, ready to be edited."),
         "new": ("coreai_zoo.cli.new:new", "Write an entry for a checkpoint."),

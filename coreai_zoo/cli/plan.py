@@ -16,10 +16,7 @@ from coreai_zoo.cli.plan_contracts import describe_contracts, print_contracts
 from coreai_zoo.cli.plan_machines import (
     NO_MACHINES,
     Machines,
-    describe_bundle,
-    describe_decode,
     describe_efficiency,
-    describe_model,
     figure,
     find_machines,
     fits_from,
@@ -42,6 +39,7 @@ from coreai_zoo.dtypes import size
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import COMMON_ROLES
 from coreai_zoo.planning.contracts import compare_contracts
+from coreai_zoo.planning.describe import IDEAL_GATHERING, describe_bundle, describe_decode, describe_model
 from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import one_or_several, stored_text
@@ -233,11 +231,8 @@ def _print(plan: Plan, machines: Machines) -> None:
         print_text(NO_MACHINES)
         return
     print_text(f"The rate {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}")
-    if plan.dense_read > plan.read:
-        print_text(
-            "Of a mixture of experts the rate is that of ideal gathering; an engine that reads more than the chosen "
-            "experts falls towards the rate of reading every one."
-        )
+    if plan.gathers:
+        print_text(IDEAL_GATHERING)
     if any(chip.memory for chip in machines.chips):
         print_text(f"Fits: asset and states, nothing of the engine's own. {GPU_SHARE_SOURCE}")
 
@@ -280,7 +275,7 @@ def _figures(plan: Plan) -> list[tuple[str, str]]:
         ("bundle", f"{plan.bundle:,} bytes ({size(plan.bundle)}), {tokenizer} the tokenizer's files"),
         ("read per token", f"{plan.read:,} bytes ({size(plan.read)})"),
     ]
-    if plan.dense_read > plan.read:
+    if plan.gathers:
         dense = f"{plan.dense_read:,} bytes ({size(plan.dense_read)}) if every expert were read"
         figures.append(("", dense))
     states = ", ".join(f"{name} {size(count)}" for name, count in plan.states.items())
@@ -298,7 +293,7 @@ def _published_size(plan: Plan) -> str:
 
 
 def _print_rates(plan: Plan, machines: Machines) -> None:
-    dense = plan.dense_read > plan.read
+    dense = plan.gathers
     every_expert = [Column("every expert, 100 %", number=True, drop=3)] if dense else []
     table = new_table(
         "machine",
@@ -343,7 +338,7 @@ def _print_side_by_side(plans: Sequence[Plan], machines: Machines) -> None:
         ("bits per parameter", [f"{plan.bits:.2f}" for plan in plans]),
         ("asset", [f"{plan.asset:,}" for plan in plans]),
         ("read per token", [f"{plan.read:,}" for plan in plans]),
-        ("with every expert", [f"{plan.dense_read:,}" if plan.dense_read > plan.read else "" for plan in plans]),
+        ("with every expert", [f"{plan.dense_read:,}" if plan.gathers else "" for plan in plans]),
         ("context", [f"{plan.context:,}" for plan in plans]),
         ("states", [f"{plan.state_bytes:,}" for plan in plans]),
         ("a build reads", [size(plan.build.read) for plan in plans]),

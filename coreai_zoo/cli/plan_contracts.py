@@ -12,16 +12,14 @@ from coreai_zoo.cli.plan_machines import (
     NO_MACHINES,
     NOT_KNOWN,
     Machines,
-    describe_bundle,
-    describe_decode,
     describe_efficiency,
-    describe_model,
     figure,
     fits_from,
 )
 from coreai_zoo.commands import Column, new_table, print_table, print_text
 from coreai_zoo.dtypes import size
 from coreai_zoo.planning.contracts import Option, Options
+from coreai_zoo.planning.describe import describe_bundle, describe_decode, describe_model
 from coreai_zoo.planning.prompts import counts_operations, read_on
 
 
@@ -102,7 +100,7 @@ def _explanations(options: Options, machines: Machines) -> list[str]:
         f"weight and token{beside}. The last token is decoded.",
         f"Decode {machines.at_efficiency} of the bandwidth: {machines.efficiency_source}",
     ]
-    if plan.dense_read > plan.read:
+    if plan.gathers:
         lines.append(
             "Of E experts, k for a token, a call of T tokens reads the share 1 - (1 - k/E)^T, as if all were chosen "
             "equally often and none read in vain."

@@ -16,10 +16,9 @@ from coreai_zoo.build.chips import (
     SYSTEM,
     TFLOPS_SOURCE,
     Chip,
-    tokens_per_second,
 )
-from coreai_zoo.errors import BadInput, did_you_mean
-from coreai_zoo.planning.plan import Plan
+from coreai_zoo.errors import BadInput
+from coreai_zoo.planning.machines import find_chip
 
 NOT_KNOWN = "not known"
 
@@ -80,12 +79,12 @@ def find_machines(given: Mapping[str, Any], *, measured: bool) -> Machines:
 
 
 def _chip(name: str) -> Chip:
-    """The chip of that name, in capitals or not."""
-    for chip in CHIPS:
-        if chip.name.lower() == name.lower():
-            return chip
-    hint = f"{did_you_mean(name, [chip.name for chip in CHIPS], 3)} Of any other machine, pass the bandwidth:"
-    raise BadInput(f"No chip is called {name!r}.", f"{hint} --bandwidth GB/s, and with --contracts also --tflops N.")
+    """The chip of that name; of one that is not known the bandwidth will do."""
+    try:
+        return find_chip(name)
+    except BadInput as error:
+        hint = f"{error.hint} Of any other machine, pass the bandwidth:"
+        raise BadInput(error.message, f"{hint} --bandwidth GB/s, and with --contracts also --tflops N.") from error
 
 
 NO_MACHINES = f"The chips that are known run {SYSTEM}: to see rates, name one with --chip, or the target's --bandwidth."
@@ -112,51 +111,6 @@ def figure(value: float | None) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def describe_model(plan: Plan) -> dict[str, Any]:
-    """What is planned, whatever its contract."""
-    design = plan.design
-    return {
-        "name": plan.name,
-        "entry": design.entry.name if design.entry else None,
-        "status": design.entry.status if design.entry else None,
-        "overlay": design.model.overlay.name,
-        "plugin": design.model.plugin,
-        "recipe": design.recipe.name,
-        "published_name": design.recipe.published_name,
-        "target": str(design.request.target) if design.request.target else None,
-    }
-
-
-def describe_bundle(plan: Plan) -> dict[str, Any]:
-    """The bundle of a contract, and what a machine has to hold and read for it."""
-    return {
-        "bundle": plan.design.name,
-        "contract": plan.design.contract.name,
-        "backend": plan.design.backend.name,
-        "asset_bytes": plan.asset,
-        "tokenizer_bytes": plan.tokenizer,
-        "bundle_bytes": plan.bundle,
-        "decode": {
-            "read_per_token": plan.read,
-            "dense_read_per_token": plan.dense_read,
-            "state_growth_per_position": plan.growth,
-        },
-        "states": {"context": plan.context, "bytes": plan.state_bytes, "by_name": dict(plan.states)},
-    }
-
-
 def describe_efficiency(machines: Machines) -> dict[str, Any]:
     """The share of the bandwidth that decode reaches, and who says so."""
     return {"share": machines.efficiency, "source": machines.efficiency_source}
-
-
-def describe_decode(plan: Plan, chip: Chip, efficiency: float) -> dict[str, Any]:
-    """A machine, and how fast it decodes."""
-    return {
-        "name": chip.name,
-        "bandwidth_gb_per_second": chip.bandwidth,
-        "fits_from_gib": chip.smallest_memory(plan.resident),
-        "tokens_per_second": tokens_per_second(plan.read, chip.bandwidth),
-        "tokens_per_second_at_efficiency": tokens_per_second(plan.read, chip.bandwidth, efficiency),
-        "tokens_per_second_dense_read": tokens_per_second(plan.dense_read, chip.bandwidth),
-    }

@@ -11,6 +11,7 @@ from coreai_zoo.build.figures import Figures
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.request import DEFAULT_OUTPUT, BuildRequest
 from coreai_zoo.build.workspace import Workspace
+from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
 
@@ -30,15 +31,20 @@ class Plan(Figures):
     build: Preflight
 
 
-def plan(request: BuildRequest, plugins: Plugins) -> Plan:
+def plan(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) -> Plan:
     """The plan for a dry request.
+
+    Args:
+        request: what was asked for.
+        plugins: the plugins that bring what it names.
+        entry: the entry itself; None to look it up by the name in the request.
 
     Raises:
         BadInput: when there is no such entry, recipe or contract, the entry states too little, nothing can be built
             from the config and the headers of the weights that are there, or the backend cannot hold it.
         PluginError: when the answer of a plugin is not usable.
     """
-    designed = design(request, plugins)
+    designed = design(request, plugins, entry)
     designed.backend.require(designed.signatures, designed.weights.quantizations)
     return Plan(designed, designed.label, preflight(designed, Workspace.of(DEFAULT_OUTPUT, _UNBUILT, None, keep=False)))
 
