@@ -76,6 +76,9 @@ class Stepper(Protocol):
     def state(self, name: str) -> np.ndarray[Any, Any]:
         """A copy of a state as it is now."""
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many positions in all; where there is room already, nothing changes."""
+
 
 @runtime_checkable
 class Backend(Protocol):

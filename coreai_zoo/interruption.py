@@ -23,7 +23,7 @@ import threading
 
 TYPE_CHECKING = False  # as in `coreai_zoo`
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
     from typing import NoReturn
 
@@ -31,6 +31,7 @@ EXIT_CODE = 130
 """What a shell calls a command that Ctrl-C ended."""
 
 _RETRY_SECONDS = 0.02
+_PATIENCE = 3  # times that Ctrl-C is pressed by someone who does not want to wait
 # The first is renamed to the second. The last is what safetensors calls, which makes another error of what is raised.
 _UNSAFE_MODULES = ("_frozen_importlib", "importlib._bootstrap", "weakref", "torch.storage")
 _UNSAFE_FUNCTIONS = ("__torch_dispatch__", "__torch_function__", "__del__")
@@ -44,6 +45,9 @@ def deferred() -> Iterator[None]:
     """
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if isinstance(handler, _Noted):  # which raises nothing
         yield
         return
     pressed = False
@@ -63,6 +67,36 @@ def deferred() -> Iterator[None]:
         os.close(stderr)
         if pressed:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """Within the block Ctrl-C raises nothing; yields what says whether it was pressed, for the block to end its work.
+
+    Whoever cannot wait for that presses it three times, which ends the process at once.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    presses = _Noted()
+    signal.signal(signal.SIGINT, presses)
+    try:
+        yield lambda: presses.count > 0
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+class _Noted:
+    """Counts how often Ctrl-C was pressed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count >= _PATIENCE:
+            leave()
 
 
 @contextlib.contextmanager

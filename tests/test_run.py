@@ -162,6 +162,6 @@ def test_a_terminal_shows_how_far_a_prompt_is_read_and_a_pipe_does_not(
     monkeypatch.setattr("coreai_zoo.cli.run.Reporter", Watched)
     assert zoo("run", chunked.directory, "-p", "import os", "-n", "1").exit_code == 0
     assert steps == []
-    monkeypatch.setattr("coreai_zoo.cli.run._shows_progress", lambda: True)
+    monkeypatch.setattr("coreai_zoo.cli.run.shows_progress", lambda: True)
     assert zoo("run", chunked.directory, "-p", PROMPT, "-n", "1").exit_code == 0
     assert steps == [("reading the prompt", call, 3) for call in (1, 2, 3)]

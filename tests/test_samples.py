@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.generate import chat_prompt, generate
+from coreai_zoo.bundle.generate import Limits, chat_prompt, generate
 from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.cli.app import cli
@@ -202,7 +202,8 @@ def test_the_bundle_says_that_it_is_a_sample_and_writes_readable_text(
     # By these a current engine sends a prompt token by token, which is all that the function takes.
     assert [bundle.metadata["language"][f"prefill_chunk_{key}"] for key in ("size", "threshold")] == [1, 1]
     assert "A sample, not Qwen3.6" in (bundle.directory / "README.md").read_text()
-    text = "".join(generate(bundle, backend_of(bundle, plugins.backends()), "def main(", 24))
+    pieces = generate(bundle, backend_of(bundle, plugins.backends()), "def main(", Limits(24))
+    text = "".join(piece.text for piece in pieces)
     words = [word for word in text.replace("(", " ").replace(".", " ").split() if word.isidentifier()]
     assert len(words) >= 4, text
 
@@ -211,9 +212,9 @@ def test_a_chat_answer_ends_with_the_end_of_turn_token(built: Callable[[str, str
     bundle = built("qwen3.6-27b", "int8hu")
     prompt = chat_prompt(bundle, "What is 12 + 30?")
     assert prompt == "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n"
-    pieces = list(generate(bundle, backend_of(bundle, plugins.backends()), prompt, 12))
+    pieces = list(generate(bundle, backend_of(bundle, plugins.backends()), prompt, Limits(12)))
     assert len(pieces) < 12
-    assert "".join(pieces).strip().isdigit()
+    assert "".join(piece.text for piece in pieces).strip().isdigit()
 
 
 def test_run_streams_the_prompt_and_its_continuation(built: Callable[[str, str], Bundle]) -> None:

@@ -27,7 +27,7 @@ from coreai_zoo.backends.coreml.backend import CoreMLBackend
 from coreai_zoo.build.pipeline import BuildResult, build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.generate import generate
+from coreai_zoo.bundle.generate import Limits, generate
 from coreai_zoo.bundle.verify import verify
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.errors import BadInput, PluginError
@@ -350,7 +350,7 @@ def test_every_state_of_the_toy_matters_for_its_logits() -> None:
 
 
 def test_the_toy_generates_text_through_its_own_tokenizer(built: Built) -> None:
-    pieces = list(generate(built.bundle, CoreAIBackend(), "Hi", 4))
+    pieces = list(generate(built.bundle, CoreAIBackend(), "Hi", Limits(4)))
     assert 0 < len(pieces) <= 4
     tokenizer = Tokenizer.from_file(str(built.bundle.tokenizer / "tokenizer.json"))
     assert tokenizer.encode("Hi, toy!").ids == TOKENS  # so that the parity test steps text

@@ -28,6 +28,7 @@ from coreai_zoo.build.target import aimed
 from coreai_zoo.bundle.metadata import language_block
 from coreai_zoo.catalogue import find_backend, find_contract, find_recipe
 from coreai_zoo.checkpoint.files import Checkpoint
+from coreai_zoo.checkpoint.generation_config import stated_sampling
 from coreai_zoo.checkpoint.tokenizer import check_tokenizer
 from coreai_zoo.contracts import MINIMUM_CONTEXT, Contract
 from coreai_zoo.dates import source_date_epoch
@@ -174,6 +175,11 @@ class Design:
         return f"The facts of entry {self.entry.name} were not compared with the published checkpoint."
 
     @property
+    def sampling(self) -> Mapping[str, Any]:
+        """How the checkpoint says that tokens are chosen, see `stated_sampling`; empty where it says nothing."""
+        return stated_sampling(self.source.directory).values
+
+    @property
     def asset(self) -> str:
         """Name of the asset in the bundle."""
         return f"{self.name}{self.backend.asset_suffix}"
@@ -284,7 +290,7 @@ def design(
         functions=functions,
         decoders=decoders,
         weights=weights,
-        notes=notes,
+        notes=(*notes, *stated_sampling(source.directory).faults),
         max_context=max_context,
         source_date_epoch=date,
     )

@@ -127,8 +127,31 @@ def check_chat_template(template: ChatTemplate) -> None:
     _compiled(template)
 
 
-def render_chat(directory: Path, turns: Sequence[tuple[str, str]], *, answer_follows: bool = False) -> str:
+def template_variables(template: ChatTemplate) -> frozenset[str]:
+    """The names of what a template reads and does not set itself: what whoever renders a chat can say by it.
+
+    Raises:
+        BadInput: when it cannot be parsed.
+    """
+    from jinja2 import meta
+
+    return frozenset(meta.find_undeclared_variables(_compiled(template).environment.parse(template.text)))
+
+
+def render_chat(
+    directory: Path,
+    turns: Sequence[tuple[str, str]],
+    *,
+    answer_follows: bool = False,
+    variables: Mapping[str, object] | None = None,
+) -> str:
     """(role, content) turns in the chat template of a folder, with the beginning of the next answer where asked for.
+
+    Args:
+        directory: the folder.
+        turns: the turns.
+        answer_follows: whether the beginning of the next answer is asked for.
+        variables: further variables of the template, by name.
 
     Raises:
         BadInput: when there is no chat template, it cannot be used, or it does not take these turns.
@@ -136,15 +159,16 @@ def render_chat(directory: Path, turns: Sequence[tuple[str, str]], *, answer_fol
     template = find_chat_template(directory)
     if template is None:
         raise BadInput(f"There is no chat template in {directory}.")
-    return _rendered(template, special_tokens(directory), turns, answer_follows=answer_follows)
+    further = {**special_tokens(directory), **(variables or {})}
+    return _rendered(template, further, turns, answer_follows=answer_follows)
 
 
 def _rendered(
-    template: ChatTemplate, named: Mapping[str, str], turns: Sequence[tuple[str, str]], *, answer_follows: bool
+    template: ChatTemplate, further: Mapping[str, object], turns: Sequence[tuple[str, str]], *, answer_follows: bool
 ) -> str:
     compiled = _compiled(template)
     messages = [{"role": role, "content": content} for role, content in turns]
-    variables = {**named, "tools": None, "documents": None, "add_generation_prompt": answer_follows}
+    variables = {**further, "tools": None, "documents": None, "add_generation_prompt": answer_follows}
     if template.text in _endless:
         raise _without_end(template)
     pieces: list[str] = []

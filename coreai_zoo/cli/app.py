@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
         "show-recipe": ("coreai_zoo.cli.recipes:show_recipe", "Print the file of a recipe, ready to be edited."),
         "new": ("coreai_zoo.cli.new:new", "Write an entry for a checkpoint."),
         "run": ("coreai_zoo.cli.run:run", "Generate text with a bundle, on the runtime of this machine."),
+        "chat": ("coreai_zoo.cli.chat:chat", "Talk to a bundle, turn by turn, in its own chat template."),
         "gate": ("coreai_zoo.cli.gate:gate", "Compare a bundle with Hugging Face, position by position."),
         "sensitivity": (
             "coreai_zoo.cli.sensitivity:sensitivity",

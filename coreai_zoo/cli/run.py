@@ -3,66 +3,135 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from attrs import frozen
 
-from coreai_zoo.backend import Interpreting
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
 from coreai_zoo.cli.completion import complete_bundle
-from coreai_zoo.commands import Number, plugins_of
-from coreai_zoo.engine import PREFILL
+from coreai_zoo.cli.generation import (
+    chosen_sampling,
+    interpreter_note,
+    rate,
+    rates,
+    sampling_options,
+    shows_progress,
+)
+from coreai_zoo.commands import plugins_of
+from coreai_zoo.errors import BadInput
 from coreai_zoo.progress import Reporter
 
 if TYPE_CHECKING:
-    from coreai_zoo.bundle.generate import Pace
+    from coreai_zoo.bundle.generate import Limits, Pace, Piece
+    from coreai_zoo.bundle.sampling import Sampling
 
 
 @click.command("run")
 @click.argument("bundle", metavar="BUNDLE", shell_complete=complete_bundle)
-@click.option("-p", "--prompt", required=True, help="Text to continue.")
-@click.option("-n", "--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="At most so many.")
+@click.option("-p", "--prompt", help="Text to continue.")
+@click.option("-f", "--file", type=click.Path(dir_okay=False, path_type=Path), help="A file with that text.")
+@click.option(
+    "-n", "--max-tokens", "--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="At most so many."
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @click.option("--chat", is_flag=True, help="Treat the prompt as a user's message, in the bundle's chat template.")
-@click.option("--temperature", type=Number(0), default=0.0, show_default=True, help="0: most probable token.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler.")
+@sampling_options
+@click.option("--json", "as_json", is_flag=True, help="Print events, one JSON object a line, as they come.")
 @click.pass_context
 def run(
-    ctx: click.Context, bundle: str, prompt: str, new_tokens: int, chat: bool, temperature: float, seed: int
+    ctx: click.Context,
+    /,
+    bundle: str,
+    prompt: str | None,
+    file: Path | None,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    chat: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Generate text with a bundle, on the runtime of this machine.
 
     On Linux that is a slow CPU interpreter: fine for samples and slices. BUNDLE is a path or a name, as for `zoo
-    gate`. The prompt is read as an engine reads it: by the bundle's function `prefill` where it has one, all but the
-    last token. It is printed once it has been read, and the answer as it comes. How fast both went is told at the end,
-    on stderr.
+    gate`. The prompt is the text of -p, of a file, or of a pipe, whose last newline does not count. It is read as an
+    engine reads it: by the bundle's function `prefill` where it has one, all but the last token. It is printed once
+    it has been read, and the answer as it comes. How fast both went is told at the end, on stderr.
+
+    How tokens are sampled is what the checkpoint says, option by option; where it says nothing, the most probable
+    token is taken.
 
     \b
     Example:
         zoo run qwen3.6-27b --chat -p "Hello!"
+        zoo run qwen3.6-27b -f story.txt --max-tokens 200 --temperature 0.7 --stop "The end"
         zoo run exports/qwen3_6_27b_sample_decode_int8hu_block32_sym -p "def main(" -n 40
     """
-    from coreai_zoo.bundle.generate import Pace, Sampling, chat_prompt, generate
+    from coreai_zoo.bundle.generate import Limits, Pace, chat_prompt, generate
     from coreai_zoo.bundle.verify import backend_of, require_asset
 
+    if "" in stop:
+        raise BadInput("--stop is empty.", "Leave it out: it ends an answer before a text that is none.")
     plugins = plugins_of(ctx)
     opened = Bundle.open(find_bundle(bundle, plugins))
     backend = backend_of(opened, plugins.backends())
+    text = _prompt(prompt, file)
     require_asset(opened)
-    pace, shown = Pace(), "" if chat else prompt
-    read = chat_prompt(opened, prompt) if chat else prompt
-    report = Reporter(silent=not _shows_progress())
-    _print(shown, generate(opened, backend, read, new_tokens, Sampling(temperature, seed), pace, report))
-    for line in _rates(pace):
-        click.echo(line, err=True)
-    if sys.platform != "darwin" or isinstance(backend, Interpreting):
-        click.echo("An interpreter ran this: its rates say nothing about a Mac.", err=True)
+    sampling, remarks = chosen_sampling(opened, options)
+    limits, pace = Limits(max_tokens, stop), Pace()
+    read = chat_prompt(opened, text) if chat else text
+    report = Reporter(silent=as_json or not shows_progress())
+    pieces = generate(opened, backend, read, limits, sampling, pace, report)
+    if as_json:
+        _print_events(_Events(opened, limits, sampling, remarks), pieces, pace)
+        return
+    for remark in remarks:
+        click.echo(remark, err=True)
+    _print("" if chat else text, (piece.text for piece in pieces))
+    for line in (*rates(pace), interpreter_note(backend)):
+        if line:
+            click.echo(line, err=True)
 
 
-def _shows_progress() -> bool:
-    return sys.stderr.isatty()
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prompt(text: str | None, file: Path | None) -> str:
+    """The prompt, from the one place where there is one.
+
+    Raises:
+        BadInput: when there is none, there are two, or it cannot be read.
+    """
+    if text is not None and file is not None:
+        raise BadInput("There are two prompts: one in -p and one in -f.", "Give one of them.")
+    if text is not None:
+        return text
+    if file is not None and str(file) != "-":
+        return _decoded(file, f"The prompt {file}")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise BadInput("There is no prompt.", 'Give one with -p "...", with -f FILE, or from a pipe.')
+    return _decoded(None, "The prompt on stdin")
+
+
+def _decoded(file: Path | None, what: str) -> str:
+    """The text of a file or of stdin, without the one newline at its end that editors and `echo` put there."""
+    try:
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except (OSError, UnicodeError) as error:
+        raise BadInput(f"{what} cannot be read as UTF-8 text: {error}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is answered
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _print(prompt: str, pieces: Iterator[str]) -> None:
@@ -76,22 +145,48 @@ def _print(prompt: str, pieces: Iterator[str]) -> None:
         click.echo()
 
 
-def _rates(pace: Pace) -> Iterator[str]:
-    """Prompt and answer apart, a line each."""
-    calls = _counted(pace.prefill_calls, "call")
-    by = f"all but the last token by {PREFILL} in {calls}" if pace.prefill_calls else "token by token"
-    yield f"prompt: {_rate(pace.prompt_tokens, 'token', pace.prompt_seconds)}, {by}"
-    # The first token of an answer takes no step, and the token that ends it is not one of its own.
-    if pace.steps:
-        took = f"; {_rate(pace.steps, 'step', pace.answer_seconds)}"
-    else:
-        took = ", which came with the prompt: no rate" if pace.answer_tokens else ": it ended at once"
-    yield f"answer: {_counted(pace.answer_tokens, 'token')}{took}"
+@frozen
+class _Events:
+    """What the first event says of a run."""
+
+    bundle: Bundle
+    limits: Limits
+    sampling: Sampling
+    remarks: Sequence[str]
+
+    def start(self) -> dict[str, object]:
+        """The first event, without what is known when the prompt has been read."""
+        from coreai_zoo.bundle.sampling import settings_record
+
+        return {
+            "bundle": self.bundle.directory.name,
+            "max_tokens": self.limits.tokens,
+            "max_context": self.bundle.max_context,
+            "stop": list(self.limits.texts),
+            "sampling": settings_record(self.sampling),
+            "remarks": list(self.remarks),
+        }
 
 
-def _rate(count: int, what: str, seconds: float) -> str:
-    return f"{_counted(count, what)} in {seconds:.2f} s, {count / seconds:.1f} {what}s/s"
+def _print_events(events: _Events, pieces: Iterator[Piece], pace: Pace) -> None:
+    """Print what happens for a program: `start`, a `token` for each with the text that is certain by then, `end`."""
+    _event("start", **events.start())
+    for piece in pieces:
+        _event("token", id=piece.token, text=piece.text)
+    _event(
+        "end",
+        reason=pace.reason,
+        prompt_tokens=pace.prompt_tokens,
+        prefill_calls=pace.prefill_calls,
+        prompt_seconds=pace.prompt_seconds,
+        prompt_rate=rate(pace.prompt_tokens, pace.prompt_seconds),
+        answer_tokens=pace.answer_tokens,
+        steps=pace.steps,
+        answer_seconds=pace.answer_seconds,
+        answer_rate=rate(pace.steps, pace.answer_seconds),
+    )
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def _event(event: str, **fields: object) -> None:
+    click.echo(json.dumps({"event": event, **fields}))
+    sys.stdout.flush()

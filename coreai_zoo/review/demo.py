@@ -11,7 +11,7 @@ from attrs import frozen
 from coreai_zoo.build.pipeline import BuildResult, build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.bundle.generate import generate
+from coreai_zoo.bundle.generate import Limits, generate
 from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.gates.run import GateOptions, run_gate, write_report
 from coreai_zoo.plugins import Plugins
@@ -49,5 +49,5 @@ def demonstrate(entry: str, output: Path, plugins: Plugins, report: Reporter) ->
     (record,) = run_gate([bundle], _GATE, plugins, report)
     page = write_report(bundle, [record])
     with report.stage("generate", f"{_NEW_TOKENS} tokens on the {backend.name} runtime"):
-        text = "".join(generate(bundle, backend, _PROMPT, _NEW_TOKENS))
+        text = "".join(piece.text for piece in generate(bundle, backend, _PROMPT, Limits(_NEW_TOKENS)))
     return Demonstration(built, bundle, record, page, _PROMPT + text)

@@ -694,3 +694,18 @@ class CoreAIStepper:
     def state(self, name: str) -> np.ndarray[Any, Any]:
         """A copy of a state as it is now."""
         return self._states[name].numpy().copy()
+
+    def reserve(self, capacity: int) -> None:
+        """See `Stepper.reserve`: what a state grows by holds zeros."""
+        if capacity <= self._capacity:
+            return
+        from coreai.runtime import NDArray
+
+        held = {state.name: self.state(state.name) for state in self._functions[self._decode].states}
+        position, self._capacity = self._position, capacity
+        self.reset()
+        for name, before in held.items():
+            grown = self.state(name)
+            grown[tuple(map(slice, before.shape))] = before
+            self._states[name] = NDArray(grown)
+        self._position = position

@@ -369,11 +369,7 @@ class MILStepper:
         """
         self._interpreter, self._spec = interpreter, spec
         self._context = min(int(state.shape[3]) for state in spec.states if state.kind == "kv_cache")
-        if capacity > self._context:
-            raise BadInput(
-                f"{capacity} positions were asked for, and the package allows {self._context}.",
-                "Build it with a larger --max-context.",
-            )
+        self.reserve(capacity)
         self.reset()
 
     def reset(self, unwritten: float = 0.0) -> None:
@@ -427,3 +423,15 @@ class MILStepper:
     def state(self, name: str) -> np.ndarray[Any, Any]:
         """A copy of a state as it is now."""
         return self._states[name].numpy().copy()
+
+    def reserve(self, capacity: int) -> None:
+        """See `Stepper.reserve`: a package has room for its whole context from the start.
+
+        Raises:
+            BadInput: when that is less.
+        """
+        if capacity > self._context:
+            raise BadInput(
+                f"{capacity} positions were asked for, and the package allows {self._context}.",
+                "Build it with a larger --max-context.",
+            )

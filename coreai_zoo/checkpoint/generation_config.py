@@ -1,0 +1,116 @@
+"""How a checkpoint's makers mean its tokens to be chosen: what `generation_config.json` says of sampling.
+
+The file need not be there, and may hold anything. A setting that nobody can sample by is left out, and said to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from attrs import frozen
+
+from coreai_zoo.checkpoint.tokenizer import optional_object
+
+FILE = "generation_config.json"
+
+_SHOWN_CHARACTERS = 60  # of a value that is none
+
+
+@frozen
+class Setting:
+    """A number by which tokens are sampled, and the values that it may have.
+
+    Attributes:
+        words: what people call it.
+        off: the value at which it changes nothing; of a temperature, that of plain sampling.
+        allowed: the values that it may have, as a phrase.
+        least: the lowest of them.
+        most: the highest; None where there is none.
+        open: whether `least` itself is excluded.
+        whole: whether they are whole numbers.
+    """
+
+    words: str
+    off: float
+    allowed: str
+    least: float = 0
+    most: float | None = None
+    open: bool = False
+    whole: bool = False
+
+    def allows(self, value: object) -> bool:
+        """Whether something is a number that the setting may have."""
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            return False
+        above = number > self.least if self.open else number >= self.least
+        return math.isfinite(number) and above and (self.most is None or number <= self.most)
+
+
+SETTINGS: Mapping[str, Setting] = MappingProxyType(
+    {
+        "temperature": Setting("temperature", 1.0, "a number of at least 0"),
+        "top_p": Setting("top-p", 1.0, "a number above 0 and at most 1", most=1, open=True),
+        "top_k": Setting("top-k", 0, "a whole number of at least 0", whole=True),
+        "min_p": Setting("min-p", 0.0, "a number from 0 to 1", most=1),
+        "repetition_penalty": Setting("repetition penalty", 1.0, "a number above 0", open=True),
+    }
+)
+"""What can be set, by its name in the file."""
+
+
+@frozen
+class StatedSampling:
+    """What a file says of sampling.
+
+    Attributes:
+        values: `do_sample` and the settings of `SETTINGS`, as far as they are stated and can be used.
+        faults: what is stated and cannot be used, one phrase each.
+    """
+
+    values: Mapping[str, bool | int | float]
+    faults: tuple[str, ...] = ()
+
+
+def stated_sampling(checkpoint: Path | None) -> StatedSampling:
+    """What the `generation_config.json` of a folder says of sampling; nothing where there is none, or no folder."""
+    return read_stated({} if checkpoint is None else optional_object(checkpoint / FILE), FILE)
+
+
+def read_stated(content: object, place: str) -> StatedSampling:
+    """What an object that was read from JSON says of sampling; it may be anything.
+
+    Args:
+        content: what was read.
+        place: what it was read from, for the faults.
+    """
+    if not isinstance(content, Mapping):
+        return StatedSampling({}, (f"sampling in {place} is {_shown(content)}, not an object: left out",))
+    values: dict[str, bool | int | float] = {}
+    faults = []
+    for name, allowed in {
+        "do_sample": "true or false",
+        **{key: each.allowed for key, each in SETTINGS.items()},
+    }.items():
+        value = content.get(name)
+        if value is None:
+            continue
+        if SETTINGS[name].allows(value) if name in SETTINGS else isinstance(value, bool):
+            values[name] = value
+        else:
+            faults.append(f"{name} in {place} is {_shown(value)}, not {allowed}: left out")
+    return StatedSampling(values, tuple(faults))
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
