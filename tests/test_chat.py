@@ -615,6 +615,7 @@ def test_on_a_terminal_lines_are_edited_and_ctrl_c_ends_an_answer_and_not_the_pr
     terminal.type("\x15")
     terminal.type(f"/save {saved}\r")
     terminal.wait_for("saved in")
+    terminal.wait_for(PROMPT)  # before that, Ctrl-D would go to the terminal itself
     terminal.type("\x04")
     assert terminal.end() == 0
     user, answer = json.loads(saved.read_text(encoding="utf-8"))["messages"]

@@ -50,7 +50,7 @@ def chat(
     Example:
         zoo chat qwen3.6-27b
         zoo chat qwen3.6-27b --system "Answer in one sentence." --no-think --temperature 0.7
-        printf 'Hello!\\nWhat did I say?\\n' | zoo chat qwen3.6-27b
+        zoo chat qwen3.6-27b < messages.txt
     """
     from coreai_zoo.bundle.conversation import Conversation
     from coreai_zoo.bundle.verify import backend_of, require_asset
