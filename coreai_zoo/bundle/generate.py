@@ -46,7 +46,7 @@ class Piece:
 
 
 @define
-class Reader:
+class RememberingStepper:
     """A stepper that knows which tokens its states have read, and makes room when they are full.
 
     Attributes:
@@ -133,7 +133,11 @@ class Pace:
     reason: Reason | None = None
 
     def read(
-        self, reader: Reader, tokens: Sequence[int], report: Reporter, check: Callable[[], None] = lambda: None
+        self,
+        reader: RememberingStepper,
+        tokens: Sequence[int],
+        report: Reporter,
+        check: Callable[[], None] = lambda: None,
     ) -> Logits:
         """Read what is new of a prompt as an engine does, and report how far it is.
 
@@ -165,7 +169,7 @@ class Pace:
                 self.prompt_tokens = len(reader.tokens) - self.held
                 self.prompt_seconds = time.perf_counter() - started
 
-    def step(self, reader: Reader, token: int) -> Logits:
+    def step(self, reader: RememberingStepper, token: int) -> Logits:
         """Decode a token of the answer; the logits after it, [V]."""
         started = time.perf_counter()
         logits = reader.step(token)
@@ -254,7 +258,7 @@ class Writer:
 
     bundle: Bundle
     tokenizer: Tokenizer
-    reader: Reader
+    reader: RememberingStepper
     ends: frozenset[int]
 
     @classmethod
@@ -263,7 +267,9 @@ class Writer:
         """Load a bundle with room for so many positions; it makes more when it needs them."""
         ends, capacity = end_tokens(bundle.tokenizer).ids, min(capacity, bundle.max_context)
         with backend.stepper(bundle.asset, bundle.functions, capacity) as stepper:
-            yield cls(bundle, tokenizer, Reader(stepper, bundle.functions, capacity, bundle.max_context), ends)
+            yield cls(
+                bundle, tokenizer, RememberingStepper(stepper, bundle.functions, capacity, bundle.max_context), ends
+            )
 
     def write(
         self, prompt: Sequence[int], choose: Chooser, limits: Limits, pace: Pace, report: Reporter
