@@ -11,9 +11,10 @@ from coreai_zoo.cli.app import COMMANDS, cli
 from coreai_zoo.plugins import Plugins
 
 
-def zoo(*arguments: object, plugins: Plugins | None = None) -> Result:
+def zoo(*arguments: object, plugins: Plugins | None = None, stdin: str | bytes | None = None) -> Result:
     """`zoo` with these arguments; with the installed plugins, or with those that are given."""
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], obj=plugins, prog_name="zoo")
+    texts = [str(argument) for argument in arguments]
+    return CliRunner().invoke(cli, texts, input=stdin, obj=plugins, prog_name="zoo")
 
 
 def commands() -> Iterator[click.Command]:

@@ -247,11 +247,18 @@ Play = Callable[..., "tuple[Bundle, Scripted]"]
 def play(built: Callable[[str, str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
     """A copy of a sample's bundle, perhaps with another template, whose runtime plays a script."""
 
-    def begin(script: Mapping[str, str], template: str | None = None, **record: object) -> tuple[Bundle, Scripted]:
+    def begin(
+        script: Mapping[str, str],
+        template: str | None = None,
+        sampling: Mapping[str, object] | None = None,
+        **record: object,
+    ) -> tuple[Bundle, Scripted]:
         folder = tmp_path / built(DENSE, "int8hu").directory.name
         shutil.copytree(built(DENSE, "int8hu").directory, folder)
         if template is not None:
             (folder / "tokenizer" / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if sampling is not None:
+            write_json(folder / "tokenizer" / "generation_config.json", sampling)
         write_json(folder / "build.json", read_object(folder / "build.json") | record)
         bundle = Bundle.open(folder)
         scripted = Scripted(bundle, script)
@@ -492,7 +499,7 @@ def test_what_the_checkpoint_says_of_sampling_is_told_once(play: Play) -> None:
     result = chat(bundle.directory, said=("Hello", "Good"))
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()
-    assert lines.count("top_p in build.json is 'high', not a number above 0 and at most 1: left out.") == 1
+    assert lines.count("top_p in generation_config.json is 'high', not a number above 0 and at most 1: not used.") == 1
     assert sum(line.startswith("Sampling as the checkpoint says: temperature 0.01; ") for line in lines) == 1
 
 

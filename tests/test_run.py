@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,11 @@ import pytest
 from click.testing import Result
 from tokenizers import Tokenizer
 
+from checkpoints import tiny_checkpoint
 from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIStepper
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.json_files import write_json
 from coreai_zoo.progress import Reporter
 from player import Player
 from shared import Shared
@@ -165,3 +169,128 @@ def test_a_terminal_shows_how_far_a_prompt_is_read_and_a_pipe_does_not(
     monkeypatch.setattr("coreai_zoo.cli.run.shows_progress", lambda: True)
     assert zoo("run", chunked.directory, "-p", PROMPT, "-n", "1").exit_code == 0
     assert steps == [("reading the prompt", call, 3) for call in (1, 2, 3)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHORT = "def main("
+
+
+@pytest.fixture(scope="module")
+def short(built: Callable[[str, str], Bundle]) -> tuple[Bundle, str]:
+    """A bundle, and what it writes behind the short prompt in twelve tokens."""
+    bundle = built(DENSE, "int8hu")
+    result = zoo("run", bundle.directory, "-p", SHORT, "-n", "12")
+    assert result.exit_code == 0 and result.stdout.startswith(SHORT)
+    return bundle, result.stdout.removeprefix(SHORT).removesuffix("\n")
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_a_prompt_is_given_as_text_or_by_a_file_or_by_a_pipe(
+    short: tuple[Bundle, str], tmp_path: Path, ending: str
+) -> None:
+    bundle, text = short
+    (tmp_path / "prompt.txt").write_bytes((SHORT + ending).encode())
+    for place in (("-f", tmp_path / "prompt.txt"), ("-f", "-"), ()):
+        result = zoo("run", bundle.directory, *place, "--max-tokens", "12", stdin=SHORT + ending)
+        assert (result.exit_code, result.stdout) == (0, f"{SHORT}{text}\n"), place
+
+
+@pytest.mark.parametrize(
+    ("options", "stdin", "words"),
+    [
+        (("-p", "a", "-f", "b.txt"), None, "There are two prompts: one in -p and one in -f."),
+        (("-f", "no-such-file.txt"), None, "The prompt no-such-file.txt cannot be read as UTF-8 text"),
+        ((), b"\xff\xfe", "The prompt on stdin cannot be read as UTF-8 text"),
+        ((), b"\n", "The prompt is empty."),
+        (("-p", "a", "--stop", ""), None, "--stop is empty."),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused(
+    short: tuple[Bundle, str], options: tuple[str, ...], stdin: bytes | None, words: str
+) -> None:
+    result = zoo("run", short[0].directory, *options, stdin=stdin)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+
+
+def events(result: Result) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """The first event, those of tokens, and the last one."""
+    assert result.exit_code == 0, result.output
+    start, *tokens, end = [json.loads(line) for line in result.stdout.splitlines()]
+    assert (start["event"], {each["event"] for each in tokens} <= {"token"}, end["event"]) == ("start", True, "end")
+    return start, tokens, end
+
+
+def test_events_tell_each_token_and_how_it_ended(short: tuple[Bundle, str]) -> None:
+    bundle, text = short
+    start, tokens, end = events(zoo("run", bundle.directory, "-p", SHORT, "-n", "12", "--json"))
+    assert (start["bundle"], start["max_tokens"], start["sampling"]["temperature"]) == (bundle.directory.name, 12, 0.0)
+    assert "".join(each["text"] for each in tokens) == text
+    ids = [each["id"] for each in tokens if each["id"] is not None]
+    assert tokenizer_of(bundle).decode(ids) == text
+    assert (end["reason"], end["answer_tokens"], end["steps"]) == ("length", 12, 11)
+    assert end["answer_rate"] == pytest.approx(11 / end["answer_seconds"])
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_an_answer_ends_before_a_text_in_whatever_tokens_it_comes(short: tuple[Bundle, str], length: int) -> None:
+    bundle, text = short
+    at = next(at for at in range(4, len(text)) if text.find(text[at : at + length]) == at)
+    stop = text[at : at + length]
+    options = ("run", bundle.directory, "-p", SHORT, "-n", "12", "--stop", stop, "--stop", "not there at all")
+    _start, tokens, end = events(zoo(*options, "--json"))
+    assert end["reason"] == "stop-text" and end["answer_tokens"] < 12
+    assert "".join(each["text"] for each in tokens) == text[:at]
+    assert zoo(*options).stdout == f"{SHORT}{text[:at]}\n"
+
+
+def test_an_answer_ends_with_the_context(short: tuple[Bundle, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, text = short
+    tokens = len(tokenizer_of(bundle).encode(SHORT).ids)
+    monkeypatch.setattr(Bundle, "max_context", property(lambda _: tokens + 3))
+    _start, told_tokens, end = events(zoo("run", bundle.directory, "-p", SHORT, "--json"))
+    assert (end["reason"], end["answer_tokens"]) == ("context", 3)
+    assert text.startswith("".join(each["text"] for each in told_tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the checkpoint says of sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def of_checkpoint(folder: Path, stated: object) -> Path:
+    """A bundle of the tiny model, whose checkpoint states that of sampling."""
+    checkpoint = tiny_checkpoint(folder / "checkpoint")
+    if stated is not None:
+        write_json(checkpoint / "generation_config.json", stated)
+    result = zoo("build", DENSE, "--custom", "--checkpoint", checkpoint, "-o", folder / "out", "--json")
+    assert result.exit_code == 0, result.output
+    return Path(json.loads(result.stdout)["path"])
+
+
+def test_a_bundle_samples_as_its_checkpoint_says_and_is_the_same_bytes(tmp_path: Path) -> None:
+    stated = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": "most", "min_p": -1}
+    plain, bundle = of_checkpoint(tmp_path / "plain", None), of_checkpoint(tmp_path / "stated", stated)
+    record = json.loads((bundle / "build.json").read_text())
+    assert [note for note in record["notes"] if "generation_config.json" in note] == [
+        "top_p in generation_config.json is 'most', not a number above 0 and at most 1: not used",
+        "min_p in generation_config.json is -1, not a number from 0 to 1: not used",
+    ]
+    files = {path.relative_to(bundle).as_posix(): path for path in bundle.rglob("*") if path.is_file()}
+    copied = files.pop("tokenizer/generation_config.json")
+    changed = {name for name, path in files.items() if (plain / name).read_bytes() != path.read_bytes()}
+    assert changed <= {"build.json", "README.md"} and len(files) > 5
+
+    run = ("run", bundle, "-p", "def", "-n", "8")
+    default, other, greedy = zoo(*run), zoo(*run, "--seed", "1"), zoo(*run, "--temperature", "0")
+    said = "Sampling as the checkpoint says: temperature 0.7, top-k 20; --temperature 0 takes the most probable token."
+    assert default.stderr.splitlines().count(said) == 1 and said not in greedy.stderr
+    assert default.stdout == zoo(*run).stdout != other.stdout
+    assert greedy.stdout == zoo("run", plain, "-p", "def", "-n", "8").stdout
+
+    write_json(copied, stated | {"temperature": 0.1})
+    verified = zoo("verify", bundle, "--checkpoint", tmp_path / "stated" / "checkpoint")
+    assert verified.exit_code == 1 and "generation_config.json" in verified.output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from coreai_zoo.bundle.sampling import Chooser, Sampling, sampling_of, sentence
-from coreai_zoo.checkpoint.generation_config import SETTINGS, read_stated, stated_sampling
+from coreai_zoo.checkpoint.generation_config import SETTINGS, StatedSampling, stated_sampling
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.json_files import write_json
@@ -221,7 +220,7 @@ def test_what_nobody_can_sample_by_is_left_out_and_noted(tmp_path: Path, text: s
     path.write_text(f'{{"min_p": 0.5, {text[1:]}' if "min_p" not in text else text, encoding="utf-8")
     found = stated_sampling(tmp_path)
     (said,) = found.faults
-    assert said.startswith(fault) and said.endswith(": left out")
+    assert said.startswith(fault) and said.endswith(": not used")
     assert found.values == ({} if "min_p" in text else {"min_p": 0.5})
 
 
@@ -233,15 +232,6 @@ def test_a_file_that_says_nothing_of_sampling_says_nothing(tmp_path: Path, conte
     assert stated_sampling(None) == stated_sampling(tmp_path / "nowhere") == found
 
 
-@pytest.mark.parametrize("content", [[], "hot", 3, None])
-def test_a_record_that_is_no_object_is_left_out(content: object) -> None:
-    found = read_stated(content, "build.json")
-    assert found.values == {}
-    assert found.faults == (f"sampling in build.json is {content!r}, not an object: left out",)
-
-
-def test_what_is_stated_survives_a_record(tmp_path: Path) -> None:
+def test_what_is_stated_is_all_that_is_read(tmp_path: Path) -> None:
     write_json(tmp_path / "generation_config.json", {**STATED, "eos_token_id": [1, 2], "min_p": 0, "top_h": 3})
-    stated = stated_sampling(tmp_path)
-    assert stated.values == {**STATED, "min_p": 0}
-    assert read_stated(json.loads(json.dumps(dict(stated.values))), "build.json") == stated
+    assert stated_sampling(tmp_path) == StatedSampling({**STATED, "min_p": 0})

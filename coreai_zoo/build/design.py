@@ -175,11 +175,6 @@ class Design:
         return f"The facts of entry {self.entry.name} were not compared with the published checkpoint."
 
     @property
-    def sampling(self) -> Mapping[str, Any]:
-        """How the checkpoint says that tokens are chosen, see `stated_sampling`; empty where it says nothing."""
-        return stated_sampling(self.source.directory).values
-
-    @property
     def asset(self) -> str:
         """Name of the asset in the bundle."""
         return f"{self.name}{self.backend.asset_suffix}"

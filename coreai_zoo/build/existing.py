@@ -34,7 +34,7 @@ from coreai_zoo.progress import Reporter
 
 # What of build.json a design without weights does not say, and what is said of the checkpoint, which is compared apart.
 _NOT_COMPARED = {"schema", "request", "command", "source", "files", "dropped", "notes", "facts", "tokenizer"}
-_OF_CHECKPOINT = {"origin", "licence", "language", "compared", "title", "sampling"}
+_OF_CHECKPOINT = {"origin", "licence", "language", "compared", "title"}
 
 _WORDS = {
     "zoo": "the version of the zoo",
@@ -50,7 +50,6 @@ _WORDS = {
     "origin": "what is known of the checkpoint's origin",
     "licence": "what is known of the licence",
     "language": "the languages that its card names",
-    "sampling": "how tokens are to be sampled",
 }
 
 

@@ -161,8 +161,6 @@ def describe(design: Design) -> dict[str, Any]:
         "roles": roles_meant(design),
         "weights": {role: _total(total) for role, total in sorted(totals.items())},
         "max_context": design.max_context,
-        # How the checkpoint says that tokens are chosen, where it says anything: `zoo run` goes by it.
-        **({"sampling": dict(design.sampling)} if design.sampling else {}),
         "functions": {name: signature_record(signature) for name, signature in design.signatures.items()},
     }
 

@@ -13,7 +13,7 @@ import numpy as np
 from attrs import asdict, frozen
 
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.checkpoint.generation_config import SETTINGS, StatedSampling, read_stated
+from coreai_zoo.checkpoint.generation_config import SETTINGS, StatedSampling, stated_sampling
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput, CheckFailed
 
@@ -74,8 +74,8 @@ class Sampling:
 
 
 def stated_by(bundle: Bundle) -> StatedSampling:
-    """What the checkpoint of a bundle says of sampling, as `zoo build` recorded it in build.json."""
-    return read_stated(bundle.build.get("sampling", {}), "build.json")
+    """What the checkpoint of a bundle says of sampling: its file is beside the bundle's tokenizer."""
+    return stated_sampling(bundle.tokenizer)
 
 
 def sampling_of(stated: Mapping[str, Any], given: Mapping[str, Any], seed: int = 0) -> Sampling:

@@ -21,7 +21,6 @@ from coreai_zoo.bundle.metadata import METADATA_VERSION, MODEL_DEFINITION, chunk
 from coreai_zoo.bundle.same_tokenizer import copy_problems
 from coreai_zoo.bundle.stored import check_stored
 from coreai_zoo.bundle.verify_tokenizer import tokenizer_problems
-from coreai_zoo.checkpoint.generation_config import stated_sampling
 from coreai_zoo.checkpoint.tokenizer import highest_token_id, tokenizer_class
 from coreai_zoo.dates import build_date
 from coreai_zoo.engine import Interface, sentence
@@ -226,12 +225,9 @@ def _source(bundle: Bundle, expected: Expected) -> Check:
 
 
 def check_copy(bundle: Bundle, checkpoint: Path, tokenizer_classes: Mapping[str, str]) -> Check:
-    """The check of the tokenizer's folder, and of how to sample, against the checkpoint's; see `same_tokenizer`."""
+    """The check of the tokenizer's folder against the checkpoint's; see `same_tokenizer`."""
     made_by_this = bundle.build.get("zoo") == distributions.version("coreai-zoo")
     problems = copy_problems(checkpoint, bundle.tokenizer, tokenizer_classes, of_this_zoo=made_by_this)
-    # A record of before there was such a block has none.
-    if "sampling" in bundle.build and bundle.build["sampling"] != (stated := dict(stated_sampling(checkpoint).values)):
-        problems.append(f"sampling in build.json is {bundle.build['sampling']!r}, and by the checkpoint {stated!r}")
     recorded = bundle.build.get("tokenizer")
     changes = recorded.get("changes") if isinstance(recorded, Mapping) else None
     kept = f"the checkpoint's, changed on purpose: {listing(changes)}" if changes else "the checkpoint's, byte for byte"

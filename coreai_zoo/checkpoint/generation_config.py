@@ -1,6 +1,6 @@
 """How a checkpoint's makers mean its tokens to be chosen: what `generation_config.json` says of sampling.
 
-The file need not be there, and may hold anything. A setting that nobody can sample by is left out, and said to be.
+The file need not be there, and may hold anything. A setting that nobody can sample by is not used, and said to be none.
 """
 
 from __future__ import annotations
@@ -80,18 +80,7 @@ class StatedSampling:
 
 def stated_sampling(checkpoint: Path | None) -> StatedSampling:
     """What the `generation_config.json` of a folder says of sampling; nothing where there is none, or no folder."""
-    return read_stated({} if checkpoint is None else optional_object(checkpoint / FILE), FILE)
-
-
-def read_stated(content: object, place: str) -> StatedSampling:
-    """What an object that was read from JSON says of sampling; it may be anything.
-
-    Args:
-        content: what was read.
-        place: what it was read from, for the faults.
-    """
-    if not isinstance(content, Mapping):
-        return StatedSampling({}, (f"sampling in {place} is {_shown(content)}, not an object: left out",))
+    content = {} if checkpoint is None else optional_object(checkpoint / FILE)
     values: dict[str, bool | int | float] = {}
     faults = []
     for name, allowed in {
@@ -104,7 +93,7 @@ def read_stated(content: object, place: str) -> StatedSampling:
         if SETTINGS[name].allows(value) if name in SETTINGS else isinstance(value, bool):
             values[name] = value
         else:
-            faults.append(f"{name} in {place} is {_shown(value)}, not {allowed}: left out")
+            faults.append(f"{name} in {FILE} is {_shown(value)}, not {allowed}: not used")
     return StatedSampling(values, tuple(faults))
 
 
