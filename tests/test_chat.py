@@ -571,21 +571,22 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509  # there are no threads
         )
         os.close(slave)
-        self.shown = ""
+        self.shown, self._behind = "", ""
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
     def wait_for(self, pattern: str, seconds: float = 60) -> str:
-        """All that is written until something fits; what comes later is looked at the next time."""
-        until, seen = time.monotonic() + seconds, ""
-        while not re.search(pattern, seen):
+        """All that is written until something fits; what comes behind it is looked at the next time."""
+        until, seen = time.monotonic() + seconds, self._behind
+        while not (found := re.search(pattern, seen)):
             ready, _, _ = select.select([self._master], [], [], max(0, until - time.monotonic()))
             assert ready, f"no {pattern!r} in {seen!r}"
             try:
                 seen += os.read(self._master, 4096).decode(errors="replace")
             except OSError:  # it has ended
                 assert re.search(pattern, seen), f"no {pattern!r} in {seen!r}, and it has ended"
+        seen, self._behind = seen[: found.end()], seen[found.end() :]
         self.shown += seen
         return seen
 

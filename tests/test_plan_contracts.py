@@ -436,10 +436,10 @@ def test_the_contracts_are_those_that_the_target_runs() -> None:
 
 
 def test_a_contract_that_cannot_be_is_left_out_with_the_reason() -> None:
-    found = compared("--recipe", "int4lin")
+    found = compared("--recipe", "mix68")
     assert FIXED not in [each["contract"] for each in found["contracts"]]
-    assert "int4" in found["left_out"][FIXED]
-    output = zoo("plan", DENSE, "--contracts", "--recipe", "int4lin").output
+    assert "int6" in found["left_out"][FIXED]
+    output = zoo("plan", DENSE, "--contracts", "--recipe", "mix68").output
     assert f"{FIXED} is left out: {found['left_out'][FIXED]}" in output
     long = compared("--prompt-tokens", "5000")
     assert long["left_out"] == {

@@ -177,7 +177,13 @@ GREEDY = "--temperature 0 takes the most probable token."
             Sampling(0.5, top_k=20),
             f"Sampling: temperature 0.5 as given, top-k 20 as the checkpoint says; {GREEDY}",
         ),
-        ({"do_sample": True}, {}, Sampling(1.0), f"Sampling as the checkpoint says: temperature 1; {GREEDY}"),
+        ({"do_sample": True}, {}, Sampling(), ""),
+        (
+            {"do_sample": True, "top_k": 3},
+            {},
+            Sampling(1.0, top_k=3),
+            f"Sampling as the checkpoint says: temperature 1, top-k 3; {GREEDY}",
+        ),
         # Who asks for a filter wants to sample.
         ({}, {"top_p": 0.9}, Sampling(1.0, 0.9), ""),
         ({}, {"top_p": 1.0, "top_k": 0, "min_p": 0.0}, Sampling(), ""),

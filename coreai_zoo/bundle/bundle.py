@@ -87,7 +87,7 @@ _ALSO: Mapping[str, Mapping[str, type]] = {
     "facts": {},
     "recipe": {},
     "roles": {"name": str, "meaning": str, "kind": str},
-    "weights": {"tensors": int, "parameters": int, "bytes": int},
+    "weights": {"parameters": int},
 }
 
 

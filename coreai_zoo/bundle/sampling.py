@@ -81,9 +81,9 @@ def stated_by(bundle: Bundle) -> StatedSampling:
 def sampling_of(stated: Mapping[str, Any], given: Mapping[str, Any], seed: int = 0) -> Sampling:
     """The sampling that was asked for, its other settings as the checkpoint states them.
 
-    As in transformers, a checkpoint that does not say `do_sample` means the most probable token, whatever else it says.
-    Who asks for a temperature or for a filter wants to sample; a temperature of 0 is the most probable token and
-    nothing else.
+    As in transformers, a checkpoint that does not say `do_sample` means the most probable token, whatever else it says;
+    so does one that says no more than that, neither a temperature nor a filter. Who asks for a temperature or for a
+    filter wants to sample; a temperature of 0 is the most probable token and nothing else.
 
     Args:
         stated: what the checkpoint says; see `stated_by`.
@@ -97,7 +97,8 @@ def sampling_of(stated: Mapping[str, Any], given: Mapping[str, Any], seed: int =
     if given.get("temperature") == 0:
         return Sampling(**given, seed=seed)
     asked = "temperature" in given or any(given[name] != SETTINGS[name].off for name in _FILTERS if name in given)
-    if not asked and stated.get("do_sample") is not True:
+    says_how = not settings.keys().isdisjoint({"temperature", *_FILTERS})
+    if not asked and not (stated.get("do_sample") is True and says_how):
         return Sampling(**{**settings, **given, "temperature": 0.0}, seed=seed)
     return Sampling(**{"temperature": SETTINGS["temperature"].off, **settings, **given}, seed=seed)
 
