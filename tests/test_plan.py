@@ -574,6 +574,17 @@ def test_an_entry_is_compared_recipe_by_recipe() -> None:
     assert all(f"{size:,}" in text for size in sizes.values())
 
 
+def test_recipes_of_two_files_that_are_called_alike_are_told_apart(tmp_path: Path) -> None:
+    shown = zoo("show-recipe", "int8hu").stdout
+    files = [tmp_path / folder / "mine.toml" for folder in ("one", "two")]
+    for file, text in zip(files, (shown, shown.replace("block_size = 32", "block_size = 64")), strict=True):
+        file.parent.mkdir()
+        file.write_text(text, encoding="utf-8")
+    headings = zoo("plan", DENSE, "--compare", "--recipe", files[0], "--recipe", files[1]).output
+    assert all(str(file) in headings for file in files)
+    assert str(files[0]) not in zoo("plan", DENSE, "--compare", "--recipe", files[0], "--recipe", "fp16").output
+
+
 def test_entries_and_checkpoints_are_compared_side_by_side(bare: Callable[..., Path]) -> None:
     result = zoo("plan", DENSE, MOE, "--checkpoint", bare(text_config("dense")), "--compare")
     assert result.exit_code == 0

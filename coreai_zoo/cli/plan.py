@@ -323,13 +323,24 @@ def _print_rates(plan: Plan, machines: Machines) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _recipe_names(plans: Sequence[Plan]) -> list[str]:
+    """The names of the plans' recipes; where two that differ are called alike, what they were asked for by."""
+    recipes = [plan.design.recipe for plan in plans]
+    alike = {one.name for one in recipes for other in recipes if one.name == other.name and one.rules != other.rules}
+    return [
+        str(plan.design.request.recipe) if recipe.name in alike else recipe.name
+        for plan, recipe in zip(plans, recipes, strict=True)
+    ]
+
+
 def _print_side_by_side(plans: Sequence[Plan], machines: Machines) -> None:
+    recipes = _recipe_names(plans)
     one_name = len({plan.name for plan in plans}) == 1
-    one_recipe = len({plan.design.recipe.name for plan in plans}) == 1
-    heads = [plan.design.recipe.name if one_name else plan.name for plan in plans]
+    one_recipe = len(set(recipes)) == 1
+    heads = recipes if one_name else [plan.name for plan in plans]
     if not one_name and not one_recipe:
-        heads = [f"{plan.name} {plan.design.recipe.name}" for plan in plans]
-    title = plans[0].name if one_name else plans[0].design.recipe.name if one_recipe else None
+        heads = [f"{plan.name} {recipe}" for plan, recipe in zip(plans, recipes, strict=True)]
+    title = plans[0].name if one_name else recipes[0] if one_recipe else None
     table = new_table("", *(Column(head, number=True) for head in heads), title=title)
     rows: list[tuple[str, list[str]]] = [
         ("contract", [plan.design.contract.name for plan in plans]),
