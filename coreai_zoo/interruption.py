@@ -37,17 +37,20 @@ _UNSAFE_MODULES = ("_frozen_importlib", "importlib._bootstrap", "weakref", "torc
 _UNSAFE_FUNCTIONS = ("__torch_dispatch__", "__torch_function__", "__del__")
 
 
+def _handler() -> Callable[[int, FrameType | None], object] | None:
+    """What answers Ctrl-C and may be exchanged here; None where nothing does, or another thread has to."""
+    handler = signal.getsignal(signal.SIGINT)
+    return handler if callable(handler) and threading.current_thread() is threading.main_thread() else None
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Within the block Ctrl-C waits: it counts when the block has ended.
 
     Where that takes minutes nobody has to wait: a second Ctrl-C ends the process at once.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    if isinstance(handler, _Noted):  # which raises nothing
+    handler = _handler()
+    if handler is None or isinstance(handler, _Noted):  # which raises nothing
         yield
         return
     pressed = False
@@ -75,8 +78,8 @@ def noted() -> Iterator[Callable[[], bool]]:
 
     Whoever cannot wait for that presses it three times, which ends the process at once.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+    handler = _handler()
+    if handler is None:
         yield lambda: False
         return
     presses = _Noted()

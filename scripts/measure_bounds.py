@@ -1,13 +1,15 @@
 """What the untouched samples show at most, from the transcripts of their gates: the rows of
 `coreai_zoo_qwen36/bounds.py`; of a family of your own, those of its plugin.
 
-    for recipe in fp16 int8lin int8hu int8mse uint8.toml mix68 int4lin; do  # uint8.toml: a body in uint8
+    for recipe in fp16 int8lin int8hu int8mse uint8.toml whole-range.toml mix68 int4lin; do
         zoo build qwen3.6-27b --sample --recipe $recipe -o out/$recipe       # and qwen3.6-35b-a3b
         for candidate in coreai torch; do
             zoo gate out/$recipe/* --candidate $candidate --allow-weak-prompt -o out/$recipe-$candidate
         done
     done
     python scripts/measure_bounds.py out/*-*/transcript.json
+
+uint8.toml is int8hu with the body in uint8, whole-range.toml with the mlp of layers 2 to -3 in the scheme symmetric.
 
     python scripts/measure_bounds.py --stress        # the rows of `_STRESS`, some minutes
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import frozen
 
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.generation_config import SETTINGS, StatedSampling, stated_sampling
@@ -199,8 +199,3 @@ def _in_a_row(processors: Sequence[Any]) -> Process:
         return processed
 
     return process
-
-
-def settings_record(sampling: Sampling) -> dict[str, Any]:
-    """A sampling for a program, as JSON."""
-    return asdict(sampling)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
+from attrs import asdict
 
 from coreai_zoo import interruption
 from coreai_zoo.bundle.bundle import Bundle
@@ -182,7 +183,7 @@ class _Talk:
         conversation = self._conversation
         content = {
             "bundle": conversation.bundle.directory.name,
-            "sampling": _sampling(conversation),
+            "sampling": asdict(conversation.choose.sampling),
             "messages": conversation.messages,
         }
         try:
@@ -221,12 +222,6 @@ _COMMANDS = MappingProxyType[str, tuple[str, str, Callable[[_Talk, str], None]]]
 )
 _LEAVE = ("exit", "quit")
 _MESSAGE = "A message that begins with a slash has a space before it."
-
-
-def _sampling(conversation: Conversation) -> dict[str, Any]:
-    from coreai_zoo.bundle.sampling import settings_record
-
-    return settings_record(conversation.choose.sampling)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from attrs import frozen
+from attrs import asdict, frozen
 
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
@@ -156,14 +156,12 @@ class _Events:
 
     def start(self) -> dict[str, object]:
         """The first event, without what is known when the prompt has been read."""
-        from coreai_zoo.bundle.sampling import settings_record
-
         return {
             "bundle": self.bundle.directory.name,
             "max_tokens": self.limits.tokens,
             "max_context": self.bundle.max_context,
             "stop": list(self.limits.texts),
-            "sampling": settings_record(self.sampling),
+            "sampling": asdict(self.sampling),
             "remarks": list(self.remarks),
         }
 
