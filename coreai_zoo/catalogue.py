@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from coreai_zoo.contracts import Contract
 from coreai_zoo.entry import Entry, load_entry
-from coreai_zoo.errors import BadInput, PluginError, ZooError, did_you_mean, listing
+from coreai_zoo.errors import BadInput, PluginError, ZooError, did_you_mean
 from coreai_zoo.recipe_files import read_recipe
 from coreai_zoo.recipes import Recipe
 
@@ -74,12 +73,8 @@ def find_entry(name: str, plugins: Plugins) -> tuple[Entry, str]:
     plugins.require_undisputed("zoo_entries", name)
     if name in entries:
         return entries[name]
-    near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.5)
-    if near:
-        hint = f"Did you mean {' or '.join(near)}?"
-    elif entries:
-        hint = f"There are: {listing(list(entries))}."
-    else:
+    hint = did_you_mean(name, entries, 3, 0.5)
+    if not entries:
         hint = "No plugin brings any entry: `zoo plugins` shows what is installed."
     raise plugins.not_found(f"no entry is called {name!r}.", hint)
 

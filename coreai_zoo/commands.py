@@ -7,12 +7,13 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 from attrs import field, frozen
 
+from coreai_zoo.errors import near_names
 from coreai_zoo.plugins import Plugins, default_plugins
 
 
@@ -35,12 +36,56 @@ class Number(click.FloatRange):
         return number
 
 
+class Headed(click.Command):
+    """A command with many options, which its help shows below headings.
+
+    Args:
+        headings: by the name of a parameter the heading above it and those that follow it.
+    """
+
+    def __init__(self, *args: Any, headings: Mapping[str, str], **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        unknown = set(headings) - {parameter.name for parameter in self.params}
+        if unknown:
+            raise ValueError(f"{self.name} has no parameters {sorted(unknown)}")
+        self._headings = headings
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Command.format_options`."""
+        heading, below = "Options", dict[str, list[tuple[str, str]]]()
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option):
+                heading = self._headings.get(str(parameter.name), heading)
+                below.setdefault(heading, []).extend(filter(None, [parameter.get_help_record(ctx)]))
+        for title, rows in below.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+class OneOf(click.Choice[str]):
+    """One of some words; the error about another one names the nearest."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """See `click.Choice.get_invalid_choice_message`."""
+        return f"{super().get_invalid_choice_message(value, ctx)} {near_names(str(value), self.choices)}".rstrip()
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def print_json(value: object) -> None:
     """Print `value` for a program; what JSON does not know is printed as text."""
     click.echo(json.dumps(value, indent=2, default=str))
+
+
+def say_next(why: str, command: str) -> None:
+    """End a command that people read by naming the next one, on stderr.
+
+    Args:
+        why: what it is for, as in `compare it with Hugging Face`.
+        command: the command, see `errors.zoo_command`.
+    """
+    click.echo(f"Next, {why}: {command}", err=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

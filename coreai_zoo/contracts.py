@@ -6,6 +6,7 @@ adds its own states through the `zoo_extra_states` hook. Facts and their sources
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -179,6 +180,12 @@ def _largest_capacity(max_context: int) -> int:
     return capacity
 
 
+def benchmark_command(bundle: str, prompt_tokens: int, answer_tokens: int, runs: int) -> str:
+    """The line by which the engine's own tool measures a bundle, which a shell takes as it is."""
+    words = ["swift", "run", "-c", "release", "llm-benchmark", "--model", bundle]
+    return shlex.join([*words, "-p", str(prompt_tokens), "-g", str(answer_tokens), "-n", str(runs)])
+
+
 def _engine_usage(of_calls: str) -> str:
     """The lines of the engine's own pages (models/*/README.md there), with what the functions' calls ask of them."""
     return f"""\
@@ -186,7 +193,7 @@ In a checkout of [apple/coreai-models](https://github.com/apple/coreai-models), 
 
 ```
 swift run -c release llm-runner --model BUNDLE --warmup off --prompt "Hello"
-swift run -c release llm-benchmark --model BUNDLE -p 128 -g 128 -n 3
+{benchmark_command("BUNDLE", 128, 128, 3)}
 ```
 
 {of_calls}

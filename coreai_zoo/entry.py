@@ -21,6 +21,7 @@ from attrs import field, frozen
 from attrs.validators import in_, min_len, optional
 from cattrs.errors import ClassValidationError
 
+from coreai_zoo.dtypes import size
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.names import slug
 from coreai_zoo.toml_files import (
@@ -158,17 +159,25 @@ class BundleDefaults:
 
 @frozen
 class Published:
-    """A measurement that somebody published of a bundle of this entry: `zoo plan` shows it beside its prediction.
+    """A measurement of a bundle of this entry, written by the backend that is usual for its contract.
 
-    The bundle is of the entry's own contract.
+    `zoo plan` shows it beside its prediction; `zoo bench` prints one.
 
     Attributes:
         recipe: that the bundle was made with.
         machine: the chip, as `zoo plan` names it.
         decode: tokens per second.
         source: where it was published.
-        asset_bytes: size of the asset's bytecode, or None where it was not published.
+        asset_bytes: size of the asset's bytecode, or None where it was not published, as all below.
         note: what was special, if anything.
+        contract: of the bundle; None for the entry's own.
+        prompt_tokens: length of the prompt that `prefill` and `first_token` are of.
+        prefill: tokens of a prompt per second.
+        first_token: seconds from the beginning of a prompt until the first token of the answer.
+        load: seconds until the bundle was loaded.
+        peak_memory: bytes that the process took at its peak.
+        system: of the machine, such as `macOS 27.2`.
+        versions: of what ran it.
     """
 
     recipe: str = field(validator=min_len(1))
@@ -177,6 +186,28 @@ class Published:
     source: str = field(validator=min_len(1))
     asset_bytes: int | None = field(default=None, validator=optional(_positive))
     note: str | None = field(default=None, validator=optional(min_len(1)))
+    contract: str | None = field(default=None, validator=optional(min_len(1)))
+    prompt_tokens: int | None = field(default=None, validator=optional(_positive))
+    prefill: float | None = field(default=None, validator=optional(_above_zero))
+    first_token: float | None = field(default=None, validator=optional(_above_zero))
+    load: float | None = field(default=None, validator=optional(_above_zero))
+    peak_memory: int | None = field(default=None, validator=optional(_positive))
+    system: str | None = field(default=None, validator=optional(min_len(1)))
+    versions: str | None = field(default=None, validator=optional(min_len(1)))
+
+    @property
+    def sentence(self) -> str:
+        """All of it, without a full stop."""
+        prompt = f"a prompt of {self.prompt_tokens:,} tokens" if self.prompt_tokens else "a prompt"
+        where = [each for each in (self.machine, self.system, self.versions, self.note) if each]
+        more = [
+            f"{prompt} at {self.prefill:g} tokens/s" if self.prefill else "",
+            f"the first token after {self.first_token:g} s" if self.first_token else "",
+            f"loaded in {self.load:g} s" if self.load else "",
+            f"{size(self.peak_memory)} of memory at the peak" if self.peak_memory else "",
+        ]
+        told = "; ".join([", ".join(where), ", ".join(filter(None, more))]).removesuffix("; ")
+        return f"{self.decode:g} tokens/s on {told} ({self.source})"
 
 
 @frozen

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import itertools
 import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -94,6 +95,8 @@ def reason(error: BaseException) -> tuple[str, int]:
 # Words
 # ---------------------------------------------------------------------------------------------------------------------
 
+_LOOKED_AT = 10_000  # names in a folder, of which one may be meant
+
 
 def zoo_command(*words: object) -> str:
     """A command of `zoo` that a user can paste into a shell as it is, whatever the paths in it are called."""
@@ -117,8 +120,29 @@ def did_you_mean(name: str, known: Collection[str], count: int = 1, cutoff: floa
         count: how many of the nearest are named at most.
         cutoff: how much alike they have to be, from 0 to 1.
     """
-    near = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
-    if near:
-        return f"Did you mean {' or '.join(near)}?"
     separator = "; " if any("," in each for each in known) else ", "
-    return f"There are {listing(list(known), separator=separator) or 'none'}."
+    return near_names(name, known, count, cutoff) or f"There are {listing(list(known), separator=separator) or 'none'}."
+
+
+def near_names(name: str, known: Collection[str], count: int = 3, cutoff: float = 0.6) -> str:
+    """As `did_you_mean`, but empty where no name is near. Capital letters make no difference."""
+    names = {each.lower(): each for each in reversed([*known])}
+    near = difflib.get_close_matches(name.lower(), names, n=count, cutoff=cutoff)
+    return f"Did you mean {' or '.join(names[each] for each in near)}?" if near else ""
+
+
+def near_paths(path: Path) -> str:
+    """The hint about a path that is not there: what is called almost like its first part that is missing."""
+    missing = path
+    while missing.parent != missing and not missing.parent.is_dir():
+        missing = missing.parent
+    try:
+        beside = [each.name for each in itertools.islice(missing.parent.iterdir(), _LOOKED_AT)]
+    except OSError:
+        return ""
+    return near_names(str(missing), [str(missing.parent / name) for name in beside if _alike(name, missing.name)])
+
+
+def _alike(name: str, other: str) -> bool:
+    """Whether two names are near by themselves: paths with a long beginning in common are near anyway."""
+    return bool(difflib.get_close_matches(name.lower(), [other.lower()], n=1, cutoff=0.75))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import get_args
 
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, listing, near_names
 from coreai_zoo.recipes import PLAIN, IntegerDtype, QuantizationSpec, Scales, Scheme, usual_scheme
 
 _BLOCK = 32  # inputs per scale where nothing else is said: the blocks that engines are fast with
+
+
+_OTHER_PARTS = (PLAIN, "channel", f"block{_BLOCK}", *get_args(Scales))
 
 
 def read_format(text: str) -> QuantizationSpec | None:
@@ -29,7 +32,8 @@ def read_format(text: str) -> QuantizationSpec | None:
     scheme = rest.pop(0) if rest else usual_scheme(dtype)
     for value, known in ((dtype, get_args(IntegerDtype)), (scheme, get_args(Scheme))):
         if value not in known:
-            raise _unreadable(text, f"{value!r} is none of {listing(list(known))}")
+            near = near_names(value, [*known, *_OTHER_PARTS])
+            raise _unreadable(text, f"{value!r} is none of {listing(list(known))}", near)
     if rest:
         raise _unreadable(text, f"{':'.join(rest)!r} is too much")
     try:
@@ -55,8 +59,6 @@ def _read_block(text: str, part: str) -> int | None:
     return int(size)
 
 
-def _unreadable(text: str, why: str) -> BadInput:
-    return BadInput(
-        f"The format {text!r} cannot be read: {why}.",
-        f"Write DTYPE[:blockN|:channel][:SCHEME][:mse], for example int4 or int4:block64:symmetric, or {PLAIN}.",
-    )
+def _unreadable(text: str, why: str, near: str = "") -> BadInput:
+    hint = f"Write DTYPE[:blockN|:channel][:SCHEME][:mse], for example int4 or int4:block64:symmetric, or {PLAIN}."
+    return BadInput(f"The format {text!r} cannot be read: {why}.", f"{near} {hint}".lstrip())

@@ -1,8 +1,11 @@
-"""The memory that this machine has, and what a container leaves of it."""
+"""This machine: its memory and what a container leaves of it, what this process took, its processor and system."""
 
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +34,37 @@ def physical_memory() -> int | None:
     if not hasattr(os, "sysconf"):  # Windows
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(proc: Path = _PROC) -> int | None:
+    """Bytes of memory that this process held at its peak, files that it maps included; None where no system says."""
+    for line in _lines(proc / "self" / "status"):  # on Linux ru_maxrss may be that of the process that started this one
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if sys.platform != "darwin":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def processor(proc: Path = _PROC) -> str:
+    """What the processor of this machine is sold as: `Apple M4 Max`; else its architecture, such as `x86_64`."""
+    named = ""
+    if sys.platform == "darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        named = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    for line in _lines(proc / "cpuinfo"):
+        if line.startswith("model name"):
+            named = line.partition(":")[2]
+            break
+    return named.strip() or platform.machine()
+
+
+def operating_system() -> str:
+    """Name and version of the system: `macOS 27.2`, `Linux 6.12.1`."""
+    mac = platform.mac_ver()[0]
+    return f"macOS {mac}" if mac else f"{platform.system()} {platform.release()}"
 
 
 def _free(proc: Path) -> Iterator[int]:
@@ -63,6 +97,6 @@ def _room(folder: Path, limit: str, usage: str, cache: tuple[str, ...]) -> Itera
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="ascii").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []

@@ -12,8 +12,7 @@ Rules stand in their order. docs/recipes.md says what each key means.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from coreai_zoo.toml_files import (
     raise_bad_keys,
     read_toml,
     register_table,
+    toml_lines,
 )
 
 CHANNEL = "channel"
@@ -232,19 +232,8 @@ def _one_or_several(names: tuple[str, ...]) -> str | list[str] | None:
 def as_toml(recipe: Recipe) -> str:
     """The text of a recipe's file."""
     content = content_of(recipe)
-    head = [f"{key} = {_value(value)}" for key, value in content.items() if key != "rule"]
-    return "\n".join([*head, *_rule_lines(content["rule"])]) + "\n"
-
-
-def _rule_lines(rules: list[dict[str, Any]]) -> Iterator[str]:
-    for rule in rules:
-        yield "\n[[rule]]"
-        yield from (f"{key} = {_value(value)}" for key, value in rule.items())
-
-
-def _value(value: object) -> str:
-    # Of text, integers, booleans and lists of them, TOML is JSON, but for one control character.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    rules = [line for rule in content.pop("rule") for line in ("\n[[rule]]", *toml_lines(rule))]
+    return "\n".join([*toml_lines(content), *rules]) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

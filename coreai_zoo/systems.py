@@ -7,7 +7,7 @@ import re
 from attrs import field, frozen
 from attrs.validators import in_, matches_re
 
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, near_names
 
 _NAMES = ("macOS", "iOS")
 _VERSION = r"[0-9]+(?:\.[0-9]+)*"  # not \d, which digits of every script are
@@ -36,8 +36,10 @@ class System:
         found = _TARGET.fullmatch(text)
         names = [name for name in _NAMES if found and name.lower() == found[1].lower()]
         if found is None or not names:
-            known = " or ".join(map(str.lower, _NAMES))
-            raise BadInput(f"{text!r} names no system.", f"Write {known} and its version, such as macos27.0 or ios18.")
+            known, word = [name.lower() for name in _NAMES], re.split(r"[^a-z]", text.lower())[0]
+            near = "" if word in known else near_names(word, known, 1, 0.7)
+            hint = f"Write {' or '.join(known)} and its version, such as macos27.0 or ios18."
+            raise BadInput(f"{text!r} names no system.", f"{near} {hint}".lstrip())
         return cls(names[0], found[2])
 
     @property

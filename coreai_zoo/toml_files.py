@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -15,12 +16,19 @@ import cattrs
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 from cattrs.gen import make_dict_structure_fn, override
 
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, near_names, near_paths
 
 _TOML_TYPES = {bool: "a boolean", int: "an integer", float: "a float", str: "text", list: "a list", dict: "a table"}
 _T = TypeVar("_T")
 
 Structure = Callable[[Any, Any], Any]
+
+
+def toml_lines(table: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of a table's keys, whose values are text, numbers, booleans and lists of them."""
+    # Of these, TOML is JSON, but for one control character.
+    for key, value in table.items():
+        yield f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -36,7 +44,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise BadInput(f"the {what} {path} cannot be read: {error.strerror}.") from error
+        hint = near_paths(path) if isinstance(error, FileNotFoundError) else ""
+        raise BadInput(f"the {what} {path} cannot be read: {error.strerror}.", hint) from error
     except (ValueError, RecursionError) as error:  # also of bad UTF-8, and of a number with thousands of digits
         raise BadInput(f"the {what} {path} is not TOML: {error}.") from error
 
@@ -65,7 +74,9 @@ def as_it_is(value: Any, _type: Any) -> Any:
 def choice(value: object, type_: Any) -> object:
     """A hook for a Literal."""
     if value not in get_args(type_):
-        raise ValueError(f"{value!r} is not one of {', '.join(map(repr, get_args(type_)))}")
+        near = near_names(str(value), get_args(type_), 1)
+        known = f"{value!r} is not one of {', '.join(map(repr, get_args(type_)))}"
+        raise ValueError(f"{known}. {near}" if near else known)
     return value
 
 

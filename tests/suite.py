@@ -52,6 +52,7 @@ QUICK = frozenset(
 THOROUGH = frozenset(
     {
         "bad_input",
+        "bench",
         "benchmarks",
         "candidates",
         "cases",
@@ -70,6 +71,7 @@ THOROUGH = frozenset(
         "fp8",
         "gate",
         "golden_metadata",
+        "guidance",
         "gate_command",
         "gate_running_text",
         "gate_slice",

@@ -182,11 +182,11 @@ def adding(name: str) -> Callable[[click.Group], None]:
 
 
 def test_a_plugins_command_runs_and_is_in_the_help(make_plugin: MakePlugin) -> None:
-    plugins = host(a=make_plugin(zoo_register_commands=adding("bench")))
+    plugins = host(a=make_plugin(zoo_register_commands=adding("polish")))
 
-    assert zoo(plugins, "bench").output == "ran\n"
+    assert zoo(plugins, "polish").output == "ran\n"
     assert "From a plugin." in zoo(plugins, "--help").output
-    assert zoo(Plugins(), "bench").exit_code == 2, "commands of one run must not stay for the next"
+    assert zoo(Plugins(), "polish").exit_code == 2, "commands of one run must not stay for the next"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -302,7 +302,8 @@ def test_an_installed_plugin_that_cannot_be_imported_is_reported_in_one_line(
 
     assert result.returncode == 0
     assert result.stdout
-    (line,) = result.stderr.splitlines()
+    line, *others = result.stderr.splitlines()
+    assert all(other.startswith("Next, ") for other in others)
     assert line.startswith("warning: plugin 'wreck' (zoo_test_wreck of wreck 1.5) cannot be imported: ModuleNotFound")
 
 
@@ -311,7 +312,7 @@ def test_a_plugin_can_be_left_out(
     with_a_broken_plugin: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str]
 ) -> None:
     result = with_a_broken_plugin("--without", "wreck", *arguments)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, "wreck" in result.stderr) == (0, False)
     assert result.stdout == with_a_broken_plugin(*arguments).stdout
 
     neither = with_a_broken_plugin("--without", "wreck", "--without", "qwen36", "list", "--json")

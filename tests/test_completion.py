@@ -133,12 +133,13 @@ def test_a_plugins_command_is_completed(make_plugin: Callable[..., types.ModuleT
     from coreai_zoo.plugins import Plugins
 
     plugins = Plugins()
-    hook = {"zoo_register_commands": lambda cli: cli.add_command(click.Command("bench", help="From a plugin."))}
+    hook = {"zoo_register_commands": lambda cli: cli.add_command(click.Command("bake", help="From a plugin."))}
     plugins.register(make_plugin(**hook), "a")
 
     found = cli.shell_complete(click.Context(cli, obj=plugins), "b")
 
     assert [(item.value, item.help) for item in found] == [
         ("build", COMMANDS["build"][1]),
-        ("bench", "From a plugin."),
+        ("bench", COMMANDS["bench"][1]),
+        ("bake", "From a plugin."),
     ]

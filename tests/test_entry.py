@@ -179,7 +179,7 @@ def test_an_unknown_entry_is_answered_with_the_nearest_names(shipped: Plugins, n
 
 
 def test_an_unknown_entry_that_is_like_none_is_answered_with_all(shipped: Plugins) -> None:
-    with pytest.raises(BadInput, match=r"There are: .*qwen3\.6-27b, qwen3\.6-35b-a3b"):
+    with pytest.raises(BadInput, match=r"There are .*qwen3\.6-27b, qwen3\.6-35b-a3b"):
         find_entry("zzzzzzzz", shipped)
 
 

@@ -580,9 +580,9 @@ def test_recipes_of_two_files_that_are_called_alike_are_told_apart(tmp_path: Pat
     for file, text in zip(files, (shown, shown.replace("block_size = 32", "block_size = 64")), strict=True):
         file.parent.mkdir()
         file.write_text(text, encoding="utf-8")
-    headings = zoo("plan", DENSE, "--compare", "--recipe", files[0], "--recipe", files[1]).output
+    headings = zoo("plan", DENSE, "--compare", "--recipe", files[0], "--recipe", files[1]).stdout
     assert all(str(file) in headings for file in files)
-    assert str(files[0]) not in zoo("plan", DENSE, "--compare", "--recipe", files[0], "--recipe", "fp16").output
+    assert str(files[0]) not in zoo("plan", DENSE, "--compare", "--recipe", files[0], "--recipe", "fp16").stdout
 
 
 def test_entries_and_checkpoints_are_compared_side_by_side(bare: Callable[..., Path]) -> None:

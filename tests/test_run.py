@@ -99,7 +99,7 @@ def test_the_rates_of_prompt_and_answer_are_told_apart_on_stderr(
 ) -> None:
     result, _calls = answered
     tokens = len(tokenizer_of(chunked).encode(PROMPT).ids)
-    prompt, answer, remark = result.stderr.splitlines()
+    prompt, answer, remark, _next = result.stderr.splitlines()
     read, seconds, rate = told(prompt, "token")
     assert prompt.startswith("prompt: ") and prompt.endswith(", all but the last token by prefill in 2 calls")
     assert read == tokens and rate == pytest.approx(tokens / seconds, rel=0.05)
@@ -117,7 +117,7 @@ def test_a_bundle_without_prefill_reads_its_prompt_token_by_token(
     tokens = len(tokenizer_of(bundle).encode("import ").ids)
     result = zoo("run", bundle.directory, "-p", "import ", "-n", "1")
     assert calls == [("main", 1)] * tokens
-    prompt, answer, _remark = result.stderr.splitlines()
+    prompt, answer, _remark, _next = result.stderr.splitlines()
     assert told(prompt, "token")[0] == tokens
     assert prompt.endswith(", token by token")
     assert answer == "answer: 1 token, which came with the prompt: no rate"

@@ -210,12 +210,16 @@ class Figures:
     def published(self) -> tuple[Published, ...]:
         """Measurements that others published of this entry with this recipe.
 
-        They are of the entry's own contract, written by the backend that is usual for it: of any other there are none.
+        They are of this contract, written by the backend that is usual for it: of any other there are none.
         """
         entry, contract = self.design.entry, self.design.contract
-        if entry is None or contract.name != entry.contract or self.design.backend.name != backend_of(contract):
+        if entry is None or self.design.backend.name != backend_of(contract):
             return ()
-        return tuple(measured for measured in entry.published if self.design.is_stored_by(measured.recipe))
+        return tuple(
+            measured
+            for measured in entry.published
+            if (measured.contract or entry.contract) == contract.name and self.design.is_stored_by(measured.recipe)
+        )
 
 
 def needs(design: Design) -> Needs:

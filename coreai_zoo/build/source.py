@@ -25,7 +25,7 @@ from coreai_zoo.checkpoint.readme import read_front_matter
 from coreai_zoo.checkpoint.stream import open_on_hub
 from coreai_zoo.checkpoint.tokenizer import chat_templates
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, ZooError
+from coreai_zoo.errors import BadInput, ZooError, near_names, near_paths
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 
@@ -78,9 +78,9 @@ def find_subject(text: str, plugins: Plugins) -> Subject:
             return Subject(repository=repository)
         return Subject(named[0], evolve(repository, revision=repository.revision or named[0].hf_revision))
     if "/" in text or text.startswith((".", "~")):
+        hint = "Give an entry's name (`zoo list` shows them), a repository 'owner/name', or a folder that is there."
         raise BadInput(
-            f"{text} is no folder, and not the name of a repository on the hub.",
-            "Give an entry's name (`zoo list` shows them), a repository 'owner/name', or a folder that is there.",
+            f"{text} is no folder, and not the name of a repository on the hub.", near_paths(Path(path)) or hint
         )
     return Subject(entry=find_entry(text, plugins)[0])
 
@@ -231,7 +231,13 @@ def find_source(subject: Subject, request: BuildRequest, plugins: Plugins, repor
         hint = "Pass --checkpoint DIR with a folder that holds the model's config.json."
         return Source(config_of_entry(entry, plugins, hint))
     repository = subject.repository or _repository_of(entry)
-    hub = HubSource.open(repository, report)
+    try:
+        hub = HubSource.open(repository, report)
+    except BadInput as error:
+        known = [each.hf_id for each, _ in load_entries(plugins).values() if each.hf_id]
+        if repository.id not in known and (near := near_names(repository.id, known)):
+            error.add_note(near)
+        raise
     directory = hub.fetch_small((CONFIG, INDEX) if request.dry else None)
     # The hub's own is the same, and there also for those who do not fetch the README.
     card = read_front_matter(directory) or (hub.listing.card if hub.listing else {})

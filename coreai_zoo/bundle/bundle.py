@@ -23,7 +23,7 @@ from coreai_zoo.bundle.layout import BUILD_SCHEMA
 from coreai_zoo.checkpoint.strict_json import read_object
 from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.engine import ENGINES, Engine
-from coreai_zoo.errors import BadInput, CheckFailed, listing
+from coreai_zoo.errors import BadInput, CheckFailed, listing, near_paths
 from coreai_zoo.signature import Axis, InputSpec, StateSpec, TensorSpec, TraceSpec
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +127,8 @@ class Bundle:
             BadInput: when `directory` is not a bundle of this zoo.
         """
         if not directory.is_dir():
-            raise BadInput(f"There is no bundle at {directory}.", "`zoo build` prints where it put one.")
+            hint = near_paths(directory) or "`zoo build` prints where it put one."
+            raise BadInput(f"There is no bundle at {directory}.", hint)
         absent = [name for name in ("metadata.json", "build.json") if not (directory / name).is_file()]
         if absent:
             raise BadInput(f"{directory} is not a bundle of this zoo: it has no {' and no '.join(absent)}.")
@@ -152,6 +153,12 @@ class Bundle:
         if Path(asset).name != asset:
             raise CheckFailed(f"metadata.json of {self.directory} names the asset {asset!r}, not a plain name.")
         return self.directory / asset
+
+    @property
+    def asset_bytes(self) -> int:
+        """Bytes of the asset, as recorded."""
+        of_asset = f"{self.asset.name}/"
+        return sum(record["bytes"] for path, record in self.build["files"].items() if path.startswith(of_asset))
 
     @property
     def tokenizer(self) -> Path:

@@ -370,13 +370,10 @@ def _rates(needs: Needs) -> list[str]:
         )
         lines.append(f"The rate is that of {needs.rate_source.rstrip('.')}.{gathers} {needs.fit_source}")
     if needs.published:
-        lines.append(f"Measured by others, of such a bundle: {'; '.join(map(_measured, needs.published))}.")
+        lines.append(
+            f"Measured by others, of such a bundle: {'; '.join(measured.sentence for measured in needs.published)}."
+        )
     return lines
-
-
-def _measured(published: Published) -> str:
-    note = f", {published.note}" if published.note else ""
-    return f"{published.decode:g} tokens/s on {published.machine}{note} ({published.source})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

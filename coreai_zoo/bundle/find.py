@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.layout import EXPORTS
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.hub import find_cached
-from coreai_zoo.errors import BadInput, ZooError, did_you_mean, listing
+from coreai_zoo.errors import BadInput, ZooError, listing, near_names, near_paths
 from coreai_zoo.json_files import read_object
 from coreai_zoo.names import slug
 from coreai_zoo.plugins import Plugins
@@ -30,7 +29,9 @@ def find_bundle(text: str, plugins: Plugins) -> Path:
     if found is not None:
         return found
     if os.sep in text:
-        raise BadInput(f"There is no bundle at {text}.", "`zoo build` prints where it put one.")
+        raise BadInput(
+            f"There is no bundle at {text}.", near_paths(Path(text)) or "`zoo build` prints where it put one."
+        )
     raise BadInput(f"There is no bundle {text!r}, neither here nor in {EXPORTS}/.", _hint(text, plugins))
 
 
@@ -97,10 +98,9 @@ def _hint(text: str, plugins: Plugins) -> str:
         if slug(entry) == slug(text):
             return f"Make one: `zoo build {entry}`."
     names = bundle_names()
-    near = difflib.get_close_matches(text, entries, n=3)
     # Entries are no bundles: only those are named that may be meant.
-    hint = f"{did_you_mean(text, [*names, *near], 3)} " if names or near else ""
-    return f"{hint}`zoo build NAME` makes a bundle of an entry."
+    hint = near_names(text, [*names, *entries]) or (f"There are {listing(names)}." if names else "")
+    return f"{hint} `zoo build NAME` makes a bundle of an entry.".lstrip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from attrs import field, frozen
 
 from coreai_zoo.checkpoint.adapters import ADAPTER_CONFIG, adapter_alone, adapter_files, adapter_note
 from coreai_zoo.checkpoint.strict_json import read_object
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, listing, near_paths
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -20,7 +20,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 def _check_directory(directory: Path) -> None:
     if not directory.exists():
-        raise BadInput(f"The checkpoint directory {directory} does not exist.", "Check the path.")
+        raise BadInput(
+            f"The checkpoint directory {directory} does not exist.", near_paths(directory) or "Check the path."
+        )
     if not directory.is_dir():
         raise BadInput(
             f"The checkpoint {directory} is not a directory.", "Give the folder that holds config.json and the weights."

@@ -21,14 +21,13 @@ from click.shell_completion import CompletionItem
 
 from coreai_zoo import __version__, interruption
 from coreai_zoo.commands import plugins_of
-from coreai_zoo.errors import ZooError, failure_line, tell_failure_as
+from coreai_zoo.errors import ZooError, did_you_mean, failure_line, tell_failure_as
 from coreai_zoo.plugins import Plugins
 
 COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
     {
         "list": ("coreai_zoo.cli.list:list_entries", "What there is to build."),
         "show": ("coreai_zoo.cli.show:show", "Everything that is known of a model."),
-        "build": ("coreai_zoo.cli.build:build", "Build a bundle."),
         "plan": ("coreai_zoo.cli.plan:plan", "What a bundle would hold, need and run at, from a config alone."),
         "catalogue": (
             "coreai_zoo.cli.catalogue:catalogue",
@@ -36,29 +35,43 @@ COMMANDS: Mapping[str, tuple[str, str]] = types.MappingProxyType(
         ),
         "recipes": ("coreai_zoo.cli.recipes:recipes", "In what ways weights can be stored."),
         "show-recipe": ("coreai_zoo.cli.recipes:show_recipe", "Print the file of a recipe, ready to be edited."),
+        "build": ("coreai_zoo.cli.build:build", "Build a bundle."),
         "new": ("coreai_zoo.cli.new:new", "Write an entry for a checkpoint."),
         "run": ("coreai_zoo.cli.run:run", "Generate text with a bundle, on the runtime of this machine."),
         "chat": ("coreai_zoo.cli.chat:chat", "Talk to a bundle, turn by turn, in its own chat template."),
+        "bench": ("coreai_zoo.cli.bench:bench", "Measure how fast a bundle reads and writes on this machine."),
         "gate": ("coreai_zoo.cli.gate:gate", "Compare a bundle with Hugging Face, position by position."),
-        "sensitivity": (
-            "coreai_zoo.cli.sensitivity:sensitivity",
-            "Rank a model's weights by what quantizing them costs for each byte that it saves.",
-        ),
         "verify": (
             "coreai_zoo.cli.verify:verify",
             "Check a bundle's files, metadata, tokenizer, functions and weights, and, if it is small, real steps.",
         ),
-        "publish": ("coreai_zoo.cli.publish:publish", "Upload a bundle to the Hugging Face hub, with its card."),
+        "sensitivity": (
+            "coreai_zoo.cli.sensitivity:sensitivity",
+            "Rank a model's weights by what quantizing them costs for each byte that it saves.",
+        ),
         "diff": (
             "coreai_zoo.cli.diff:diff",
             "What differs between two bundles, entries, recipes or revisions of the code.",
         ),
         "check": ("coreai_zoo.cli.check:check", "Everything that has to hold before a change is merged."),
+        "publish": ("coreai_zoo.cli.publish:publish", "Upload a bundle to the Hugging Face hub, with its card."),
         "plugins": ("coreai_zoo.cli.plugins:list_plugins", "Which plugins are installed and what each brings."),
         "doctor": ("coreai_zoo.cli.doctor:doctor", "What this machine and installation can and cannot do."),
     }
 )
 """The host's commands in the order of `zoo --help`: where each is, and its first line of help."""
+
+SECTIONS: Mapping[str, str] = types.MappingProxyType(
+    {
+        "list": "Find and plan",
+        "build": "Build",
+        "run": "Use",
+        "gate": "Check",
+        "publish": "Share",
+        "plugins": "This installation",
+    }
+)
+"""By the name of a command the heading in `zoo --help` above it and those that follow it."""
 
 _COMPLETE = "_ZOO_COMPLETE"  # where click's scripts for shells say what they ask for
 
@@ -87,17 +100,26 @@ class ZooGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, with plugins' commands added first."""
+        """As click does, with plugins' commands added first, and the nearest for a name that is none."""
         self._add_plugin_commands(ctx)
+        name, known = click.utils.make_str(args[0]), self.list_commands(ctx)
+        if not name.startswith("-") and name not in known:
+            ctx.fail(f"No such command {name!r}. {did_you_mean(name, known)}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands; only plugins' are loaded for it."""
         self._add_plugin_commands(ctx)
-        rows = [(name, help_line) for name, (_target, help_line) in COMMANDS.items()]
-        rows += [(name, self.commands[name].get_short_help_str(limit=80)) for name in sorted(self.commands)]
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name, (_target, help_line) in COMMANDS.items():
+            if name in SECTIONS:
+                rows = sections.setdefault(SECTIONS[name], [])
+            rows.append((name, help_line))
+        of_plugins = [(name, self.commands[name].get_short_help_str(limit=80)) for name in sorted(self.commands)]
+        for heading, rows in {**sections, "Commands of plugins": of_plugins}.items():
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """The commands that begin with `incomplete`, without importing them, and the options before a command."""

@@ -16,22 +16,41 @@ from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_OUTPUT, BuildReque
 from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.cli.recipe_option import recipe_option
 from coreai_zoo.cli.target import target_option
-from coreai_zoo.commands import json_option, plugins_of, print_json
+from coreai_zoo.commands import Headed, OneOf, json_option, plugins_of, print_json, say_next
 from coreai_zoo.contracts import CONTRACTS
-from coreai_zoo.errors import BadInput, tell_failure_as
+from coreai_zoo.errors import BadInput, tell_failure_as, zoo_command
 from coreai_zoo.progress import EventReporter, Reporter
 
 _EXISTING = click.Path(path_type=Path)
 
 
-@click.command("build")
+@click.command(
+    "build",
+    cls=Headed,
+    headings={
+        "checkpoint": "Where weights come from",
+        "recipe": "What is built",
+        "output": "Where it goes",
+        "progress": "What is printed",
+    },
+)
 @click.argument("model", shell_complete=complete_entry)
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local copy of the entry's checkpoint.")
 @click.option("--sample", is_flag=True, help="The miniature trained checkpoint that ships with the entry.")
+@click.option(
+    "--custom", is_flag=True, help="The checkpoint is of another model than the entry says: build it as such."
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Fetch weights file by file, use and drop each: two are on the disk at a time, and not all.",
+)
 @recipe_option("Quantization: a name from `zoo recipes`, or a TOML file. Default: the entry's.")
 @click.option("--contract", metavar="C", help=f"Engine contract: {', '.join(CONTRACTS)}. Default: the entry's.")
 @click.option("--backend", metavar="B", help=f"coreai or coreml. Default: {DEFAULT_BACKEND}, or the target's.")
 @target_option
+@click.option("--max-context", type=int, metavar="N", help="Positions that the bundle allows. Default: the entry's.")
+@click.option("--layers", type=int, metavar="N", help="Build a slice: the first N layers only.")
 @click.option(
     "-o",
     "--output",
@@ -41,22 +60,12 @@ _EXISTING = click.Path(path_type=Path)
     metavar="DIR",
     help="Folder in which the bundle's own folder is made.",
 )
-@click.option("--max-context", type=int, metavar="N", help="Positions that the bundle allows. Default: the entry's.")
-@click.option("--layers", type=int, metavar="N", help="Build a slice: the first N layers only.")
-@click.option(
-    "--custom", is_flag=True, help="The checkpoint is of another model than the entry says: build it as such."
-)
 @click.option("--work-dir", type=_EXISTING, metavar="DIR", help="Where streamed files lie meanwhile, and what is kept.")
-@click.option(
-    "--stream",
-    is_flag=True,
-    help="Fetch weights file by file, use and drop each: two are on the disk at a time, and not all.",
-)
 @click.option("--keep-weights", is_flag=True, help="Note which weights are where: a rebuild copies them.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option(
     "--progress",
-    type=click.Choice(["auto", "json"]),
+    type=OneOf(["auto", "json"]),
     default="auto",
     show_default=True,
     help="On stderr: a bar or plain lines (with --json nothing), or one JSON object per event, also for a failure.",
@@ -111,6 +120,9 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
         click.echo(f"{result.path} is there already, and up to date.")
     else:
         click.echo(f"{result.path} ({result.bytes:,} bytes, {sum(result.seconds.values()):.1f} s)")
+    if not as_json and progress != "json":
+        checkpoint = ("--checkpoint", request.checkpoint) if request.checkpoint else ()
+        say_next("compare it with Hugging Face", zoo_command("gate", result.path, *checkpoint))
 
 
 def _described(request: BuildRequest, result: BuildResult) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from coreai_zoo.commands import json_option, plugins_of, print_json, print_text
+from coreai_zoo.commands import json_option, plugins_of, print_json, print_text, say_next
+from coreai_zoo.errors import zoo_command
 from coreai_zoo.planning.catalogue import as_record, read_catalogue
 from coreai_zoo.planning.catalogue_page import write_catalogue
 from coreai_zoo.progress import Reporter
@@ -47,3 +48,5 @@ def catalogue(ctx: click.Context, output: Path, as_json: bool) -> None:
         return
     print_text(f"{bundles:,} bundles, {refused:,} combinations refused.")
     print_text(f"Page: {page}\nFor programs: {data}, described by {schema}")
+    if record["bundles"]:
+        say_next("look at one of them", zoo_command("plan", record["bundles"][0]["entry"]))

@@ -18,8 +18,8 @@ from coreai_zoo.bundle.find import find_bundle
 from coreai_zoo.cache import cache_folder
 from coreai_zoo.cli.completion import complete_bundle
 from coreai_zoo.cli.generation import chosen_sampling, interpreter_note, rates, sampling_options, shows_progress
-from coreai_zoo.commands import plugins_of
-from coreai_zoo.errors import BadInput, did_you_mean
+from coreai_zoo.commands import Headed, plugins_of, say_next
+from coreai_zoo.errors import BadInput, did_you_mean, zoo_command
 from coreai_zoo.json_files import write_json
 from coreai_zoo.progress import Reporter
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from coreai_zoo.bundle.conversation import Conversation, Said
 
 
-@click.command("chat")
+@click.command("chat", cls=Headed, headings={"system": "The conversation", "temperature": "Sampling"})
 @click.argument("bundle", metavar="BUNDLE", shell_complete=complete_bundle)
 @click.option("--system", metavar="TEXT", help="An instruction before all turns.")
 @click.option("--no-think", is_flag=True, help="Have the model answer without thinking.")
@@ -71,6 +71,7 @@ def chat(
         for line in _typed() if on_terminal else _piped():
             if not talk.take(line):
                 break
+    say_next("measure how fast it is", zoo_command("bench", bundle))
     if talk.refused and not on_terminal:  # nobody has seen it
         ctx.exit(BadInput.exit_code)
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import attrs
 import click
 
-from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
-from coreai_zoo.errors import BadInput, CheckFailed, listing
+from coreai_zoo.commands import Column, OneOf, json_option, new_table, plugins_of, print_json, print_table, say_next
+from coreai_zoo.errors import BadInput, CheckFailed, listing, zoo_command
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.check import CHECKS, Checks
 from coreai_zoo.review.goldens import DEFAULT_FOLDER
 
 
 @click.command("check")
-@click.option("--only", multiple=True, type=click.Choice([*CHECKS]), help="Run this check only; may be repeated.")
+@click.option("--only", multiple=True, type=OneOf([*CHECKS]), help="Run this check only; may be repeated.")
 @click.option(
     "--goldens",
     "golden_folder",
@@ -62,3 +62,5 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
         print_table(table)
     if failed:
         raise CheckFailed(f"Failed: {listing(failed)}.")
+    if not as_json:
+        say_next("see what a change does to a bundle", zoo_command("diff", "ENTRY", "--rev", "main"))

@@ -9,7 +9,7 @@ import attrs
 import click
 
 from coreai_zoo.cli.completion import complete_bundle
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table, print_text
+from coreai_zoo.commands import Headed, json_option, new_table, plugins_of, print_json, print_table, print_text
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.progress import Reporter
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coreai_zoo.review.diff import Difference
 
 
-@click.command("diff")
+@click.command("diff", cls=Headed, headings={"revisions": "What is compared", "markdown": "What is printed"})
 @click.argument("a", metavar="A", shell_complete=complete_bundle)
 @click.argument("b", metavar="[B]", required=False, shell_complete=complete_bundle)
 @click.option("--rev", "revisions", multiple=True, metavar="REV", help="Compare the code at REV with the working tree.")

@@ -16,8 +16,17 @@ import click
 from attrs import frozen
 
 from coreai_zoo.catalogue import load_entries
-from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_rows, print_table
-from coreai_zoo.errors import EnvironmentLacks, listing
+from coreai_zoo.commands import (
+    Column,
+    json_option,
+    new_table,
+    plugins_of,
+    print_json,
+    print_rows,
+    print_table,
+    say_next,
+)
+from coreai_zoo.errors import EnvironmentLacks, listing, zoo_command
 from coreai_zoo.machine import physical_memory
 from coreai_zoo.plugins import Plugins
 
@@ -202,3 +211,6 @@ def doctor(ctx: click.Context, deep: bool, as_json: bool) -> None:
     bad = [finding.name for finding in findings if finding.needed and not finding.ok]
     if bad:
         raise EnvironmentLacks(f"not as required: {listing(bad)}. The table says what is wanted, and what to type.")
+    sample = next((entry.name for entry, _ in load_entries(plugins_of(ctx)).values() if entry.sample), None)
+    if not as_json and sample:
+        say_next("build what ships, to see it all work", zoo_command("build", sample, "--sample"))

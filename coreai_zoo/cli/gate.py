@@ -11,8 +11,18 @@ import click
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
 from coreai_zoo.cli.completion import complete_bundle
-from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_table, print_text
-from coreai_zoo.errors import BadInput
+from coreai_zoo.commands import (
+    Column,
+    Headed,
+    OneOf,
+    json_option,
+    new_table,
+    plugins_of,
+    print_table,
+    print_text,
+    say_next,
+)
+from coreai_zoo.errors import BadInput, zoo_command
 from coreai_zoo.gates.run import GateOptions, failure, report_folder, run_gate, write_report
 from coreai_zoo.progress import Reporter
 
@@ -21,9 +31,34 @@ _EXISTING = click.Path(path_type=Path)
 _SHOWN_FLIPS = 5  # of a bundle that fails badly; the report has them all
 
 
-@click.command("gate")
+@click.command(
+    "gate",
+    cls=Headed,
+    headings={"checkpoint": "The two sides", "prompt": "What they are run on", "output": "What comes of it"},
+)
 @click.argument("bundle", metavar="BUNDLE", shell_complete=complete_bundle)
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="The one it was built from. Not needed for a sample.")
+@click.option(
+    "--candidate",
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help="The asset on the runtime of its backend: coreai, for a Core ML bundle mil (a reference interpreter), or that "
+    "of a plugin's backend; torch: the overlay in PyTorch on the asset's weights; auto: by size.",
+)
+@click.option(
+    "--control/--no-control", default=True, help="Also run unquantized weights, to tell where flips are from."
+)
+@click.option(
+    "--oracle-dtype",
+    type=OneOf(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What the oracle computes in.",
+)
+@click.option("--oracle-cache", type=_EXISTING, metavar="DIR", help="Keep the oracle's results here and reuse them.")
+@click.option("--cached-only", is_flag=True, help="Fail where the cache has no result, instead of computing it.")
+@click.option("--against", metavar="OTHER", help="Compare with another bundle of the same checkpoint.")
 @click.option("-p", "--prompt", metavar="TEXT", help="Text to force through both, instead of the built-in prompts.")
 @click.option("--prompts", metavar="NAME,...", help="Some of the built-in: code, text, digits, spanish, chat, long.")
 @click.option("--prompt-file", type=_EXISTING, multiple=True, metavar="FILE", help="A text file; may be repeated.")
@@ -39,27 +74,6 @@ _SHOWN_FLIPS = 5  # of a bundle that fails badly; the report has them all
     help="Also measure perplexity and KL divergence over a text file, or over the text that ships.",
 )
 @click.option("--allow-weak-prompt", is_flag=True, help="Judge prompts too on which the oracle is unsure of itself.")
-@click.option(
-    "--candidate",
-    metavar="NAME",
-    default="auto",
-    show_default=True,
-    help="The asset on the runtime of its backend: coreai, for a Core ML bundle mil (a reference interpreter), or that "
-    "of a plugin's backend; torch: the overlay in PyTorch on the asset's weights; auto: by size.",
-)
-@click.option(
-    "--control/--no-control", default=True, help="Also run unquantized weights, to tell where flips are from."
-)
-@click.option(
-    "--oracle-dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="What the oracle computes in.",
-)
-@click.option("--oracle-cache", type=_EXISTING, metavar="DIR", help="Keep the oracle's results here and reuse them.")
-@click.option("--cached-only", is_flag=True, help="Fail where the cache has no result, instead of computing it.")
-@click.option("--against", metavar="OTHER", help="Compare with another bundle of the same checkpoint.")
 @click.option("-o", "--output", type=_EXISTING, metavar="DIR", help="Where the report goes. Default: BUNDLE/gate.")
 @click.option(
     "--sensitivity", is_flag=True, help="Instead: rank roles by what quantizing them costs, as `zoo sensitivity`."
@@ -126,6 +140,11 @@ def gate(
         click.echo(f"Report: {page}")
     if not records[0]["verdict"]["passed"]:
         raise failure(opened[0].directory.name, records[0]["verdict"]["reasons"])
+    if not as_json:
+        if opened[0].build.get("sample"):
+            say_next("have it write", zoo_command("run", bundle, "-p", "def main("))
+        else:
+            say_next("publish it", zoo_command("publish", bundle, "OWNER/NAME", "--dry-run"))
 
 
 def _rank(ctx: click.Context, bundle: str, options: GateOptions, *, as_json: bool) -> None:

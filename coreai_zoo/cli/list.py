@@ -10,9 +10,19 @@ import click
 from coreai_zoo.build.chips import EFFICIENCY, EFFICIENCY_SOURCE, GPU_SHARE_SOURCE
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.cli.plan_machines import figure
-from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, print_text
+from coreai_zoo.commands import (
+    Column,
+    json_option,
+    new_table,
+    plugins_of,
+    print_json,
+    print_table,
+    print_text,
+    say_next,
+)
 from coreai_zoo.dtypes import size
 from coreai_zoo.entry import Entry
+from coreai_zoo.errors import zoo_command
 from coreai_zoo.planning.describe import IDEAL_GATHERING
 from coreai_zoo.planning.machines import Fit, Machine, fitting, parse_machine
 
@@ -85,6 +95,8 @@ def _print_entries(entries: Iterable[tuple[Entry, str]], *, as_json: bool) -> No
         row = (entry.facts.ffn, _billions(entry.facts.parameters), entry.recipe, entry.contract, entry.status, plugin)
         table.add_row(entry.name, *row)
     print_table(table)
+    if table.rows:
+        say_next("see what it needs", zoo_command("plan", table.rows[0][0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,6 +133,8 @@ def _print_fitting(machine: Machine, fits: Mapping[str, tuple[Fit, ...]], reason
         print_text(f"The rate at {100 * EFFICIENCY:.3g} % of the bandwidth: {EFFICIENCY_SOURCE}")
     if machine.chip is not None and any(fit.plan.gathers for found in fits.values() for fit in found):
         print_text(IDEAL_GATHERING)
+    if table.rows:
+        say_next("build one of them", zoo_command("build", table.rows[-1][0], "--recipe", table.rows[-1][1]))
 
 
 def _described(machine: Machine, fits: Mapping[str, tuple[Fit, ...]], reasons: Mapping[str, str]) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from coreai_zoo.cli.recipe_option import print_misfits, recipe_option
 from coreai_zoo.cli.target import target_option
 from coreai_zoo.commands import (
     Column,
+    Headed,
     Number,
     json_option,
     new_table,
@@ -33,13 +34,20 @@ from coreai_zoo.commands import (
     print_rows,
     print_table,
     print_text,
+    say_next,
 )
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.dtypes import size
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, zoo_command
 from coreai_zoo.overlay import COMMON_ROLES
 from coreai_zoo.planning.contracts import compare_contracts
-from coreai_zoo.planning.describe import IDEAL_GATHERING, describe_bundle, describe_decode, describe_model
+from coreai_zoo.planning.describe import (
+    IDEAL_GATHERING,
+    describe_bundle,
+    describe_decode,
+    describe_model,
+    describe_published,
+)
 from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import one_or_several, stored_text
@@ -50,7 +58,16 @@ PROMPT_TOKENS = 2000
 _RATES = (1e-3, 1e6)  # GB/s and TFLOPS of anything that may be a machine: with these nothing overflows or vanishes
 
 
-@click.command("plan")
+@click.command(
+    "plan",
+    cls=Headed,
+    headings={
+        "checkpoints": "What is planned",
+        "chips": "Machines",
+        "compare": "Side by side",
+        "as_json": "What is printed",
+    },
+)
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=complete_entry)
 @click.option(
     "--checkpoint",
@@ -166,6 +183,12 @@ def plan(
             print_json(describe_contracts(options, machines))
         else:
             print_contracts(options, machines)
+            fewest = min(options.options, key=lambda option: len(option.calls))
+            contract = fewest.plan.design.contract.name
+            say_next(
+                "build what reads a prompt in the fewest calls",
+                zoo_command(*_words(subjects[0]), "--contract", contract),
+            )
         return
     if every_recipe:
         by_recipe, misfits = plans_by_recipe(subjects[0], plugins)
@@ -179,8 +202,24 @@ def plan(
     elif compare:
         _print_side_by_side(plans, machines)
         print_misfits(misfits)
+        say_next("build the usual one", zoo_command(*_words(subjects[0])))
     else:
         _print(plans[0], machines)
+        say_next("build it", zoo_command(*_words(subjects[0])))
+
+
+def _words(asked: BuildRequest) -> list[object]:
+    """The words of the command that builds what was planned."""
+    options = {
+        "--checkpoint": asked.checkpoint,
+        "--recipe": asked.recipe,
+        "--contract": asked.contract,
+        "--backend": asked.backend,
+        "--target": asked.target.target if asked.target else None,
+        "--max-context": asked.max_context,
+    }
+    given = [word for option, value in options.items() if value is not None for word in (option, value)]
+    return ["build", *([asked.model] if asked.model else []), *given]
 
 
 def _require_one_question(
@@ -225,8 +264,7 @@ def _print(plan: Plan, machines: Machines) -> None:
     for note in plan.design.notes:
         print_text(f"Note: {note}.")
     for measured in plan.published:
-        special = f" ({measured.note})" if measured.note else ""
-        print_text(f"Published: {measured.decode:g} tokens/s on {measured.machine}{special}; {measured.source}.")
+        print_text(f"Published: {measured.sentence}.")
     if not machines.chips:
         print_text(NO_MACHINES)
         return
@@ -401,5 +439,5 @@ def _described(plan: Plan, machines: Machines) -> Mapping[str, Any]:
         "build": plan.build.as_json(),
         "efficiency": describe_efficiency(machines),
         "machines": [describe_decode(plan, chip, machines.efficiency) for chip in machines.chips],
-        "published": [asdict(measured) for measured in plan.published],
+        "published": describe_published(plan),
     }

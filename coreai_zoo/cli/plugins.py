@@ -6,7 +6,8 @@ import attrs
 import click
 
 from coreai_zoo.catalogue import load_entries
-from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, say_next
+from coreai_zoo.errors import zoo_command
 from coreai_zoo.plugins import GROUP
 
 
@@ -41,3 +42,4 @@ def list_plugins(ctx: click.Context, as_json: bool) -> None:
     print_table(table)
     if not described:
         click.echo(f"No package advertises a plugin in the entry-point group {GROUP!r}.")
+    say_next("see what there is to build", zoo_command("list"))

@@ -16,9 +16,9 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
 from coreai_zoo.bundle.publish import Publication, Target
 from coreai_zoo.cli.completion import complete_bundle
-from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, say_next
 from coreai_zoo.dtypes import size
-from coreai_zoo.errors import CheckFailed, EnvironmentLacks
+from coreai_zoo.errors import CheckFailed, EnvironmentLacks, zoo_command
 from coreai_zoo.progress import Reporter
 
 
@@ -60,6 +60,10 @@ def publish(
     publication = Publication(Bundle.open(find_bundle(bundle, plugins_of(ctx))))
     if dry_run:
         _try(ctx, publication, target, ungated=ungated, private=private, as_json=as_json)
+        if not as_json:
+            flags = [flag for flag, given in (("--private", private), ("--ungated", ungated)) if given]
+            branch = ["--revision", revision] if revision else []
+            say_next("upload it", zoo_command("publish", bundle, repo, *flags, *branch))
         return
     if not ungated:
         publication.require_passed()
@@ -81,6 +85,8 @@ def publish(
         print_json(_described(publication, target, private=private) | {"page": page})
     else:
         click.echo(page)
+        words = ["hf", "download", target.repository, "--local-dir", publication.bundle.directory.name]
+        say_next("fetch it where it is to run", shlex.join(words))
 
 
 def _try(

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
-from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.build.request import DEFAULT_RECIPE, BuildRequest
 from coreai_zoo.catalogue import find_recipe
 from coreai_zoo.cli.completion import complete_entry, complete_recipe
 from coreai_zoo.cli.recipe_option import print_misfits
-from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table
+from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, say_next
 from coreai_zoo.dtypes import size
+from coreai_zoo.errors import zoo_command
 from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.recipe_files import as_toml, content_of
 from coreai_zoo.recipes import Recipe
@@ -40,6 +41,10 @@ def recipes(ctx: click.Context, model: str | None, as_json: bool) -> None:
         print_json([_described(recipe, plans.get(name), misfits.get(name)) for name, recipe in known.items()])
         return
     _print(known, plans, misfits)
+    if model is not None:
+        say_next("compare them", zoo_command("plan", model, "--compare"))
+    elif DEFAULT_RECIPE in known:
+        say_next("write one of your own", f"{zoo_command('show-recipe', DEFAULT_RECIPE)} > mine.toml")
 
 
 @click.command("show-recipe")
@@ -61,6 +66,7 @@ def show_recipe(ctx: click.Context, recipe: str, as_json: bool) -> None:
         print_json(_described(found, None, None))
     else:
         click.echo(as_toml(found), nl=False)
+        say_next("see what an edited copy gives", zoo_command("plan", "MODEL", "--recipe", "FILE.toml"))
 
 
 def _print(known: Mapping[str, Recipe], plans: Mapping[str, Plan], misfits: Mapping[str, str]) -> None:

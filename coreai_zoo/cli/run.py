@@ -23,8 +23,8 @@ from coreai_zoo.cli.generation import (
     sampling_options,
     shows_progress,
 )
-from coreai_zoo.commands import plugins_of
-from coreai_zoo.errors import BadInput
+from coreai_zoo.commands import Headed, plugins_of, say_next
+from coreai_zoo.errors import BadInput, near_paths, zoo_command
 from coreai_zoo.progress import Reporter
 
 if TYPE_CHECKING:
@@ -32,15 +32,24 @@ if TYPE_CHECKING:
     from coreai_zoo.bundle.sampling import Sampling
 
 
-@click.command("run")
+@click.command(
+    "run",
+    cls=Headed,
+    headings={
+        "prompt": "The prompt",
+        "max_tokens": "The answer",
+        "temperature": "Sampling",
+        "as_json": "What is printed",
+    },
+)
 @click.argument("bundle", metavar="BUNDLE", shell_complete=complete_bundle)
 @click.option("-p", "--prompt", help="Text to continue.")
 @click.option("-f", "--file", type=click.Path(dir_okay=False, path_type=Path), help="A file with that text.")
+@click.option("--chat", is_flag=True, help="Treat the prompt as a user's message, in the bundle's chat template.")
 @click.option(
     "-n", "--max-tokens", "--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="At most so many."
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
-@click.option("--chat", is_flag=True, help="Treat the prompt as a user's message, in the bundle's chat template.")
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print events, one JSON object a line, as they come.")
 @click.pass_context
@@ -74,6 +83,7 @@ def run(
     """
     from coreai_zoo.bundle.generate import Limits, Pace, chat_prompt, generate
     from coreai_zoo.bundle.verify import backend_of, require_asset
+    from coreai_zoo.checkpoint.chat_template import find_chat_template
 
     if "" in stop:
         raise BadInput("--stop is empty.", "Leave it out: it ends an answer before a text that is none.")
@@ -96,6 +106,10 @@ def run(
     for line in (*rates(pace), interpreter_note(backend)):
         if line:
             click.echo(line, err=True)
+    if find_chat_template(opened.tokenizer) is None:
+        say_next("measure how fast it is", zoo_command("bench", bundle))
+    else:
+        say_next("talk to it", zoo_command("chat", bundle))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +140,8 @@ def _decoded(file: Path | None, what: str) -> str:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
         return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except (OSError, UnicodeError) as error:
-        raise BadInput(f"{what} cannot be read as UTF-8 text: {error}.") from error
+        hint = near_paths(file) if file is not None and not file.exists() else ""
+        raise BadInput(f"{what} cannot be read as UTF-8 text: {error}.", hint) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

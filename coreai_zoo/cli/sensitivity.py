@@ -8,9 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coreai_zoo.build.request import DEFAULT_RECIPE
 from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.cli.recipe_option import recipe_option
-from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, print_text
+from coreai_zoo.commands import (
+    Column,
+    Headed,
+    OneOf,
+    json_option,
+    new_table,
+    plugins_of,
+    print_json,
+    print_table,
+    print_text,
+    say_next,
+)
+from coreai_zoo.errors import zoo_command
 from coreai_zoo.format_text import format_text
 from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import PLAIN
@@ -22,7 +35,16 @@ if TYPE_CHECKING:
 _EXISTING = click.Path(path_type=Path)
 
 
-@click.command("sensitivity")
+@click.command(
+    "sensitivity",
+    cls=Headed,
+    headings={
+        "checkpoint": "The model",
+        "stored_from": "What is stored otherwise",
+        "prompt": "What it is measured on",
+        "output": "Who measures, and where it goes",
+    },
+)
 @click.argument("subject", metavar="BUNDLE_OR_ENTRY", shell_complete=complete_entry)
 @click.option("--checkpoint", type=_EXISTING, metavar="DIR", help="A local Hugging Face checkpoint.")
 @click.option("--sample", is_flag=True, help="Of an entry: the miniature that ships with it.")
@@ -53,7 +75,7 @@ _EXISTING = click.Path(path_type=Path)
 @click.option("--per-tensor", is_flag=True, help="Take each tensor by itself. One run for each.")
 @click.option("-p", "--prompt", help="Text to measure on. Default: the gate's built-in Python program.")
 @click.option("--positions", type=click.IntRange(1), metavar="N", help="How many of its tokens. Default: at most 64.")
-@click.option("--by", type=click.Choice(["kl", "margin"]), default="kl", show_default=True, help="What ranks.")
+@click.option("--by", type=OneOf(["kl", "margin"]), default="kl", show_default=True, help="What ranks.")
 @click.option(
     "-o",
     "--output",
@@ -108,6 +130,7 @@ def sensitivity(ctx: click.Context, /, subject: str, as_json: bool, **given: Any
     print_text(f"{ranking.positions} positions; reference: {ranking.stored_from}. {_order(ranking)}")
     if options.output is not None:
         print_text(f"Results: {options.output / 'sensitivity.json'}, picture: {options.output / 'sensitivity.svg'}")
+    say_next("write a recipe by it", f"{zoo_command('show-recipe', DEFAULT_RECIPE)} > mine.toml")
 
 
 def _order(ranking: Ranking) -> str:

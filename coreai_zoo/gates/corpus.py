@@ -16,7 +16,7 @@ from attrs import frozen
 
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, near_names, near_paths
 
 BUILTIN = "builtin"
 """The name of the text that ships: of the Python language reference and standard library, see corpus_text/ORIGIN.md."""
@@ -79,8 +79,10 @@ def read_corpus(bundle: Bundle, given: str, positions: int | None = None) -> Cor
         data = content.read_bytes()
         text = data.decode("utf-8")
     except (OSError, UnicodeError) as error:
+        near = "" if isinstance(error, UnicodeError) else near_paths(Path(given)) or near_names(given, [BUILTIN])
         raise BadInput(
-            f"The corpus {given} cannot be read as UTF-8 text: {error}.", "Give a text file, or --corpus builtin."
+            f"The corpus {given} cannot be read as UTF-8 text: {error}.",
+            near or "Give a text file, or --corpus builtin.",
         ) from error
     tokens = encode(load_tokenizer(bundle.tokenizer), text)
     window = min(WINDOW, bundle.max_context)

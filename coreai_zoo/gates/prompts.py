@@ -18,7 +18,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.generate import chat_text
 from coreai_zoo.checkpoint.end_of_turn import end_tokens
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
-from coreai_zoo.errors import BadInput, did_you_mean
+from coreai_zoo.errors import BadInput, did_you_mean, near_paths
 from coreai_zoo.gates.corpus import BUILTIN, WINDOW, read_corpus
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN
 
@@ -390,7 +390,8 @@ def file_prompt(path: Path) -> Prompt:
     try:
         return Prompt(path.name, path.read_text(encoding="utf-8"), positions=None)
     except (OSError, UnicodeError) as error:
-        raise BadInput(f"The prompt {path} cannot be read as UTF-8 text: {error}.") from error
+        hint = "" if path.exists() else near_paths(path)
+        raise BadInput(f"The prompt {path} cannot be read as UTF-8 text: {error}.", hint) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

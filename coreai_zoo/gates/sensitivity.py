@@ -23,7 +23,7 @@ from attrs import evolve, field, frozen
 
 from coreai_zoo.build.design import Design
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, listing, near_names
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.rule import judge
 from coreai_zoo.gates.weights import CheckpointWeights
@@ -161,8 +161,9 @@ def parts_of(
     """
     absent = sorted(set(specs) - {tensor.role for tensor in plan.tensors})
     if absent:
-        present = listing(sorted({tensor.role for tensor in plan.tensors}))
-        raise BadInput(f"This model has no weights with the role {' or '.join(absent)}.", f"It has: {present}.")
+        present = sorted({tensor.role for tensor in plan.tensors})
+        hint = " ".join(filter(None, [*(near_names(role, present) for role in absent), f"It has: {listing(present)}."]))
+        raise BadInput(f"This model has no weights with the role {' or '.join(absent)}.", hint)
     misfits = [*_misfits(plan, base), *(_misfits(plan, specs) if each is None else ())]
     if misfits:
         raise BadInput(

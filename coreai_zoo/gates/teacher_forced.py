@@ -14,7 +14,7 @@ from attrs import field, frozen
 from coreai_zoo.bounds import Arithmetic, Bounds
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, near_paths
 from coreai_zoo.gate import Activations, BatchingModel, Model
 from coreai_zoo.gates.bounds import BoundCheck, broken, check_bounds, check_control
 from coreai_zoo.gates.headroom import Headroom, headroom
@@ -200,10 +200,8 @@ def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
         BadInput: naming what differs, or when there is no checkpoint.
     """
     if not checkpoint.is_dir():
-        raise BadInput(
-            f"There is no checkpoint at {checkpoint}.",
-            "Pass the folder that holds its config.json and its .safetensors with --checkpoint DIR.",
-        )
+        hint = "Pass the folder that holds its config.json and its .safetensors with --checkpoint DIR."
+        raise BadInput(f"There is no checkpoint at {checkpoint}.", near_paths(checkpoint) or hint)
     recorded = {key: bundle.build["source"].get(key) for key in ("config_sha256", "files")}
     found = Checkpoint.open(checkpoint).identity()
     differing = [key for key in recorded if recorded[key] != found.get(key)]

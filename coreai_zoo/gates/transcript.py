@@ -118,7 +118,6 @@ def power_record(power: Power) -> dict[str, Any]:
 
 def _bundle(bundle: Bundle) -> dict[str, Any]:
     build = bundle.build
-    sizes = {path: record["bytes"] for path, record in build["files"].items()}
     return {
         "name": build["name"],
         "entry": bundle.entry,
@@ -132,8 +131,8 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "recipe": build.get("recipe"),
         "roles": build.get("roles"),
         "weights": build.get("weights"),
-        "bytes": sum(sizes.values()),
-        "asset_bytes": sum(size for path, size in sizes.items() if path.startswith(f"{bundle.asset.name}/")),
+        "bytes": sum(record["bytes"] for record in build["files"].values()),
+        "asset_bytes": bundle.asset_bytes,
         # Holds the hash of every other file.
         "build_sha256": hashlib.sha256((bundle.directory / "build.json").read_bytes()).hexdigest(),
     }

@@ -21,7 +21,7 @@ from coreai_zoo.catalogue import load_entries
 from coreai_zoo.contracts import Contract
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, PluginError, zoo_command
-from coreai_zoo.planning.describe import IDEAL_GATHERING, describe_bundle, describe_decode
+from coreai_zoo.planning.describe import IDEAL_GATHERING, describe_bundle, describe_decode, describe_published
 from coreai_zoo.planning.plan import Plan, plan
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -155,7 +155,7 @@ def _bundle(made: Plan) -> Mapping[str, Any]:
             for memory in MEMORIES
         ],
         "machines": [describe_decode(made, chip, EFFICIENCY) for chip in CHIPS],
-        "published": [asdict(measured) for measured in made.published],
+        "published": describe_published(made),
     }
 
 

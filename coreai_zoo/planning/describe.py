@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import asdict
+
 from coreai_zoo.build.chips import Chip, tokens_per_second
 from coreai_zoo.planning.plan import Plan
 
@@ -27,6 +29,11 @@ def describe_model(plan: Plan) -> dict[str, Any]:
         "published_name": design.recipe.published_name,
         "target": str(design.request.target) if design.request.target else None,
     }
+
+
+def describe_published(plan: Plan) -> list[dict[str, Any]]:
+    """What others measured of such bundles."""
+    return [{**asdict(measured), "sentence": measured.sentence} for measured in plan.published]
 
 
 def describe_bundle(plan: Plan) -> dict[str, Any]:

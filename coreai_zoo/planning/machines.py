@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 
@@ -69,10 +68,7 @@ def find_chip(name: str) -> Chip:
     for chip in CHIPS:
         if _letters(chip.name) == _letters(name):
             return chip
-    names = {chip.name.lower(): chip.name for chip in CHIPS}
-    near = [names[found] for found in difflib.get_close_matches(name.strip().lower(), names, n=3)]
-    hint = f"Did you mean {' or '.join(near)}?" if near else did_you_mean(name, names.values())
-    raise BadInput(f"No chip is called {name!r}.", hint)
+    raise BadInput(f"No chip is called {name!r}.", did_you_mean(name.strip(), [chip.name for chip in CHIPS], 3))
 
 
 def _letters(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from coreai_zoo.entry import Entry, Sample, load_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
+from coreai_zoo.toml_files import toml_lines
 
 ENTRIES = Path("zoo_entries")
 """The folder that entries go to where there is one."""
@@ -142,21 +142,16 @@ def _toml(name: str, source: Source, model: Model, stated: Mapping[str, str | No
     }
     sections = [
         f"# Written by `zoo new` from the {CONFIG} of {called}.",
-        *_lines(head),
+        *toml_lines(head),
         "",
         "[facts]",
-        *_lines(ordered),
-        *(("", "[sample]", *_lines({"package": sample.package, "path": sample.path})) if sample else ()),
+        *toml_lines(ordered),
+        *(("", "[sample]", *toml_lines({"package": sample.package, "path": sample.path})) if sample else ()),
         "",
         "[bundle]",
-        *_lines({"max_context": context}),
+        *toml_lines({"max_context": context}),
     ]
     return "\n".join(sections) + "\n"
-
-
-def _lines(table: Mapping[str, Any]) -> Iterator[str]:
-    # JSON's text, numbers, booleans and lists are TOML's too.
-    return (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items())
 
 
 def write_draft(draft: Draft, folder: Path | None, *, force: bool) -> Path:

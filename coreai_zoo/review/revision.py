@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from coreai_zoo.errors import BadInput, EnvironmentLacks
+from coreai_zoo.errors import BadInput, EnvironmentLacks, near_names
 
 # Refuses to run code from anywhere else: a build of the wrong code must not pass for one of the right.
 _BUILD = """
@@ -41,9 +41,9 @@ def worktree(revision: str | None) -> Iterator[Path]:
         return
     commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if commit is None:
-        raise BadInput(
-            f"The repository {top} has no revision {revision!r}.", "Name a commit, a tag or a branch: `git log` lists."
-        )
+        names = (_git("for-each-ref", "--format=%(refname:short)") or "").split()
+        hint = near_names(revision, ["HEAD", *names]) or "Name a commit, a tag or a branch: `git log` lists."
+        raise BadInput(f"The repository {top} has no revision {revision!r}.", hint)
     with tempfile.TemporaryDirectory(prefix="zoo-revision-") as folder:
         tree = Path(folder) / "tree"
         try:

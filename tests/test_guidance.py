@@ -1,0 +1,192 @@
+"""What commands say to whoever types them: headings of options, near names, and the command that comes next."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import Result
+
+from command import commands, zoo
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.cli.app import COMMANDS, SECTIONS, cli
+from coreai_zoo.commands import Headed
+from coreai_zoo.errors import did_you_mean, near_names, near_paths
+
+DENSE = "qwen3.6-27b"
+MANY = 7  # options, from which on they stand below headings
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Headings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sections(help_text: str) -> dict[str, str]:
+    """The text below each heading."""
+    parts = re.split(r"^(\w.*):$", help_text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_stand_below_headings_where_there_are_many(name: str) -> None:
+    (command,) = (each for each in commands() if each.name == name)
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    below = sections(zoo(name, "--help").stdout)
+    assert (len(below) > 1) == (len(options) >= MANY)
+    assert ("Options" in below) == (len(options) < MANY)
+    for option in options:
+        places = [
+            text for text in below.values() if re.search(rf"^  .*{re.escape(option.opts[-1])}\b", text, re.MULTILINE)
+        ]
+        assert len(places) == 1, option.opts
+
+
+def test_a_heading_above_no_option_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match=r"thing has no parameters \['nothing'\]"):
+        Headed("thing", headings={"nothing": "What there is not"})
+
+
+def test_every_command_stands_below_one_heading() -> None:
+    below = sections(zoo("--help").stdout)
+    assert list(below)[1:] == list(SECTIONS.values())
+    for name in COMMANDS:
+        assert sum(bool(re.search(rf"^  {name} ", text, re.MULTILINE)) for text in below.values()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Near names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("biuld", "Did you mean build?"),
+        ("lst", "Did you mean list?"),
+        ("frobnicate", "There are list, show, plan"),
+        ("plan qwen3.6-27b --recpie int8hu", "--recipe"),
+        ("show QWEN3.6-27", "Did you mean qwen3.6-27b"),
+        ("plan qwen3.6-27b --recipe int8hs", "Did you mean int8hu"),
+        ("plan qwen3.6-27b --contract static-s2", "Did you mean static-s1?"),
+        ("plan qwen3.6-27b --backend coreaii", "Did you mean coreai"),
+        ("plan qwen3.6-27b --target macso27.0", "Did you mean macos?"),
+        ("plan qwen3.6-27b --chip M4Mx", "Did you mean M4 Max"),
+        ("list --for 'm4 pr 48GB'", "Did you mean M4 Pro"),
+        ("check --only golden", "Did you mean goldens?"),
+        ("build qwen3.6-27b --progress jsn", "Did you mean json?"),
+        ("--without qwen63 list", "Did you mean qwen36?"),
+        ("show-recipe int4hu", "Did you mean int4hu8"),
+        ("sensitivity qwen3.6-27b --sample --as imt4", "Did you mean int4"),
+        ("sensitivity qwen3.6-27b --sample --as int4:blck32", "Did you mean block32?"),
+        ("sensitivity qwen3.6-27b --sample --as int4:block32:symetric", "Did you mean symmetric"),
+        ("sensitivity qwen3.6-27b --sample --as fp61", "Did you mean fp16?"),
+        ("diff qwen3.6-27b --rev HAED", "Did you mean HEAD?"),
+    ],
+)
+def test_the_nearest_name_is_suggested(line: str, hint: str) -> None:
+    result = zoo(*shlex.split(line))
+    assert result.exit_code == 2 and hint in result.stderr, result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("gate {}/bundel", "Did you mean {}/bundle?"),
+        ("build {}/checkpoit", "Did you mean {}/checkpoint?"),
+        ("plan --checkpoint {}/Checkpiont", "Did you mean {}/checkpoint?"),
+        ("plan qwen3.6-27b --recipe {}/mien.toml", "Did you mean {}/mine.toml?"),
+        ("show {}/mien.toml", "Did you mean {}/mine.toml?"),
+        ("gate {}/bundel/deeper", "Did you mean {}/bundle?"),
+    ],
+)
+def test_the_nearest_path_is_suggested(line: str, hint: str, tmp_path: Path) -> None:
+    for name in ("bundle", "checkpoint"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine.toml").touch()
+    result = zoo(*shlex.split(line.format(tmp_path)))
+    assert result.exit_code == 2 and hint.format(tmp_path) in result.stderr, result.output
+
+
+def test_a_path_that_is_like_no_other_has_no_hint(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    assert near_paths(tmp_path / "something-else") == ""
+    assert near_paths(tmp_path / "bundel") == f"Did you mean {tmp_path / 'bundle'}?"
+
+
+def test_capital_letters_make_no_name_another_one() -> None:
+    assert near_names("m4 MAX", ["M4", "M4 Max", "M5 Max"], 1) == "Did you mean M4 Max?"
+    assert near_names("other", ["M4"]) == ""
+    assert did_you_mean("other", ["M4", "M5"]) == "There are M4, M5."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes next
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def next_command(result: Result) -> list[str]:
+    """The words of the command that is named at the end, which the command line takes as they are."""
+    assert result.exit_code == 0, result.output
+    found = re.fullmatch(r"Next, [^:]+: zoo (.*?)( > \S+)?", result.stderr.splitlines()[-1])
+    assert found is not None, result.stderr
+    words = shlex.split(found[1])
+    with click.Context(cli, info_name="zoo") as context:
+        command = cli.get_command(context, words[0])
+        assert command is not None
+        command.make_context(words[0], words[1:], parent=context)
+    return words
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("list", "plan qwen3.5-0.8b"),
+        ("list --for 'M4 48GB'", None),
+        ("list --for 64GB", "build"),
+        ("show qwen3.6-27b", "plan qwen3.6-27b"),
+        ("plan qwen3.6-27b", "build qwen3.6-27b"),
+        (
+            "plan qwen3.6-27b --recipe int4lin --context 4096 --target macos27.2",
+            "build qwen3.6-27b --recipe int4lin --target macos27.2 --max-context 4096",
+        ),
+        ("plan qwen3.6-27b --compare", "build qwen3.6-27b"),
+        ("plan qwen3.6-27b --contracts", "build qwen3.6-27b --contract"),
+        ("recipes", "show-recipe int8hu"),
+        ("recipes qwen3.6-27b", "plan qwen3.6-27b --compare"),
+        ("show-recipe int8hu", "plan MODEL --recipe FILE.toml"),
+        ("plugins", "list"),
+        ("doctor", "build"),
+    ],
+)
+def test_an_answer_ends_with_the_next_command_and_json_does_not(line: str, words: str | None) -> None:
+    if words is None:  # nothing fits, or what was asked for is refused
+        assert zoo(*shlex.split(line)).exit_code == 2
+        return
+    assert shlex.join(next_command(zoo(*shlex.split(line)))).startswith(words)
+    as_json = zoo(*shlex.split(line), "--json")
+    assert as_json.exit_code == 0 and "Next" not in as_json.stderr
+
+
+@pytest.mark.slow
+def test_whoever_follows_what_is_said_gets_from_an_entry_to_a_bundle_that_was_measured(
+    built: Callable[[str, str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = built(DENSE, "int8hu").directory
+    monkeypatch.chdir(bundle.parent)
+    said = zoo("build", DENSE, "--sample", "-o", ".")
+    assert "up to date" in said.stdout
+    assert next_command(said) == ["gate", bundle.name]
+    assert next_command(zoo("run", bundle.name, "-p", "x", "-n", "1")) == ["chat", bundle.name]
+    assert next_command(zoo("chat", bundle.name, "-n", "1", stdin="x\n")) == ["bench", bundle.name]
+    assert next_command(zoo("bench", bundle.name, "-p", "1", "-g", "2", "-n", "1")) == ["gate", bundle.name]
+    assert next_command(zoo("verify", bundle.name)) == ["gate", bundle.name]
+    gate = ("gate", bundle.name, "--prompts", "digits", "--positions", "8", "--allow-weak-prompt", "-o", tmp_path)
+    assert next_command(zoo(*gate))[:2] == ["run", bundle.name]
+    ranked = zoo("sensitivity", DENSE, "--sample", "--role", "head", "--positions", "2")
+    assert next_command(ranked) == ["show-recipe", "int8hu"]
+    published = zoo("publish", bundle.name, "me/mine", "--ungated", "--private", "--dry-run")
+    assert next_command(published) == ["publish", bundle.name, "me/mine", "--private", "--ungated"]
