@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -22,6 +22,7 @@ import pytest
 from attrs import evolve
 from click.testing import Result
 
+import forked
 from command import zoo
 from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
@@ -214,26 +215,17 @@ def test_what_takes_more_bytes_is_ranked_by_what_it_changes(tmp_path: Path) -> N
 
 
 @contextmanager
-def running(*command: object) -> Iterator[subprocess.Popen[str]]:
-    """A process with this module's path, in its own session; it and what it started are gone after the block."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+def running(*arguments: object, call: str = forked.ZOO) -> Iterator[forked.Process]:
+    """`zoo` in its own session; it and what it started are gone after the block."""
+    with forked.Process(*arguments, call=call, before="os:setsid") as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(true: Callable[[], bool], process: forked.Process | subprocess.Popen[str]) -> None:
     end = time.monotonic() + PATIENCE
     while not true():
         assert process.poll() is None, process.communicate()
@@ -253,7 +245,7 @@ ENDS = [(number, jobs) for number in (signal.SIGKILL, signal.SIGINT) for jobs in
 @pytest.mark.parametrize(("number", "jobs"), ENDS if NIGHTLY else ENDS[::3])
 def test_a_run_that_was_ended_in_the_middle_goes_on(jobs: int, number: int, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ended"
-    with running("-m", "coreai_zoo", *WHAT, "-o", folder, "--jobs", jobs) as process:
+    with running(*WHAT, "-o", folder, "--jobs", jobs) as process:
         wait_until(lambda: measured(folder) > 2, process)
         # In a terminal Ctrl-C reaches all processes of the command.
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
@@ -268,12 +260,19 @@ def test_a_run_that_was_ended_in_the_middle_goes_on(jobs: int, number: int, whol
     assert same(folder, whole)
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """The ids of the processes that a run has started to measure."""
+def workers_of(process: forked.Process) -> list[int]:
+    """The ids of the processes that measure: forked by a server, which the run has started."""
+    return [pid for server in servers_of(process) for pid in children_of(server)]
+
+
+def servers_of(process: forked.Process) -> list[int]:
+    return [pid for pid in children_of(process.pid) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def children_of(pid: int) -> list[int]:
     if not Path("/proc/self/task").is_dir():
         pytest.skip("only Linux says here which processes a process has started")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split())]
 
 
 def ignores_interruptions(pid: int) -> bool:
@@ -282,12 +281,14 @@ def ignores_interruptions(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_an_interruption_while_workers_start_is_told_in_one_line(tmp_path: Path) -> None:
-    with running("-m", "coreai_zoo", *WHAT, "-o", tmp_path, "--jobs", 2) as process:
+@pytest.mark.parametrize("started", [servers_of, workers_of])
+def test_an_interruption_while_workers_start_is_told_in_one_line(
+    started: Callable[[forked.Process], list[int]], tmp_path: Path
+) -> None:
+    with running(*WHAT, "-o", tmp_path, "--jobs", 2) as process:
         wait_until((tmp_path / "reference.npy").exists, process)
-        wait_until(lambda: len(workers_of(process)) == 2, process)
-        time.sleep(0.5)  # a worker takes three seconds to import what it needs
-        assert all(ignores_interruptions(worker) for worker in workers_of(process))
+        wait_until(lambda: bool(started(process)), process)
+        assert all(ignores_interruptions(pid) for pid in started(process))
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
@@ -298,7 +299,7 @@ def test_an_interruption_while_workers_start_is_told_in_one_line(tmp_path: Path)
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_a_run_that_then_goes_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    with running("-m", "coreai_zoo", *WHAT, "-o", folder, "--jobs", 2) as process:
+    with running(*WHAT, "-o", folder, "--jobs", 2) as process:
         wait_until(lambda: measured(folder) > 2, process)
         os.kill(workers_of(process)[0], signal.SIGKILL)
         _, stderr = process.communicate(timeout=PATIENCE)
@@ -327,31 +328,26 @@ def test_processes_need_no_folder(whole: Path) -> None:
     assert {part["tensor"]: part for part in json.loads(result.stdout)["parts"]} == expected
 
 
-@contextmanager
-def dask(what: str, *options: object) -> Iterator[subprocess.Popen[str]]:
-    with running("-m", f"distributed.cli.dask_{what}", "--no-dashboard", *options) as process:
-        yield process
+def dask(what: str, *options: object) -> AbstractContextManager[forked.Process]:
+    return running("--no-dashboard", *options, call=f"distributed.cli.dask_{what}:main")
 
 
 WORKER = ("--nthreads", "1", "--no-nanny", "--local-directory")
 
 
 @pytest.fixture
-def scheduler() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def scheduler(tmp_path: Path) -> Iterator[tuple[str, forked.Process]]:
     """The address and the process of a dask scheduler of our own."""
     pytest.importorskip("distributed", reason="dask.distributed is not installed: pip install 'coreai-zoo[cluster]'")
-    with dask("scheduler", "--host", "127.0.0.1", "--port", "0") as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if found := re.search(r"Scheduler at:\s+(tcp://\S+)", line):
-                yield found[1], process
-                return
-        raise AssertionError("the scheduler did not say where it is")
+    told = tmp_path / "scheduler.json"
+    with dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", told) as process:
+        wait_until(lambda: told.exists() and told.read_text(encoding="utf-8").endswith("}"), process)
+        yield json.loads(told.read_text(encoding="utf-8"))["address"], process
 
 
 @pytest.mark.slow
 def test_a_cluster_gives_the_same_result_though_a_worker_is_killed_in_the_middle(
-    scheduler: tuple[str, subprocess.Popen[str]], whole: Path, tmp_path: Path
+    scheduler: tuple[str, forked.Process], whole: Path, tmp_path: Path
 ) -> None:
     from distributed import Client
 
@@ -366,7 +362,7 @@ def test_a_cluster_gives_the_same_result_though_a_worker_is_killed_in_the_middle
         client.wait_for_workers(2, timeout=PATIENCE)
         workers = client.scheduler_info(n_workers=-1)["workers"]
         (address,) = (address for address, worker in workers.items() if worker["name"] == "doomed")
-        with running("-m", "coreai_zoo", *WHAT, "-o", folder, "--scheduler", at) as process:
+        with running(*WHAT, "-o", folder, "--scheduler", at) as process:
             wait_until(lambda: measured(folder) > 2, process)
             assert client.processing()[address], "the worker has nothing to lose"
             doomed.kill()
@@ -379,7 +375,7 @@ def test_a_cluster_gives_the_same_result_though_a_worker_is_killed_in_the_middle
 
 @pytest.mark.slow
 def test_a_cluster_that_cannot_work_is_said(
-    scheduler: tuple[str, subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheduler: tuple[str, forked.Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at, _ = scheduler
     monkeypatch.setattr(sensitivity_work, "_CONNECT_SECONDS", 1)
@@ -394,7 +390,7 @@ def test_a_cluster_that_cannot_work_is_said(
 
 @pytest.mark.slow
 def test_a_scheduler_that_goes_leaves_what_was_measured(
-    scheduler: tuple[str, subprocess.Popen[str]], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheduler: tuple[str, forked.Process], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensitivity_work, "_CONNECT_SECONDS", 5)
     at, process = scheduler

@@ -24,6 +24,7 @@ from coreai_zoo.backend import Constant, Values
 from coreai_zoo.backends.coreai.backend import CoreAIBackend, CoreAIStepper, CoreAITraced
 from coreai_zoo.contracts import TraceSpec
 from coreai_zoo.layout import Layout
+from coreai_zoo.lowering.transposed import stacks_read_transposed
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _KEPT = 12  # a trace is some hundred thousand objects
@@ -62,8 +63,12 @@ def _remembering(trace: Trace) -> Trace:
         read_transposed: Any = None,
     ) -> CoreAITraced:
         decoders = tuple((name, repr(functions[name]), _everything(module)) for name, module in modules.items())
-        key = (repr(self), tuple(_code()), decoders, repr(read_transposed))
-        if key not in _traced:
+        key = (repr(self), tuple(_code()), decoders)
+        if key in _traced:  # of another recipe perhaps, whose plain weights are others
+            for function in _traced[key].functions.values():
+                program, _ = function.traced
+                stacks_read_transposed(program, program.graph_signature.inputs_to_parameters, read_transposed)
+        else:
             _traced[key] = trace(self, modules, functions, read_transposed)
             if len(_traced) > _KEPT:
                 _traced.popitem(last=False)

@@ -16,11 +16,13 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,9 @@ _CODE = (
 """The modules that a result goes through on its way from a checkpoint to a number; the rest is a plugin's or torch."""
 
 _CONNECT_SECONDS = 20
+
+_FORKS = sys.platform == "linux"
+"""Whether workers are forked, by a process that has no threads yet; frameworks of macOS do not survive a fork."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,12 +228,17 @@ def processes(jobs: int) -> Iterator[Executor]:
     """Within the block, so many processes on this machine, which share its cores; none of them outlives the block."""
     before = set(multiprocessing.active_children())
     threads = max(1, torch.get_num_threads() // jobs)
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    context = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
     pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads,))
     try:
         with _ignored_interruption():
-            for _ in range(jobs):
-                pool.submit(int)  # has the pool start a process each
+            if _FORKS:
+                context.set_forkserver_preload(_modules_of_workers())
+                forkserver.ensure_running()
+            else:
+                _start(pool, jobs)
+        if _FORKS:  # whose server imports for seconds, in which Ctrl-C is for this process
+            _start(pool, jobs)
         yield pool
     except BaseException:
         # A part may take minutes, and nobody waits for it any more. That the pool itself drops those that wait matters:
@@ -239,6 +249,17 @@ def processes(jobs: int) -> Iterator[Executor]:
         raise
     finally:
         pool.shutdown()
+
+
+def _start(pool: ProcessPoolExecutor, jobs: int) -> None:
+    for _ in range(jobs):
+        pool.submit(int)  # has the pool start a process each
+
+
+def _modules_of_workers() -> list[str]:
+    """What workers are forked with. What this process has of torch and plugins, it needed to design the model."""
+    roots = {"torch", *(info.module.partition(".")[0] for info in default_plugins().info())}
+    return [__name__, *(name for name in sys.modules if name.partition(".")[0] in roots - {"coreai_zoo"})]
 
 
 @contextlib.contextmanager
