@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import errno
 import itertools
+import os
 import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -132,7 +133,12 @@ def near_names(name: str, known: Collection[str], count: int = 3, cutoff: float 
 
 
 def near_paths(path: Path) -> str:
-    """The hint about a path that is not there: what is called almost like its first part that is missing."""
+    """The hint about a path that is not there: what is called almost like its first part that is missing.
+
+    Empty where nothing is, and where it is there.
+    """
+    if os.path.lexists(path):
+        return ""
     missing = path
     while missing.parent != missing and not missing.parent.is_dir():
         missing = missing.parent

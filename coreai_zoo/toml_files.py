@@ -44,8 +44,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        hint = near_paths(path) if isinstance(error, FileNotFoundError) else ""
-        raise BadInput(f"the {what} {path} cannot be read: {error.strerror}.", hint) from error
+        raise BadInput(f"the {what} {path} cannot be read: {error.strerror}.", near_paths(path)) from error
     except (ValueError, RecursionError) as error:  # also of bad UTF-8, and of a number with thousands of digits
         raise BadInput(f"the {what} {path} is not TOML: {error}.") from error
 

@@ -16,6 +16,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.cli.app import COMMANDS, SECTIONS, cli
 from coreai_zoo.commands import Headed
 from coreai_zoo.errors import did_you_mean, near_names, near_paths
+from coreai_zoo.plugins import Plugins
 
 DENSE = "qwen3.6-27b"
 MANY = 7  # options, from which on they stand below headings
@@ -146,7 +147,6 @@ def next_command(result: Result) -> list[str]:
     [
         ("list", "plan qwen3.5-0.8b"),
         ("list --for 'M4 48GB'", None),
-        ("list --for 64GB", "build"),
         ("show qwen3.6-27b", "plan qwen3.6-27b"),
         ("plan qwen3.6-27b", "build qwen3.6-27b"),
         (
@@ -169,6 +169,12 @@ def test_an_answer_ends_with_the_next_command_and_json_does_not(line: str, words
     assert shlex.join(next_command(zoo(*shlex.split(line)))).startswith(words)
     as_json = zoo(*shlex.split(line), "--json")
     assert as_json.exit_code == 0 and "Next" not in as_json.stderr
+
+
+def test_a_list_of_what_fits_ends_with_what_builds_one_of_it(root: Path, host_of: Callable[..., Plugins]) -> None:
+    plugins = host_of(root / "zoo_entries" / "qwen3.5-2b.toml")
+    words = next_command(zoo("list", "--for", "64GB", plugins=plugins))
+    assert words[:3] == ["build", "qwen3.5-2b", "--recipe"]
 
 
 @pytest.mark.slow

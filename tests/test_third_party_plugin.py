@@ -176,7 +176,9 @@ def test_an_entry_name_that_two_packages_bring_is_refused_with_both_and_their_fi
 
     assert [entry["plugin"] for entry in json.loads(listed.stdout) if entry["name"] == "acme-mini"] == ["acme"]
     assert listed.stderr == f"{error.replace('error: ', 'warning: ')}\n"
-    assert both("--without", "other", "show", "acme-mini").stderr == ""
+    assert both("--without", "other", "show", "acme-mini").stderr.splitlines() == [
+        "Next, see what it needs: zoo plan acme-mini"
+    ]
     assert error.startswith("error: the entry 'acme-mini' is there twice: from plugin 'acme' (")
     assert f"{installed / 'acme_zoo' / 'entries' / 'acme-mini.toml'}) and from plugin 'other' (" in error
     assert f"{other / 'entries' / 'acme-mini.toml'})" in error

@@ -21,6 +21,9 @@ from coreai_zoo.lowering.module import build_module
 from coreai_zoo.lowering.trace import trace
 from coreai_zoo_overlays import qwen3_5
 from decoders import OVERLAY, rewrites_of
+from suite import NIGHTLY
+
+BY_NIGHT = pytest.mark.skipif(not NIGHTLY, reason="takes most of half a minute; make nightly runs it")
 
 
 def decoder(folder: Path, kind: Any, name: str, function: str) -> tuple[nn.Module, TraceSpec]:
@@ -59,7 +62,11 @@ def described(program: ExportedProgram) -> list[object]:
 
 @pytest.mark.parametrize(
     ("kind", "contract", "function"),
-    [("dense", "chunked", PREFILL), ("moe", "static-s1", "main"), ("moe", "chunked", PREFILL)],
+    [
+        ("dense", "chunked", PREFILL),
+        ("moe", "static-s1", "main"),
+        pytest.param("moe", "chunked", PREFILL, marks=BY_NIGHT),  # no operation that neither of the others has
+    ],
 )
 def test_the_short_way_gives_what_the_public_one_does(
     kind: str, contract: str, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

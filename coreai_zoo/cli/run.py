@@ -140,7 +140,7 @@ def _decoded(file: Path | None, what: str) -> str:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
         return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except (OSError, UnicodeError) as error:
-        hint = near_paths(file) if file is not None and not file.exists() else ""
+        hint = "" if file is None else near_paths(file)
         raise BadInput(f"{what} cannot be read as UTF-8 text: {error}.", hint) from error
 
 

@@ -79,7 +79,7 @@ def read_corpus(bundle: Bundle, given: str, positions: int | None = None) -> Cor
         data = content.read_bytes()
         text = data.decode("utf-8")
     except (OSError, UnicodeError) as error:
-        near = "" if isinstance(error, UnicodeError) else near_paths(Path(given)) or near_names(given, [BUILTIN])
+        near = near_paths(Path(given)) or near_names(given, [BUILTIN])
         raise BadInput(
             f"The corpus {given} cannot be read as UTF-8 text: {error}.",
             near or "Give a text file, or --corpus builtin.",

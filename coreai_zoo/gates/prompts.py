@@ -390,8 +390,7 @@ def file_prompt(path: Path) -> Prompt:
     try:
         return Prompt(path.name, path.read_text(encoding="utf-8"), positions=None)
     except (OSError, UnicodeError) as error:
-        hint = "" if path.exists() else near_paths(path)
-        raise BadInput(f"The prompt {path} cannot be read as UTF-8 text: {error}.", hint) from error
+        raise BadInput(f"The prompt {path} cannot be read as UTF-8 text: {error}.", near_paths(path)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
