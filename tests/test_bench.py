@@ -6,7 +6,9 @@ import contextlib
 import functools
 import json
 import platform
+import shutil
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.bundle.bench import bench
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.entry import Published, load_entry
+from coreai_zoo.json_files import write_json
 from coreai_zoo.machine import operating_system, peak_memory, processor
 from coreai_zoo.progress import Reporter
 from shared import Shared
@@ -103,6 +106,7 @@ def test_what_is_printed_are_medians_with_the_least_and_the_largest(clocked: tup
     assert f"llm-benchmark --model {bundle.directory} -p 5 -g 9 -n 3" in result.stdout
     # Here an interpreter runs it: it says so, and offers nothing to be published.
     assert "say nothing about a Mac" in result.stdout and "[[published]]" not in result.stdout
+    assert "Nothing for an entry's file: a sample, not the model." in result.stdout
 
 
 @pytest.mark.slow
@@ -120,14 +124,50 @@ def test_what_json_has_can_be_pasted_into_the_file_of_an_entry(
     assert tuple(others) == load_entry(source).published
     assert mine == Published(**told["published"])
     assert (mine.recipe, mine.contract, mine.prompt_tokens) == ("int8hu", "static-s1", 3)
-    assert mine.asset_bytes == sum(path.stat().st_size for path in bundle.asset.rglob("*") if path.is_file())
-    assert mine.note is not None and "interpreter" in mine.note and told["interpreted"] is True
+    assert mine.asset_bytes is None  # nobody is to compare it with the model's
+    assert mine.note == "a sample, not the model, by an interpreter, which says nothing about a Mac"
+    assert told["interpreted"] is True
     assert mine.system == operating_system() and processor() in {mine.machine, f"Apple {mine.machine}"}
     assert "coreai-core " in str(mine.versions) and "coreai-zoo " in str(mine.versions)
     assert mine.peak_memory == told["peak_memory"]
     assert [sorted(run) for run in told["runs"]] == 2 * [["decode", "first_token", "load", "prefill"]]
     assert mine.decode == pytest.approx(told["medians"]["decode"], rel=1e-3)
     assert told["medians"]["load"] == pytest.approx(sum(run["load"] for run in told["runs"]) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("record", "note"),
+    [
+        ({"sample": False}, None),
+        ({"sample": False, "whole_layers": 64}, "a slice, not the model"),
+        ({"sample": False, "entry": None}, "built from no entry, not the model"),
+    ],
+)
+def test_on_a_real_runtime_what_is_the_model_can_be_published(
+    clocked: tuple[Bundle, list[Clocked]],
+    record: dict[str, object],
+    note: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, _ = clocked
+    bundle = tmp_path / source.directory.name
+    shutil.copytree(source.directory, bundle)
+    write_json(bundle / "build.json", {**source.build, **record})
+    monkeypatch.setattr("coreai_zoo.cli.bench.interpreter_note", lambda _backend: "")
+    result = zoo("bench", bundle, "-p", 5, "-g", 9)
+    assert result.exit_code == 0, result.output
+    _, found, table = result.stdout.partition("For the entry's file:\n\n")
+    assert bool(found) == (note is None)
+    if note is None:
+        (published,) = tomllib.loads(table.partition("The engine's")[0])["published"]
+        assert published["load"] == 3 and published["decode"] == 4 and published["prefill"] == 4
+        assert published["asset_bytes"] == Bundle.open(bundle).asset_bytes
+        assert published["asset_bytes"] == sum(each.stat().st_size for each in source.asset.iterdir())
+        assert "note" not in published
+    else:
+        assert f"Nothing for an entry's file: {note}." in result.stdout
 
 
 @pytest.mark.slow

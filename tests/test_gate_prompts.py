@@ -233,9 +233,9 @@ def test_a_chat_on_which_nothing_is_checked_fails_the_gate_with_what_to_do(stop:
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
 
-    with pytest.raises(BadInput, match="cannot be read as UTF-8 text"):
+    with pytest.raises(BadInput, match="is not UTF-8 text"):
         file_prompt(tmp_path / "binary")
-    with pytest.raises(BadInput, match="cannot be read as UTF-8 text"):
+    with pytest.raises(BadInput, match="cannot be read: No such file"):
         file_prompt(tmp_path / "nowhere")
 
 

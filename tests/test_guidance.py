@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.cli.app import COMMANDS, SECTIONS, cli
 from coreai_zoo.commands import Headed
 from coreai_zoo.errors import did_you_mean, near_names, near_paths
+from coreai_zoo.json_files import write_json
 from coreai_zoo.plugins import Plugins
 
 DENSE = "qwen3.6-27b"
@@ -157,7 +160,7 @@ def next_command(result: Result) -> list[str]:
         ("plan qwen3.6-27b --contracts", "build qwen3.6-27b --contract"),
         ("recipes", "show-recipe int8hu"),
         ("recipes qwen3.6-27b", "plan qwen3.6-27b --compare"),
-        ("show-recipe int8hu", "plan MODEL --recipe FILE.toml"),
+        ("show-recipe int8hu", "plan qwen3.5-0.8b --recipe mine.toml"),
         ("plugins", "list"),
         ("doctor", "build"),
     ],
@@ -173,8 +176,9 @@ def test_an_answer_ends_with_the_next_command_and_json_does_not(line: str, words
 
 def test_a_list_of_what_fits_ends_with_what_builds_one_of_it(root: Path, host_of: Callable[..., Plugins]) -> None:
     plugins = host_of(root / "zoo_entries" / "qwen3.5-2b.toml")
-    words = next_command(zoo("list", "--for", "64GB", plugins=plugins))
-    assert words[:3] == ["build", "qwen3.5-2b", "--recipe"]
+    assert next_command(zoo("list", "--for", "64GB", plugins=plugins)) == ["build", "qwen3.5-2b"]
+    plugins = host_of(root / "zoo_entries" / "qwen3.6-27b.toml")  # whose usual recipe does not fit there
+    assert next_command(zoo("list", "--for", "32GB", plugins=plugins)) == ["recipes", "qwen3.6-27b"]
 
 
 @pytest.mark.slow
@@ -194,5 +198,66 @@ def test_whoever_follows_what_is_said_gets_from_an_entry_to_a_bundle_that_was_me
     assert next_command(zoo(*gate))[:2] == ["run", bundle.name]
     ranked = zoo("sensitivity", DENSE, "--sample", "--role", "head", "--positions", "2")
     assert next_command(ranked) == ["show-recipe", "int8hu"]
-    published = zoo("publish", bundle.name, "me/mine", "--ungated", "--private", "--dry-run")
-    assert next_command(published) == ["publish", bundle.name, "me/mine", "--private", "--ungated"]
+    publish = ("publish", bundle.name, "me/mine", "--ungated", "--private", "--dry-run")
+    assert zoo(*publish).stderr.splitlines()[-1] == "Next, log in: hf auth login"
+    monkeypatch.setenv("HF_TOKEN", "hf_something")
+    assert next_command(zoo(*publish)) == ["publish", bundle.name, "me/mine", "--private", "--ungated"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sample", "words"), [(True, "chat"), (False, "publish")])
+def test_what_has_passed_its_gate_is_not_to_be_gated_again(
+    built: Callable[[str, str], Bundle], tmp_path: Path, *, sample: bool, words: str
+) -> None:
+    bundle = built(DENSE, "int8hu")
+    copied = tmp_path / bundle.directory.name
+    shutil.copytree(bundle.directory, copied)
+    write_json(copied / "build.json", {**bundle.build, "sample": sample})
+    bench = ("bench", copied, "-p", "1", "-g", "2", "-n", "1")
+    assert next_command(zoo(*bench))[0] == "gate"
+    digest = hashlib.sha256((copied / "build.json").read_bytes()).hexdigest()
+    (copied / "gate").mkdir()
+    verdict = {"bundle": {"build_sha256": digest}, "verdict": {"passed": True}}
+    write_json(copied / "gate" / "transcript.json", verdict)
+    assert next_command(zoo(*bench))[0] == words
+    write_json(copied / "gate" / "transcript.json", {**verdict, "verdict": {"passed": False}})
+    assert next_command(zoo(*bench))[0] == "gate"
+
+
+def test_a_catalogue_ends_with_the_address_of_its_page(
+    root: Path, host_of: Callable[..., Plugins], tmp_path: Path
+) -> None:
+    plugins = host_of(root / "zoo_entries" / "qwen3.5-2b.toml")
+    result = zoo("catalogue", "-o", tmp_path / "a folder", plugins=plugins)
+    page = tmp_path / "a folder" / "catalogue.html"
+    assert page.is_file() and result.stderr.splitlines()[-1] == f"Next, look at the page in a browser: {page.as_uri()}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused before long work
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("catalogue -o FILE", "FILE is a file. Name a folder with -o DIR."),
+        ("check", "There are no golden graphs in tests/goldens. Run `zoo check` in the repository"),
+        ("check --only goldens --goldens nosuch", "There are no golden graphs in nosuch."),
+        ("run FILE -p x", "FILE is a file, and a bundle is a folder."),
+        ("new x --from nosuch", "A repository 'owner/name' on the hub or the path of a folder will do, too."),
+        ("list --for 'M4 Pro 1TB'", "names a memory in another unit than GB"),
+        ("run FLE -p x", "There is no bundle 'FLE'"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(
+    line: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
+    result = zoo(*shlex.split(line))
+    assert result.exit_code == 2 and words in result.stderr and not result.stdout, result.output
+
+
+def test_without_entries_a_list_says_so() -> None:
+    assert "No plugin brings any entry" in zoo("list", plugins=Plugins()).stdout

@@ -105,7 +105,7 @@ def test_the_rates_of_prompt_and_answer_are_told_apart_on_stderr(
     assert read == tokens and rate == pytest.approx(tokens / seconds, rel=0.05)
     assert answer.startswith("answer: 5 tokens; 4 steps in ")
     assert told(answer, "step")[0] == 4
-    assert remark == "An interpreter ran this: its rates say nothing about a Mac."
+    assert remark == "An interpreter runs this: its rates say nothing about a Mac."
     assert "tokens/s" not in result.stdout
 
 
@@ -120,7 +120,7 @@ def test_a_bundle_without_prefill_reads_its_prompt_token_by_token(
     prompt, answer, _remark, _next = result.stderr.splitlines()
     assert told(prompt, "token")[0] == tokens
     assert prompt.endswith(", token by token")
-    assert answer == "answer: 1 token, which came with the prompt: no rate"
+    assert answer == "answer: 1 token, which came with the prompt: no rate; cut there, as --max-tokens says"
 
 
 def test_an_answer_of_nothing_but_its_end_is_told_as_such(built: Callable[[str, str], Bundle]) -> None:
@@ -202,7 +202,7 @@ def test_a_prompt_is_given_as_text_or_by_a_file_or_by_a_pipe(
     ("options", "stdin", "words"),
     [
         (("-p", "a", "-f", "b.txt"), None, "There are two prompts: one in -p and one in -f."),
-        (("-f", "no-such-file.txt"), None, "The prompt no-such-file.txt cannot be read as UTF-8 text"),
+        (("-f", "no-such-file.txt"), None, "The prompt no-such-file.txt cannot be read: No such file"),
         ((), b"\xff\xfe", "The prompt on stdin cannot be read as UTF-8 text"),
         ((), b"\n", "The prompt is empty."),
         (("-p", "a", "--stop", ""), None, "--stop is empty."),

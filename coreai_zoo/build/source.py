@@ -82,7 +82,11 @@ def find_subject(text: str, plugins: Plugins) -> Subject:
         raise BadInput(
             f"{text} is no folder, and not the name of a repository on the hub.", near_paths(Path(path)) or hint
         )
-    return Subject(entry=find_entry(text, plugins)[0])
+    try:
+        return Subject(entry=find_entry(text, plugins)[0])
+    except BadInput as error:
+        error.add_note("A repository 'owner/name' on the hub or the path of a folder will do, too.")
+        raise
 
 
 def subject_of(request: BuildRequest, plugins: Plugins, entry: Entry | None = None) -> Subject:

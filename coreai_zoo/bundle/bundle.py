@@ -126,6 +126,8 @@ class Bundle:
         Raises:
             BadInput: when `directory` is not a bundle of this zoo.
         """
+        if directory.is_file():
+            raise BadInput(f"{directory} is a file, and a bundle is a folder.", "`zoo build` prints where it put one.")
         if not directory.is_dir():
             hint = near_paths(directory) or "`zoo build` prints where it put one."
             raise BadInput(f"There is no bundle at {directory}.", hint)

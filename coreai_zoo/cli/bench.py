@@ -13,6 +13,7 @@ from coreai_zoo import __version__
 from coreai_zoo.backend import Backend
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
+from coreai_zoo.cli.after import say_what_is_next
 from coreai_zoo.cli.completion import complete_bundle
 from coreai_zoo.cli.generation import interpreter_note
 from coreai_zoo.commands import (
@@ -23,12 +24,11 @@ from coreai_zoo.commands import (
     print_json,
     print_table,
     print_text,
-    say_next,
 )
 from coreai_zoo.contracts import benchmark_command
 from coreai_zoo.dtypes import size
 from coreai_zoo.entry import Published
-from coreai_zoo.errors import BadInput, zoo_command
+from coreai_zoo.errors import BadInput
 from coreai_zoo.machine import operating_system, physical_memory, processor
 from coreai_zoo.planning.machines import parse_machine
 from coreai_zoo.progress import Reporter
@@ -67,7 +67,7 @@ def bench(ctx: click.Context, /, bundle: str, prompt_tokens: int, answer_tokens:
     benchmark is printed with the same numbers.
 
     BUNDLE is a path or a name, as for `zoo gate`. With --json, `published` has the keys of a table `published` of an
-    entry, and `published_toml` is that table; see docs/entries.md.
+    entry, and `published_toml` is that table; see docs/entries.md. Of a sample or a slice they say that it is one.
 
     \b
     Example:
@@ -83,7 +83,9 @@ def bench(ctx: click.Context, /, bundle: str, prompt_tokens: int, answer_tokens:
     backend = backend_of(opened, plugins.backends())
     require_asset(opened)
     measured = measure(opened, backend, prompt_tokens, answer_tokens, runs, Reporter(silent=as_json))
-    published = _published(opened, backend, measured, f"-p {prompt_tokens} -g {answer_tokens} -n {runs}")
+    unlike = _unlike_its_entry(opened)
+    options = f"-p {prompt_tokens} -g {answer_tokens} -n {runs}"
+    published = _published(opened, backend, measured, options, unlike)
     engines = (
         None if opened.engine is None else benchmark_command(str(opened.directory), prompt_tokens, answer_tokens, runs)
     )
@@ -91,13 +93,16 @@ def bench(ctx: click.Context, /, bundle: str, prompt_tokens: int, answer_tokens:
         print_json(_described(opened, measured, published, engines) | {"interpreted": bool(interpreter_note(backend))})
         return
     _print(measured, prompt_tokens, answer_tokens)
-    if note := interpreter_note(backend):
+    note = interpreter_note(backend)
+    if note:
         print_text(note)
-    else:
+    if unlike:
+        print_text(f"Nothing for an entry's file: {unlike}, not the model.")
+    elif not note:
         click.echo(f"\nFor the entry's file:\n\n{_toml(published)}")
     if engines:
         click.echo(f"The engine's own benchmark, in a checkout of it on a Mac:\n    {engines}")
-    say_next("compare it with Hugging Face", zoo_command("gate", bundle))
+    say_what_is_next(opened, bundle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,15 +141,28 @@ def _described(bundle: Bundle, measured: Measured, published: Published, engines
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _published(bundle: Bundle, backend: Backend, measured: Measured, options: str) -> Published:
+def _unlike_its_entry(bundle: Bundle) -> str:
+    """Why the figures of a bundle are not those of an entry's model; empty where they are."""
+    entry = bundle.build["entry"]
+    if bundle.build.get("sample"):
+        return "a sample"
+    if bundle.build["layers"] != bundle.build.get("whole_layers", bundle.build["layers"]):
+        return "a slice"
+    if entry is None:
+        return "built from no entry"
+    return "built with --custom" if entry.get("differences") else ""
+
+
+def _published(bundle: Bundle, backend: Backend, measured: Measured, options: str, unlike: str) -> Published:
+    interpreted = "by an interpreter, which says nothing about a Mac" if interpreter_note(backend) else ""
     load, first_token, prefill, decode = (_rounded(measured.median(figure)) for _, _, figure in _FIGURES)
     return Published(
         recipe=bundle.build["recipe"]["name"],
         machine=_machine(),
         decode=decode,
         source=f"zoo bench {options}, {dt.datetime.now(dt.UTC):%Y-%m-%d}",
-        asset_bytes=bundle.asset_bytes,
-        note=interpreter_note(backend).removesuffix(".") or None,
+        asset_bytes=None if unlike else bundle.asset_bytes,
+        note=", ".join(filter(None, [unlike and f"{unlike}, not the model", interpreted])) or None,
         contract=bundle.build["contract"]["name"],
         prompt_tokens=measured.runs[0].prompt_tokens,
         prefill=prefill,

@@ -13,12 +13,14 @@ import click
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.pipeline import BuildResult
 from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_OUTPUT, BuildRequest
+from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.cli.after import say_what_is_next
 from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.cli.recipe_option import recipe_option
 from coreai_zoo.cli.target import target_option
-from coreai_zoo.commands import Headed, OneOf, json_option, plugins_of, print_json, say_next
+from coreai_zoo.commands import Headed, OneOf, json_option, plugins_of, print_json
 from coreai_zoo.contracts import CONTRACTS
-from coreai_zoo.errors import BadInput, tell_failure_as, zoo_command
+from coreai_zoo.errors import BadInput, tell_failure_as
 from coreai_zoo.progress import EventReporter, Reporter
 
 _EXISTING = click.Path(path_type=Path)
@@ -121,8 +123,7 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
     else:
         click.echo(f"{result.path} ({result.bytes:,} bytes, {sum(result.seconds.values()):.1f} s)")
     if not as_json and progress != "json":
-        checkpoint = ("--checkpoint", request.checkpoint) if request.checkpoint else ()
-        say_next("compare it with Hugging Face", zoo_command("gate", result.path, *checkpoint))
+        say_what_is_next(Bundle.open(result.path), result.path, request.checkpoint)
 
 
 def _described(request: BuildRequest, result: BuildResult) -> dict[str, Any]:

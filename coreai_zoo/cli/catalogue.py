@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from coreai_zoo.commands import json_option, plugins_of, print_json, print_text, say_next
-from coreai_zoo.errors import zoo_command
+from coreai_zoo.errors import BadInput
 from coreai_zoo.planning.catalogue import as_record, read_catalogue
 from coreai_zoo.planning.catalogue_page import write_catalogue
 from coreai_zoo.progress import Reporter
@@ -39,6 +39,8 @@ def catalogue(ctx: click.Context, output: Path, as_json: bool) -> None:
         zoo catalogue -o site
         zoo catalogue -o site --json
     """
+    if output.exists() and not output.is_dir():  # planned are hundreds of bundles
+        raise BadInput(f"{output} is a file.", "Name a folder with -o DIR.")
     record = as_record(read_catalogue(plugins_of(ctx), Reporter(silent=as_json)))
     page, data, schema = write_catalogue(record, output)
     bundles, refused = len(record["bundles"]), len(record["refused"])
@@ -48,5 +50,4 @@ def catalogue(ctx: click.Context, output: Path, as_json: bool) -> None:
         return
     print_text(f"{bundles:,} bundles, {refused:,} combinations refused.")
     print_text(f"Page: {page}\nFor programs: {data}, described by {schema}")
-    if record["bundles"]:
-        say_next("look at one of them", zoo_command("plan", record["bundles"][0]["entry"]))
+    say_next("look at the page in a browser", page.resolve().as_uri())

@@ -164,8 +164,6 @@ class _Talk:
                 "built with a larger --max-context has room for more.",
                 err=True,
             )
-        elif pace.reason == "length":
-            click.echo(f"The answer was cut after {pace.answer_tokens} tokens, as --max-tokens says.", err=True)
 
     # -- commands
 

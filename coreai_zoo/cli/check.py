@@ -43,6 +43,11 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
     """
     if update_goldens and only and "goldens" not in only:
         raise BadInput("--update-goldens writes nothing when the check `goldens` is not among --only.")
+    if not update_goldens and (not only or "goldens" in only) and not golden_folder.is_dir():
+        raise BadInput(
+            f"There are no golden graphs in {golden_folder}.",
+            "Run `zoo check` in the repository, or name their folder with --goldens DIR.",
+        )
     checks = Checks(
         plugins=plugins_of(ctx),
         folder=Path.cwd(),

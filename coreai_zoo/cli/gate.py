@@ -10,6 +10,7 @@ import click
 
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
+from coreai_zoo.cli.after import say_what_is_next
 from coreai_zoo.cli.completion import complete_bundle
 from coreai_zoo.commands import (
     Column,
@@ -140,11 +141,10 @@ def gate(
         click.echo(f"Report: {page}")
     if not records[0]["verdict"]["passed"]:
         raise failure(opened[0].directory.name, records[0]["verdict"]["reasons"])
-    if not as_json:
-        if opened[0].build.get("sample"):
-            say_next("have it write", zoo_command("run", bundle, "-p", "def main("))
-        else:
-            say_next("publish it", zoo_command("publish", bundle, "OWNER/NAME", "--dry-run"))
+    if output is not None and not as_json:  # what is next to the bundle is of another gate, or of none
+        say_next("have it write", zoo_command("run", bundle, "-p", "def main("))
+    elif not as_json:
+        say_what_is_next(opened[0], bundle)
 
 
 def _rank(ctx: click.Context, bundle: str, options: GateOptions, *, as_json: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -77,7 +78,13 @@ def rates(pace: Pace) -> Iterator[str]:
         took = f"; {_rate(pace.steps, 'step', pace.answer_seconds)}"
     else:
         took = ", which came with the prompt: no rate" if pace.answer_tokens else ": it ended at once"
-    yield f"answer: {_counted(pace.answer_tokens, 'token')}{took}"
+    yield f"answer: {_counted(pace.answer_tokens, 'token')}{took}{_ENDS.get(pace.reason, '')}"
+
+
+_ENDS: Mapping[str | None, str] = MappingProxyType(
+    {"length": "; cut there, as --max-tokens says", "stop-text": "; ended before the text of a --stop"}
+)
+"""What is said of the end of an answer that its model did not end itself; a full context takes a sentence."""
 
 
 def rate(count: int, seconds: float) -> float | None:
@@ -99,4 +106,4 @@ def interpreter_note(backend: Backend) -> str:
     """That rates of this machine are not those of a device, as a sentence; empty where they are."""
     if sys.platform == "darwin" and not isinstance(backend, Interpreting):
         return ""
-    return "An interpreter ran this: its rates say nothing about a Mac."
+    return "An interpreter runs this: its rates say nothing about a Mac."

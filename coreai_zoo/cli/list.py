@@ -94,9 +94,11 @@ def _print_entries(entries: Iterable[tuple[Entry, str]], *, as_json: bool) -> No
     for entry, plugin in entries:
         row = (entry.facts.ffn, _billions(entry.facts.parameters), entry.recipe, entry.contract, entry.status, plugin)
         table.add_row(entry.name, *row)
+    if not table.rows:
+        print_text("No plugin brings any entry: `zoo plugins` shows what is installed.")
+        return
     print_table(table)
-    if table.rows:
-        say_next("see what it needs", zoo_command("plan", table.rows[0][0]))
+    say_next("see what it needs", zoo_command("plan", table.rows[0][0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,8 +135,13 @@ def _print_fitting(machine: Machine, fits: Mapping[str, tuple[Fit, ...]], reason
         print_text(f"The rate at {100 * EFFICIENCY:.3g} % of the bandwidth: {EFFICIENCY_SOURCE}")
     if machine.chip is not None and any(fit.plan.gathers for found in fits.values() for fit in found):
         print_text(IDEAL_GATHERING)
-    if table.rows:
-        say_next("build one of them", zoo_command("build", table.rows[-1][0], "--recipe", table.rows[-1][1]))
+    every = [fit.plan for found in fits.values() for fit in found]
+    usual = [plan for plan in every if plan.design.entry and plan.design.recipe.name == plan.design.entry.recipe]
+    if usual:
+        largest = max(usual, key=lambda plan: plan.asset)
+        say_next("build one of them", zoo_command("build", largest.name))
+    elif table.rows:  # only what is smaller than usual
+        say_next("see what is known of recipes", zoo_command("recipes", table.rows[-1][0]))
 
 
 def _described(machine: Machine, fits: Mapping[str, tuple[Fit, ...]], reasons: Mapping[str, str]) -> Mapping[str, Any]:

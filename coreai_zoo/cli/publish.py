@@ -59,8 +59,10 @@ def publish(
     target = Target.parse(repo, revision)
     publication = Publication(Bundle.open(find_bundle(bundle, plugins_of(ctx))))
     if dry_run:
-        _try(ctx, publication, target, ungated=ungated, private=private, as_json=as_json)
-        if not as_json:
+        lacks_token = _try(ctx, publication, target, ungated=ungated, private=private, as_json=as_json)
+        if lacks_token and not as_json:
+            say_next("log in", "hf auth login")
+        elif not as_json:
             flags = [flag for flag, given in (("--private", private), ("--ungated", ungated)) if given]
             branch = ["--revision", revision] if revision else []
             say_next("upload it", zoo_command("publish", bundle, repo, *flags, *branch))
@@ -91,8 +93,8 @@ def publish(
 
 def _try(
     ctx: click.Context, publication: Publication, target: Target, *, ungated: bool, private: bool, as_json: bool
-) -> None:
-    """Print what would be uploaded, and fail as the upload would; a token is not needed to find that out."""
+) -> bool:
+    """Print what would be uploaded, and fail as the upload would; whether a token is lacking, which is not needed."""
     from coreai_zoo.bundle.publish import require_token
 
     refusals: list[CheckFailed] = []
@@ -129,6 +131,7 @@ def _try(
             click.echo(f"Would be refused: {said}")
     if refusals:
         raise refusals[0]
+    return token is not None
 
 
 def _checks(ctx: click.Context, publication: Publication) -> list[Check]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from coreai_zoo.build.request import DEFAULT_RECIPE, BuildRequest
-from coreai_zoo.catalogue import find_recipe
+from coreai_zoo.catalogue import find_recipe, load_entries
 from coreai_zoo.cli.completion import complete_entry, complete_recipe
 from coreai_zoo.cli.recipe_option import print_misfits
 from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, say_next
@@ -66,7 +66,8 @@ def show_recipe(ctx: click.Context, recipe: str, as_json: bool) -> None:
         print_json(_described(found, None, None))
     else:
         click.echo(as_toml(found), nl=False)
-        say_next("see what an edited copy gives", zoo_command("plan", "MODEL", "--recipe", "FILE.toml"))
+        model = next(iter(load_entries(plugins_of(ctx))), "MODEL")
+        say_next("see what an edited copy gives", zoo_command("plan", model, "--recipe", "mine.toml"))
 
 
 def _print(known: Mapping[str, Recipe], plans: Mapping[str, Plan], misfits: Mapping[str, str]) -> None:

@@ -24,7 +24,8 @@ from coreai_zoo.cli.generation import (
     shows_progress,
 )
 from coreai_zoo.commands import Headed, plugins_of, say_next
-from coreai_zoo.errors import BadInput, near_paths, zoo_command
+from coreai_zoo.errors import BadInput, zoo_command
+from coreai_zoo.json_files import read_text
 from coreai_zoo.progress import Reporter
 
 if TYPE_CHECKING:
@@ -128,20 +129,18 @@ def _prompt(text: str | None, file: Path | None) -> str:
     if text is not None:
         return text
     if file is not None and str(file) != "-":
-        return _decoded(file, f"The prompt {file}")
+        return _without_last_newline(read_text(file, "The prompt"))
     if sys.stdin is None or sys.stdin.isatty():
         raise BadInput("There is no prompt.", 'Give one with -p "...", with -f FILE, or from a pipe.')
-    return _decoded(None, "The prompt on stdin")
-
-
-def _decoded(file: Path | None, what: str) -> str:
-    """The text of a file or of stdin, without the one newline at its end that editors and `echo` put there."""
     try:
-        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
-        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        return _without_last_newline(sys.stdin.buffer.read().decode("utf-8"))
     except (OSError, UnicodeError) as error:
-        hint = "" if file is None else near_paths(file)
-        raise BadInput(f"{what} cannot be read as UTF-8 text: {error}.", hint) from error
+        raise BadInput(f"The prompt on stdin cannot be read as UTF-8 text: {error}.") from error
+
+
+def _without_last_newline(text: str) -> str:
+    """A text without the one newline at its end that editors and `echo` put there."""
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

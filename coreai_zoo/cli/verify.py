@@ -9,9 +9,9 @@ import click
 
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
+from coreai_zoo.cli.after import say_what_is_next
 from coreai_zoo.cli.completion import complete_bundle
-from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table, say_next
-from coreai_zoo.errors import zoo_command
+from coreai_zoo.commands import json_option, new_table, plugins_of, print_json, print_table
 from coreai_zoo.progress import Reporter
 
 
@@ -59,5 +59,4 @@ def verify(ctx: click.Context, bundle: str, rebuild: bool, checkpoint: Path | No
         print_table(table)
     require(checks)
     if not as_json:
-        more = ("--checkpoint", checkpoint) if checkpoint else ()
-        say_next("compare it with Hugging Face", zoo_command("gate", bundle, *more))
+        say_what_is_next(opened, bundle, checkpoint)

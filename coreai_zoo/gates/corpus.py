@@ -16,7 +16,8 @@ from attrs import frozen
 
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
-from coreai_zoo.errors import BadInput, near_names, near_paths
+from coreai_zoo.errors import BadInput, near_names
+from coreai_zoo.json_files import read_text
 
 BUILTIN = "builtin"
 """The name of the text that ships: of the Python language reference and standard library, see corpus_text/ORIGIN.md."""
@@ -75,15 +76,8 @@ def read_corpus(bundle: Bundle, given: str, positions: int | None = None) -> Cor
         BadInput: when the text cannot be read as UTF-8, or is too short.
     """
     name, content = (given, BUILTIN_TEXT) if given == BUILTIN else (Path(given).name, Path(given))
-    try:
-        data = content.read_bytes()
-        text = data.decode("utf-8")
-    except (OSError, UnicodeError) as error:
-        near = near_paths(Path(given)) or near_names(given, [BUILTIN])
-        raise BadInput(
-            f"The corpus {given} cannot be read as UTF-8 text: {error}.",
-            near or "Give a text file, or --corpus builtin.",
-        ) from error
+    hint = near_names(given, [BUILTIN]) or "Give a text file, or --corpus builtin."
+    text = read_text(content, "The corpus", hint)
     tokens = encode(load_tokenizer(bundle.tokenizer), text)
     window = min(WINDOW, bundle.max_context)
     each = len(range(window)[_counted(window)])
@@ -102,7 +96,7 @@ def read_corpus(bundle: Bundle, given: str, positions: int | None = None) -> Cor
             f"Give a longer text, or --positions {there * each}.",
         )
     windows = tuple(tuple(tokens[at * window : (at + 1) * window]) for at in range(min(needed, there)))
-    return Corpus(name, hashlib.sha256(data).hexdigest(), len(tokens), windows)
+    return Corpus(name, hashlib.sha256(text.encode()).hexdigest(), len(tokens), windows)
 
 
 def _counted(window: int) -> slice:

@@ -18,9 +18,10 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.generate import chat_text
 from coreai_zoo.checkpoint.end_of_turn import end_tokens
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
-from coreai_zoo.errors import BadInput, did_you_mean, near_paths
+from coreai_zoo.errors import BadInput, did_you_mean
 from coreai_zoo.gates.corpus import BUILTIN, WINDOW, read_corpus
 from coreai_zoo.gates.rule import CONFIDENT_MARGIN
+from coreai_zoo.json_files import read_text
 
 DEFAULT_POSITIONS = 64
 """Positions of a prompt that has as many."""
@@ -387,10 +388,7 @@ def file_prompt(path: Path) -> Prompt:
     Raises:
         BadInput: when it cannot be read as UTF-8.
     """
-    try:
-        return Prompt(path.name, path.read_text(encoding="utf-8"), positions=None)
-    except (OSError, UnicodeError) as error:
-        raise BadInput(f"The prompt {path} cannot be read as UTF-8 text: {error}.", near_paths(path)) from error
+    return Prompt(path.name, read_text(path, "The prompt"), positions=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

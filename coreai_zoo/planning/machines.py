@@ -16,6 +16,7 @@ from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.plugins import Plugins
 
 _MEMORY = re.compile(r"(?<![\d.])(\d+)[\s-]*(?:gib|gb|g)\b", re.IGNORECASE)
+_OTHER_UNIT = re.compile(r"\d\s*(?:t|m|k)i?b\b", re.IGNORECASE)
 _BARE = re.compile(r"(?<![\w.-])(\d+)(?![\w.-])")  # a number by itself: neither M4 nor 32-core
 _IDLE_WORDS = re.compile(
     r"\b(?:apple|macbook|mac|mini|studio|air|ram|memory|with|and|silicon|of|unified)\b", re.IGNORECASE
@@ -84,6 +85,8 @@ def parse_machine(text: str) -> Machine:
     Raises:
         BadInput: when there is no such chip, no memory is named, or the chip is not sold with it.
     """
+    if _OTHER_UNIT.search(text):
+        raise BadInput(f"{text!r} names a memory in another unit than GB.", 'An example: "M4 Pro 48GB".')
     pattern = _MEMORY if _MEMORY.search(text) else _BARE
     memories = {int(found) for found in pattern.findall(text)}
     if len(memories) > 1 or any(not 1 <= memory <= _MOST_MEMORY for memory in memories):
