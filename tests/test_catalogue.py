@@ -176,7 +176,7 @@ def test_a_bundle_is_what_zoo_plan_says_of_the_command_that_builds_it(
         ("qwen3.6-27b", "int8hu", "static-s1", 48),
         ("qwen3.6-27b", "int4lin", "static-s1", 32),
         ("qwen3.6-27b", "int8lin", "fixed-s1", 48),
-        ("qwen3.5-9b", "fp16", "chunked", 32),
+        ("qwen3.6-35b-a3b", "int4lin", "chunked", 32),
     ],
 )
 def test_the_most_context_fits_and_one_token_more_does_not(
