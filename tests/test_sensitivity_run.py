@@ -276,8 +276,10 @@ def children_of(pid: int) -> list[int]:
 
 
 def ignores_interruptions(pid: int) -> bool:
-    (mask,) = re.findall(r"^SigIgn:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="ascii"), re.MULTILINE)
-    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
+    masks = re.findall(
+        r"^Sig(?:Blk|Ign):\s+(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="ascii"), re.MULTILINE
+    )
+    return any(int(mask, 16) >> (signal.SIGINT - 1) & 1 for mask in masks)
 
 
 @pytest.mark.slow

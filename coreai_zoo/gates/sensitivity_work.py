@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -231,13 +231,18 @@ def processes(jobs: int) -> Iterator[Executor]:
     context = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
     pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads,))
     try:
-        with _ignored_interruption():
+        with _deaf_to_interruption():
             if _FORKS:
                 context.set_forkserver_preload(_modules_of_workers())
                 forkserver.ensure_running()
             else:
                 _start(pool, jobs)
-        if _FORKS:  # whose server imports for seconds, in which Ctrl-C is for this process
+        if _FORKS:
+            # The server imports for seconds, in which Ctrl-C is for this process. A worker that is asked for meanwhile
+            # would start when nobody wants it any more.
+            ready = multiprocessing.get_context("forkserver").Process(target=int)
+            ready.start()
+            ready.join()
             _start(pool, jobs)
         yield pool
     except BaseException:
@@ -246,9 +251,19 @@ def processes(jobs: int) -> Iterator[Executor]:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
+        if _FORKS:
+            _end_server()
         raise
     finally:
         pool.shutdown()
+
+
+def _end_server() -> None:
+    """Have it hold this process's output no longer than this process does; the next pool starts another."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)  # noqa: SLF001  # it has no other way to be ended
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _start(pool: ProcessPoolExecutor, jobs: int) -> None:
@@ -263,16 +278,17 @@ def _modules_of_workers() -> list[str]:
 
 
 @contextlib.contextmanager
-def _ignored_interruption() -> Iterator[None]:
-    """Processes that are started within the block never hear Ctrl-C: it is for the one that ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _deaf_to_interruption() -> Iterator[None]:
+    """Processes that are started within the block never hear Ctrl-C: it is for the one that ends them.
+
+    That one hears it behind the block, where it comes within: a signal that is blocked waits, and is inherited as such.
+    """
+    resource_tracker.ensure_running()  # which ends with the signal unblocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(threads: int) -> None:
