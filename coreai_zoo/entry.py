@@ -168,7 +168,7 @@ class Published:
         machine: the chip, as `zoo plan` names it.
         decode: tokens per second.
         source: where it was published.
-        asset_bytes: size of the asset's bytecode, or None where it was not published, as all below.
+        asset_bytes: size of the asset, or None where it was not published, as all below.
         note: what was special, if anything.
         contract: of the bundle; None for the entry's own.
         prompt_tokens: length of the prompt that `prefill` and `first_token` are of.

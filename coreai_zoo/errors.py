@@ -106,6 +106,11 @@ def zoo_command(*words: object) -> str:
     return shlex.join(["zoo", *texts])
 
 
+def argument(text: str | Path) -> str | Path:
+    """A word for `zoo_command` that is no option, whatever it begins with: then it is taken for a path."""
+    return Path(text) if str(text).startswith("-") else text
+
+
 def listing(items: list[str], limit: int = 12, separator: str = ", ") -> str:
     """Join `items` for a one-paragraph message, cut after `limit` with a count of the rest."""
     shown = separator.join(items[:limit])
@@ -145,14 +150,14 @@ def near_paths(path: Path) -> str:
 
     Empty where nothing is, and where it is there.
     """
-    if os.path.lexists(path):
-        return ""
     missing = path
-    while missing.parent != missing and not missing.parent.is_dir():
-        missing = missing.parent
     try:
+        while missing.parent != missing and not missing.parent.is_dir():
+            missing = missing.parent
+        if os.path.lexists(missing):  # a file or a dangling link, in the place of a folder perhaps
+            return ""
         beside = [each.name for each in itertools.islice(missing.parent.iterdir(), _LOOKED_AT)]
-    except OSError:
+    except (OSError, ValueError):  # it may not be looked at, or can be no path
         return ""
     return near_names(str(missing), [str(missing.parent / name) for name in beside if _alike(name, missing.name)])
 

@@ -142,6 +142,7 @@ def test_what_json_has_can_be_pasted_into_the_file_of_an_entry(
         ({"sample": False}, None),
         ({"sample": False, "whole_layers": 64}, "a slice, not the model"),
         ({"sample": False, "entry": None}, "built from no entry, not the model"),
+        ({"sample": False, "recipe": {"name": "int8hu", "installed": False}}, "built by a recipe file, not the model"),
     ],
 )
 def test_on_a_real_runtime_what_is_the_model_can_be_published(
@@ -168,6 +169,20 @@ def test_on_a_real_runtime_what_is_the_model_can_be_published(
         assert "note" not in published
     else:
         assert f"Nothing for an entry's file: {note}." in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [{"recipe": {}}, {"recipe": {"name": ""}}, {"contract": {"name": 5}}])
+def test_a_record_that_does_not_say_what_is_measured_is_refused_before(
+    clocked: tuple[Bundle, list[Clocked]], damage: dict[str, object], tmp_path: Path
+) -> None:
+    source, steppers = clocked
+    bundle = tmp_path / source.directory.name
+    shutil.copytree(source.directory, bundle)
+    write_json(bundle / "build.json", {**source.build, **damage})
+    result = zoo("bench", bundle, "-p", 5, "-g", 9)
+    (part,) = damage
+    assert result.exit_code == 1 and f"names no {part}" in result.stderr and not steppers
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from coreai_zoo.cli.app import COMMANDS
 from coreai_zoo.cli.demo import next_steps
@@ -126,6 +127,16 @@ def test_the_demo_says_what_to_type_next_with_the_zoo_that_is_installed(
     assert lines[2] == f"""    {typed} run 'exports/it'"'"'s' -p 'class Stack:' -n 40"""
     assert lines[3] == f"    {typed} plan qwen3.6-27b"
     assert (lines[-1] == f"To type `zoo` alone: {exported}") == (exported is not None)
+
+
+def test_what_follows_an_unknown_command_is_completed_as_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from coreai_zoo.cli.app import cli
+
+    monkeypatch.setenv("_ZOO_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "zoo lst ")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    result = CliRunner().invoke(cli, prog_name="zoo")
+    assert result.exit_code == 0 and "plain,list" in result.stdout
 
 
 def test_a_plugins_command_is_completed(make_plugin: Callable[..., types.ModuleType]) -> None:

@@ -230,6 +230,11 @@ def test_a_chat_on_which_nothing_is_checked_fails_the_gate_with_what_to_do(stop:
     assert "--prompts NAME,... leaves it out" in report.reasons[0]
 
 
+def test_lines_of_a_file_end_as_on_every_system(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    assert file_prompt(tmp_path / "prompt.txt").text == "one\ntwo\nthree\n"
+
+
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
 

@@ -13,6 +13,7 @@ import click
 import pytest
 from click.testing import Result
 
+from checkpoints import tiny_checkpoint
 from command import commands, zoo
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.cli.app import COMMANDS, SECTIONS, cli
@@ -121,6 +122,15 @@ def test_a_path_that_is_like_no_other_has_no_hint(tmp_path: Path) -> None:
     assert near_paths(tmp_path / "bundel") == f"Did you mean {tmp_path / 'bundle'}?"
 
 
+def test_where_nothing_can_be_looked_at_there_is_no_hint_and_no_other_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "file" / "x", tmp_path / "dangling" / "x", tmp_path / ("x" * 300) / "y", Path("/a\0b/c")):
+        assert near_paths(path) == ""
+    result = zoo("verify", f"./{'x' * 300}/y")
+    assert result.exit_code == 2 and "There is no bundle at" in result.stderr
+
+
 def test_capital_letters_make_no_name_another_one() -> None:
     assert near_names("m4 MAX", ["M4", "M4 Max", "M5 Max"], 1) == "Did you mean M4 Max?"
     assert near_names("other", ["M4"]) == ""
@@ -157,6 +167,7 @@ def next_command(result: Result) -> list[str]:
             "build qwen3.6-27b --recipe int4lin --target macos27.2 --max-context 4096",
         ),
         ("plan qwen3.6-27b --compare", "build qwen3.6-27b"),
+        ("plan qwen3.6-27b --compare --recipe int4lin --recipe int8lin", "build qwen3.6-27b"),
         ("plan qwen3.6-27b --contracts", "build qwen3.6-27b --contract"),
         ("recipes", "show-recipe int8hu"),
         ("recipes qwen3.6-27b", "plan qwen3.6-27b --compare"),
@@ -172,6 +183,28 @@ def test_an_answer_ends_with_the_next_command_and_json_does_not(line: str, words
     assert shlex.join(next_command(zoo(*shlex.split(line)))).startswith(words)
     as_json = zoo(*shlex.split(line), "--json")
     assert as_json.exit_code == 0 and "Next" not in as_json.stderr
+
+
+def test_a_folder_that_was_planned_is_built_by_its_path_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tiny_checkpoint(Path("-a folder"), "dense")
+    for words in (("--checkpoint", folder), ("--", folder)):
+        assert next_command(zoo("plan", *words)) == ["build", "./-a folder"]
+    assert next_command(zoo("show", "--", folder)) == ["plan", "./-a folder"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_a_gate_cannot_find_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tiny_checkpoint(Path("a folder"), "dense")
+    gate = next_command(zoo("build", folder, "-o", "out"))
+    assert gate[0] == "gate" and gate[2:] == ["--checkpoint", "a folder"]
+    assert next_command(zoo("bench", gate[1], "-p", "1", "-g", "2", "-n", "1"))[2:] == ["--checkpoint", "DIR"]
+    assert next_command(zoo("verify", gate[1], "--checkpoint", folder)) == gate
+    gated = zoo(*gate, "-p", "abcdefgh", "--allow-weak-prompt", "--no-control")
+    assert "is not at hand" not in gated.output, gated.output
 
 
 def test_a_list_of_what_fits_ends_with_what_builds_one_of_it(root: Path, host_of: Callable[..., Plugins]) -> None:

@@ -103,7 +103,7 @@ class ZooGroup(click.Group):
         """As click does, with plugins' commands added first, and the nearest for a name that is none."""
         self._add_plugin_commands(ctx)
         name, known = click.utils.make_str(args[0]), self.list_commands(ctx)
-        if not name.startswith("-") and name not in known:
+        if not (ctx.resilient_parsing or name.startswith("-") or name in known):
             ctx.fail(f"No such command {name!r}. {did_you_mean(name, known)}")
         return super().resolve_command(ctx, args)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -28,7 +28,7 @@ from coreai_zoo.commands import (
 from coreai_zoo.contracts import benchmark_command
 from coreai_zoo.dtypes import size
 from coreai_zoo.entry import Published
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.machine import operating_system, physical_memory, processor
 from coreai_zoo.planning.machines import parse_machine
 from coreai_zoo.progress import Reporter
@@ -82,12 +82,16 @@ def bench(ctx: click.Context, /, bundle: str, prompt_tokens: int, answer_tokens:
     opened = Bundle.open(find_bundle(bundle, plugins))
     backend = backend_of(opened, plugins.backends())
     require_asset(opened)
+    for part in ("recipe", "contract"):  # before anything is measured
+        _named(opened, part)
     measured = measure(opened, backend, prompt_tokens, answer_tokens, runs, Reporter(silent=as_json))
     unlike = _unlike_its_entry(opened)
     options = f"-p {prompt_tokens} -g {answer_tokens} -n {runs}"
     published = _published(opened, backend, measured, options, unlike)
     engines = (
-        None if opened.engine is None else benchmark_command(str(opened.directory), prompt_tokens, answer_tokens, runs)
+        None
+        if opened.engine is None
+        else benchmark_command(str(opened.directory.resolve()), prompt_tokens, answer_tokens, runs)
     )
     if as_json:
         print_json(_described(opened, measured, published, engines) | {"interpreted": bool(interpreter_note(backend))})
@@ -102,7 +106,7 @@ def bench(ctx: click.Context, /, bundle: str, prompt_tokens: int, answer_tokens:
         click.echo(f"\nFor the entry's file:\n\n{_toml(published)}")
     if engines:
         click.echo(f"The engine's own benchmark, in a checkout of it on a Mac:\n    {engines}")
-    say_what_is_next(opened, bundle)
+    say_what_is_next(opened, bundle, plugins)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +116,8 @@ def bench(ctx: click.Context, /, bundle: str, prompt_tokens: int, answer_tokens:
 
 def _print(measured: Measured, prompt_tokens: int, answer_tokens: int) -> None:
     by = f"{measured.prefill_calls} of `prefill` and one more" if measured.prefill_calls else f"{prompt_tokens:,}"
-    print_text(f"A prompt of {prompt_tokens:,} tokens ({by} calls), an answer of {answer_tokens:,}.\n")
+    plural = "" if prompt_tokens == 1 else "s"
+    print_text(f"A prompt of {prompt_tokens:,} token{plural} ({by} call{plural}), an answer of {answer_tokens:,}.\n")
     table = new_table("", *(Column(name, number=True) for name in ("median", "least", "largest")), "")
     for name, unit, figure in _FIGURES:
         shown = (f"{value:.{_DIGITS}g}" for value in (measured.median(figure), *measured.spread(figure)))
@@ -150,6 +155,8 @@ def _unlike_its_entry(bundle: Bundle) -> str:
         return "a slice"
     if entry is None:
         return "built from no entry"
+    if bundle.build["recipe"].get("installed") is False:
+        return "built by a recipe file"
     return "built with --custom" if entry.get("differences") else ""
 
 
@@ -157,13 +164,13 @@ def _published(bundle: Bundle, backend: Backend, measured: Measured, options: st
     interpreted = "by an interpreter, which says nothing about a Mac" if interpreter_note(backend) else ""
     load, first_token, prefill, decode = (_rounded(measured.median(figure)) for _, _, figure in _FIGURES)
     return Published(
-        recipe=bundle.build["recipe"]["name"],
+        recipe=_named(bundle, "recipe"),
         machine=_machine(),
         decode=decode,
         source=f"zoo bench {options}, {dt.datetime.now(dt.UTC):%Y-%m-%d}",
         asset_bytes=None if unlike else bundle.asset_bytes,
         note=", ".join(filter(None, [unlike and f"{unlike}, not the model", interpreted])) or None,
-        contract=bundle.build["contract"]["name"],
+        contract=_named(bundle, "contract"),
         prompt_tokens=measured.runs[0].prompt_tokens,
         prefill=prefill,
         first_token=first_token,
@@ -172,6 +179,19 @@ def _published(bundle: Bundle, backend: Backend, measured: Measured, options: st
         system=operating_system(),
         versions=", ".join(f"{name} {version}" for name, version in _versions(backend).items()),
     )
+
+
+def _named(bundle: Bundle, part: str) -> str:
+    """The name of the recipe or contract in a bundle's record.
+
+    Raises:
+        CheckFailed: when there is none.
+    """
+    recorded = bundle.build.get(part)
+    name = recorded.get("name") if isinstance(recorded, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise CheckFailed(f"build.json of {bundle.directory} names no {part}.")
+    return name
 
 
 def _rounded(value: float) -> float:

@@ -13,6 +13,7 @@ import click
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.pipeline import BuildResult
 from coreai_zoo.build.request import DEFAULT_BACKEND, DEFAULT_OUTPUT, BuildRequest
+from coreai_zoo.build.source import find_subject
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.cli.after import say_what_is_next
 from coreai_zoo.cli.completion import complete_entry
@@ -21,6 +22,7 @@ from coreai_zoo.cli.target import target_option
 from coreai_zoo.commands import Headed, OneOf, json_option, plugins_of, print_json
 from coreai_zoo.contracts import CONTRACTS
 from coreai_zoo.errors import BadInput, tell_failure_as
+from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import EventReporter, Reporter
 
 _EXISTING = click.Path(path_type=Path)
@@ -123,7 +125,13 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
     else:
         click.echo(f"{result.path} ({result.bytes:,} bytes, {sum(result.seconds.values()):.1f} s)")
     if not as_json and progress != "json":
-        say_what_is_next(Bundle.open(result.path), result.path, request.checkpoint)
+        checkpoint = request.checkpoint or _folder(request.model, plugins_of(ctx))
+        say_what_is_next(Bundle.open(result.path), result.path, plugins_of(ctx), checkpoint)
+
+
+def _folder(model: str | None, plugins: Plugins) -> Path | None:
+    """The folder of a checkpoint that was built by its path."""
+    return None if model is None else find_subject(model, plugins).directory
 
 
 def _described(request: BuildRequest, result: BuildResult) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from coreai_zoo.cache import cache_folder
 from coreai_zoo.cli.completion import complete_bundle
 from coreai_zoo.cli.generation import chosen_sampling, interpreter_note, rates, sampling_options, shows_progress
 from coreai_zoo.commands import Headed, plugins_of, say_next
-from coreai_zoo.errors import BadInput, did_you_mean, zoo_command
+from coreai_zoo.errors import BadInput, argument, did_you_mean, zoo_command
 from coreai_zoo.json_files import write_json
 from coreai_zoo.progress import Reporter
 
@@ -71,9 +71,9 @@ def chat(
         for line in _typed() if on_terminal else _piped():
             if not talk.take(line):
                 break
-    say_next("measure how fast it is", zoo_command("bench", bundle))
     if talk.refused and not on_terminal:  # nobody has seen it
         ctx.exit(BadInput.exit_code)
+    say_next("measure how fast it is", zoo_command("bench", argument(bundle)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

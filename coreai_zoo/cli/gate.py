@@ -23,7 +23,7 @@ from coreai_zoo.commands import (
     print_text,
     say_next,
 )
-from coreai_zoo.errors import BadInput, zoo_command
+from coreai_zoo.errors import BadInput, argument, zoo_command
 from coreai_zoo.gates.run import GateOptions, failure, report_folder, run_gate, write_report
 from coreai_zoo.progress import Reporter
 
@@ -142,9 +142,9 @@ def gate(
     if not records[0]["verdict"]["passed"]:
         raise failure(opened[0].directory.name, records[0]["verdict"]["reasons"])
     if output is not None and not as_json:  # what is next to the bundle is of another gate, or of none
-        say_next("have it write", zoo_command("run", bundle, "-p", "def main("))
+        say_next("have it write", zoo_command("run", argument(bundle), "-p", "def main("))
     elif not as_json:
-        say_what_is_next(opened[0], bundle)
+        say_what_is_next(opened[0], bundle, plugins)
 
 
 def _rank(ctx: click.Context, bundle: str, options: GateOptions, *, as_json: bool) -> None:

@@ -38,7 +38,7 @@ from coreai_zoo.commands import (
 )
 from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.dtypes import size
-from coreai_zoo.errors import BadInput, zoo_command
+from coreai_zoo.errors import BadInput, argument, zoo_command
 from coreai_zoo.overlay import COMMON_ROLES
 from coreai_zoo.planning.contracts import compare_contracts
 from coreai_zoo.planning.describe import (
@@ -202,7 +202,8 @@ def plan(
     elif compare:
         _print_side_by_side(plans, machines)
         print_misfits(misfits)
-        say_next("build the usual one", zoo_command(*_words(subjects[0])))
+        usual = evolve(subjects[0], recipe=None) if len(chosen) > 1 else subjects[0]
+        say_next("build the usual one", zoo_command(*_words(usual)))
     else:
         _print(plans[0], machines)
         say_next("build it", zoo_command(*_words(subjects[0])))
@@ -211,7 +212,6 @@ def plan(
 def _words(asked: BuildRequest) -> list[object]:
     """The words of the command that builds what was planned."""
     options = {
-        "--checkpoint": asked.checkpoint,
         "--recipe": asked.recipe,
         "--contract": asked.contract,
         "--backend": asked.backend,
@@ -219,7 +219,8 @@ def _words(asked: BuildRequest) -> list[object]:
         "--max-context": asked.max_context,
     }
     given = [word for option, value in options.items() if value is not None for word in (option, value)]
-    return ["build", *([asked.model] if asked.model else []), *given]
+    model = asked.model if asked.model is not None else asked.checkpoint
+    return ["build", argument(model or ""), *given]
 
 
 def _require_one_question(

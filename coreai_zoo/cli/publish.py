@@ -18,7 +18,7 @@ from coreai_zoo.bundle.publish import Publication, Target
 from coreai_zoo.cli.completion import complete_bundle
 from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, say_next
 from coreai_zoo.dtypes import size
-from coreai_zoo.errors import CheckFailed, EnvironmentLacks, zoo_command
+from coreai_zoo.errors import CheckFailed, EnvironmentLacks, argument, zoo_command
 from coreai_zoo.progress import Reporter
 
 
@@ -65,7 +65,7 @@ def publish(
         elif not as_json:
             flags = [flag for flag, given in (("--private", private), ("--ungated", ungated)) if given]
             branch = ["--revision", revision] if revision else []
-            say_next("upload it", zoo_command("publish", bundle, repo, *flags, *branch))
+            say_next("upload it", zoo_command("publish", argument(bundle), repo, *flags, *branch))
         return
     if not ungated:
         publication.require_passed()
@@ -87,7 +87,8 @@ def publish(
         print_json(_described(publication, target, private=private) | {"page": page})
     else:
         click.echo(page)
-        words = ["hf", "download", target.repository, "--local-dir", publication.bundle.directory.name]
+        words = ["hf", "download", target.repository, *(["--revision", revision] if revision else [])]
+        words += ["--local-dir", publication.bundle.directory.name]
         say_next("fetch it where it is to run", shlex.join(words))
 
 

@@ -13,7 +13,7 @@ from coreai_zoo.cli.completion import complete_entry, complete_recipe
 from coreai_zoo.cli.recipe_option import print_misfits
 from coreai_zoo.commands import Column, json_option, new_table, plugins_of, print_json, print_table, say_next
 from coreai_zoo.dtypes import size
-from coreai_zoo.errors import zoo_command
+from coreai_zoo.errors import argument, zoo_command
 from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.recipe_files import as_toml, content_of
 from coreai_zoo.recipes import Recipe
@@ -42,7 +42,7 @@ def recipes(ctx: click.Context, model: str | None, as_json: bool) -> None:
         return
     _print(known, plans, misfits)
     if model is not None:
-        say_next("compare them", zoo_command("plan", model, "--compare"))
+        say_next("compare them", zoo_command("plan", argument(model), "--compare"))
     elif DEFAULT_RECIPE in known:
         say_next("write one of your own", f"{zoo_command('show-recipe', DEFAULT_RECIPE)} > mine.toml")
 

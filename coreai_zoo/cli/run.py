@@ -24,7 +24,7 @@ from coreai_zoo.cli.generation import (
     shows_progress,
 )
 from coreai_zoo.commands import Headed, plugins_of, say_next
-from coreai_zoo.errors import BadInput, zoo_command
+from coreai_zoo.errors import BadInput, argument, zoo_command
 from coreai_zoo.json_files import read_text
 from coreai_zoo.progress import Reporter
 
@@ -108,9 +108,9 @@ def run(
         if line:
             click.echo(line, err=True)
     if find_chat_template(opened.tokenizer) is None:
-        say_next("measure how fast it is", zoo_command("bench", bundle))
+        say_next("measure how fast it is", zoo_command("bench", argument(bundle)))
     else:
-        say_next("talk to it", zoo_command("chat", bundle))
+        say_next("talk to it", zoo_command("chat", argument(bundle)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

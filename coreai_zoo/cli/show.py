@@ -14,7 +14,7 @@ from coreai_zoo.catalogue import find_entry, find_recipe
 from coreai_zoo.cli.completion import complete_entry
 from coreai_zoo.commands import json_option, plugins_of, print_json, print_rows, say_next
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, zoo_command
+from coreai_zoo.errors import BadInput, argument, zoo_command
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import QuantizationSpec, Rule, stored_text
@@ -57,7 +57,7 @@ def show(ctx: click.Context, model: str, as_json: bool) -> None:
     print_rows(rows, title=title)
     print_rows([(fact, _plain(value)) for fact, value in facts.items()], title="facts")
     print_rows([(role, spec or "not quantized") for role, spec in stored.items()], title=f"recipe {name}")
-    say_next("see what it needs", zoo_command("plan", model))
+    say_next("see what it needs", zoo_command("plan", argument(model)))
 
 
 def _recipe_by_role(entry: Entry, plugins: Plugins) -> dict[str, str | None]:

@@ -59,4 +59,4 @@ def verify(ctx: click.Context, bundle: str, rebuild: bool, checkpoint: Path | No
         print_table(table)
     require(checks)
     if not as_json:
-        say_what_is_next(opened, bundle, checkpoint)
+        say_what_is_next(opened, bundle, plugins, checkpoint)

@@ -388,7 +388,8 @@ def file_prompt(path: Path) -> Prompt:
     Raises:
         BadInput: when it cannot be read as UTF-8.
     """
-    return Prompt(path.name, read_text(path, "The prompt"), positions=None)
+    text = read_text(path, "The prompt").replace("\r\n", "\n").replace("\r", "\n")
+    return Prompt(path.name, text, positions=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
