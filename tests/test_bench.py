@@ -25,6 +25,7 @@ from coreai_zoo.entry import Published, load_entry
 from coreai_zoo.json_files import write_json
 from coreai_zoo.machine import operating_system, peak_memory, processor
 from coreai_zoo.progress import Reporter
+from coreai_zoo.toml_files import toml_lines
 from shared import Shared
 from test_contracts import build
 
@@ -244,3 +245,14 @@ def test_a_measurement_in_words_has_what_is_known_of_it() -> None:
         "15.9 tokens/s on M4 Max, macOS 27.2, coreai-core 1.0.0, on 128 GB; a prompt of 64 tokens at 86.5 tokens/s, "
         "the first token after 0.74 s, loaded in 12 s, 29.0 GiB of memory at the peak (a card)"
     )
+
+
+def test_a_measurement_stands_beside_the_prediction_for_its_own_contract(root: Path, tmp_path: Path) -> None:
+    source = root / "zoo_entries" / f"{DENSE}.toml"
+    pasted = tmp_path / source.name
+    row = {"recipe": "int8hu", "machine": "M5 Max", "decode": 18.5, "source": "somebody", "contract": "chunked"}
+    table = "\n".join(["[[published]]", *toml_lines(row), ""])
+    pasted.write_text(f"{source.read_text(encoding='utf-8')}\n{table}", encoding="utf-8")
+    chunked, usual = (zoo("plan", pasted, "--contract", name).stdout for name in ("chunked", "static-s1"))
+    assert "Published: 18.5 tokens/s on M5 Max (somebody)." in chunked and "Published: 15.9" not in chunked
+    assert "Published: 15.9 tokens/s on M4 Max" in usual and "somebody" not in usual
