@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -125,13 +126,10 @@ def measure(command: Sequence[str], limit_gib: float | None = None, folders: Seq
     peak: dict[str, int] = {"VmHWM": 0, "RssAnon": 0}
     disk = written = 0
     with limited(limit_gib) as group:
-
-        def enter() -> None:
-            if group is not None:
-                group[0].write_text(str(os.getpid()))
-
+        # The child has to enter the group before it becomes the command; this process has one thread. Without a group
+        # nothing is run in between, so that this process, which may map more than there is memory, is not forked.
+        enter = None if group is None else functools.partial(group[0].write_text, "0")  # who writes 0 means itself
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        # The child has to enter the group before it becomes the command; this process has one thread.
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(command, preexec_fn=enter, text=True, **pipes)  # noqa: PLW1509
         assert process.stdout is not None and process.stderr is not None

@@ -980,7 +980,7 @@ def test_something_that_is_no_bundle_is_refused(tmp_path: Path, dense: Path, com
     before = contents(tmp_path)
 
     assert f"There is no bundle at {nowhere}" in paragraph(zoo(command, nowhere, *COMMANDS[command]))
-    assert f"There is no bundle at {file}" in paragraph(zoo(command, file, *COMMANDS[command]))
+    assert f"{file} is a file, and a bundle is a folder." in paragraph(zoo(command, file, *COMMANDS[command]))
     for folder in (empty, dense):
         text = paragraph(zoo(command, folder, *COMMANDS[command]))
         assert f"{folder} is not a bundle of this zoo: it has no metadata.json and no build.json" in text

@@ -561,14 +561,18 @@ class Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x18\x00\x78\x00\x00\x00\x00\x00")
         environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        # Not by a `preexec_fn`, for which all of this process would be forked: it may map more than there is memory.
+        on_terminal = "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
         self._process = subprocess.Popen(
-            (sys.executable, "-m", "coreai_zoo", *map(str, arguments)),
+            (
+                *(sys.executable, "-c", f"import fcntl, os, sys, termios; {on_terminal}"),
+                *("-m", "coreai_zoo", *map(str, arguments)),
+            ),
             stdin=slave,
             stdout=slave,
             stderr=slave,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509  # there are no threads
         )
         os.close(slave)
         self.shown, self._behind = "", ""

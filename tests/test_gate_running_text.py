@@ -61,7 +61,7 @@ def test_a_sample_is_measured_over_the_built_in_text_beside_its_prompts(original
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--corpus", "nowhere.txt"), "The corpus nowhere.txt cannot be read as UTF-8 text"),
+        (("--corpus", "nowhere.txt"), "The corpus nowhere.txt cannot be read: No such file"),
         (("--corpus", "README.md", "-p", "def"), "leave out --prompt, --prompts and --prompt-file"),
         (("--corpus", BUILTIN, "--positions", 10**6), "1000000 positions were asked for"),
         (("--corpus", BUILTIN, "--sensitivity"), "--sensitivity goes with"),
