@@ -475,6 +475,7 @@ def test_revisions_that_are_none_are_explained(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "has no revision 'nowhere'" in refused("qwen3.6-27b", "--rev", "nowhere")
+    assert "has no revision 'HAED'. Did you mean HEAD?" in refused("qwen3.6-27b", "--rev", "HAED")
     assert "has no revision '--all'" in refused("qwen3.6-27b", "--rev=--all")
     monkeypatch.chdir(tmp_path)
     assert "is not in a git repository" in refused("qwen3.6-27b", "--rev", "HEAD")

@@ -89,7 +89,6 @@ def test_every_command_stands_below_one_heading() -> None:
         ("sensitivity qwen3.6-27b --sample --as int4:blck32", "Did you mean block32?"),
         ("sensitivity qwen3.6-27b --sample --as int4:block32:symetric", "Did you mean symmetric"),
         ("sensitivity qwen3.6-27b --sample --as fp61", "Did you mean fp16?"),
-        ("diff qwen3.6-27b --rev HAED", "Did you mean HEAD?"),
     ],
 )
 def test_the_nearest_name_is_suggested(line: str, hint: str) -> None:
