@@ -243,6 +243,15 @@ def prefill_calls(functions: Mapping[str, TraceSpec], tokens: int) -> list[int]:
     return prompt_chunks(tokens, min(functions[PREFILL].most_tokens, LARGEST_CHUNK)) if PREFILL in functions else []
 
 
+def reading_calls(functions: Mapping[str, TraceSpec], tokens: int) -> list[tuple[str, int]]:
+    """The calls by which an engine reads a prompt: of each the function and how many tokens it is sent.
+
+    All tokens but the last go to `prefill` where there is such a function; the others are decoded.
+    """
+    calls = [(PREFILL, length) for length in prefill_calls(functions, tokens - 1)]
+    return calls + [(next(iter(functions)), 1)] * (tokens - sum(length for _, length in calls))
+
+
 def require_room(tokens: int, context: int, hint: str) -> None:
     """Refuse a prompt that leaves no position of a context for an answer.
 

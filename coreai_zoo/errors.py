@@ -133,14 +133,14 @@ def did_you_mean(name: str, known: Collection[str], count: int = 1, cutoff: floa
 def near_names(name: str, known: Collection[str], count: int = 3, cutoff: float = 0.6) -> str:
     """As `did_you_mean`, but empty where no name is near. Capital letters make no difference."""
     names = {each.lower(): each for each in reversed([*known])}
-    written_otherwise = [each for each in known if _letters(each) == _letters(name)]
+    written_otherwise = [each for each in known if letters(each) == letters(name)]
     if written_otherwise:
         return f"Did you mean {written_otherwise[0]}?"
     near = difflib.get_close_matches(name.lower(), names, n=count, cutoff=cutoff)
     return f"Did you mean {' or '.join(names[each] for each in near)}?" if near else ""
 
 
-def _letters(name: str) -> str:
+def letters(name: str) -> str:
     """What is left of a name where neither capital letters nor signs count."""
     return "".join(character for character in name.lower() if character.isalnum())
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from attrs import frozen
 
-from coreai_zoo.backend import Backend, prefill_calls, read_prompt
+from coreai_zoo.backend import Backend, prefill_calls, read_prompt, reading_calls
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.sampling import Logits
 from coreai_zoo.errors import BadInput
@@ -98,7 +98,7 @@ def bench(
     vocabulary = int(bundle.signature.outputs[0].shape[-1])
     prompt = np.random.default_rng(0).integers(vocabulary, size=prompt_tokens).tolist()
     by_prefill = len(prefill_calls(bundle.functions, prompt_tokens - 1))
-    calls = (by_prefill + 1 if by_prefill else prompt_tokens) + answer_tokens - 1
+    calls = len(reading_calls(bundle.functions, prompt_tokens)) + answer_tokens - 1
     with report.steps(f"measuring {runs} run{'' if runs == 1 else 's'}", runs * calls) as called:
         measured = tuple(_run(bundle, backend, prompt, answer_tokens, called) for _ in range(runs))
     return Measured(measured, by_prefill, peak_memory())

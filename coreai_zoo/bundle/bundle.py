@@ -105,6 +105,11 @@ def _wrong(build: Mapping[str, Any]) -> Iterator[str]:
             yield key
 
 
+def no_bundle_at(path: str | Path) -> BadInput:
+    """The error for a path that is not there, as it was written."""
+    return BadInput(f"There is no bundle at {path}.", near_paths(Path(path)) or "`zoo build` prints where it put one.")
+
+
 @frozen
 class Bundle:
     """A bundle on disk, its two records read.
@@ -129,8 +134,7 @@ class Bundle:
         if directory.is_file():
             raise BadInput(f"{directory} is a file, and a bundle is a folder.", "`zoo build` prints where it put one.")
         if not directory.is_dir():
-            hint = near_paths(directory) or "`zoo build` prints where it put one."
-            raise BadInput(f"There is no bundle at {directory}.", hint)
+            raise no_bundle_at(directory)
         absent = [name for name in ("metadata.json", "build.json") if not (directory / name).is_file()]
         if absent:
             raise BadInput(f"{directory} is not a bundle of this zoo: it has no {' and no '.join(absent)}.")

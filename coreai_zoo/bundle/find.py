@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.bundle import Bundle, no_bundle_at
 from coreai_zoo.bundle.layout import EXPORTS
 from coreai_zoo.catalogue import find_entry, load_entries
 from coreai_zoo.checkpoint.hub import find_cached
-from coreai_zoo.errors import BadInput, ZooError, listing, near_names, near_paths
+from coreai_zoo.errors import BadInput, ZooError, listing, near_names
 from coreai_zoo.json_files import read_object
 from coreai_zoo.names import slug
 from coreai_zoo.plugins import Plugins
@@ -29,9 +29,7 @@ def find_bundle(text: str, plugins: Plugins) -> Path:
     if found is not None:
         return found
     if os.sep in text:
-        raise BadInput(
-            f"There is no bundle at {text}.", near_paths(Path(text)) or "`zoo build` prints where it put one."
-        )
+        raise no_bundle_at(text)
     raise BadInput(f"There is no bundle {text!r}, neither here nor in {EXPORTS}/.", _hint(text, plugins))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from attrs import define, field, frozen
 
-from coreai_zoo.backend import Backend, Stepper, prefill_calls, read_prompt, require_room
+from coreai_zoo.backend import Backend, Stepper, prefill_calls, read_prompt, reading_calls, require_room
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.sampling import Chooser, Logits, Sampling
 from coreai_zoo.checkpoint.chat_template import find_chat_template, render_chat
@@ -155,8 +155,7 @@ class Pace:
         self.held = len(tokens) - len(rest)
         self.forgotten = before - self.held
         self.prompt_tokens, self.prefill_calls = len(rest), len(prefill_calls(reader.functions, len(rest) - 1))
-        calls = self.prefill_calls + 1 if self.prefill_calls else len(rest)
-        with report.steps("reading the prompt", calls) as count:
+        with report.steps("reading the prompt", len(reading_calls(reader.functions, len(rest)))) as count:
 
             def called() -> None:
                 count()

@@ -11,7 +11,7 @@ from coreai_zoo.build.chips import CHIPS, EFFICIENCY, Chip, gpu_bytes, tokens_pe
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.dtypes import size
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, did_you_mean
+from coreai_zoo.errors import BadInput, did_you_mean, letters
 from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.plugins import Plugins
 
@@ -67,13 +67,9 @@ def find_chip(name: str) -> Chip:
         BadInput: when there is none, with the nearest names.
     """
     for chip in CHIPS:
-        if _letters(chip.name) == _letters(name):
+        if letters(chip.name) == letters(name):
             return chip
     raise BadInput(f"No chip is called {name!r}.", did_you_mean(name.strip(), [chip.name for chip in CHIPS], 3))
-
-
-def _letters(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def parse_machine(text: str) -> Machine:

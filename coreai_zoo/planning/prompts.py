@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from attrs import frozen
 
-from coreai_zoo.backend import prefill_calls
+from coreai_zoo.backend import reading_calls
 from coreai_zoo.build.chips import GB, Chip
 from coreai_zoo.build.figures import Figures
 from coreai_zoo.engine import PREFILL
@@ -68,8 +68,7 @@ class Reading:
 def prompt_calls(figures: Figures, tokens: int) -> tuple[Call, ...]:
     """The calls by which an engine reads a prompt of so many tokens: those of `prefill`, and what is decoded."""
     signatures = figures.design.signatures
-    lengths = [(PREFILL, length) for length in prefill_calls(signatures, tokens - 1)]
-    lengths += [(figures.design.decode, 1)] * (tokens - sum(length for _, length in lengths))
+    lengths = reading_calls(signatures, tokens)
     weights = {
         (function, length): (figures.read_by(length, head=head), figures.products(length, head=head))
         for function, length in dict.fromkeys(lengths)
