@@ -26,6 +26,14 @@ MEDIAN_FACTOR = 1.5
 EXTREME_FACTOR = 2.0
 """On largest values, which vary more."""
 
+CONFIDENT_MARGIN = 0.1
+"""Oracle top-2 margin, in logits, from which a flip is an error of what computes in half precision; the rule of the
+published 27B results."""
+
+BFLOAT16_MARGIN = 8 * CONFIDENT_MARGIN
+"""The same of what computes in bfloat16, which has three bits less. Of the published 27B, one position with a margin of
+0.5 is another token in bfloat16 than in half precision."""
+
 Arithmetic = Literal["torch", "runtime"]
 Kind = Literal["dense", "routed"]
 
@@ -49,10 +57,11 @@ class Bounds:
         median_kl: median KL over positions, in nats.
         kl: largest KL, but for router near-ties.
         hidden_error: largest over layers of the median over positions, see `gates.rule.Verdict.hidden_error`.
-        over_control: median relative error over that of the fp16 control.
+        over_control: median relative error over that of the control.
         layers: depth of the model that they are for.
         measured_on: the models and the machine that they were measured on, in words.
         router_gap: oracle gap of a router, in router logits, below which errors may swap an expert; None without one.
+        margin: the oracle's margin, in logits, from which a flip is an error.
     """
 
     name: str
@@ -68,6 +77,7 @@ class Bounds:
     layers: int
     measured_on: str
     router_gap: float | None = None
+    margin: float = CONFIDENT_MARGIN
 
     def for_depth(self, layers: int) -> Bounds:
         """The bounds of a deeper model than the measured ones; a shallower one is held to theirs.
@@ -101,7 +111,9 @@ class Measured:
         median_kl: median KL over positions, in nats.
         kl: largest KL, but for router near-ties.
         hidden_error: largest over layers of the median over positions; 0 where layers are not seen.
-        over_control: median relative error over that of the fp16 control.
+        over_control: median relative error over that of the control.
+        flip_margin: in bfloat16, largest oracle margin at which another token is best; 0 in half precision, whose
+            margin is fixed.
     """
 
     median_error: float = field(validator=ge(0))
@@ -112,6 +124,7 @@ class Measured:
     kl: float = field(validator=ge(0))
     hidden_error: float = field(validator=ge(0))
     over_control: float = field(validator=ge(0))
+    flip_margin: float = field(default=0.0, validator=ge(0))
 
 
 @frozen
@@ -121,8 +134,9 @@ class MeasuredBounds:
     Attributes:
         measured_on: the models and the machine, in words, for the report.
         layers: depth of these models.
-        rows: what they showed, by class of recipes (`fp16`, or `int8`, `int6` and `int4` by the coarsest integers),
-            arithmetic, and whether layers choose experts. A class that is not here has the bounds of `GENERAL`.
+        rows: what they showed, by class of recipes (`fp16`, or `int8`, `int6` and `int4` by the coarsest integers; of
+            what computes in bfloat16 `bf16`, `int8-bf16` and so on), arithmetic, and whether layers choose experts. A
+            class that is not here has the bounds of `GENERAL`.
         router_gaps: by class of recipes, the gap between the last chosen and the first rejected expert, in router
             logits, below which errors of that size may swap the two. Needed for each class that has a `routed` row.
         slack: a further factor on errors (its square on KL and 1 - cosine), for models that were not measured.
@@ -171,33 +185,59 @@ class MeasuredBounds:
             layers=self.layers,
             measured_on=self.measured_on,
             router_gap=self.router_gaps[name] if kind == "routed" else None,
+            margin=max(_least_margin(name), row.flip_margin * EXTREME_FACTOR),
         )
 
-    def of_recipe(self, roles: Mapping[str, Any], layers: int, arithmetic: Arithmetic, kind: Kind = "dense") -> Bounds:
-        """The bounds of a bundle: of its coarsest integers, for its depth.
+    def of_recipe(
+        self,
+        roles: Mapping[str, Any],
+        layers: int,
+        arithmetic: Arithmetic,
+        kind: Kind = "dense",
+        compute_dtype: str = "float16",
+    ) -> Bounds:
+        """The bounds of a bundle: of its coarsest integers and of what it computes in, for its depth.
 
         Args:
             roles: of `build.json`: how each role is stored, see `recorded_forms`.
             layers: depth of the model.
             arithmetic: of what runs it.
             kind: whether its layers choose experts.
+            compute_dtype: of its contract.
         """
         forms = [form for stored in roles.values() for form in recorded_forms(stored) if form is not None]
         bits = {bits_of(str(form["dtype"])) for form in forms}
-        return self.of_class(f"int{min(bits)}" if bits else "fp16", arithmetic, kind).for_depth(layers)
+        return self.of_class(_class_of(min(bits, default=None), compute_dtype), arithmetic, kind).for_depth(layers)
 
     def table(self) -> str:
         """All bounds at the measured depth as a Markdown table; docs/gate.md holds it."""
         header = ("recipe", "runs in", "model", "median error", "largest", "at near-ties", "cosine", "median KL", "KL")
-        lines = ["| " + " | ".join((*header, "hidden state", "over control")) + " |", "|" + " --- |" * 11]
+        lines = ["| " + " | ".join((*header, "hidden state", "over control", "margin")) + " |", "|" + " --- |" * 12]
         for name, arithmetic, kind in self.rows:
             bounds = self.of_class(name, arithmetic, kind)
             cells = [name, arithmetic, kind, f"{bounds.median_error:.2g}", f"{bounds.error:.2g}"]
             cells += [f"{bounds.near_tie_error:.2g}" if kind == "routed" else "-", f"{bounds.cosine:.6g}"]
             cells += [f"{bounds.median_kl:.1e}", f"{bounds.kl:.1e}"]
             cells += [f"{bounds.hidden_error:.2g}" if arithmetic == "torch" else "-", f"{bounds.over_control:.1f}"]
+            cells += [f"{bounds.margin:.2g}"]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+
+def usual_margin(compute_dtype: str) -> float:
+    """The oracle's margin from which a flip of some model that computes in this dtype is an error."""
+    return GENERAL.of_recipe({}, GENERAL.layers, "runtime", compute_dtype=compute_dtype).margin
+
+
+def _least_margin(name: str) -> float:
+    return BFLOAT16_MARGIN if name.endswith("bf16") else CONFIDENT_MARGIN
+
+
+def _class_of(bits: int | None, compute_dtype: str) -> str:
+    """The class of recipes with integers of so many bits, None for none; half precision is not named in it."""
+    if compute_dtype == "bfloat16":
+        return "bf16" if bits is None else f"int{bits}-bf16"
+    return "fp16" if bits is None else f"int{bits}"
 
 
 # The larger of what a dense and a routed miniature showed, rounded up.
@@ -212,16 +252,26 @@ _GENERAL: Mapping[tuple[str, Arithmetic], Measured] = MappingProxyType(
         ("int6", "runtime"): Measured(0.039, 0.17, 0.43, 0.006, 0.0045, 0.066, 0, 40),
         ("int4", "torch"): Measured(0.11, 0.72, 0.72, 0.17, 0.014, 0.12, 0.27, 125),
         ("int4", "runtime"): Measured(0.11, 0.72, 0.72, 0.17, 0.014, 0.12, 0, 125),
+        # In bfloat16; the last column is the largest margin of a flip.
+        ("bf16", "torch"): Measured(0.014, 0.13, 0.44, 0.0033, 0.00087, 0.045, 0.021, 1.0, 0.28),
+        ("bf16", "runtime"): Measured(0.026, 0.13, 0.44, 0.0033, 0.0039, 0.045, 0, 4.4, 0.74),
+        ("int8-bf16", "torch"): Measured(0.019, 0.21, 0.52, 0.0087, 0.0013, 0.021, 0.03, 1.6, 0.65),
+        ("int8-bf16", "runtime"): Measured(0.034, 0.21, 0.66, 0.0087, 0.006, 0.089, 0, 4.5, 0.94),
+        ("int6-bf16", "torch"): Measured(0.025, 0.11, 0.53, 0.0041, 0.0021, 0.026, 0.039, 2.8, 0.65),
+        ("int6-bf16", "runtime"): Measured(0.033, 0.11, 0.53, 0.0041, 0.005, 0.026, 0, 4.9, 0.94),
+        ("int4-bf16", "torch"): Measured(0.13, 0.64, 0.64, 0.16, 0.054, 0.53, 0.21, 16, 0.65),
+        ("int4-bf16", "runtime"): Measured(0.13, 0.64, 0.64, 0.16, 0.054, 0.53, 0, 17, 0.94),
     }
 )
 
+_BF16_GAPS = {"bf16": 0.04, "int8-bf16": 0.05, "int6-bf16": 0.06, "int4-bf16": 0.1}
 _KINDS: tuple[Kind, ...] = ("dense", "routed")
 
 GENERAL = MeasuredBounds(
     measured_on="trained miniatures of another family, on a 2-core x86-64 Linux machine, with twice the allowance",
     layers=8,
     rows=MappingProxyType({(*key, kind): row for key, row in _GENERAL.items() for kind in _KINDS}),
-    router_gaps=MappingProxyType({"fp16": 0.005, "int8": 0.02, "int6": 0.05, "int4": 0.1}),
+    router_gaps=MappingProxyType({"fp16": 0.005, "int8": 0.02, "int6": 0.05, "int4": 0.1, **_BF16_GAPS}),
     slack=2.0,
 )
 """The bounds of a family that nobody measured: the looser of dense and routed models, times two."""

@@ -61,7 +61,8 @@ class Contract:
             only; else both grow with the tokens.
         default_context: positions that a bundle allows unless it is told, or None for what the model allows.
         backends: names of the backends that write such bundles.
-        compute_dtype: dtype of states and logits.
+        compute_dtype: dtype of states, of what the decoder computes, and of what is stored unquantized.
+        logits_dtype: dtype of the logits.
         engine: the engine whose rules designs and bundles are held against; None for one whose rules are not known
             here, and then there are none.
         prefill: the function that reads prompts; None where the one that decodes reads them.
@@ -78,6 +79,7 @@ class Contract:
     fixed_context: bool = False
     default_context: int | None = None
     compute_dtype: str = "float16"
+    logits_dtype: str = "float16"
     backends: tuple[str, ...] = ("coreai",)
     engine: Engine | None = COREAI_MODELS
     prefill: Prefill | None = None
@@ -158,7 +160,7 @@ class Contract:
         return TraceSpec(
             inputs=(InputSpec("input_ids", (1, length), "int32", holds="tokens"), positions),
             states=(*pair, *extra),
-            outputs=(TensorSpec("logits", (1, length, vocab_size), self.compute_dtype),),
+            outputs=(TensorSpec("logits", (1, length, vocab_size), self.logits_dtype),),
             axes=axes,
         )
 
@@ -297,7 +299,14 @@ DYNAMIC = evolve(
     "contract.",
 )
 
+DYNAMIC_BF16 = evolve(
+    DYNAMIC,
+    name="dynamic-bf16",
+    summary="like dynamic, computed in bfloat16: the range of float32, an eighth of half precision's digits",
+    compute_dtype="bfloat16",
+)
+
 CONTRACTS: Mapping[str, Contract] = MappingProxyType(
-    {contract.name: contract for contract in (STATIC_S1, CHUNKED_UNROLLED, CHUNKED, DYNAMIC, FIXED_S1)}
+    {contract.name: contract for contract in (STATIC_S1, CHUNKED_UNROLLED, CHUNKED, DYNAMIC, DYNAMIC_BF16, FIXED_S1)}
 )
 """Of those that need the same system, the one first of which most has been seen on devices: `--target` goes by it."""

@@ -10,7 +10,7 @@ from functools import cache
 DTYPES = ("float16", "float32", "bfloat16", "int32")
 """The dtypes of inputs, states, outputs and parameters."""
 
-STORED_DTYPES = ("float16", "float32")
+STORED_DTYPES = ("float16", "bfloat16", "float32")
 """The dtypes in which an unquantized weight is stored."""
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")

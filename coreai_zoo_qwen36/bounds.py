@@ -35,6 +35,24 @@ _ROWS: Mapping[tuple[str, Arithmetic, Kind], tuple[float, ...]] = MappingProxyTy
         ("int4", "runtime", "dense"): (1.06e-01, 5.88e-01, 0, 1.40e-01, 1.39e-02, 1.18e-01, 0, 125),
         # At its router gap no position of the sample is firm: the near-ties' values for all.
         ("int4", "runtime", "routed"): (9.61e-02, 7.15e-01, 7.15e-01, 1.70e-01, 1.32e-02, 1.20e-01, 0, 115),
+        # Computed in bfloat16, by the contract `dynamic-bf16`. The last column is the largest margin of a flip.
+        ("bf16", "torch", "dense"): (7.22e-03, 3.35e-02, 0, 4.16e-04, 1.90e-04, 5.92e-03, 9.79e-03, 1.00, 0),
+        ("bf16", "torch", "routed"): (1.38e-02, 1.22e-01, 4.38e-01, 3.21e-03, 8.66e-04, 4.47e-02, 2.10e-02, 1.00, 0.28),
+        ("bf16", "runtime", "dense"): (2.51e-02, 7.90e-02, 0, 3.06e-03, 3.74e-03, 4.47e-02, 0, 4.36, 0.36),
+        ("bf16", "runtime", "routed"): (2.55e-02, 1.22e-01, 4.38e-01, 3.21e-03, 3.87e-03, 4.47e-02, 0, 2.97, 0.74),
+        ("int8-bf16", "torch", "dense"): (1.15e-02, 4.52e-02, 0, 9.64e-04, 3.85e-04, 1.31e-02, 1.41e-02, 1.59, 0),
+        ("int8-bf16", "torch", "routed"): (1.90e-02, 2.07e-01, 0.512, 8.60e-03, 1.21e-03, 2.02e-02, 0.0292, 1.51, 0.65),
+        ("int8-bf16", "runtime", "dense"): (2.75e-02, 1.11e-01, 0, 4.07e-03, 3.97e-03, 8.89e-02, 0, 4.50, 0.94),
+        ("int8-bf16", "runtime", "routed"): (3.37e-02, 2.07e-01, 6.54e-01, 8.60e-03, 6.00e-03, 2.02e-02, 0, 3.56, 0.65),
+        ("int6-bf16", "torch", "dense"): (1.72e-02, 5.77e-02, 0, 1.21e-03, 1.04e-03, 1.02e-02, 2.52e-02, 2.75, 0),
+        ("int6-bf16", "torch", "routed"): (2.45e-02, 1.06e-01, 0.530, 4.03e-03, 2.05e-03, 2.57e-02, 0.0388, 2.15, 0.65),
+        ("int6-bf16", "runtime", "dense"): (2.89e-02, 9.38e-02, 0, 3.92e-03, 4.97e-03, 2.47e-02, 0, 4.83, 0.94),
+        ("int6-bf16", "runtime", "routed"): (3.25e-02, 1.06e-01, 5.30e-01, 4.03e-03, 4.77e-03, 2.57e-02, 0, 3.36, 0.65),
+        # The margins of int8: what coarse integers flip beyond them fails.
+        ("int4-bf16", "torch", "dense"): (1.14e-01, 6.12e-01, 0, 1.42e-01, 4.12e-02, 4.62e-01, 1.69e-01, 15.7, 0),
+        ("int4-bf16", "torch", "routed"): (1.25e-01, 6.36e-01, 0.636, 1.42e-01, 5.38e-02, 5.28e-01, 0.203, 15.7, 0.65),
+        ("int4-bf16", "runtime", "dense"): (1.18e-01, 6.12e-01, 0, 1.56e-01, 4.30e-02, 4.62e-01, 0, 16.4, 0.94),
+        ("int4-bf16", "runtime", "routed"): (1.25e-01, 6.36e-01, 6.36e-01, 1.56e-01, 5.38e-02, 5.28e-01, 0, 16.4, 0.65),
     }
 )
 
@@ -42,7 +60,10 @@ BOUNDS = MeasuredBounds(
     measured_on="both samples, the built-in recipes and two more of int8, on a 2-core x86-64 Linux machine",
     layers=8,
     rows=MappingProxyType({key: Measured(*row) for key, row in _ROWS.items()}),
-    router_gaps=MappingProxyType({"fp16": 0.005, "int8": 0.02, "int6": 0.05, "int4": 0.1}),
+    router_gaps=MappingProxyType(
+        {"fp16": 0.005, "int8": 0.02, "int6": 0.05, "int4": 0.1}
+        | {"bf16": 0.04, "int8-bf16": 0.05, "int6-bf16": 0.06, "int4-bf16": 0.1}
+    ),
 )
 """The largest over all built-in prompts that were run on each sample, with the gaps of its router."""
 

@@ -10,6 +10,7 @@
     python scripts/measure_bounds.py out/*-*/transcript.json
 
 uint8.toml is int8hu with the body in uint8, whole-range.toml with the mlp of layers 2 to -3 in the scheme symmetric.
+For the rows of bfloat16 the same with --contract dynamic-bf16; the last column is of these alone.
 
     python scripts/measure_bounds.py --stress        # the rows of `_STRESS`, some minutes
 
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 from attrs import asdict
 
-from coreai_zoo.bounds import GENERAL
+from coreai_zoo.bounds import CONFIDENT_MARGIN, GENERAL
 from coreai_zoo.build.record import roles_record
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.gates.rule import Verdict
@@ -38,7 +39,7 @@ from coreai_zoo.gates.stress import StressTest, stress_samples, write_checkpoint
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipes import PLAIN
 
-COLUMNS = ("median", "largest", "near-tie", "1 - cos", "med. KL", "KL", "hidden", "/ control")
+COLUMNS = ("median", "largest", "near-tie", "1 - cos", "med. KL", "KL", "hidden", "/ control", "flip")
 
 
 def measures(prompt: Mapping[str, Any]) -> list[float]:
@@ -57,7 +58,12 @@ def measures(prompt: Mapping[str, Any]) -> list[float]:
         max((position["kl_divergence"] for position in firm), default=0.0),
         max(prompt["hidden_error"] or [0.0]),
         float(np.median(errors) / np.median(control)) if control else 0.0,
+        max((position["margin"] for position in positions if _flips(position)), default=0.0),
     ]
+
+
+def _flips(position: Mapping[str, Any]) -> bool:
+    return bool(position["oracle"] != position["candidate"] and position["margin"] >= CONFIDENT_MARGIN)
 
 
 def rows(transcripts: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[float]]:

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from coreai_zoo.bounds import Kind, kind_of
+from coreai_zoo.bounds import Bounds, Kind, kind_of
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1
@@ -111,13 +111,18 @@ class Target:
         kind: of the feed-forward.
         work: where quantized weights are kept.
         positions: of the prompt.
+        compute_dtype: in which the decoder computes.
     """
 
     bounds = SAMPLES
+    contract = STATIC_S1
     first = 0
     at_once = False
 
-    def __init__(self, kind: str, work: Path, positions: int = POSITIONS) -> None:
+    def __init__(
+        self, kind: str, work: Path, positions: int = POSITIONS, compute_dtype: str = STATIC_S1.compute_dtype
+    ) -> None:
+        self.contract = evolve(STATIC_S1, compute_dtype=compute_dtype)
         directory = find_entry(ENTRIES[kind], default_plugins())[0].sample_directory()
         text = named_prompts(["code"])[0].text
         tokens = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids[:positions]
@@ -141,15 +146,18 @@ class Target:
             briefly: go no further once a token has flipped that the oracle is sure of. That fails the gate whatever
                 comes after it, but how many would have flipped is not known then.
         """
-        layers = len(self.config.layer_types)
-        bounds = self.bounds.of_recipe(_record(mutant.declared or mutant.recipe), layers, "torch", self.bounds_kind)
-        verdict = self.compare(self.run(mutant, mutant.recipe, briefly=briefly))
+        bounds = self._bounds(_record(mutant.declared or mutant.recipe))
+        verdict = self.compare(self.run(mutant, mutant.recipe, briefly=briefly), bounds)
         checks = check_bounds(verdict, bounds)
         if not verdict.passed:
             return Outcome(verdict, checks)
-        plain = self.bounds.of_recipe({}, layers, "torch", self.bounds_kind)
+        plain = self._bounds({})
         control = self._control_of(mutant, verdict)
         return Outcome(verdict, (*checks, *check_control(verdict, control, bounds, plain)))
+
+    def _bounds(self, roles: dict[str, Any]) -> Bounds:
+        layers = len(self.config.layer_types)
+        return self.bounds.of_recipe(roles, layers, "torch", self.bounds_kind, self.contract.compute_dtype)
 
     def _control_of(self, mutant: Mutant, verdict: Verdict) -> Verdict:
         if mutant.in_file:
@@ -178,12 +186,14 @@ class Target:
         experts: int | None = OVERLAY.facts(self.config).get("experts_per_token")
         return experts
 
-    def compare(self, found: Activations) -> Verdict:
+    def compare(self, found: Activations, bounds: Bounds | None = None) -> Verdict:
         """The margin rule on what a candidate computed of the first positions, or of all."""
+        bounds = bounds or self._bounds({})
         end = len(found.logits)
         oracle, found = (positions_from(each, self.first) for each in (_until(end, self.oracle), found))
         with np.errstate(all="ignore"):  # mutants overflow
-            return rule.compare(self.tokens[self.first : end], oracle, found, self._experts_per_token)
+            tokens = self.tokens[self.first : end]
+            return rule.compare(tokens, oracle, found, self._experts_per_token, bounds.margin)
 
     def run(self, mutant: Mutant, recipe: Recipe, *, briefly: bool = False) -> Activations:
         """What the mutated decoder computes; of the first positions where a token flips `briefly`, see `attack`."""
@@ -194,7 +204,7 @@ class Target:
                 rows: list[Tensor] = []
                 # A seventh faster than `no_grad`, where steps are as small.
                 with _watched(decoder) as watched, torch.inference_mode():
-                    states = fresh_states(signature(self.config), len(self.tokens))
+                    states = fresh_states(signature(self.config, self.contract), len(self.tokens))
                     for logits in fed(decoder, self.tokens, states, *self._pieces):
                         rows.append(logits)
                         looked = briefly and number == mutant.runs and len(rows) in LOOKS
@@ -207,13 +217,13 @@ class Target:
 
     def _decoder(self, recipe: Recipe) -> nn.Module:
         rewrites = [] if self.at_once else [("overlay", rewrite) for rewrite in rewrites_of(STATIC_S1)]
-        decoder = build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), rewrites)
+        decoder = build_module(lambda: OVERLAY.decoder(self.config, self.contract), rewrites)
         bind(decoder, self._store(recipe))
         return decoder
 
     def _store(self, recipe: Recipe) -> WeightStore:
         if recipe.name not in self._stores:
-            decoder = build_module(lambda: OVERLAY.decoder(self.config, STATIC_S1), [])
+            decoder = build_module(lambda: OVERLAY.decoder(self.config, self.contract), [])
             weight_map = qwen3_5.weight_map(self.config)
             plan = plan_weights(weight_map, parameters_of(decoder), self.checkpoint.tensors, recipe)
             self._stores[recipe.name] = WeightStore(self.work / f"{self.kind}-{recipe.name}")

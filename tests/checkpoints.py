@@ -19,6 +19,8 @@ END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>
 SPECIAL = (END_OF_TEXT, TURN_START, TURN_END)
 VOCAB_SIZE = 288  # 256 bytes, the special tokens, and some rows that no token has, as in the released models
 
+_WRITE_THE_STREAM = ("embed_tokens.weight", "o_proj.weight", "out_proj.weight", "down_proj.weight", "down_proj")
+
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
@@ -249,3 +251,10 @@ def _tokenizer_files() -> Mapping[str, bytes]:
             clean_up_tokenization_spaces=False,
         ).save_pretrained(directory)
         return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def enlarge_stream(weights: dict[str, Tensor], factor: float) -> None:
+    """Multiply the residual stream, which no norm sees: a power of two changes nothing else about the model."""
+    for key in weights:
+        if key.endswith(_WRITE_THE_STREAM):
+            weights[key] *= factor

@@ -34,14 +34,18 @@ def load_decoder(
     directory: Path,
     work: Path,
     *,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     rewritten: bool = True,
     recipe: str = "fp16",
     contract: Contract = STATIC_S1,
     function: str = "main",
 ) -> tuple[nn.Module, TraceSpec]:
-    """The decoder in `dtype`, in the form of a contract's function or as the reference, and the signature of `main`."""
-    contract = evolve(contract, compute_dtype=dtype)
+    """The decoder in `dtype`, in the form of a contract's function or as the reference, and the signature of `main`.
+
+    Without a `dtype` it is in those of the contract.
+    """
+    if dtype is not None:
+        contract = evolve(contract, compute_dtype=dtype, logits_dtype=dtype)
     checkpoint = Checkpoint.open(directory)
     config = OVERLAY.read_config(checkpoint.config)
     rewrites = [("qwen36", rewrite) for rewrite in rewrites_of(contract, function)] if rewritten else []

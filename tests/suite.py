@@ -52,6 +52,7 @@ QUICK = frozenset(
 THOROUGH = frozenset(
     {
         "bad_input",
+        "bfloat16",
         "bench",
         "benchmarks",
         "candidates",

@@ -388,3 +388,11 @@ def test_the_command_of_a_build_that_asked_for_nothing_special_is_bare(tmp_path:
     path.write_text(text.replace('name = "qwen3.6-27b"', 'name = "mine"'), encoding="utf-8")
     loose = describe(design(BuildRequest(str(path), layers=4, dry=True), default_plugins()))
     assert loose["command"][2:] == ["mine.toml", "--checkpoint", "CHECKPOINT", "--layers", "4"]
+
+
+@pytest.mark.parametrize(("contract", "words"), [("dynamic", "in half precision"), ("dynamic-bf16", "in bfloat16")])
+def test_a_card_says_in_which_precision_what_is_not_quantized_is(contract: str, words: str) -> None:
+    designed = design(BuildRequest("qwen3.6-27b", contract=contract, dry=True), default_plugins())
+    functions = {name: signature_record(signature) for name, signature in designed.signatures.items()}
+    plain = {"name": "fp16", "roles": {"mlp": None, "norm": None}, "head_reason": "-"}
+    assert f"its text model, {words}, not quantized, as a bundle" in rendered(recipe=plain, functions=functions)

@@ -334,6 +334,7 @@ def test_the_rules_are_those_of_contracts_for_core_ai_only() -> None:
         "chunked": COREAI_MODELS,
         "chunked-unrolled": COREAI_MODELS,
         "dynamic": COREAI_MODELS,
+        "dynamic-bf16": COREAI_MODELS,
         "fixed-s1": None,
     }
 

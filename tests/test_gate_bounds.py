@@ -191,6 +191,19 @@ def test_the_relative_error_is_in_units_of_the_oracles_spread() -> None:
 )
 def test_a_recipe_has_the_bounds_of_its_coarsest_integers(roles: dict[str, dict[str, str] | None], name: str) -> None:
     assert SAMPLES.of_recipe(roles, SAMPLES.layers, "runtime") == SAMPLES.of_class(name, "runtime")
+    in_bfloat16 = SAMPLES.of_recipe(roles, SAMPLES.layers, "runtime", compute_dtype="bfloat16")
+    assert in_bfloat16 == SAMPLES.of_class("bf16" if name == "fp16" else f"{name}-bf16", "runtime")
+
+
+@pytest.mark.parametrize("key", SAMPLES.rows, ids=" ".join)
+def test_a_flip_is_an_error_from_the_margin_of_its_precision_on_or_twice_what_was_measured(
+    key: tuple[Any, ...],
+) -> None:
+    measured = SAMPLES.rows[key].flip_margin
+    if key[0].endswith("bf16"):
+        assert SAMPLES.of_class(*key).margin == max(0.8, 2 * measured)
+    else:
+        assert measured == 0 and SAMPLES.of_class(*key).margin == 0.1
 
 
 @pytest.mark.parametrize("arithmetic", ["torch", "runtime"])
@@ -211,7 +224,16 @@ def test_the_general_bounds_are_looser_than_those_of_the_samples_but_not_idle(ke
         assert looser >= 1.9 * tighter, name  # of routed models at least twice, but for rounding
     assert general.cosine < ours.cosine
     # Coarse integers of miniatures allow nearly anything but a flip; the others must still say something.
-    cosine, error = {"int8": (0.95, 0.04), "int6": (0.9, 0.12), "int4": (-2, 0.4)}.get(key[0], (0.97, 0.04))
+    cosine, error = {
+        "fp16": (0.97, 0.04),
+        "int8": (0.95, 0.04),
+        "int6": (0.9, 0.12),
+        "int4": (-2, 0.4),
+        "bf16": (0.94, 0.08),
+        "int8-bf16": (0.86, 0.11),
+        "int6-bf16": (0.93, 0.11),
+        "int4-bf16": (-2, 0.4),
+    }[key[0]]
     assert general.cosine > cosine and general.median_error < error
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from attrs import field, frozen
 
-from coreai_zoo.bounds import GENERAL
+from coreai_zoo.bounds import CONFIDENT_MARGIN, GENERAL
 from coreai_zoo.bundle.bundle import Bundle, signature_record
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
@@ -29,7 +29,7 @@ from coreai_zoo.gates.corpus_run import measure, run_oracle_on
 from coreai_zoo.gates.divergence import Compared, compare_logits, mean, quantile, statistics
 from coreai_zoo.gates.power import interval
 from coreai_zoo.gates.prompts import CORPUS_WINDOWS, Prompt, TokenizedPrompt, default_prompts
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, ROUTED_FLIP_RATE, flips_allowed, judge
+from coreai_zoo.gates.rule import ROUTED_FLIP_RATE, flips_allowed, judge
 from coreai_zoo.gates.run import GateOptions
 from coreai_zoo.gates.teacher_forced import Models, PromptResult, Runner, gate, run_oracle
 from coreai_zoo.plugins import default_plugins
@@ -446,7 +446,8 @@ def test_a_flip_over_a_corpus_counts_from_the_margin_on() -> None:
     margins = np.array([math.nextafter(CONFIDENT_MARGIN, 0.0), CONFIDENT_MARGIN, 1.0])
     compared = Compared(margins, np.zeros(3, int), np.ones(3, int), *[np.zeros(3)] * 3)
 
-    assert [flip.index for flip in corpus_run._flips(0, corpus_of(1, 3), compared)] == [1, 2]
+    for sure_from, flipped in ((CONFIDENT_MARGIN, [1, 2]), (0.5, [2]), (1.5, [])):
+        assert [flip.index for flip in corpus_run._flips(0, corpus_of(1, 3), compared, sure_from)] == flipped
 
 
 def anonymous_bytes() -> int:

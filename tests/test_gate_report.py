@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from attrs import evolve, frozen
 
+from coreai_zoo.bounds import CONFIDENT_MARGIN
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, without_measurements
 from coreai_zoo.bundle.layout import file_digests
@@ -25,7 +26,7 @@ from coreai_zoo.gates.corpus_run import CorpusResult, Flip
 from coreai_zoo.gates.divergence import compare_logits, statistics
 from coreai_zoo.gates.power import Power, upper_limit
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
-from coreai_zoo.gates.report import damage, markdown, render, significant, totals
+from coreai_zoo.gates.report import confident_margin, damage, markdown, render, significant, totals
 from coreai_zoo.gates.rule import judge
 from coreai_zoo.gates.run import failure
 from coreai_zoo.gates.teacher_forced import GateReport, Models, Runner, attribution, gate, run_oracle
@@ -87,6 +88,8 @@ def judged(
     nan: bool = False,
     stop: bool = True,
     peaks: Sequence[dict[str, float]] = (),
+    margin: float = CONFIDENT_MARGIN,
+    compute_dtype: str = "float16",
 ) -> GateReport:
     """A gate on three prompts, of which one is weak; a bundle is made to fail in one way at a time."""
     references = {prompt.tokens: oracle_of(prompt) for prompt in prompts()}
@@ -112,11 +115,12 @@ def judged(
     return gate(
         run_oracle(oracle, prompts(), silent),
         Models(judging, judging, plain),
-        lambda arithmetic: SAMPLES.of_recipe({"mlp": {"dtype": "int8"}}, LAYERS, arithmetic),
+        lambda arithmetic: evolve(SAMPLES.of_recipe({"mlp": {"dtype": "int8"}}, LAYERS, arithmetic), margin=margin),
         silent,
         control_bounds=SAMPLES.of_recipe({}, LAYERS, "torch"),
         experts_per_token=2,
         quantized=True,
+        compute_dtype=compute_dtype,
     )
 
 
@@ -354,6 +358,35 @@ def test_a_weak_prompt_and_a_tie_add_nothing_to_what_a_gate_could_see(bundle: Bu
     assert record_of(bundle, report)["power"]["positions"] == 2 * P
     assert record["power"]["positions"] == 2 * P - 1
     assert "in 31 positions" in record["power"]["statement"] and "in 31 positions" in render(record)
+
+
+def test_a_margin_of_the_bounds_decides_what_a_flip_is_and_is_told(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for margin, flips in ((CONFIDENT_MARGIN, 1), (40.0, 0)):
+        record = record_of(bundle, judged(flip_at=7, margin=margin))
+        code = record["prompts"][0]
+        assert (code["confident_flips"], code["ties"]) == (flips, 1 - flips)
+        assert code["positions"][7]["verdict"] == ("FLIP" if flips else "tie")
+        assert code["bounds"]["margin"] == code["positions"][7]["sure_from"] == margin
+        assert totals(record)["confident"] == (2 * P if flips else 0) == record["power"]["positions"]
+        told = f"less than {margin:.2g} apart"
+        assert told in " ".join(markdown(record).split())
+        show([record])
+        assert f"positions have a margin of {margin:.2g} or more" in capsys.readouterr().out
+    record["prompts"][1]["bounds"]["margin"] = CONFIDENT_MARGIN
+    assert confident_margin(record) == "0.1 to 40"
+    for prompt in record["prompts"]:  # a transcript of before
+        (prompt.get("bounds") or {}).pop("margin", None)
+        for position in prompt.get("positions", ()):
+            del position["sure_from"]
+    assert confident_margin(record) == "0.1" and totals(record)["confident"] == 2 * P
+
+
+def test_headroom_is_not_told_of_what_computes_in_another_precision(bundle: Bundle) -> None:
+    peaks = [{"a stream": 60_000.0}]
+    assert record_of(bundle, judged(peaks=peaks))["headroom"]["warning"]
+    assert record_of(bundle, judged(peaks=peaks, compute_dtype="bfloat16"))["headroom"] is None
 
 
 @pytest.mark.parametrize(("control_flips", "source"), [(False, "quantization"), (True, "precision")])

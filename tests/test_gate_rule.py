@@ -11,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from coreai_zoo.bounds import kind_of
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, judge, router_margins
+from coreai_zoo.bounds import CONFIDENT_MARGIN, kind_of
+from coreai_zoo.gate import Activations
+from coreai_zoo.gates.rule import Position, Verdict, compare, judge, router_margins
 
 Logits = np.ndarray[Any, Any]
 
@@ -52,6 +53,15 @@ def test_a_flip_from_the_margin_on_is_a_flip(margin: float) -> None:
     position = judged([0.0, margin, -3.0], [1.0, 0.0, -3.0])
 
     assert (position.margin, position.verdict) == (margin, "FLIP")
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(0.5, "tie"), (0.75, "FLIP"), (3.0, "FLIP")])
+def test_what_computes_in_another_precision_may_have_another_margin(margin: float, verdict: str) -> None:
+    oracle, candidate = (Activations(logits(row, dtype=np.float64)) for row in ([0.0, margin], [1.0, 0.0]))
+    found = compare([7], oracle, candidate, sure_from=0.75)
+
+    assert [position.verdict for position in found.positions] == [verdict]
+    assert found.confident_positions == len(found.confident_flips) == (verdict == "FLIP")
 
 
 def test_the_margin_is_a_tenth_of_a_logit() -> None:

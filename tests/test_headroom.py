@@ -11,7 +11,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from checkpoints import tiny_checkpoint
+from checkpoints import enlarge_stream, tiny_checkpoint
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.folder import read_config
@@ -196,11 +196,7 @@ def test_a_sample_is_far_from_the_end_and_one_with_a_scaled_stream_is_warned_of(
 
     def larger(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
         large.change(weights, config)
-        for key in weights:
-            if key.endswith(
-                ("embed_tokens.weight", "o_proj.weight", "out_proj.weight", "down_proj.weight", "down_proj")
-            ):
-                weights[key] *= 4.0
+        enlarge_stream(weights, 4.0)
 
     tokens = list(prompt_of(sample, 32))
     places = {}

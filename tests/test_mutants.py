@@ -19,15 +19,31 @@ from coreai_zoo.catalogue import find_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo_overlays.qwen3_5 import attention, gated_delta_net
+from documents import read
 from mutants import BOTH, MUTANTS, REFUSALS, Edit, Mutant, Refusal, applied
+from suite import NIGHTLY
 
 CASES = [(mutant, kind) for mutant in MUTANTS.values() for kind in mutant.kinds]
+
+# In bfloat16 by night all but two, which move the routed sample's logits by less than its rounding; by day those that
+# flip nothing, and so hang on the bounds.
+LOST_IN_BFLOAT16 = {("qk-norm-after-rope", "moe"), ("rope-query-one-position-late", "moe")}
+NO_FLIP = {"qk-norm-after-rope", "rope-sections", "no-correction", "dt-bias-after-softplus", "decay-without-dt-bias"}
+SEEN_IN_BFLOAT16 = [(mutant, kind) for mutant, kind in CASES if (mutant.name, kind) not in LOST_IN_BFLOAT16]
+IN_BFLOAT16 = SEEN_IN_BFLOAT16 if NIGHTLY else [case for case in SEEN_IN_BFLOAT16 if case[0].name in NO_FLIP]
 
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Target]:
     """Each sample, with its oracle's answer."""
     return functools.cache(lambda kind: Target(kind, tmp_path_factory.mktemp("stores")))
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Target]:
+    """The same, computed in bfloat16."""
+    stores = functools.partial(tmp_path_factory.mktemp, "stores")
+    return functools.cache(lambda kind: Target(kind, stores(), compute_dtype="bfloat16"))
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +71,20 @@ def test_the_gate_catches(
     outcome: Outcome = targets(kind).attack(mutant, briefly=True)
     assert outcome.caught_by is not None, f"{mutant.mistake}, and the gate does not see it"
     assert listed[mutant.name, kind] == outcome.caught_by, f"now {outcome.evidence}: print {DOCUMENT.name} again"
+
+
+@pytest.mark.parametrize(("mutant", "kind"), IN_BFLOAT16, ids=[f"{mutant.name}-{kind}" for mutant, kind in IN_BFLOAT16])
+def test_the_gate_catches_it_in_bfloat16(mutant: Mutant, kind: str, in_bfloat16: Callable[[str], Target]) -> None:
+    target = in_bfloat16(kind)
+    untouched = target.attack(evolve(UNTOUCHED, recipe=mutant.recipe))
+    assert untouched.caught_by is None, untouched.evidence
+    assert target.attack(mutant, briefly=True).caught_by is not None, mutant.mistake
+
+
+@pytest.mark.parametrize(("name", "kind"), sorted(LOST_IN_BFLOAT16))
+def test_what_bfloat16_hides_is_told(name: str, kind: str, in_bfloat16: Callable[[str], Target]) -> None:
+    assert in_bfloat16(kind).attack(MUTANTS[name]).caught_by is None, "it is seen now: say so"
+    assert f"`{name}`" in read("gate.md")
 
 
 @pytest.mark.parametrize(("refusal", "kind"), [(refusal, kind) for refusal in REFUSALS for kind in refusal.kinds])

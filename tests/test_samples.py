@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from coreai_zoo.bounds import CONFIDENT_MARGIN
 from coreai_zoo.build.design import design
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
@@ -22,7 +23,7 @@ from coreai_zoo.gate import Activations
 from coreai_zoo.gates.candidate import AssetCandidate
 from coreai_zoo.gates.layered import TorchCandidate
 from coreai_zoo.gates.prompts import BUILT_IN, tokenize
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict, judge, router_margins
+from coreai_zoo.gates.rule import Verdict, judge, router_margins
 from coreai_zoo.gates.weights import AssetWeights
 from coreai_zoo.plugins import Plugins, default_plugins
 from reference import whole_model

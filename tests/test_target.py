@@ -91,6 +91,7 @@ def test_the_card_still_names_the_system_first() -> None:
         "macOS 27.0 or later",
         "macOS 27.0 or later",
         "macOS 27.2 or later",
+        "macOS 27.2 or later",
         "macOS 15 or iOS 18 or later",
     ]
     assert PAIR.needs == ("a box of toys",)
@@ -179,7 +180,8 @@ def test_a_bundle_for_a_target_is_the_one_of_its_contract(target: str, asked: di
         (
             ("--target", "macos15", "--backend", "coreai"),
             "macOS 15 is not known to run any of the contracts of the backend coreai: static-s1, chunked-unrolled and "
-            "chunked need macOS 27.0 or later; dynamic needs macOS 27.2 or later. It runs fixed-s1 (coreml)",
+            "chunked need macOS 27.0 or later; dynamic and dynamic-bf16 need macOS 27.2 or later. It runs fixed-s1 "
+            "(coreml)",
         ),
         (("--target", "macos14"), "macOS 14 is not known to run any of the contracts that there are: static-s1"),
         (("--target", "macos27.0", "--backend", "onnx"), "There is no backend 'onnx'"),
@@ -245,7 +247,7 @@ def test_a_contract_that_the_usual_backend_does_not_write_for_names_the_one_that
     assert result.exit_code == 2
     assert (
         "error: The backend coreai does not write for the contract fixed-s1. Pass --backend coreml: that does. coreai "
-        "writes for static-s1, chunked-unrolled, chunked, dynamic.\n"
+        "writes for static-s1, chunked-unrolled, chunked, dynamic, dynamic-bf16.\n"
     ) in result.stderr
     plan = json.loads(zoo("plan", DENSE, "--contract", "fixed-s1", "--backend", "coreml", "--json").stdout)
     assert plan["backend"] == "coreml"

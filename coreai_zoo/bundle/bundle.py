@@ -193,6 +193,11 @@ class Bundle:
         return self.functions[self.decode]
 
     @property
+    def compute_dtype(self) -> str:
+        """What it computes in: the dtype of its caches."""
+        return self.signature.states[0].dtype
+
+    @property
     def engine(self) -> Engine | None:
         """The engine whose rules the bundle is held against; None where its contract is for another one.
 

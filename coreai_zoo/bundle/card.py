@@ -259,7 +259,11 @@ def _differences(differences: Sequence[str]) -> str:
 def _quantized(record: Mapping[str, Any]) -> str:
     roles = record["recipe"]["roles"].values()
     dtypes = {form["dtype"] for stored in roles for form in recorded_forms(stored) if form is not None}
-    return f"quantized to {_listed(sorted(dtypes))}" if dtypes else "in half precision, not quantized"
+    if dtypes:
+        return f"quantized to {_listed(sorted(dtypes))}"
+    caches = next(iter(record["functions"].values()))["states"]
+    computes_in = caches[0]["dtype"] if caches else "float16"
+    return f"in {'half precision' if computes_in == 'float16' else computes_in}, not quantized"
 
 
 def _origin(record: Mapping[str, Any]) -> str:

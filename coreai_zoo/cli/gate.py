@@ -250,14 +250,14 @@ def _show_corpus(corpus: Mapping[str, Any]) -> None:
 
 
 def _verdict_line(record: Mapping[str, Any]) -> str:
-    from coreai_zoo.gates.report import totals
+    from coreai_zoo.gates.report import confident_margin, totals
 
-    counts = totals(record)
+    counts, margin = totals(record), confident_margin(record)
     candidates = dict.fromkeys(prompt["candidate"] for prompt in record["prompts"] if prompt["judged"])
     line = (
         f"{'passed' if record['verdict']['passed'] else 'FAILED'}: {' and '.join(candidates)} against "
         f"{record['inputs']['oracle']}, {counts['matched']} of {counts['positions']} matched, ties: {counts['ties']}, "
-        f"confident flips: {counts['flips']} ({counts['confident']} positions have a margin of 0.1 or more)."
+        f"confident flips: {counts['flips']} ({counts['confident']} positions have a margin of {margin} or more)."
     )
     weak = record["verdict"]["weak_prompts_allowed"]
     if counts["flips"] and record["verdict"]["passed"]:

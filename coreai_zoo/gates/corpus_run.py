@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
+from coreai_zoo.bounds import CONFIDENT_MARGIN
 from coreai_zoo.errors import NO_SPACE, EnvironmentLacks
 from coreai_zoo.gate import BatchingModel
 from coreai_zoo.gates.corpus import Corpus
 from coreai_zoo.gates.divergence import Compared, Statistics, compare_logits, statistics
 from coreai_zoo.gates.power import Power
 from coreai_zoo.gates.prompts import Prompt, TokenizedPrompt
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, flips_allowed
+from coreai_zoo.gates.rule import flips_allowed
 from coreai_zoo.gates.teacher_forced import Runner
 from coreai_zoo.progress import Reporter
 
@@ -110,7 +111,15 @@ def run_oracle_on(corpus: Corpus, oracle: Runner, vocabulary: int, folder: Path,
     return logits
 
 
-def measure(corpus: Corpus, oracle_logits: Any, candidate: Runner, report: Reporter, *, routed: bool) -> CorpusResult:
+def measure(
+    corpus: Corpus,
+    oracle_logits: Any,
+    candidate: Runner,
+    report: Reporter,
+    *,
+    routed: bool,
+    sure_from: float = CONFIDENT_MARGIN,
+) -> CorpusResult:
     """A candidate's figures and flips over a corpus.
 
     Args:
@@ -119,6 +128,7 @@ def measure(corpus: Corpus, oracle_logits: Any, candidate: Runner, report: Repor
         candidate: what is measured.
         report: is told of the stage.
         routed: whether a router chooses experts, which sets how many flips are allowed.
+        sure_from: the oracle's margin from which a flip is an error.
 
     Raises:
         CheckFailed: when the asset cannot be run.
@@ -130,8 +140,8 @@ def measure(corpus: Corpus, oracle_logits: Any, candidate: Runner, report: Repor
         for place, logits in enumerate(_logits(candidate, prompts, oracle_logits.shape[-1])):
             following = [*corpus.windows[place][1:], 0]  # the last has none, and does not count
             windows.append(compare_logits(oracle_logits[place], logits, following))
-    flips = [flip for place, compared in enumerate(windows) for flip in _flips(place, corpus, compared)]
-    confident = sum(int((compared.margin >= CONFIDENT_MARGIN).sum()) for compared in windows)
+    flips = [flip for place, compared in enumerate(windows) for flip in _flips(place, corpus, compared, sure_from)]
+    confident = sum(int((compared.margin >= sure_from).sum()) for compared in windows)
     return CorpusResult(
         corpus,
         candidate.model.name,
@@ -155,8 +165,8 @@ def _logits(candidate: Runner, prompts: Sequence[TokenizedPrompt], vocabulary: i
             yield activations.logits
 
 
-def _flips(place: int, corpus: Corpus, compared: Compared) -> Iterator[Flip]:
-    confident = (compared.oracle != compared.candidate) & (compared.margin >= CONFIDENT_MARGIN)
+def _flips(place: int, corpus: Corpus, compared: Compared, sure_from: float) -> Iterator[Flip]:
+    confident = (compared.oracle != compared.candidate) & (compared.margin >= sure_from)
     for index in np.flatnonzero(confident).tolist():
         chosen = (int(compared.oracle[index]), int(compared.candidate[index]))
         yield Flip(place, index, corpus.windows[place][index], *chosen, float(compared.margin[index]))

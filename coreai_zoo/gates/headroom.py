@@ -1,6 +1,6 @@
 """Headroom: how far the largest values of a model are from the largest number of half precision, 65,504.
 
-A bundle computes in half precision. The oracle does in float32, so it shows how large the values are where a bundle
+Most bundles compute in half precision. The oracle does in float32, so it shows how large the values are where a bundle
 would only show an infinity. No verdict hangs on it: what overflows on these prompts fails them, and what comes near may
 overflow on others.
 """
@@ -45,8 +45,13 @@ class Headroom:
         return self.factor < LITTLE
 
 
-def headroom(peaks: Iterable[Mapping[str, float] | None]) -> tuple[Headroom, ...]:
-    """The headroom of each place over the prompts with these peaks, the least first."""
+def headroom(peaks: Iterable[Mapping[str, float] | None], compute_dtype: str = "float16") -> tuple[Headroom, ...]:
+    """The headroom of each place over the prompts with these peaks, the least first.
+
+    There is none to tell of what computes in bfloat16 or float32, whose largest numbers are the oracle's own.
+    """
+    if compute_dtype != "float16":
+        return ()
     largest: dict[str, Headroom] = {}
     for found in peaks:
         for where, value in (found or {}).items():
@@ -88,7 +93,7 @@ def warning(places: tuple[Headroom, ...]) -> str | None:
         return None
     return (
         f"Little room is left in {len(near)} of {len(places)} places, where the factor to {LARGEST_HALF:,.0f} is below "
-        f"{LITTLE:g}: another prompt may overflow half precision."
+        f"{LITTLE:g}: another prompt may overflow half precision. A contract that computes in bfloat16 has more."
     )
 
 

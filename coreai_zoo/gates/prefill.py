@@ -74,7 +74,7 @@ class PrefillGate:
     def _told(self, reference: Reference, places: Sequence[int], found: Activations, bounds: Bounds) -> list[str]:
         """What breaks the rule or a bound at some positions of a prompt; `found` is of these alone."""
         tokens = [reference.prompt.tokens[at] for at in places]
-        verdict = compare(tokens, _at(reference.activations, places), found, self.experts_per_token)
+        verdict = compare(tokens, _at(reference.activations, places), found, self.experts_per_token, bounds.margin)
         allowed = flips_allowed_on(reference.prompt, verdict, routed=self.experts_per_token is not None)
         flips = flips_told(verdict) if len(verdict.confident_flips) > allowed else []
         return [*flips, *broken(check_bounds(verdict, bounds))]

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
+from coreai_zoo.bounds import CONFIDENT_MARGIN
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.generate import chat_text
 from coreai_zoo.checkpoint.end_of_turn import end_tokens
 from coreai_zoo.checkpoint.tokenizer import encode, load_tokenizer
 from coreai_zoo.errors import BadInput, did_you_mean
 from coreai_zoo.gates.corpus import BUILTIN, WINDOW, read_corpus
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN
 from coreai_zoo.json_files import read_text
 
 DEFAULT_POSITIONS = 64

@@ -58,6 +58,7 @@ def render(record: Mapping[str, Any], against: Mapping[str, Any] | None = None) 
         record=record,
         against=against,
         totals=totals(record),
+        confident_margin=confident_margin(record),
         power=power(record),
         corpora=[_corpus_section(one) for one in (record, against) if one is not None and one.get("corpus")],
         other=None if against is None else totals(against),
@@ -86,7 +87,7 @@ def totals(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompts": len(judged),
         "positions": len(positions),
-        "confident": sum(position["margin"] >= record["inputs"]["confident_margin"] for position in positions),
+        "confident": sum(_sure(position, record) for position in positions),
         "matched": sum(prompt["matched"] for prompt in judged),
         "ties": sum(prompt["ties"] for prompt in judged),
         "flips": sum(prompt["confident_flips"] for prompt in judged),
@@ -97,6 +98,19 @@ def totals(record: Mapping[str, Any]) -> dict[str, Any]:
         "kl": _largest(position["kl_divergence"] for position in positions),
         "max_abs_logit_error": _largest(position["max_abs_logit_error"] for position in positions),
     }
+
+
+def confident_margin(record: Mapping[str, Any]) -> str:
+    """The margin from which a flip is an error, as text; what runs in another arithmetic may have another one."""
+    usual = record["inputs"]["confident_margin"]
+    bounds = [prompt["bounds"] or {} for prompt in record["prompts"] if prompt["judged"]]
+    margins = sorted({each.get("margin", usual) for each in bounds}) or [usual]
+    return " to ".join(f"{margin:.2g}" for margin in (margins[0], *margins[1:][-1:]))
+
+
+def _sure(position: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether a flip there is an error; a transcript of before has one margin for all."""
+    return bool(position["margin"] >= position.get("sure_from", record["inputs"]["confident_margin"]))
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -114,7 +128,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         parts.append(
             f"Of {counts['positions']:,} positions, {names}, the most probable next token was the same at "
             f"{counts['matched']:,}. At {counts['ties']:,} it was another, but the reference's two best logits are "
-            f"less than {inputs['confident_margin']} apart: a tie. At {counts['flips']:,} it was another although they "
+            f"less than {confident_margin(record)} apart: a tie. At {counts['flips']:,} it was another although they "
             f"are further apart, as they are at {counts['confident']:,} positions.{_excluded(power(record))} The "
             f"lowest cosine of the logits is {cosine:.6f}, their median relative error "
             f"{significant(counts['median_error'])}, the largest KL divergence {significant(counts['kl'])}."

@@ -1,8 +1,8 @@
 """The margin rule: a disagreement counts only where the oracle was sure.
 
-Where the oracle's two largest logits are closer than `CONFIDENT_MARGIN`, either answer is right within the noise of any
-half-precision implementation, and a flip is a tie. At that margin and above, a flip is an error of the candidate, and
-one such flip fails the gate.
+Where the oracle's two largest logits are closer than a margin, either answer is right within the noise of any
+implementation in the candidate's precision, and a flip is a tie. At that margin and above, a flip is an error of the
+candidate, and one such flip fails the gate. It is `CONFIDENT_MARGIN` in half precision; bounds say another one.
 
 Shape letters: P positions, V tokens in the vocabulary, D hidden, L layers, E experts.
 """
@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
+from coreai_zoo.bounds import CONFIDENT_MARGIN
 from coreai_zoo.gate import Activations
 from coreai_zoo.gates.power import most_successes
-
-CONFIDENT_MARGIN = 0.1
-"""Oracle top-2 margin, in logits, from which a flip is an error; the rule of the published 27B results."""
 
 ROUTED_FLIP_RATE = 0.003
 """Confident flips of a routed model over running text, as a share of the positions where the oracle is sure, that are
@@ -62,6 +60,7 @@ class Position:
             the same ones, or it is not known.
         experts_changed: whether any layer chose other experts; None without a router, or when the candidate does not
             show its router.
+        sure_from: the margin from which a flip is an error.
     """
 
     index: int
@@ -76,6 +75,7 @@ class Position:
     relative_error: float = 0.0
     swap_margin: float | None = None
     experts_changed: bool | None = None
+    sure_from: float = CONFIDENT_MARGIN
 
     def near_tie(self, gap: float) -> bool:
         """Whether the router was so undecided here that errors may have swapped an expert.
@@ -88,11 +88,16 @@ class Position:
         return self.swap_margin is not None and self.swap_margin < gap
 
     @property
+    def sure(self) -> bool:
+        """Whether the oracle is so sure that a flip is an error."""
+        return self.margin >= self.sure_from
+
+    @property
     def verdict(self) -> str:
         """`match`, `tie` (a flip that does not count) or `FLIP`."""
         if self.oracle == self.candidate:
             return "match"
-        return "FLIP" if self.margin >= CONFIDENT_MARGIN else "tie"
+        return "FLIP" if self.sure else "tie"
 
 
 @frozen
@@ -132,7 +137,7 @@ class Verdict:
     @property
     def confident_positions(self) -> int:
         """Number of positions where the oracle was sure; the others cannot fail."""
-        return sum(position.margin >= CONFIDENT_MARGIN for position in self.positions)
+        return sum(position.sure for position in self.positions)
 
 
 def flips_told(verdict: Verdict) -> list[str]:
@@ -151,6 +156,7 @@ def judge(
     candidate: np.ndarray[Any, Any],
     router_margins: np.ndarray[Any, Any] | None = None,
     swaps: Swaps | None = None,
+    sure_from: float = CONFIDENT_MARGIN,
 ) -> Verdict:
     """The verdict on a candidate's logits [P, V] after each of `tokens`; logits that are not finite never match.
 
@@ -162,14 +168,19 @@ def judge(
     positions = []
     for index, token in enumerate(tokens):
         position = _position(index, token, oracle[index].astype(np.float64), candidate[index].astype(np.float64))
-        margin = None if router_margins is None else float(router_margins[index])
+        gap = None if router_margins is None else float(router_margins[index])
         changed, swap = (None, None) if swaps is None else swaps[index]
-        positions.append(evolve(position, router_margin=margin, experts_changed=changed, swap_margin=swap))
+        position = evolve(position, router_margin=gap, experts_changed=changed, swap_margin=swap, sure_from=sure_from)
+        positions.append(position)
     return Verdict(tuple(positions))
 
 
 def compare(
-    tokens: Sequence[int], oracle: Activations, candidate: Activations, experts_per_token: int | None = None
+    tokens: Sequence[int],
+    oracle: Activations,
+    candidate: Activations,
+    experts_per_token: int | None = None,
+    sure_from: float = CONFIDENT_MARGIN,
 ) -> Verdict:
     """The verdict on everything that a candidate shows: logits, and where there are any, hidden states and routers.
 
@@ -178,6 +189,7 @@ def compare(
         oracle: the reference.
         candidate: what is judged.
         experts_per_token: how many a router chooses; None without a router.
+        sure_from: the oracle's margin from which a flip is an error.
 
     Raises:
         ValueError: when shapes differ.
@@ -187,7 +199,7 @@ def compare(
         margins = router_margins(oracle.router_logits, experts_per_token)
         if candidate.router_logits is not None:
             swaps = router_swaps(oracle.router_logits, candidate.router_logits, experts_per_token)
-    verdict = judge(tokens, oracle.logits, candidate.logits, margins, swaps)
+    verdict = judge(tokens, oracle.logits, candidate.logits, margins, swaps, sure_from)
     return evolve(verdict, hidden_error=_hidden_error(oracle.hidden, candidate.hidden))
 
 

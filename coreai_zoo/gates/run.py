@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, frozen
 
 from coreai_zoo.backend import Interpreting
-from coreai_zoo.bounds import GENERAL, Arithmetic, MeasuredBounds, kind_of
+from coreai_zoo.bounds import GENERAL, Arithmetic, Bounds, MeasuredBounds, kind_of
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.build.workspace import existing_parent
@@ -250,6 +250,16 @@ class _Subject:
     roles: Mapping[str, Any]
     experts_per_token: int | None
 
+    def held_to(self, arithmetic: Arithmetic, *, layers: int | None = None, plain: bool = False) -> Bounds:
+        """The bounds of the bundle; of a slice of it with so many layers; or of one that is not quantized."""
+        return self.measured.of_recipe(
+            {} if plain else self.roles,
+            layers or int(self.bundle.build["layers"]),
+            arithmetic,
+            kind_of(self.experts_per_token),
+            self.shipped.contract.compute_dtype,
+        )
+
 
 def _subject(
     bundle: Bundle, options: GateOptions, plugins: Plugins, checkpoint: Path, keep_in: Path | None
@@ -373,8 +383,8 @@ def _measuring(
         runner = subject.models.long_candidate or subject.models.candidate
         if isinstance(runner.model, AssetCandidate):
             runner = evolve(runner, model=evolve(runner.model, keep_in=None))
-        routed = subject.experts_per_token is not None
-        return measure(corpus, expected(), runner, progress, routed=routed)
+        routed, sure_from = subject.experts_per_token is not None, subject.held_to(runner.arithmetic).margin
+        return measure(corpus, expected(), runner, progress, routed=routed, sure_from=sure_from)
 
     return measure_subject
 
@@ -480,16 +490,15 @@ def _judge(
     *,
     allow_weak: bool,
 ) -> GateReport:
-    measured, roles, layers = subject.measured, subject.roles, subject.bundle.build["layers"]
-    kind = kind_of(subject.experts_per_token)
     return gate(
         references,
         subject.models,
-        lambda arithmetic: measured.of_recipe(roles, layers, arithmetic, kind),
+        subject.held_to,
         progress,
-        control_bounds=measured.of_recipe({}, layers, "torch", kind),
+        control_bounds=subject.held_to("torch", plain=True),
         experts_per_token=subject.experts_per_token,
-        quantized=any(any(recorded_forms(stored)) for stored in roles.values()),
+        quantized=any(any(recorded_forms(stored)) for stored in subject.roles.values()),
+        compute_dtype=subject.shipped.contract.compute_dtype,
         allow_weak=allow_weak,
         controls=controls,
     )
@@ -518,14 +527,13 @@ def _slices(
     """The verdict on a slice, where the asset is too large to be run and nobody asked for anything else."""
     if options.candidate != "auto" or isinstance(subject.models.candidate.model, AssetCandidate):
         return []
-    backend, kind = subject.shipped.backend, kind_of(subject.experts_per_token)
     part = Slice(
         subject.bundle,
         subject.shipped,
         checkpoint,
         plugins,
         lambda bundle: oracle_of(bundle, plugins, checkpoint, options.oracle_dtype),
-        lambda layers: subject.measured.of_recipe(subject.roles, layers, _arithmetic(backend), kind),
+        lambda layers: subject.held_to(_arithmetic(subject.shipped.backend), layers=layers),
         subject.experts_per_token,
     )
     return [part.judge(prompt, progress)]
@@ -541,18 +549,16 @@ def _prefill(
     judged = [each for each in references if options.allow_weak_prompt or not each.strength.weak]
     if prefill is None or not judged:
         return []
-    kind = kind_of(subject.experts_per_token)
-    bounds = partial(subject.measured.of_recipe, subject.roles, bundle.build["layers"], kind=kind)
     problems, read = [], []
     judging = PrefillGate(subject.experts_per_token)
     if subject.weights is not None:
         overlay = _overlay_runner(shipped, subject.weights, PREFILL, partial(uneven_pieces, prefill=prefill))
-        problems += judging.judge_overlay(overlay, judged, bounds(arithmetic="torch"), progress)
+        problems += judging.judge_overlay(overlay, judged, subject.held_to("torch"), progress)
         read.append(f"{sum(len(each.prompt.tokens) for each in judged)} positions in PyTorch")
     longest = max(judged, key=lambda each: len(each.prompt.tokens))
     if isinstance(subject.models.candidate.model, AssetCandidate) and len(longest.prompt.tokens) > DECODED:
         backend = shipped.backend
-        held_to = bounds(arithmetic=_arithmetic(backend))
+        held_to = subject.held_to(_arithmetic(backend))
         problems += judging.judge_asset(bundle, backend, prefill, longest, held_to, progress)
         read.append(f"{sum(pieces_with_room(len(longest.prompt.tokens), prefill))} on the {backend.runtime} runtime")
     return [verdict(problems, " and ".join(read))] if read else []

@@ -119,8 +119,9 @@ class Slice:
 
     def _numbers(self, tokens: Sequence[int], oracle: Activations, found: Activations, layers: int) -> list[str]:
         """Flips and broken bounds, a phrase each."""
-        verdict = compare(tokens, oracle, found, self.experts_per_token)
-        return [*flips_told(verdict), *broken(check_bounds(verdict, self.bounds(layers)))]
+        bounds = self.bounds(layers)
+        verdict = compare(tokens, oracle, found, self.experts_per_token, bounds.margin)
+        return [*flips_told(verdict), *broken(check_bounds(verdict, bounds))]
 
 
 def slice_depth(functions: Mapping[str, Graph]) -> int:

@@ -19,7 +19,7 @@ from coreai_zoo.gate import Activations, BatchingModel, Model
 from coreai_zoo.gates.bounds import BoundCheck, broken, check_bounds, check_control
 from coreai_zoo.gates.headroom import Headroom, headroom
 from coreai_zoo.gates.prompts import Strength, TokenizedPrompt, strength
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Position, Verdict, compare, flips_allowed, flips_told
+from coreai_zoo.gates.rule import Position, Verdict, compare, flips_allowed, flips_told
 from coreai_zoo.progress import Reporter
 
 
@@ -287,6 +287,7 @@ def gate(
     quantized: bool,
     allow_weak: bool = False,
     controls: dict[str, Activations] | None = None,
+    compute_dtype: str = "float16",
 ) -> GateReport:
     """Judge a candidate on prompts that the oracle has answered.
 
@@ -301,6 +302,7 @@ def gate(
         allow_weak: judge weak prompts too.
         controls: what the control computed for an earlier bundle of the same checkpoint, by the prompt's name. New
             results are added to it.
+        compute_dtype: what the bundle computes in.
 
     Raises:
         BadInput: when a required prompt is weak.
@@ -332,7 +334,7 @@ def gate(
                 reference, judging.model.name, found[name], control, held_to, experts_per_token, allow_weak=allow_weak
             )
         )
-    left = headroom(reference.activations.peaks for reference in references)
+    left = headroom((reference.activations.peaks for reference in references), compute_dtype)
     return GateReport(tuple(results), weak if allow_weak else (), quantized, left)
 
 
@@ -347,11 +349,11 @@ def _judge(
     allow_weak: bool,
 ) -> PromptResult:
     prompt, oracle, (bounds, control_bounds) = reference.prompt, reference.activations, held_to
-    verdict = compare(prompt.tokens, oracle, found, experts_per_token)
+    verdict = compare(prompt.tokens, oracle, found, experts_per_token, bounds.margin)
     checks = list(check_bounds(verdict, bounds))
     control_verdict = None
     if control is not None:
-        control_verdict = compare(prompt.tokens, oracle, control, experts_per_token)
+        control_verdict = compare(prompt.tokens, oracle, control, experts_per_token, control_bounds.margin)
         checks += check_control(verdict, control_verdict, bounds, control_bounds)
     return PromptResult(
         prompt,
@@ -379,8 +381,7 @@ def stop_check(verdict: Verdict, stop: int | None, *, due: bool = True) -> StopC
         stop: the checkpoint's end-of-turn token; None where it names none, and then nothing is expected.
         due: see `StopCheck`.
     """
-    sure = [position for position in verdict.positions if position.margin >= CONFIDENT_MARGIN]
-    expected = [position for position in sure if position.oracle == stop]
+    expected = [position for position in verdict.positions if position.sure and position.oracle == stop]
     return StopCheck(
         tuple(position.index for position in expected),
         tuple(position.index for position in expected if position.candidate != stop),

@@ -19,7 +19,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from coreai_zoo.bounds import Bounds
+from coreai_zoo.bounds import CONFIDENT_MARGIN, Bounds
 from coreai_zoo.build.workspace import existing_parent
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, with_measurements
@@ -30,7 +30,7 @@ from coreai_zoo.gates.corpus_run import CorpusResult
 from coreai_zoo.gates.headroom import headroom_record
 from coreai_zoo.gates.power import CONFIDENCE, Power
 from coreai_zoo.gates.prompts import WEAK_FRACTION
-from coreai_zoo.gates.rule import CONFIDENT_MARGIN, Verdict
+from coreai_zoo.gates.rule import Verdict
 from coreai_zoo.gates.teacher_forced import GateReport, PromptResult, attribution
 
 SCHEMA = 1

@@ -12,6 +12,7 @@ import numpy as np
 from attrs import evolve
 
 from coreai_zoo.backend import Check
+from coreai_zoo.bounds import usual_margin
 from coreai_zoo.build.design import design
 from coreai_zoo.build.expected import expected_by
 from coreai_zoo.build.rebuild import recorded_request
@@ -110,7 +111,7 @@ def check_few_tokens(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Chec
         found = AssetCandidate(bundle, backend_of(bundle, plugins.backends())).run(tokens)
     except CheckFailed as error:
         return Check("logits", False, str(error))
-    return _judged(compare(tokens, wanted, found))
+    return _judged(compare(tokens, wanted, found, sure_from=usual_margin(bundle.compute_dtype)))
 
 
 def _judged(verdict: Verdict) -> Check:

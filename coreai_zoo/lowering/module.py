@@ -171,12 +171,17 @@ def bind(module: nn.Module, store: WeightStore) -> None:
         for name, _ in list(module.named_parameters()):
             stored = store[name]
             arrays = stored.format.arrays.items()
-            values = {kind: unpacked(torch.from_numpy(stored.array(kind)), array) for kind, array in arrays}
+            values = {kind: unpacked(_mapped(stored, kind), array) for kind, array in arrays}
             if "table" in values:
                 values["data"] = values.pop("table").view(-1)[values["data"].int()]
             if stored.format.transposed:
                 values["data"] = values["data"].transpose(-1, -2).contiguous()
             _put(module, name, stored.format, values)
+
+
+def _mapped(stored: Stored, kind: ArrayKind) -> Tensor:
+    """One of the arrays of a stored weight as it lies in memory."""
+    return torch.from_numpy(stored.array(kind)).view(getattr(torch, stored.format.arrays[kind].memory_dtype))
 
 
 def _carrier(array: StoredArray) -> torch.dtype:

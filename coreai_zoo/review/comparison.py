@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
+from coreai_zoo.bounds import usual_margin
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
@@ -226,7 +227,7 @@ class Comparer:
 
         with self.report.steps(f"run      {letter}, {len(tokens)} positions", len(tokens)) as step:
             logits = AssetCandidate(bundle, backend_of(bundle, self.plugins.backends()), step).run(tokens).logits
-        return logits, rule.judge(tokens, oracle.logits, logits)
+        return logits, rule.judge(tokens, oracle.logits, logits, sure_from=usual_margin(bundle.compute_dtype))
 
 
 def _bundle_folder(name: str) -> Path | None:

@@ -156,14 +156,17 @@ class StoredTensor:
     def array(self, kind: ArrayKind) -> np.memmap[Any, Any]:
         """One of its arrays, mapped: in `formats.StoredArray.memory_shape` and `memory_dtype`.
 
+        NumPy has no bfloat16: the values of such an array are its 16 bits as uint16.
+
         Raises:
             KeyError: when it has no such array.
         """
         import numpy as np
 
         array, place = self.format.arrays[kind], self.arrays[kind].place
+        dtype = "uint16" if array.memory_dtype == "bfloat16" else array.memory_dtype
         # Copy-on-write: torch.from_numpy warns about arrays that it must not write to, and nothing may reach the file.
-        return np.memmap(place.path, dtype=array.memory_dtype, mode="c", offset=place.offset, shape=array.memory_shape)
+        return np.memmap(place.path, dtype=dtype, mode="c", offset=place.offset, shape=array.memory_shape)
 
 
 @frozen

@@ -457,7 +457,6 @@ def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) ->
     State that is not stored, such as an overlay's buffers and literals, is small and handed over by name all the same:
     whatever goes the toolchain's own way is named by a hash that differs from process to process.
     """
-    from coreai_zoo.backend import Constant
     from coreai_zoo.names import quantized_names
 
     signature = program.graph_signature
@@ -473,13 +472,21 @@ def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) ->
         states = [each for each in (name, *quantized_names(name)) if each in constants]
         found = {first[id(constants[each])]: constants[each] for each in states}
         if not found:
-            tensor = tensors[name].detach().contiguous()
-            narrow = {"int64": "int32", "float64": "float32"}
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            array = tensor.numpy().astype(narrow.get(dtype, dtype))
-            found[name] = Constant(array, tuple(tensor.shape), narrow.get(dtype, dtype))
+            found[name] = _literal(tensors[name].detach().contiguous())
         named[placeholder] = found
     return named
+
+
+def _literal(tensor: Any) -> Any:
+    """State that is no stored weight, in a dtype that the compiler has; of bfloat16, which NumPy has not, the bits."""
+    import torch
+
+    from coreai_zoo.backend import Constant
+
+    narrow = {torch.int64: torch.int32, torch.float64: torch.float32}
+    tensor = tensor.to(narrow.get(tensor.dtype, tensor.dtype))
+    bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    return Constant(bits.numpy(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -67,9 +67,9 @@ class Qwen35Overlay:
         return operations(config, prefill, tokens, positions)
 
     def decoder(self, config: Qwen35Config, contract: Contract) -> nn.Module:
-        """The decoder in the contract's dtype, uninitialised."""
+        """The decoder in the contract's dtypes, uninitialised."""
         import torch
 
         from .decoder import build_decoder
 
-        return build_decoder(config, getattr(torch, contract.compute_dtype))
+        return build_decoder(config, getattr(torch, contract.compute_dtype), getattr(torch, contract.logits_dtype))

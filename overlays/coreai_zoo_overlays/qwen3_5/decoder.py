@@ -28,8 +28,9 @@ class Decoder(nn.Module):
 
     batch_axis = 1  # of the states
 
-    def __init__(self, config: Qwen35Config) -> None:
+    def __init__(self, config: Qwen35Config, logits_dtype: torch.dtype) -> None:
         super().__init__()
+        self.logits_dtype = logits_dtype  # an engine's, whatever the decoder computes in
         self.model = DecoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -48,7 +49,7 @@ class Decoder(nn.Module):
         states = FixedStates(conv_state, recurrent_state)
         hidden = self.model(input_ids, position_ids, (key_cache, value_cache), states)
         states.commit()
-        return self.lm_head(hidden)
+        return self.lm_head(hidden).to(self.logits_dtype)
 
     @property
     def layer_paths(self) -> tuple[str, ...]:
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[1, S, D] after the last layer; logits [1, S, V]."""
-        return self.lm_head(self.model.norm(x))
+        return self.lm_head(self.model.norm(x)).to(self.logits_dtype)
 
 
 class DecoderModel(nn.Module):
@@ -136,11 +137,11 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build_decoder(config: Qwen35Config, dtype: torch.dtype) -> Decoder:
+def build_decoder(config: Qwen35Config, dtype: torch.dtype, logits_dtype: torch.dtype) -> Decoder:
     """An uninitialised decoder whose parameters are of `dtype`, but for those that are fp32 by nature."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return Decoder(config)
+        return Decoder(config, logits_dtype)
     finally:
         torch.set_default_dtype(before)
