@@ -80,6 +80,9 @@ def test_what_is_installed_has_valid_entries_and_unambiguous_overlays() -> None:
         (('recipe = "int8hu"', 'recipe = "int9"'), "There is no recipe 'int9'"),
         (('contract = "static-s1"', 'contract = "elastic"'), "There is no contract 'elastic'"),
         (('path = "samples/dense"', 'path = "samples/none"'), "samples/none"),
+        (('machine = "M4 Pro"', 'machine = "M4 pro"'), "No chip is called 'M4 pro'. Did you mean M4 Pro?"),
+        (('recipe = "int4lin"', 'recipe = "int4hu"'), "published: There is no recipe 'int4hu'"),
+        (("decode = 8.7", 'decode = 8.7\ncontract = "dynamik"'), "published: There is no contract 'dynamik'"),
         (
             ("linear_attention_layers = 48", "linear_attention_layers = 47"),
             "linear_attention_layers is 47, and the other facts make it 48",

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from attrs import frozen
 
+from coreai_zoo.build.chips import CHIPS
 from coreai_zoo.build.design import design
 from coreai_zoo.build.model import TooLittleStated
 from coreai_zoo.build.pipeline import build
@@ -18,7 +19,7 @@ from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import CheckFailed, ZooError, listing
+from coreai_zoo.errors import CheckFailed, ZooError, did_you_mean, listing, near_names
 from coreai_zoo.gates.run import GateOptions, failure, run_gate, write_report
 from coreai_zoo.gates.stress import judge_all
 from coreai_zoo.plugins import Plugins
@@ -81,11 +82,12 @@ _Found = tuple[str, bool | None]
 
 
 def _entries(self: Checks) -> _Found:
-    """No plugin is broken, each entry file is valid, and a bundle can be designed from it: its facts agree, for one."""
+    """No plugin is broken, each entry file is valid, names what there is, and a bundle can be designed from it."""
     entries = load_entries(self.plugins)
     problems = [str(error) for error in self.plugins.problems]
     silent: list[str] = []
     for entry, _ in entries.values():
+        problems += [f"{entry.name}: {problem}" for problem in _strange_measurements(entry, self.plugins)]
         try:
             if entry.sample is not None:
                 entry.sample_directory()
@@ -98,6 +100,23 @@ def _entries(self: Checks) -> _Found:
     _raise(problems)
     unknown = f"; {listing(silent)} do not state every size" if silent else ""
     return f"{len(entries)} entries are valid{unknown}", True if entries else None
+
+
+def _strange_measurements(entry: Entry, plugins: Plugins) -> Iterator[str]:
+    """Names in an entry's published measurements that nothing has: what is told of them would be shown nowhere.
+
+    A machine may be one that no table has, but not a misspelt one.
+    """
+    chips = [chip.name for chip in CHIPS]
+    for measured in entry.published:
+        for what, name, known in (
+            ("recipe", measured.recipe, plugins.recipes()),
+            ("contract", measured.contract or entry.contract, plugins.contracts()),
+        ):
+            if name not in known:
+                yield f"published: There is no {what} {name!r}. {did_you_mean(name, known)}"
+        if measured.machine not in chips and (near := near_names(measured.machine, chips, 1, 0.8)):
+            yield f"published: No chip is called {measured.machine!r}. {near}"
 
 
 def _overlays(self: Checks) -> _Found:
