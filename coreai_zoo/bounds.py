@@ -144,9 +144,15 @@ class MeasuredBounds:
 
     measured_on: str = field(validator=min_len(1))
     layers: int = field(validator=ge(1))
-    rows: Mapping[tuple[str, Arithmetic, Kind], Measured]
+    rows: Mapping[tuple[str, Arithmetic, Kind], Measured] = field()
     router_gaps: Mapping[str, float] = field()
     slack: float = field(default=1.0, validator=ge(1.0))
+
+    @rows.validator
+    def _half_precision_has_one_margin(self, _attribute: object, rows: Mapping[Any, Measured]) -> None:
+        moved = sorted({name for (name, *_), row in rows.items() if row.flip_margin and not _in_bfloat16(name)})
+        if moved:
+            raise ValueError(f"{', '.join(moved)} compute in half precision, whose margin is {CONFIDENT_MARGIN}")
 
     @router_gaps.validator
     def _every_routed_class_has_a_gap(self, _attribute: object, gaps: Mapping[str, float]) -> None:
@@ -185,7 +191,7 @@ class MeasuredBounds:
             layers=self.layers,
             measured_on=self.measured_on,
             router_gap=self.router_gaps[name] if kind == "routed" else None,
-            margin=max(_least_margin(name), row.flip_margin * EXTREME_FACTOR),
+            margin=max(BFLOAT16_MARGIN if _in_bfloat16(name) else CONFIDENT_MARGIN, row.flip_margin * EXTREME_FACTOR),
         )
 
     def of_recipe(
@@ -224,13 +230,8 @@ class MeasuredBounds:
         return "\n".join(lines)
 
 
-def usual_margin(compute_dtype: str) -> float:
-    """The oracle's margin from which a flip of some model that computes in this dtype is an error."""
-    return GENERAL.of_recipe({}, GENERAL.layers, "runtime", compute_dtype=compute_dtype).margin
-
-
-def _least_margin(name: str) -> float:
-    return BFLOAT16_MARGIN if name.endswith("bf16") else CONFIDENT_MARGIN
+def _in_bfloat16(name: str) -> bool:
+    return name.endswith("bf16")
 
 
 def _class_of(bits: int | None, compute_dtype: str) -> str:

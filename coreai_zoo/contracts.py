@@ -62,7 +62,6 @@ class Contract:
         default_context: positions that a bundle allows unless it is told, or None for what the model allows.
         backends: names of the backends that write such bundles.
         compute_dtype: dtype of states, of what the decoder computes, and of what is stored unquantized.
-        logits_dtype: dtype of the logits.
         engine: the engine whose rules designs and bundles are held against; None for one whose rules are not known
             here, and then there are none.
         prefill: the function that reads prompts; None where the one that decodes reads them.
@@ -79,12 +78,16 @@ class Contract:
     fixed_context: bool = False
     default_context: int | None = None
     compute_dtype: str = "float16"
-    logits_dtype: str = "float16"
     backends: tuple[str, ...] = ("coreai",)
     engine: Engine | None = COREAI_MODELS
     prefill: Prefill | None = None
     systems: tuple[System, ...] = ()
     on_devices: str = ""
+
+    @property
+    def logits_dtype(self) -> str:
+        """Of the logits: float16, which is what engines read, and without one what the decoder computes in."""
+        return self.compute_dtype if self.engine is None else "float16"
 
     @property
     def needed_system(self) -> str:
@@ -302,7 +305,7 @@ DYNAMIC = evolve(
 DYNAMIC_BF16 = evolve(
     DYNAMIC,
     name="dynamic-bf16",
-    summary="like dynamic, computed in bfloat16: the range of float32, an eighth of half precision's digits",
+    summary="like dynamic, computed in bfloat16: the range of float32, and three bits less than half precision",
     compute_dtype="bfloat16",
 )
 

@@ -272,7 +272,7 @@ class LayeredDecoder(Protocol):
         """
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, S, D] after the last layer to logits [1, S, rows of the head]."""
+        """[1, S, D] after the last layer to logits [1, S, rows of the head], in the dtype of `forward`'s."""
 
 
 @runtime_checkable
@@ -322,7 +322,8 @@ class Overlay(Protocol):
         """The decoder, uninitialised, called as `decoder(input_ids, position_ids, *states)` and returning the logits.
 
         States come in the order of the trace spec and are mutated in place. Parameters are created in the dtype that
-        an unquantized weight is stored in; the caller decides the device (the host uses `meta`).
+        an unquantized weight is stored in, as a rule `contract.compute_dtype`; logits are given in
+        `contract.logits_dtype`; the caller decides the device (the host uses `meta`).
         """
 
     def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def stress_rows() -> Iterator[str]:
                     for recipe in dict.fromkeys((PLAIN, stress.recipe)):
                         designed = test.designed.with_recipe(recipe)
                         verdict = control if recipe == PLAIN else test.compare(test.found(designed))
-                        bounds = GENERAL.of_recipe(roles_record(designed), test.layers, "torch", test.kind)
+                        precision = designed.contract.compute_dtype
+                        bounds = GENERAL.of_recipe(roles_record(designed), test.layers, "torch", test.kind, precision)
                         gap = plugins.gate_bounds(designed.model.overlay).router_gaps[bounds.name]
                         row = _measures_of(verdict, control, gap if test.kind == "routed" else None)
                         found[stress.name, bounds.name, test.kind].append(row)

@@ -45,7 +45,7 @@ def load_decoder(
     Without a `dtype` it is in those of the contract.
     """
     if dtype is not None:
-        contract = evolve(contract, compute_dtype=dtype, logits_dtype=dtype)
+        contract = evolve(contract, compute_dtype=dtype, engine=None)  # so that logits are in it too
     checkpoint = Checkpoint.open(directory)
     config = OVERLAY.read_config(checkpoint.config)
     rewrites = [("qwen36", rewrite) for rewrite in rewrites_of(contract, function)] if rewritten else []

@@ -16,7 +16,7 @@ import torch
 from attrs import evolve
 
 from checkpoints import enlarge_stream, text_config
-from coreai_zoo.bounds import BFLOAT16_MARGIN, CONFIDENT_MARGIN, usual_margin
+from coreai_zoo.bounds import BFLOAT16_MARGIN, CONFIDENT_MARGIN, Measured, MeasuredBounds
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import CONTRACTS, DYNAMIC, DYNAMIC_BF16, STATIC_S1
@@ -115,7 +115,18 @@ def test_headroom_is_told_of_half_precision_alone() -> None:
 
 
 def test_a_flip_needs_a_larger_margin_to_be_an_error() -> None:
-    assert usual_margin("float16") == usual_margin("float32") == CONFIDENT_MARGIN
-    assert usual_margin("bfloat16") > BFLOAT16_MARGIN == 8 * CONFIDENT_MARGIN
     # Eight times the margin, for half precision has eight times the steps between two powers of two.
-    assert torch.finfo(torch.bfloat16).eps == 8 * torch.finfo(torch.float16).eps
+    steps = torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float16).eps
+    assert steps == 8 and steps * CONFIDENT_MARGIN == BFLOAT16_MARGIN
+    row = Measured(0.001, 0.002, 0, 1e-5, 1e-6, 1e-5, 0.001, 1.0, flip_margin=0.6)
+    rows = {("int8-bf16", "torch", "dense"): row, ("bf16", "torch", "dense"): evolve(row, flip_margin=0.2)}
+    measured = MeasuredBounds("a model", 4, rows, {})
+    assert [measured.of_class(name, "torch").margin for name in ("int8-bf16", "bf16", "fp16")] == [1.2, 0.8, 0.1]
+    with pytest.raises(ValueError, match=r"int8 compute in half precision, whose margin is 0\.1"):
+        MeasuredBounds("a model", 4, {("int8", "torch", "dense"): row}, {})
+
+
+def test_logits_are_what_the_engine_reads_and_without_one_what_is_computed_in() -> None:
+    for engine, dtype in ((STATIC_S1.engine, "float16"), (None, "bfloat16")):
+        contract = evolve(STATIC_S1, compute_dtype="bfloat16", engine=engine)
+        assert contract.logits_dtype == dtype

@@ -22,10 +22,13 @@ import pytest
 import forked
 from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.bounds import BFLOAT16_MARGIN, CONFIDENT_MARGIN
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import checkpoint_of
 from coreai_zoo.checkpoint.folder import read_config
+from coreai_zoo.gates.run import GateOptions, margin_of_asset, run_gate
 from coreai_zoo.plugins import default_plugins
+from coreai_zoo.progress import Reporter
 from decoders import OVERLAY
 from mutants import applied
 from player import Player
@@ -104,6 +107,30 @@ def test_an_engine_says_with_a_bundle_what_transformers_says(
         assert sent == [239, 20]
     elif contract != "static-s1":
         assert sum(sent) == 259
+
+
+def test_each_of_two_bundles_is_judged_beside_a_control_in_its_own_precision(
+    bundle_of: functools.partial[Bundle],
+) -> None:
+    options = GateOptions(prompts="code", positions=24, candidate="torch")
+    half, wide = (bundle_of(DENSE, contract) for contract in ("dynamic", "dynamic-bf16"))
+    for pair in ((half, wide), (wide, half)):
+        records = run_gate(pair, options, default_plugins(), Reporter(silent=True))
+        for bundle, record in zip(pair, records, strict=True):
+            prompt = record["prompts"][0]
+            error = np.median([row["control"]["relative_error"] for row in prompt["positions"]])
+            assert (error > 0.003) == (bundle is wide), error
+            assert prompt["bounds"]["margin"] == (BFLOAT16_MARGIN if bundle is wide else CONFIDENT_MARGIN)
+
+
+def test_verify_and_diff_ask_for_the_margin_of_the_gate(bundle_of: functools.partial[Bundle]) -> None:
+    plugins = default_plugins()
+    for contract in ("dynamic", "dynamic-bf16"):
+        bundle = bundle_of(DENSE, contract)
+        checkpoint = checkpoint_of(bundle, plugins, None)
+        options = GateOptions(prompts="code", positions=24, candidate="coreai")
+        (record,) = run_gate([bundle], options, plugins, Reporter(silent=True))
+        assert margin_of_asset(bundle, plugins, checkpoint) == record["prompts"][0]["bounds"]["margin"]
 
 
 # A token less or more than a chunk of 64, than a call of 256, and two calls and three more.

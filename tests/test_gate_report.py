@@ -375,7 +375,7 @@ def test_a_margin_of_the_bounds_decides_what_a_flip_is_and_is_told(
         show([record])
         assert f"positions have a margin of {margin:.2g} or more" in capsys.readouterr().out
     record["prompts"][1]["bounds"]["margin"] = CONFIDENT_MARGIN
-    assert confident_margin(record) == "0.1 to 40"
+    assert confident_margin(record) == "0.1 or 40"
     for prompt in record["prompts"]:  # a transcript of before
         (prompt.get("bounds") or {}).pop("margin", None)
         for position in prompt.get("positions", ()):

@@ -14,7 +14,7 @@ from attrs import evolve
 from safetensors.torch import load_file
 
 from attack import DOCUMENT, ENTRIES, UNTOUCHED, Outcome, Target, targets_in
-from coreai_zoo.bounds import GENERAL
+from coreai_zoo.bounds import BFLOAT16_MARGIN, GENERAL
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gates.stress import StressTest, stress_samples, write_checkpoint
@@ -54,6 +54,20 @@ def untouched(targets: Callable[[str, str], Target]) -> Callable[[str, str], Out
     return functools.cache(
         lambda kind, name: targets(kind, name).attack(evolve(UNTOUCHED, recipe=RECIPES[sample_of(kind, name).recipe]))
     )
+
+
+@pytest.mark.parametrize("name", ["small-activations", "slow-decay"])
+def test_an_entry_of_a_contract_in_bfloat16_is_held_to_bounds_of_that(name: str, tmp_path: Path) -> None:
+    plugins = default_plugins()
+    entry = evolve(find_entry(ENTRIES["dense"], plugins)[0], contract="dynamic-bf16")
+    stress = sample_of("dense", name)
+    folder = write_checkpoint(entry.sample_directory(), stress, tmp_path / "checkpoint")
+    found = StressTest.open(folder, stress, entry, plugins).run()
+    positions = found.verdict.positions
+    assert {position.sure_from for position in positions} == {BFLOAT16_MARGIN}
+    half = stress.bounds.of_recipe({}, 8, "torch", "dense").median_error
+    assert np.median([position.relative_error for position in positions]) > half, "it was computed in bfloat16"
+    assert found.reasons == ()
 
 
 def sample_of(kind: str, name: str) -> StressSample:

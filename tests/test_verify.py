@@ -500,6 +500,12 @@ class OneState(Contract):
         return {"main": evolve(main, states=main.states[:1])}
 
 
+class WideLogits(Contract):
+    """A contract whose logits are in what the decoder computes in."""
+
+    logits_dtype = "bfloat16"
+
+
 class TwoFunctions(Contract):
     """A contract with a `prefill` that gives logits as well."""
 
@@ -533,7 +539,7 @@ def test_a_contract_of_a_plugin_is_held_against_the_rules_unless_it_is_for_anoth
 
 
 def test_a_contract_in_another_precision_is_refused_since_engines_read_float16(tmp_path: Path) -> None:
-    wide = Contract("acme", "For a test.", 1, (), logits_dtype="bfloat16")
+    wide = WideLogits("acme", "For a test.", 1, ())
     refused = zoo("plan", "toy-mean", "--contract", "acme", plugins=host(tmp_path, Contracts(wide)))
     assert refused.exit_code == 2
     assert "the output logits of main is bfloat16 [1, 1, 264]" in refused.stderr

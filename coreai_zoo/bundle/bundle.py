@@ -194,8 +194,8 @@ class Bundle:
 
     @property
     def compute_dtype(self) -> str:
-        """What it computes in: the dtype of its caches."""
-        return self.signature.states[0].dtype
+        """What it computes in: the dtype of its caches, half precision where it has none."""
+        return next((state.dtype for state in self.signature.states if state.kind == "kv_cache"), "float16")
 
     @property
     def engine(self) -> Engine | None:

@@ -95,8 +95,9 @@ def gate(
 
     Prompts are forced through the bundle and through transformers in fp32 on the same checkpoint. A different top token
     where the oracle's two best logits are at least 0.1 apart is a confident flip and fails the gate (exit code 1);
-    closer than that it is a tie. It also fails where errors are larger than the recipe's bounds (see docs/gate.md). A
-    prompt on which more than one position in eight is a tie for the oracle is refused before the bundle runs.
+    closer than that it is a tie. In bfloat16 it takes 0.8 or more. It also fails where errors are larger than the
+    recipe's bounds (see docs/gate.md). A prompt on which more than one position in eight is a tie for the oracle is
+    refused before the bundle runs.
 
     --corpus also measures perplexity, KL divergence and agreement over running text, in the conventions of llama.cpp's
     --kl-divergence and with 95 % intervals, and applies the rule of confident flips to every position of it.

@@ -66,6 +66,7 @@ class CorpusResult:
         flips: confident flips at any position, worst margin first.
         power: what the positions of all windows can show.
         flips_allowed: how many flips say nothing against the candidate.
+        sure_from: the oracle's margin from which a flip is an error.
     """
 
     corpus: Corpus
@@ -74,6 +75,7 @@ class CorpusResult:
     flips: tuple[Flip, ...]
     power: Power
     flips_allowed: int
+    sure_from: float = CONFIDENT_MARGIN
 
     @property
     def passed(self) -> bool:
@@ -149,6 +151,7 @@ def measure(
         tuple(sorted(flips, key=lambda flip: -flip.margin)),
         Power(confident, len(flips)),
         flips_allowed(confident, routed=routed),
+        sure_from,
     )
 
 

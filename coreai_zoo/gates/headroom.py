@@ -93,7 +93,7 @@ def warning(places: tuple[Headroom, ...]) -> str | None:
         return None
     return (
         f"Little room is left in {len(near)} of {len(places)} places, where the factor to {LARGEST_HALF:,.0f} is below "
-        f"{LITTLE:g}: another prompt may overflow half precision. A contract that computes in bfloat16 has more."
+        f"{LITTLE:g}: another prompt may overflow half precision."
     )
 
 

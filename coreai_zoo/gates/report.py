@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coreai_zoo import pages
+from coreai_zoo.bounds import CONFIDENT_MARGIN
 from coreai_zoo.gates.charts import STYLE, Chart, Line, Mark, Rule, decades
 from coreai_zoo.gates.power import CONFIDENCE, Power, percent, percent_above
 from coreai_zoo.recipes import recorded_text
@@ -87,7 +88,9 @@ def totals(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompts": len(judged),
         "positions": len(positions),
-        "confident": sum(_sure(position, record) for position in positions),
+        "confident": sum(
+            position["margin"] >= prompt_margin(prompt) for prompt in judged for position in prompt["positions"]
+        ),
         "matched": sum(prompt["matched"] for prompt in judged),
         "ties": sum(prompt["ties"] for prompt in judged),
         "flips": sum(prompt["confident_flips"] for prompt in judged),
@@ -101,16 +104,14 @@ def totals(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def confident_margin(record: Mapping[str, Any]) -> str:
-    """The margin from which a flip is an error, as text; what runs in another arithmetic may have another one."""
-    usual = record["inputs"]["confident_margin"]
-    bounds = [prompt["bounds"] or {} for prompt in record["prompts"] if prompt["judged"]]
-    margins = sorted({each.get("margin", usual) for each in bounds}) or [usual]
-    return " to ".join(f"{margin:.2g}" for margin in (margins[0], *margins[1:][-1:]))
+    """The margins from which a flip is an error, as text: what runs in another arithmetic may have another one."""
+    margins = {prompt_margin(prompt) for prompt in record["prompts"] if prompt["judged"]} or {CONFIDENT_MARGIN}
+    return " or ".join(f"{margin:.3g}" for margin in sorted(margins))
 
 
-def _sure(position: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-    """Whether a flip there is an error; a transcript of before has one margin for all."""
-    return bool(position["margin"] >= position.get("sure_from", record["inputs"]["confident_margin"]))
+def prompt_margin(prompt: Mapping[str, Any]) -> float:
+    """The margin from which a flip on a prompt is an error; a transcript of before has one for all."""
+    return float((prompt["bounds"] or {}).get("margin", CONFIDENT_MARGIN))
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -391,6 +392,7 @@ def _overview(judged: Sequence[Mapping[str, Any]]) -> str:
         error = top if position["max_abs_logit_error"] is None else position["max_abs_logit_error"]
         title = f"{prompt['name']}, {_describe(prompt, position)}"
         marks.append(Mark(max(position["margin"], low), max(error, floor), css, shape, title))
+    undecided = min(max(min(map(prompt_margin, judged)), low), high)
     steps = [low * (high / low) ** (index / 48) for index in range(49)]
     diagonal = [(margin, min(max(margin / 2, floor), top)) for margin in steps]
     return Chart(
@@ -403,7 +405,7 @@ def _overview(judged: Sequence[Mapping[str, Any]]) -> str:
         lines=[Line([(margin, margin / 2 if floor <= margin / 2 <= top else None) for margin in steps], "limit")],
         areas=[
             ([*diagonal, (high, top), (low, top)], "danger"),
-            ([(low, floor), (min(max(0.1, low), high), floor), (min(max(0.1, low), high), top), (low, top)], "tieband"),
+            ([(low, floor), (undecided, floor), (undecided, top), (low, top)], "tieband"),
         ],
         told=_told_overview(rows),
         height=340,
@@ -426,7 +428,8 @@ def _figures(prompt: Mapping[str, Any]) -> dict[str, str]:
         return [None if value is None else 1 - value for value in values]
 
     errors, controls = series("max_abs_logit_error"), series("max_abs_logit_error", "control")
-    low, high = decades([*series("margin"), *errors, *controls, 0.1], _LEAST["margin"])
+    undecided = prompt_margin(prompt)
+    low, high = decades([*series("margin"), *errors, *controls, undecided], _LEAST["margin"])
     marks = []
     for position in positions:
         shape, css = _SHAPES[position["verdict"]]
@@ -439,7 +442,7 @@ def _figures(prompt: Mapping[str, Any]) -> dict[str, str]:
         y_title="logits",
         lines=[line(controls, "line control", low), line(errors, "line candidate", low)],
         marks=marks,
-        areas=[([(0, low), (end, low), (end, 0.1), (0, 0.1)], "tieband")],
+        areas=[([(0, low), (end, low), (end, undecided), (0, undecided)], "tieband")],
         told=f"{_verdicts(positions)} Margins: {_extent(series('margin'))}. Errors: {_extent(errors)}.",
     )
 
@@ -470,7 +473,7 @@ def _figures(prompt: Mapping[str, Any]) -> dict[str, str]:
 
 def _told_hidden(judged: Sequence[Mapping[str, Any]], lines: Sequence[tuple[Sequence[float | None], str]]) -> str:
     """What the chart of the layers shows, for who cannot see it."""
-    names = {"line control": "fp16 control", "line candidate": "bundle"}
+    names = {"line control": "control", "line candidate": "bundle"}
     ends = [f"{names[css]} {significant(errors[0])} to {significant(errors[-1])}" for errors, css in lines]
     worst = damage(judged)
     most = f" Layer {worst['layer'] + 1} adds the largest part." if worst and worst["layer"] >= 0 else ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, frozen
 
 from coreai_zoo.backend import Interpreting
-from coreai_zoo.bounds import GENERAL, Arithmetic, Bounds, MeasuredBounds, kind_of
+from coreai_zoo.bounds import CONFIDENT_MARGIN, GENERAL, Arithmetic, Bounds, MeasuredBounds, kind_of
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.build.workspace import existing_parent
@@ -158,11 +158,12 @@ def run_gate(
     runner = Runner(oracle, ticker, lambda _prompt: int(first.build["layers"]))
     references = run_oracle(runner, asked, progress)
     measuring = None if corpus is None else _measuring(corpus, runner, first, keep_in, progress)
-    controls: dict[str, Activations] = {}
+    controls: dict[str, dict[str, Activations]] = {}  # by what they compute in, and by prompt
     records = []
     for subject in subjects:
+        control = controls.setdefault(subject.shipped.contract.compute_dtype, {})
         progress.seconds = {stage: took for stage, took in progress.seconds.items() if stage in _SHARED}
-        judged = _judge(subject, references, controls, progress, allow_weak=options.allow_weak_prompt)
+        judged = _judge(subject, references, control, progress, allow_weak=options.allow_weak_prompt)
         run = transcript.Run(
             subject.bundle,
             oracle.name,
@@ -259,6 +260,21 @@ class _Subject:
             kind_of(self.experts_per_token),
             self.shipped.contract.compute_dtype,
         )
+
+
+def margin_of_asset(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> float:
+    """The oracle's margin from which a flip of the asset on its runtime is an error, as a gate has it."""
+    if bundle.compute_dtype == "float16":
+        return CONFIDENT_MARGIN
+    designed = _design_of(bundle, plugins, checkpoint)
+    measured = _bounds(bundle, designed.model.overlay, plugins)
+    return measured.of_recipe(
+        bundle.build["recipe"]["roles"],
+        int(bundle.build["layers"]),
+        _arithmetic(designed.backend),
+        kind_of(bundle.build["facts"].get("experts_per_token")),
+        designed.contract.compute_dtype,
+    ).margin
 
 
 def _subject(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from coreai_zoo.bounds import Kind, kind_of
+from coreai_zoo.bounds import CONFIDENT_MARGIN, Bounds, Kind, kind_of
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.record import roles_record
 from coreai_zoo.build.request import BuildRequest
@@ -114,16 +114,18 @@ class StressTest:
 
     def judge(self, found: Activations, control: Activations | None = None) -> StressVerdict:
         """The verdict on what a candidate computed, and its control, where the recipe quantizes."""
-        bounds = self.stress.bounds
-        verdict = self.compare(found)
-        held_to = bounds.of_recipe(roles_record(self.designed), self.layers, "torch", self.kind)
+        held_to, plain = self._held_to(roles_record(self.designed)), self._held_to({})
+        verdict = self.compare(found, held_to.margin)
         checks = list(check_bounds(verdict, held_to))
         if control is not None:
-            plain = bounds.of_recipe({}, self.layers, "torch", self.kind)
-            checks += check_control(verdict, self.compare(control), held_to, plain)
+            checks += check_control(verdict, self.compare(control, plain.margin), held_to, plain)
         return StressVerdict(self.stress, verdict, tuple(checks))
 
-    def compare(self, found: Activations) -> Verdict:
+    def _held_to(self, roles: Mapping[str, Any]) -> Bounds:
+        precision = self.designed.contract.compute_dtype
+        return self.stress.bounds.of_recipe(roles, self.layers, "torch", self.kind, precision)
+
+    def compare(self, found: Activations, sure_from: float = CONFIDENT_MARGIN) -> Verdict:
         """The margin rule, and every measure, on the positions that are judged."""
         first = self.stress.first
         return compare(
@@ -131,6 +133,7 @@ class StressTest:
             positions_from(self.oracle, first),
             positions_from(found, first),
             self.designed.facts.get("experts_per_token"),
+            sure_from,
         )
 
     @property

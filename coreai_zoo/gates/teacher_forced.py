@@ -11,7 +11,7 @@ from pathlib import Path
 
 from attrs import field, frozen
 
-from coreai_zoo.bounds import Arithmetic, Bounds
+from coreai_zoo.bounds import CONFIDENT_MARGIN, Arithmetic, Bounds
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, near_paths
@@ -72,7 +72,7 @@ class StopCheck:
 
     Attributes:
         expected: positions where the oracle is sure that the turn ends.
-        missed: those of them where the candidate goes on.
+        missed: those of them where the candidate goes on, and a flip is an error.
         due: whether such a position is due: a turn ends within the prompt, and it must not be weak.
     """
 
@@ -99,7 +99,7 @@ class PromptResult:
         candidate: name of what was judged.
         bounds: what the candidate was held to.
         verdict: the candidate against the oracle.
-        control: the fp16 control against the oracle; None without a control.
+        control: the unquantized control against the oracle; None without a control.
         checks: every bound, kept or broken.
         stop: the ends of turns; None where the prompt is no chat.
         flips_allowed: how many confident flips are no error, of a routed model over running text.
@@ -183,7 +183,7 @@ def _no_stop(prompt: TokenizedPrompt, stop: StopCheck) -> str:
 def attribution(position: Position, control: Verdict | None, *, quantized: bool) -> str | None:
     """The origin of a flip; None for no flip, or without a control.
 
-    `precision` where the fp16 control flips too. Otherwise what sets the bundle apart from the control:
+    `precision` where the unquantized control flips too. Otherwise what sets the bundle apart from the control:
     `quantization`, or `runtime` where nothing is quantized.
     """
     if position.verdict == "match" or control is None:
@@ -381,9 +381,10 @@ def stop_check(verdict: Verdict, stop: int | None, *, due: bool = True) -> StopC
         stop: the checkpoint's end-of-turn token; None where it names none, and then nothing is expected.
         due: see `StopCheck`.
     """
-    expected = [position for position in verdict.positions if position.sure and position.oracle == stop]
+    sure = [position for position in verdict.positions if position.margin >= CONFIDENT_MARGIN]
+    expected = [position for position in sure if position.oracle == stop]
     return StopCheck(
         tuple(position.index for position in expected),
-        tuple(position.index for position in expected if position.candidate != stop),
+        tuple(position.index for position in expected if position.candidate != stop and position.sure),
         due,
     )

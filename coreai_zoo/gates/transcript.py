@@ -201,6 +201,7 @@ def _corpus(result: CorpusResult, text_of: Callable[[int], str | None]) -> dict[
         **attrs.asdict(result.statistics),
         "power": power_record(result.power),
         "flips_allowed": result.flips_allowed,
+        "sure_from": result.sure_from,
         "flips": [
             attrs.asdict(flip) | {f"{whose}_text": text_of(getattr(flip, whose)) for whose in texts}
             for flip in result.flips

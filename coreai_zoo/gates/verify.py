@@ -12,7 +12,6 @@ import numpy as np
 from attrs import evolve
 
 from coreai_zoo.backend import Check
-from coreai_zoo.bounds import usual_margin
 from coreai_zoo.build.design import design
 from coreai_zoo.build.expected import expected_by
 from coreai_zoo.build.rebuild import recorded_request
@@ -26,7 +25,7 @@ from coreai_zoo.gates.candidate import AssetCandidate
 from coreai_zoo.gates.oracle import default_cache
 from coreai_zoo.gates.prompts import ANCHOR, BUILT_IN
 from coreai_zoo.gates.rule import Verdict, compare
-from coreai_zoo.gates.run import oracle_of
+from coreai_zoo.gates.run import margin_of_asset, oracle_of
 from coreai_zoo.gates.teacher_forced import check_checkpoint
 from coreai_zoo.plugins import Plugins
 
@@ -111,7 +110,7 @@ def check_few_tokens(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> Chec
         found = AssetCandidate(bundle, backend_of(bundle, plugins.backends())).run(tokens)
     except CheckFailed as error:
         return Check("logits", False, str(error))
-    return _judged(compare(tokens, wanted, found, sure_from=usual_margin(bundle.compute_dtype)))
+    return _judged(compare(tokens, wanted, found, sure_from=margin_of_asset(bundle, plugins, checkpoint)))
 
 
 def _judged(verdict: Verdict) -> Check:

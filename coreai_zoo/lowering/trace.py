@@ -137,12 +137,15 @@ def require_contract(program: ExportedProgram, spec: TraceSpec, written: set[str
     problems += [f"{stray} is written" for stray in strays]
     results = [node.meta["val"] for node in program.graph.output_node().args[0]]
     axes = _traced_axes(program, spec)
+    hint = ""
     for tensor, value in zip(spec.outputs, results[len(results) - len(spec.outputs) :], strict=True):
         found = (tuple(axes.get(str(size), size) for size in value.shape), str(value.dtype).removeprefix("torch."))
         if found != (tensor.shape, tensor.dtype):
+            if found[1] != tensor.dtype:
+                hint = "A decoder gives its logits in `contract.logits_dtype`."
             problems.append(f"output {tensor.name} is {found[1]} {found[0]} instead of {tensor.dtype} {tensor.shape}")
     if problems:
-        raise PluginError(f"The traced decoder does not meet its contract: {listing(problems)}.")
+        raise PluginError(f"The traced decoder does not meet its contract: {listing(problems)}.", hint)
 
 
 def _traced_axes(program: ExportedProgram, spec: TraceSpec) -> dict[str, str]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from coreai_zoo.bounds import usual_margin
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
@@ -22,7 +21,7 @@ from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.catalogue import find_entry, find_recipe, is_file, load_entries, recipe_path
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, zoo_command
-from coreai_zoo.gates.run import oracle_of
+from coreai_zoo.gates.run import margin_of_asset, oracle_of
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review import diff, structure
@@ -211,7 +210,7 @@ class Comparer:
         anchor = prompts.cut(prompts.named_prompts([prompts.ANCHOR])[0], count)
         tokens = prompts.tokenize(a, anchor, checkpoint).tokens
         oracle = oracle_of(a, self.plugins, checkpoint, cache=default_cache()).run(tokens)
-        one, other = (self._run(bundle, tokens, oracle, letter) for bundle, letter in ((a, "A"), (b, "B")))
+        one, other = (self._run(bundle, checkpoint, tokens, oracle, letter) for bundle, letter in ((a, "A"), (b, "B")))
         of_sample = "the sample" if self.checkpoint is None else checkpoint.name
         return diff.compare_numerics(
             one,
@@ -220,14 +219,15 @@ class Comparer:
         )
 
     def _run(
-        self, bundle: Bundle, tokens: Sequence[int], oracle: Any, letter: str
+        self, bundle: Bundle, checkpoint: Path, tokens: Sequence[int], oracle: Any, letter: str
     ) -> tuple[np.ndarray[Any, Any], Verdict]:
         from coreai_zoo.gates import rule
         from coreai_zoo.gates.candidate import AssetCandidate
 
         with self.report.steps(f"run      {letter}, {len(tokens)} positions", len(tokens)) as step:
             logits = AssetCandidate(bundle, backend_of(bundle, self.plugins.backends()), step).run(tokens).logits
-        return logits, rule.judge(tokens, oracle.logits, logits, sure_from=usual_margin(bundle.compute_dtype))
+        margin = margin_of_asset(bundle, self.plugins, checkpoint)
+        return logits, rule.judge(tokens, oracle.logits, logits, sure_from=margin)
 
 
 def _bundle_folder(name: str) -> Path | None:

@@ -14,9 +14,10 @@ import attrs
 import numpy as np
 from attrs import field, frozen
 
+from coreai_zoo.bounds import CONFIDENT_MARGIN
 from coreai_zoo.bundle.bundle import signature_record
 from coreai_zoo.errors import BadInput, listing
-from coreai_zoo.gates.rule import Verdict
+from coreai_zoo.gates.rule import Position, Verdict
 from coreai_zoo.lowering.graph import Graph, LayerKind
 from coreai_zoo.program import Program
 from coreai_zoo.review.structure import StoredWeight, Structure
@@ -482,11 +483,16 @@ def _side_by_side(a: Verdict, b: Verdict) -> list[Change]:
         return {
             "against the oracle: matched": f"{verdict.matched} of {len(positions)}",
             "against the oracle: ties": str(verdict.ties),
-            "against the oracle: confident flips": str(len(verdict.confident_flips)),
+            "against the oracle: confident flips": f"{len(verdict.confident_flips)}{_from(positions)}",
             "against the oracle: lowest cosine": f"{min(p.cosine for p in positions):.6f}",
             "against the oracle: largest logit error": f"{max(p.max_abs_logit_error for p in positions):.4f}",
             "against the oracle: mean KL": f"{np.mean([p.kl_divergence for p in positions]):.3e}",
         }
+
+    def _from(positions: Sequence[Position]) -> str:
+        """The margin from which a flip counts, where it is not that of half precision."""
+        margin = positions[0].sure_from
+        return "" if margin == CONFIDENT_MARGIN else f" (from a margin of {margin:.3g} on)"
 
     ours, theirs = rows(a), rows(b)
     return [Change(name, ours[name], theirs[name]) for name in ours]  # all of them: side by side

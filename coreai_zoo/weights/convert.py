@@ -246,5 +246,6 @@ def _not_finite(rows: torch.Tensor, values: torch.Tensor, cast: torch.Tensor, ch
     return BadInput(
         f"The value {values[row, column].item():g} of {where} overflows {planned.dtype}, whose largest value is "
         f"{torch.finfo(cast.dtype).max:g} (parameter {planned.name}).",
-        "This checkpoint cannot be stored in that dtype. A contract that computes in bfloat16 has float32's range.",
+        "This checkpoint cannot be stored in that dtype."
+        + (" A contract that computes in bfloat16 has the range of float32." if planned.dtype == "float16" else ""),
     )
