@@ -898,7 +898,7 @@ def test_both_backends_come_with_the_host() -> None:
     }
     written = {name: contract.backends for name, contract in default_plugins().contracts().items()}
     assert written.pop("fixed-s1") == ("coreml",)
-    assert set(written) == {"static-s1", "chunked", "chunked-unrolled", "dynamic"}
+    assert set(written) == {"static-s1", "chunked", "chunked-unrolled", "dynamic", "dynamic-bf16"}
     assert set(written.values()) == {("coreai",)}
 
 
