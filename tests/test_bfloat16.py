@@ -15,6 +15,7 @@ import pytest
 import torch
 from attrs import evolve
 
+from attack import ENTRIES
 from checkpoints import enlarge_stream, text_config
 from coreai_zoo.bounds import BFLOAT16_MARGIN, CONFIDENT_MARGIN, Measured, MeasuredBounds
 from coreai_zoo.catalogue import find_entry
@@ -24,12 +25,11 @@ from coreai_zoo.gate import Activations
 from coreai_zoo.gates.headroom import headroom
 from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.rule import Verdict, compare
-from coreai_zoo.gates.stress import prompt_of, stress_samples, write_checkpoint
+from coreai_zoo.gates.stress import prompt_of, write_checkpoint
 from coreai_zoo.plugins import default_plugins
 from decoders import OVERLAY, feed, fresh_states, load_decoder, signature
-
-ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
-BOTH = tuple(ENTRIES)
+from mutants import BOTH
+from test_stress import sample_of
 
 
 def sample(kind: str) -> Path:
@@ -85,11 +85,7 @@ def test_the_decoder_is_as_near_to_transformers_as_transformers_is_in_bfloat16(k
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_what_overflows_half_precision_is_computed(kind: str, tmp_path: Path) -> None:
-    (large,) = (
-        each
-        for each in stress_samples(find_entry(ENTRIES[kind], default_plugins())[0], default_plugins())
-        if each.name == "large-activations"
-    )
+    large = sample_of(kind, "large-activations")
 
     def larger(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
         large.change(weights, config)

@@ -253,13 +253,25 @@ class _Subject:
 
     def held_to(self, arithmetic: Arithmetic, *, layers: int | None = None, plain: bool = False) -> Bounds:
         """The bounds of the bundle; of a slice of it with so many layers; or of one that is not quantized."""
-        return self.measured.of_recipe(
-            {} if plain else self.roles,
-            layers or int(self.bundle.build["layers"]),
-            arithmetic,
-            kind_of(self.experts_per_token),
-            self.shipped.contract.compute_dtype,
-        )
+        return _held_to(self.bundle, self.shipped, self.measured, arithmetic, layers=layers, plain=plain)
+
+
+def _held_to(
+    bundle: Bundle,
+    designed: Design,
+    measured: MeasuredBounds,
+    arithmetic: Arithmetic,
+    *,
+    layers: int | None = None,
+    plain: bool = False,
+) -> Bounds:
+    return measured.of_recipe(
+        {} if plain else bundle.build["recipe"]["roles"],
+        layers or int(bundle.build["layers"]),
+        arithmetic,
+        kind_of(bundle.build["facts"].get("experts_per_token")),
+        designed.contract.compute_dtype,
+    )
 
 
 def margin_of_asset(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> float:
@@ -268,13 +280,7 @@ def margin_of_asset(bundle: Bundle, plugins: Plugins, checkpoint: Path) -> float
         return CONFIDENT_MARGIN
     designed = _design_of(bundle, plugins, checkpoint)
     measured = _bounds(bundle, designed.model.overlay, plugins)
-    return measured.of_recipe(
-        bundle.build["recipe"]["roles"],
-        int(bundle.build["layers"]),
-        _arithmetic(designed.backend),
-        kind_of(bundle.build["facts"].get("experts_per_token")),
-        designed.contract.compute_dtype,
-    ).margin
+    return _held_to(bundle, designed, measured, _arithmetic(designed.backend)).margin
 
 
 def _subject(
