@@ -2,13 +2,26 @@
 
 Each holds its mathematics in a child called `impl`, in plain torch. A backend may replace that child by its toolchain's
 own operation of the same signature, so that it survives lowering as one named composite; the overlay cannot tell, and
-the plain form here is the reference that the replacement is tested against.
+the plain form here is the reference that the replacement is tested against. An overlay brings one of its own as a
+`Composite`.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
+
+
+class Composite(nn.Module):
+    """An operation of an overlay's own that a backend keeps whole, as one graph that every layer calls.
+
+    An engine without a kernel of its name runs the graph. A subclass says `name`, an identifier. It holds no tensor and
+    no other module: whatever it computes with is an input. Its attributes are numbers, truth values or strings.
+    """
+
+    name: ClassVar[str]
 
 
 class RMSNormImpl(nn.Module):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from coreai_zoo.recipe_files import RECIPES
 from mutants import DENSE, Edit, Mutant
 
-_CHUNKS = "gated_delta_chunks.ChunkedGatedDeltaRule"
-_FORWARD, _INIT, _DECAYS, _SOLVED = (f"{_CHUNKS}.{name}" for name in ("forward", "__init__", "_decays", "_solved"))
+_MODULE = "gated_delta_chunks"
+_FORWARD, _PADDED = (f"{_MODULE}.{name}.forward" for name in ("GatedDeltaChunks", "ChunkedGatedDeltaRule"))
+_IN_CHUNKS, _LEVELS, _DECAYS, _SOLVED = (
+    f"{_MODULE}.{name}" for name in ("_in_chunks", "levels_of", "_decays", "_solved")
+)
 _UNROLLED = "gated_delta_chunks.UnrolledGatedDeltaRule.forward"
 _CONV = "gated_delta_chunks.CausalConv1dTokens.forward"
 _LOOP = "gated_delta_net.GatedDeltaLoop.forward"
@@ -27,16 +30,16 @@ CHUNKS = (
     _in(
         "decay-without-the-token",
         "a decay from before leaves out the token's own",
-        _INIT,
-        '"until", row <= column',
-        '"until", row < column',
+        _DECAYS,
+        "levels < 1",
+        "levels < 0",
     ),
     _in(
         "decay-of-the-writer",
         "what a token wrote decays by its own g",
-        _INIT,
-        '"behind", row < column',
-        '"behind", row <= column',
+        _DECAYS,
+        "levels < 0",
+        "levels < 1",
     ),
     _in(
         "state-decays-by-the-first",
@@ -99,21 +102,21 @@ CHUNKS = (
         "a token does not see what it wrote itself",
         _FORWARD,
         "between * bmm(query, key",
-        "(between - self.identity) * bmm(query, key",
+        "(between - (levels == 0).float()) * bmm(query, key",
     ),
     _in(
         "beta-left-out-of-the-system",
         "the system leaves out beta",
         _FORWARD,
-        "self._solved(beta * between",
-        "self._solved(between",
+        "_solved(beta * between",
+        "_solved(between",
     ),
     _in(
         "beta-of-the-column",
         "the system has the beta of the earlier token",
         _FORWARD,
-        "self._solved(beta * between",
-        "self._solved(beta.transpose(-1, -2) * between",
+        "_solved(beta * between",
+        "_solved(beta.transpose(-1, -2) * between",
     ),
     _in(
         "beta-left-out-of-what-is-written",
@@ -146,9 +149,9 @@ CHUNKS = (
     _in(
         "outputs-of-the-padding",
         "the outputs are those of the last tokens, padding included",
-        _FORWARD,
-        "[:tokens]",
-        "[-tokens:]",
+        _PADDED,
+        "[:, :tokens]",
+        "[:, -tokens:]",
     ),
     _in("query-unscaled", "the query is not scaled", _FORWARD, " * query.shape[-1] ** -0.5", ""),
     _in(
@@ -161,7 +164,7 @@ CHUNKS = (
     _in(
         "heads-tiled",
         "key heads serve value heads in turn",
-        f"{_CHUNKS}._chunks",
+        _IN_CHUNKS,
         "x.repeat_interleave(heads // x.shape[1], dim=1)",
         "x.repeat(1, heads // x.shape[1], 1, 1)",
     ),
@@ -169,23 +172,23 @@ CHUNKS = (
         "values-in-half",
         "values pass through half precision",
         _FORWARD,
-        "l2_norm(key.float()), value)",
-        "l2_norm(key.float()), value.half())",
+        "value.float()",
+        "value.half().float()",
     ),
     _in("decays-transposed", "a token sees what later ones write", _DECAYS, "between.transpose(-1, -2)", "between"),
     _in(
         "decays-in-half",
         "sums of g pass through half precision",
         _DECAYS,
-        "self._until(g).exp()",
-        "self._until(g).half().float().exp()",
+        "(g @ until).exp()",
+        "(g @ until).half().float().exp()",
     ),
     _in(
         "decays-as-differences",
         "a decay is a difference of two sums",
         _DECAYS,
-        "self._until(g.unsqueeze(-2) * self.behind).exp()",
-        "(self._until(g).unsqueeze(-2) - self._until(g).unsqueeze(-1)).clamp(max=0).exp()",
+        "((g.unsqueeze(-2) * behind) @ until).exp()",
+        "((g @ until).unsqueeze(-2) - (g @ until).unsqueeze(-1)).clamp(max=0).exp()",
     ),
     _in(
         "system-with-the-sign-changed",
@@ -195,28 +198,32 @@ CHUNKS = (
         "inverse = inverse + bmm",
     ),
     _in(
-        "last-level-left-out", "the two halves of a chunk do not meet", _SOLVED, "self.widths[1:]", "self.widths[1:-1]"
+        "last-level-left-out",
+        "the two halves of a chunk do not meet",
+        _SOLVED,
+        "range(2, levels.shape[0].bit_length())",
+        "range(2, levels.shape[0].bit_length() - 1)",
     ),
     _in(
         "first-rows-not-joined",
         "neighbouring tokens do not meet",
         _SOLVED,
-        'self.identity - system * self.get_buffer("join_1")',
-        "self.identity + 0 * system",
+        "(levels == 0).float() - system * (levels == 1).float()",
+        "(levels == 0).float() + 0 * system",
     ),
     _in(
         "joined-from-the-right-only",
         "blocks are joined without the upper one's inverse",
         _SOLVED,
-        'bmm(bmm(inverse, system * self.get_buffer(f"join_{width}")), inverse)',
-        'bmm(inverse, system * self.get_buffer(f"join_{width}"))',
+        "bmm(bmm(inverse, joining), inverse)",
+        "bmm(inverse, joining)",
     ),
     _in(
-        "other-blocks-joined",
-        "every second pair of blocks is joined",
-        _INIT,
-        "row // width % 2 == 1",
-        "row // width % 2 == 0",
+        "levels-by-distance",
+        "tokens meet at the level of their distance",
+        _LEVELS,
+        "(row ^ column)",
+        "(row - column).abs()",
     ),
 )
 """In the rule by chunks; the recurrence in fp64 shows them."""

@@ -61,6 +61,7 @@ THOROUGH = frozenset(
         "chat",
         "check",
         "code",
+        "composites",
         "config",
         "contracts",
         "coreai_backend",

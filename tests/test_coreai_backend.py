@@ -1032,6 +1032,7 @@ PRIVATE: dict[str, Sequence[str] | None] = {
     "coreai_torch.externalize:_PreparedModules": ["model", "exported_program"],
     "coreai_torch.externalize:_finalize_module_export": ["prep", "exported_program"],
     "coreai_torch.externalize:_find_marked_submodules": ["model"],
+    "coreai_torch.externalize:_EXTERNALIZE_NAMESPACE": None,
     "coreai_torch.externalize:_patch_model_for_externalization": ["model", "targets"],
     "coreai_torch.externalize:_restore_externalized": None,
     "coreai_torch.externalize:_torch_export_module": ["prep"],

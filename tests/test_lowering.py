@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from assets import save
 from checkpoints import tiny_checkpoint
 from coreai_zoo.backend import Constant, drain
+from coreai_zoo.backends.coreai import backend as coreai_backend
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.contracts import CHUNKED, STATIC_S1, Prefill
+from coreai_zoo.contracts import CHUNKED, DYNAMIC, STATIC_S1, Contract, Prefill
 from coreai_zoo.lowering.extension import extend
 from coreai_zoo.lowering.module import build_module, parameters_of
-from coreai_zoo.lowering.repetition import NotRepeated, Repetition, find_repetition, short_signature, shortened
+from coreai_zoo.lowering.repetition import (
+    NotRepeated,
+    Repetition,
+    alike,
+    find_repetition,
+    short_signature,
+    shortened,
+)
 from coreai_zoo.lowering.trace import check_traced, trace
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.recipe_files import RECIPES
@@ -281,6 +289,75 @@ def test_layers_that_differ_in_the_shape_or_dtype_of_a_parameter_are_not_alike()
     for layer in layers[1::2]:
         layer.half()
     assert kinds_of(*layers) == (0, 1) * 6
+
+
+def masked(mask: list[float]) -> Layer:
+    layer = Layer()
+    layer.register_buffer("mask", torch.tensor(mask), persistent=False)
+    return layer
+
+
+def two_matrices(*, tied: bool) -> nn.Module:
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if tied:
+        pair[1].weight = pair[0].weight
+    return pair
+
+
+def test_decoders_that_differ_in_the_values_of_parameters_only_are_alike() -> None:
+    for make in (lambda: Layer(3, eps=1e-6), lambda: masked([1.0, 0.0]), lambda: two_matrices(tied=True)):
+        one, other = make(), make()
+        assert alike(one, other)
+        nn.init.ones_(other.get_parameter(next(name for name, _ in other.named_parameters())))
+        assert alike(one, other)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (Layer(3), Layer(4)),
+        (Layer(3, eps=1e-6), Layer(3, eps=1e-5)),
+        (Layer(width=4), Layer(width=5)),
+        (Layer(), Layer().half()),
+        (Layer(), nn.Linear(4, 4)),
+        (masked([1.0, 0.0]), masked([1.0, 1.0])),
+        (masked([1.0, 0.0]), Layer()),
+        (two_matrices(tied=True), two_matrices(tied=False)),
+        (Layer(act=lambda x: x), Layer(act=lambda x: x)),
+    ],
+    ids=["index", "attribute", "shape", "dtype", "class", "mask", "no mask", "tied", "function"],
+)
+def test_decoders_that_differ_in_anything_else_are_not_alike(pair: tuple[nn.Module, nn.Module]) -> None:
+    assert not alike(*pair)
+
+
+@pytest.mark.parametrize(
+    ("contract", "traces"), [(DYNAMIC, 1), (CHUNKED, 2)], ids=lambda value: getattr(value, "name", "")
+)
+def test_a_function_that_is_another_one_without_its_outputs_is_not_traced_again(
+    contract: Contract, traces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpointed(tmp_path / "checkpoint", "dense", "LLF")
+    extra = qwen3_5.extra_states(model.config, contract)
+    specs = contract.functions(OVERLAY.kv_cache(model.config), extra, model.config.vocab_size, 512)
+    modules = {}
+    for name in specs:
+        rewrites = [("test", rewrite) for rewrite in rewrites_of(contract, name)]
+        modules[name] = build_module(lambda: OVERLAY.decoder(model.config, contract), rewrites)
+        bound(modules[name], model.store, values=False)
+
+    traced: list[TraceSpec] = []
+    tracing = coreai_backend._trace
+    monkeypatch.setattr(
+        coreai_backend, "_trace", lambda module, spec, **how: traced.append(spec) or tracing(module, spec, **how)
+    )
+    functions = CoreAIBackend().trace(modules, specs).functions
+    assert len(traced) == traces
+    assert {name: function.spec for name, function in functions.items()} == specs
+    results = {
+        name: len(function.whole_program()[0].graph_signature.user_outputs) for name, function in functions.items()
+    }
+    assert results == {"main": 1, "prefill": 0}
 
 
 def test_as_many_layers_are_traced_as_show_every_kind_often_enough() -> None:

@@ -16,6 +16,7 @@ import toy_plugin
 from command import zoo
 from coreai_zoo import hookimpl
 from coreai_zoo.backends import builtin
+from coreai_zoo.composites import Composite
 from coreai_zoo.errors import PluginError
 from coreai_zoo.lowering import mistakes
 from coreai_zoo.overlay import LayerRewrite, Overlay
@@ -54,6 +55,38 @@ class NotLowered(toy_plugin.Attention):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
         x = torch.special.bessel_j0(x.float()).to(x.dtype)  # mistake: not lowered
         return super().forward(x, keys, values, length)
+
+
+class HalvedWrongly(Composite):
+    name = "toy_halved"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x[..., ::2]  # mistake: wrong shape in a composite
+
+
+class InComposite(toy_plugin.Attention):
+    def __init__(self, config: toy_plugin.ToyConfig) -> None:
+        super().__init__(config)
+        self.halved = HalvedWrongly()
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        return super().forward(self.halved(x), keys, values, length)
+
+
+class Bessel(Composite):
+    name = "toy_bessel"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x.float()).to(x.dtype)  # mistake: not lowered in a composite
+
+
+class NotLoweredInComposite(toy_plugin.Attention):
+    def __init__(self, config: toy_plugin.ToyConfig) -> None:
+        super().__init__(config)
+        self.bessel = Bessel()
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        return super().forward(self.bessel(x), keys, values, length)
 
 
 class Unmade(toy_plugin.Attention):
@@ -191,6 +224,22 @@ def test_an_operation_that_is_not_lowered_is_one_paragraph(
     place = f"layer layers.0.attention fails at {line_of('not lowered')}"
     assert line.startswith(f"error: The decoder cannot be lowered: {place}. {said}")
     assert not (tmp_path / "exports").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_composite_is_one_paragraph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = paragraph(build(tmp_path, 6, "coreai", Mistaken(InComposite)), capfd)
+    place = f"layer layers.0.attention.halved fails at {line_of('wrong shape in a composite')}"
+    assert line.startswith(f"error: The decoder cannot be traced: {place}. RuntimeError: ")
+
+
+@pytest.mark.slow
+def test_an_operation_of_a_composite_that_is_not_lowered_is_one_paragraph(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = paragraph(build(tmp_path, 6, "coreai", Mistaken(NotLoweredInComposite)), capfd)
+    assert f" fails at {line_of('not lowered in a composite')}. ValueError: " in line
+    assert "aten.special_bessel_j0.default" in line
 
 
 @pytest.mark.parametrize("backend", ["coreai", "coreml"])

@@ -80,6 +80,21 @@ def find_repetition(module: nn.Module) -> Repetition | None:
     return None
 
 
+def alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two decoders are the same to a trace: all that their modules hold, but for the values of parameters."""
+    if _described(one) != _described(other) or _tied(one) != _tied(other):
+        return False
+    buffers = zip(one.buffers(), other.buffers(), strict=True)
+    return all(torch.equal(buffer, theirs) for buffer, theirs in buffers)
+
+
+def _tied(module: nn.Module) -> list[tuple[str, str]]:
+    """The name of each parameter, and under which it was met first."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return [(name, first.setdefault(id(parameter), name)) for name, parameter in named]
+
+
 def _described(layer: nn.Module) -> tuple[object, dict[str, int]]:
     """What a layer is, but for its integer attributes, and those by path."""
     structure: list[object] = []

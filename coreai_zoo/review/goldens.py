@@ -37,6 +37,7 @@ _WHY = {
     "gather_mm": "products with the chosen experts only: were they batch_matmul, every expert would be read",
     "rms_norm": "a composite that device kernels look for: fewer, and a norm runs as single operations",
     "scaled_dot_product_attention": "a composite that device kernels look for: none, and attention is not fused",
+    "gated_delta_update": "a composite that device kernels look for: none, and the loop is one of single operations",
     "sort": "the router's choice; one for each router",
     "argsort": "the router's choice; one for each router",
     "softmax": "over all experts, in the router; attention's is inside its composite",
@@ -56,6 +57,7 @@ _WHY = {
 }
 _WRITE = "Write it with `zoo check --only goldens --update-goldens`."
 _OTHERWISE = "arithmetic"
+_OF_AN_OVERLAY = "a composite of the overlay's own: one graph, which these call"
 
 _DIGESTS = "digests"
 _LINES = "lines of "
@@ -259,9 +261,14 @@ def write(golden: Golden, path: Path) -> None:
             if _is_of_wiring(table):
                 lines += [f"{json.dumps(name)} = {_value(value)}" for name, value in counts.items()]
             else:
-                lines += [f"{name} = {_value(value)} # {_WHY.get(name, _OTHERWISE)}" for name, value in counts.items()]
+                lines += [f"{name} = {_value(value)} # {_why(name, golden)}" for name, value in counts.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _why(name: str, golden: Golden) -> str:
+    own = any(table.endswith("composites") and name in counts for table, counts in golden.items())
+    return _WHY.get(name, _OF_AN_OVERLAY if own else _OTHERWISE)
 
 
 def _value(value: int | str | Mapping[str, int | str]) -> str:

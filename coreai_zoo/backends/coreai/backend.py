@@ -25,7 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from coreai_zoo import interruption
 from coreai_zoo.backend import Check
@@ -91,7 +91,7 @@ class CoreAIBackend:
     def memory(self, layers: int, functions: int, steps: int) -> int:
         """See `Backend.memory`: 340 MB at 4 layers, 343 at 16, 430 at 64.
 
-        With `prefill` in one step 634 at 64 layers, in 4 steps 389 at 8 and 665 at 64, in 16 steps 965 at 64.
+        With `prefill` as a loop 543 at 64 layers, in 16 steps 965; 4 steps take less where they are a composite, 573.
         """
         prefill = 20 + layers * (8 * steps + 60) // 25
         return (330 + 8 * layers // 5 + (functions - 1) * prefill) * 2**20
@@ -107,9 +107,13 @@ class CoreAIBackend:
 
         checked_versions(_REQUIRED)
         with _toolchain():
+            whole = _without_outputs_of(modules, functions)
             traced = {
-                name: _trace(module, functions[name], every_layer=self.every_layer) for name, module in modules.items()
+                name: _trace(module, functions[name], every_layer=self.every_layer)
+                for name, module in modules.items()
+                if name not in whole
             }
+            traced = {name: traced.get(name) or evolve(traced[whole[name]], spec=functions[name]) for name in modules}
         for function in traced.values():
             program, _ = function.traced
             parameters = program.graph_signature.inputs_to_parameters
@@ -329,9 +333,10 @@ class TracedFunction:
         """The program of all layers, traced once more, with the lines that operations come from."""
         from coreai_torch import get_decomp_table
 
+        from coreai_zoo.backends.coreai.composites import composites_kept
         from coreai_zoo.lowering.trace import trace
 
-        with _composites_kept(self.module, self.present):
+        with composites_kept(self.module, self.present):
             return trace(self.module, self.spec, get_decomp_table())
 
     def _all_layers(self) -> tuple[ExportedProgram, list[Any]]:
@@ -352,6 +357,18 @@ class TracedFunction:
         return program, composites
 
 
+def _without_outputs_of(modules: Mapping[str, nn.Module], functions: Mapping[str, TraceSpec]) -> dict[str, str]:
+    """Of each function that is another one without its outputs, the name of that: one trace is enough for both."""
+    from coreai_zoo.lowering.repetition import alike
+
+    return {
+        name: other
+        for name, spec in functions.items()
+        for other, full in functions.items()
+        if full.outputs and spec == evolve(full, outputs=()) and alike(modules[name], modules[other])
+    }
+
+
 def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> TracedFunction:
     """The decoder `module` traced with its composites kept whole.
 
@@ -360,9 +377,10 @@ def _trace(module: nn.Module, spec: TraceSpec, *, every_layer: bool = False) -> 
     """
     import coreai_torch  # noqa: F401  # before the compiler's dialects, which import each other in a circle otherwise
 
+    from coreai_zoo.backends.coreai.composites import use_toolchain_composites
     from coreai_zoo.lowering.repetition import find_repetition, short_signature, shortened
 
-    present = _use_toolchain_composites(module)
+    present = use_toolchain_composites(module)
     repetition = None if every_layer else find_repetition(module)
     if repetition is not None:
         try:
@@ -389,62 +407,16 @@ def _traced_with_composites(
 ) -> tuple[ExportedProgram, list[Any]]:
     from coreai_torch import get_decomp_table
 
-    from coreai_zoo.backends.coreai.lowering import export_composites, require_lowered
+    from coreai_zoo.backends.coreai.composites import composites_kept, export_composites
+    from coreai_zoo.backends.coreai.lowering import require_lowered
     from coreai_zoo.lowering.torch_export import without_lines
     from coreai_zoo.lowering.trace import trace
 
-    with _composites_kept(module, present):
+    with composites_kept(module, present):
         with without_lines():
             program = trace(module, spec, get_decomp_table())
         require_lowered(program, module, lambda: trace(module, spec, get_decomp_table()))
-        with without_lines():
-            return program, export_composites(module, program)
-
-
-@contextlib.contextmanager
-def _composites_kept(module: nn.Module, present: list[Any]) -> Iterator[None]:
-    """Within the block, the composites of `module` are traced as one operation each; Ctrl-C waits for its end."""
-    from coreai_torch.externalize import (
-        _find_marked_submodules,
-        _patch_model_for_externalization,
-        _restore_externalized,
-    )
-
-    with interruption.deferred():
-        _patch_model_for_externalization(module, present)
-        try:
-            yield
-        finally:
-            _restore_externalized(_find_marked_submodules(module))
-
-
-def _use_toolchain_composites(module: nn.Module) -> list[Any]:
-    """Replace the plain composites by the toolchain's; returns the externalization specs of those that occur.
-
-    Names and attributes are those under which Apple's own exporter externalizes them, which is what the device's fused
-    kernels look for (coreai-models, `_EXTERNALIZE_SPECS`).
-    """
-    from coreai_torch import ExternalizeSpec
-    from coreai_torch.composite_ops import SDPA, GatedDeltaUpdate, GatherMM, RMSNormImpl
-
-    from coreai_zoo import composites
-
-    specs: dict[str, Any] = {}
-    for child in list(module.modules()):
-        match child:
-            case composites.RMSNorm():
-                child.impl = RMSNormImpl(eps=child.impl.eps)
-                specs["rms_norm"] = (RMSNormImpl, ["axes", "eps"])
-            case composites.SDPA():
-                child.impl = SDPA(scale=child.impl.scale, is_causal=True)
-                specs["scaled_dot_product_attention"] = (SDPA, ["scale", "is_causal", "window_size"])
-            case composites.GatherMM():
-                child.impl = GatherMM()
-                specs["gather_mm"] = (GatherMM, ["num_batch_axes"])
-            case composites.GatedDeltaUpdate():
-                child.impl = GatedDeltaUpdate()
-                specs["gated_delta_update"] = (GatedDeltaUpdate, [])
-    return [ExternalizeSpec(cls, composite_op_name=name, composite_attrs=attrs) for name, (cls, attrs) in specs.items()]
+        return program, export_composites(module, program)
 
 
 def _named_state(program: ExportedProgram, constants: Mapping[str, Constant]) -> dict[str, State]:

@@ -1,14 +1,9 @@
-"""The converter of `coreai_torch` with two changes.
-
-Constants are handed over by name without a copy, and each distinct composite is exported once instead of once per
-layer.
-"""
+"""The converter of `coreai_torch`, to which constants are handed over by name and without a copy."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import coreai.authoring  # before the dialects, which import each other through it
@@ -32,17 +27,12 @@ from coreai._compiler.ir import (
 from coreai_torch import TorchConverter
 from coreai_torch._validate import validate_exported_program
 from coreai_torch.converter import _StagedEntry
-from coreai_torch.externalize import (
-    _ExternalizedExportedProgram,
-    _finalize_module_export,
-    _PreparedModule,
-    _PreparedModules,
-    _torch_export_module,
-)
+from coreai_torch.externalize import _ExternalizedExportedProgram
 from torch import fx
 from torch.export import ExportedProgram
 
 from coreai_zoo.backend import Constant
+from coreai_zoo.backends.coreai.composites import with_call_sites
 from coreai_zoo.backends.coreai.constants import row, stored_constants
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
@@ -113,7 +103,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
                 output_names=[tensor.name for tensor in spec.outputs],
                 state_names=[tensor.name for tensor in spec.states],
                 entrypoint_name=name,
-                _externalized_exported_programs=_with_call_sites(composites, program, self._serial),
+                _externalized_exported_programs=with_call_sites(composites, program, self._serial),
             )
         )
 
@@ -228,79 +218,3 @@ def _dequantized(parts: Mapping[str, Value]) -> Value:
     shape = list(scales.type.shape)
     offset = parts["zero points"] if "zero points" in parts else _splat_zero(shape, codes.type.element_type)
     return coreai.blockwise_shift_scale(codes, scales, offset, _splat_zero(shape, scales.type.element_type))
-
-
-def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list[_ExternalizedExportedProgram]:
-    """Every distinct composite of a patched `module`, exported once.
-
-    Two call sites are the same composite when operation, attributes and the shapes and dtypes of their inputs agree.
-    The compiler merges such graphs in the end, so to export one for each call only costs time. Names are derived from
-    position.
-    """
-    distinct: dict[object, _ExternalizedExportedProgram] = {}
-    serial = itertools.count()
-    for prepared in _PreparedModules(module, program):
-        key = (
-            prepared.composite_op_name,
-            repr(sorted(prepared.composite_decl_attrs.items())),
-            _input_types(prepared.source_nodes[0]),
-        )
-        if key not in distinct:
-            prepared.name = f"{prepared.composite_op_name}_{next(serial)}"
-            distinct[key] = _finalize_module_export(prepared, _exported_composite(prepared))
-            distinct[key].source_nodes = []
-        distinct[key].source_nodes.extend(prepared.source_nodes)
-    return list(distinct.values())
-
-
-# A composite has no weights and is the toolchain's own, so what it is exported to depends on nothing but the key below.
-# To export them all was half of the time of a trace, and a build traces twice: before and after the weights.
-_exported: dict[object, tuple[ExportedProgram, list[str], list[str]]] = {}
-
-
-def _exported_composite(prepared: _PreparedModule) -> ExportedProgram:
-    """A composite's program, exported once in a process. Names of its inputs and outputs are noted in `prepared`."""
-    key = (
-        type(prepared.module),
-        prepared.module.training,
-        repr(sorted(prepared.composite_decl_attrs.items())),
-        tuple(argument is None for argument in prepared.source_nodes[0].args),
-        tuple((tuple(example.shape), example.dtype, example.device) for example in prepared.fake_inputs),
-        tuple(
-            tuple((axis, dim.__name__, dim.min, dim.max) for axis, dim in (dims or {}).items())
-            for dims in prepared.dynamic_shapes
-        ),
-    )
-    if key not in _exported:
-        program = _torch_export_module(prepared).run_decompositions()
-        _exported[key] = (program, prepared.composite_input_names, prepared.composite_output_names)
-    program, prepared.composite_input_names, prepared.composite_output_names = _exported[key]
-    return program
-
-
-def _with_call_sites(
-    composites: Sequence[_ExternalizedExportedProgram], program: ExportedProgram, serial: Iterator[int]
-) -> list[_ExternalizedExportedProgram]:
-    """The composites with all their call sites in `program`, which calls no others.
-
-    They are numbered anew: functions of one asset may not share the name of a composite.
-    """
-    own = [
-        dataclasses.replace(composite, source_nodes=[], name=f"{composite.composite_op_name}_{next(serial)}")
-        for composite in composites
-    ]
-    known = {_call(node): at for at, composite in enumerate(composites) for node in composite.source_nodes}
-    targets = {target for target, _ in known}
-    for node in program.graph.nodes:
-        if node.target in targets:
-            own[known[_call(node)]].source_nodes.append(node.name)
-    return own
-
-
-def _call(node: fx.Node) -> tuple[object, object]:
-    return node.target, _input_types(node)
-
-
-def _input_types(node: fx.Node) -> tuple[object, ...]:
-    values = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
-    return tuple((tuple(map(str, value.shape)), value.dtype) for value in values)

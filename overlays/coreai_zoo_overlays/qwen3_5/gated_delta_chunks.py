@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, bmm, nn
 
+from coreai_zoo.composites import Composite
+
 from .gated_delta_net import l2_norm, recurrent_gated_delta_rule
 
 
@@ -40,7 +42,44 @@ class UnrolledGatedDeltaRule(nn.Module):
 
 
 class ChunkedGatedDeltaRule(nn.Module):
-    """`GatedDeltaRule` for up to `length` tokens, chunk by chunk, all tokens of a chunk at once (the WY form).
+    """`GatedDeltaRule` for up to `length` tokens, padded to whole chunks for `GatedDeltaChunks`."""
+
+    levels: Tensor
+
+    def __init__(self, length: int, chunk: int) -> None:
+        super().__init__()
+        self.length, self.chunks = length, GatedDeltaChunks()
+        self.register_buffer("levels", levels_of(chunk), persistent=False)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `GatedDeltaRule` with S <= `length`."""
+        tokens = query.shape[1]
+        query, key, value, g, beta = (padded(x, self.length) for x in (query, key, value, g, beta))
+        out, state = self.chunks(query, key, value, g, beta, state, self.levels)
+        return out[:, :tokens], state
+
+
+def levels_of(chunk: int) -> Tensor:
+    """Where tokens meet when neighbours are joined to pairs, pairs to fours, and so on up to the chunk.
+
+    int8 [C, C]: the level at which the blocks of a row's and a column's token are joined. It is 0 for a token and
+    itself, 1 to log2 C where the column is the earlier one, and the same with a minus where it is the later one.
+
+    Raises:
+        ValueError: when no such tree has `chunk` leaves.
+    """
+    if chunk & (chunk - 1):
+        raise ValueError(f"a chunk is joined from halves down to single tokens, which {chunk} cannot be")
+    token = torch.arange(chunk, device="cpu")
+    row, column = token.unsqueeze(1), token.unsqueeze(0)
+    level = sum((row ^ column) >= 2**bit for bit in range(chunk.bit_length() - 1))
+    return torch.where(row < column, -level, level).to(torch.int8)
+
+
+class GatedDeltaChunks(Composite):
+    """`GatedDeltaRule` for whole chunks, one after the other, all tokens of a chunk at once (the WY form).
 
     Let W be the state before a chunk, d[t] the decay of it up to token t, and d[t, i] that of what token i wrote, for
     i <= t. What the tokens write, k[i] u[i]^T, follows from a unit lower triangular system (Yang et al. 2024, "Gated
@@ -55,49 +94,27 @@ class ChunkedGatedDeltaRule(nn.Module):
         u  =  u_v - u_k W
     """
 
-    until: Tensor
-    behind: Tensor
-    identity: Tensor
-
-    def __init__(self, length: int, chunk: int) -> None:
-        super().__init__()
-        if chunk & (chunk - 1):
-            raise ValueError(f"a chunk is joined from halves down to single tokens, which {chunk} cannot be")
-        self.length, self.chunk = length, chunk
-        token = torch.arange(chunk, device="cpu")
-        row, column = token.unsqueeze(1), token.unsqueeze(0)
-        self._constant("until", row <= column)
-        self._constant("behind", row < column)
-        self._constant("identity", row == column)
-        self.widths = tuple(2**level for level in range(chunk.bit_length() - 1))
-        for width in self.widths:  # of blocks: joins the lower one of each pair to the upper one
-            self._constant(f"join_{width}", (row // width == column // width + 1) & (row // width % 2 == 1))
-
-    def _constant(self, name: str, mask: Tensor) -> None:
-        # Each a buffer of its own: a slice of a constant is another one, which the compiler names as it likes.
-        self.register_buffer(name, mask.float(), persistent=False)
+    name = "gated_delta_chunks"
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor, levels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `GatedDeltaRule` with S <= `length`."""
-        tokens, heads = value.shape[1:3]
-        query, key, value = (
-            self._chunks(x.float(), heads) for x in (l2_norm(query.float()), l2_norm(key.float()), value)
-        )
-        g, beta = (self._chunks(x.unsqueeze(-1), heads) for x in (g, beta))  # [n Hv, C, 1], and [n Hv, C, D] before
+        """As `GatedDeltaRule` with S = P, and `levels` [C, C] of a chunk."""
+        query, key = l2_norm(query.float()), l2_norm(key.float())
+        heads, chunk, levels = value.shape[2], levels.shape[0], levels.float()
+        query, key, value, g, beta = (
+            _in_chunks(x, chunk, heads) for x in (query, key, value.float(), g.unsqueeze(-1), beta.unsqueeze(-1))
+        )  # [n Hv, C, Dk] twice, [n Hv, C, Dv], [n Hv, C, 1] twice
         query = query * query.shape[-1] ** -0.5
 
-        since, between = self._decays(g)  # d[t] [n Hv, C, 1], d[t, i] [n Hv, C, C]
-        solved = self._solved(beta * between * bmm(key, key.transpose(1, 2)))
+        since, between = _decays(g, levels)  # d[t] [n Hv, C, 1], d[t, i] [n Hv, C, C]
+        solved = _solved(beta * between * bmm(key, key.transpose(1, 2)), levels)
         written_of_value, written_of_key = bmm(solved, beta * value), bmm(solved, beta * since * key)
         end = between[:, -1:].transpose(1, 2)  # d[C, i], [n Hv, C, 1]
 
         states, written, state = [], [], state.squeeze(0)  # [Hv, Dk, Dv]
         parts = (written_of_value, written_of_key, (end * key).transpose(1, 2), since[:, -1:])
-        parts = tuple(x.unflatten(0, (-1, heads)) for x in parts)
-        for chunk in range(self.length // self.chunk):
-            u_v, u_k, keys, kept = (x[chunk] for x in parts)
+        for u_v, u_k, keys, kept in zip(*(x.split(heads) for x in parts), strict=True):
             states.append(state)
             written.append(u_v - bmm(u_k, state))  # u, [Hv, C, Dv]
             state = kept * state + bmm(keys, written[-1])
@@ -105,41 +122,41 @@ class ChunkedGatedDeltaRule(nn.Module):
         before, u = torch.cat(states), torch.cat(written)  # [n Hv, Dk, Dv], [n Hv, C, Dv]
         out = since * bmm(query, before) + bmm(between * bmm(query, key.transpose(1, 2)), u)
         out = out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(0, 1)  # [P, Hv, Dv]
-        return out[:tokens].unsqueeze(0), state.unsqueeze(0)
+        return out.unsqueeze(0), state.unsqueeze(0)
 
-    def _chunks(self, x: Tensor, heads: int) -> Tensor:
-        """[1, S, H, D] to [n `heads`, C, D], each of the H heads repeated for those that it serves."""
-        x = padded(x, self.length).unflatten(1, (-1, self.chunk)).squeeze(0).transpose(1, 2)  # [n, H, C, D]
-        if x.shape[1] != heads:
-            x = x.repeat_interleave(heads // x.shape[1], dim=1)
-        return x.flatten(0, 1)
 
-    def _decays(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """`g` [..., C, 1]; d[t] as `g`, and d[t, i] [..., C, C], zero for i > t.
+def _in_chunks(x: Tensor, chunk: int, heads: int) -> Tensor:
+    """[1, P, H, D] to [n `heads`, C, D], each of the H heads repeated for those that it serves."""
+    x = x.unflatten(1, (-1, chunk)).squeeze(0).transpose(1, 2)  # [n, H, C, D]
+    if x.shape[1] != heads:
+        x = x.repeat_interleave(heads // x.shape[1], dim=1)
+    return x.flatten(0, 1)
 
-        The logarithm of d[t, i] is the sum of g[j] for i < j <= t: a row that leaves out j <= i, times a triangle that
-        leaves out j > t.
-        """
-        g = g.squeeze(-1)
-        since = self._until(g).exp()
-        between = self._until(g.unsqueeze(-2) * self.behind).exp() * self.until  # [i, t]
-        return since.unsqueeze(-1), between.transpose(-1, -2)
 
-    def _until(self, x: Tensor) -> Tensor:
-        """Sums of `x` [..., C] over all tokens until each."""
-        # One product of two matrices: the compiler repeats a constant for each product of a batch, and stores that.
-        return (x.reshape(-1, self.chunk) @ self.until).view(x.shape)
+def _decays(g: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """`g` [n Hv, C, 1]; d[t] as `g`, and d[t, i] [n Hv, C, C], zero for i > t.
 
-    def _solved(self, system: Tensor) -> Tensor:
-        """The inverse of I + the part of `system` [..., C, C] below the diagonal.
+    The logarithm of d[t, i] is the sum of g[j] for i < j <= t: a row that leaves out j <= i, times a triangle that
+    leaves out j > t.
+    """
+    g = g.squeeze(-1)
+    until, behind = (levels < 1).float(), (levels < 0).float()  # j <= t and j < t, of row j and column t
+    since = (g @ until).exp()
+    between = ((g.unsqueeze(-2) * behind) @ until).exp() * until  # [i, t]
+    return since.unsqueeze(-1), between.transpose(-1, -2)
 
-        Blocks of one row are inverted already. Two blocks X and Y of the same size, joined by a block N below X and
-        beside Y, have the inverse X' and Y' with -Y' N X' in the place of N.
-        """
-        inverse = self.identity - system * self.get_buffer("join_1")
-        for width in self.widths[1:]:
-            inverse = inverse - bmm(bmm(inverse, system * self.get_buffer(f"join_{width}")), inverse)
-        return inverse
+
+def _solved(system: Tensor, levels: Tensor) -> Tensor:
+    """The inverse of I + the part of `system` [n Hv, C, C] below the diagonal.
+
+    Blocks of one row are inverted already. Two blocks X and Y of the same size, joined by a block N below X and
+    beside Y, have the inverse X' and Y' with -Y' N X' in the place of N.
+    """
+    inverse = (levels == 0).float() - system * (levels == 1).float()
+    for level in range(2, levels.shape[0].bit_length()):
+        joining = system * (levels == level).float()
+        inverse = inverse - bmm(bmm(inverse, joining), inverse)
+    return inverse
 
 
 class CausalConv1dTokens(nn.Module):
