@@ -1035,7 +1035,7 @@ PRIVATE: dict[str, Sequence[str] | None] = {
     "coreai_torch.externalize:_EXTERNALIZE_NAMESPACE": None,
     "coreai_torch.externalize:_patch_model_for_externalization": ["model", "targets"],
     "coreai_torch.externalize:_restore_externalized": None,
-    "coreai_torch.externalize:_torch_export_module": ["prep"],
+    "coreai_torch.externalize:_derive_composite_io_names": ["ep"],
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.fx.config
@@ -22,23 +22,45 @@ from torch.export import ExportedProgram, _trace, exported_program
 _READ = ("2.13.0",)
 
 
+class Export(Protocol):
+    """Gives the decomposed program of a module."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple[Tensor, ...],
+        kwargs: dict[str, Tensor] | None = None,
+        *,
+        dynamic_shapes: Any = None,
+    ) -> ExportedProgram:
+        """Takes what `torch.export.export` takes."""
+
+
 def export(
     module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any, decompositions: Mapping[Any, Any]
 ) -> ExportedProgram:
-    """The decomposed program of a module.
+    """The program of a module that is called with `examples`; see `exporting`."""
+    with exporting(decompositions) as exported:
+        return exported(module, examples, dynamic_shapes=dynamic_shapes)
+
+
+@contextlib.contextmanager
+def exporting(decompositions: Mapping[Any, Any]) -> Iterator[Export]:
+    """Gives an `Export` to call within the block, which takes five times as long to begin as a small module to export.
 
     Args:
-        module: the module.
-        examples: its arguments.
-        dynamic_shapes: as `torch.export.export` takes them.
         decompositions: as `ExportedProgram.run_decompositions` takes them.
     """
     if Version(torch.__version__).base_version not in _READ:
-        program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes, strict=False)
-        return program.run_decompositions(dict(decompositions))
+        yield functools.partial(_publicly, decompositions)
+        return
     implicit, others = exported_program._split_decomp_table_to_cia_and_python_decomp(dict(decompositions))
     with exported_program._override_composite_implicit_decomp(implicit), _decomposing(others):
-        return _trace._export(module, examples, dynamic_shapes=dynamic_shapes, strict=False, pre_dispatch=False)
+        yield functools.partial(_trace._export, strict=False, pre_dispatch=False)
+
+
+def _publicly(decompositions: Mapping[Any, Any], *arguments: Any, **named: Any) -> ExportedProgram:
+    return torch.export.export(*arguments, **named, strict=False).run_decompositions(dict(decompositions))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from coreai_torch._validate import validate_exported_program
 from coreai_torch.composite_ops import SDPA, GatedDeltaUpdate, GatherMM, RMSNormImpl
 from coreai_torch.externalize import (
     _EXTERNALIZE_NAMESPACE,
+    _derive_composite_io_names,
     _ExternalizedExportedProgram,
     _finalize_module_export,
     _find_marked_submodules,
@@ -24,7 +26,6 @@ from coreai_torch.externalize import (
     _PreparedModule,
     _PreparedModules,
     _restore_externalized,
-    _torch_export_module,
 )
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -32,7 +33,7 @@ from torch.export import ExportedProgram
 from coreai_zoo import composites, interruption
 from coreai_zoo.errors import PluginError
 from coreai_zoo.lowering import mistakes
-from coreai_zoo.lowering.torch_export import without_lines
+from coreai_zoo.lowering.torch_export import Export, exporting, without_lines
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which there are
@@ -166,34 +167,39 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
     """
     distinct: dict[object, _ExternalizedExportedProgram] = {}
     serial = itertools.count()
-    for prepared in _PreparedModules(module, program):
-        key = (
-            prepared.composite_op_name,
-            repr(sorted(prepared.composite_decl_attrs.items())),
-            _input_types(prepared.source_nodes[0]),
-        )
-        if key not in distinct:
-            prepared.name = f"{prepared.composite_op_name}_{next(serial)}"
-            distinct[key] = _finalize_module_export(prepared, _exported_composite(prepared))
-            distinct[key].source_nodes = []
-        distinct[key].source_nodes.extend(prepared.source_nodes)
+    with exporting(torch.export.default_decompositions()) as export:
+        for prepared in _PreparedModules(module, program):
+            key = (
+                prepared.composite_op_name,
+                repr(sorted(prepared.composite_decl_attrs.items())),
+                _input_types(prepared.source_nodes[0]),
+            )
+            if key not in distinct:
+                prepared.name = f"{prepared.composite_op_name}_{next(serial)}"
+                distinct[key] = _finalize_module_export(prepared, _exported_composite(prepared, export))
+                distinct[key].source_nodes = []
+            distinct[key].source_nodes.extend(prepared.source_nodes)
     return list(distinct.values())
 
 
-# A composite holds no tensor, so what it is exported to depends on nothing but the key below. To export them all was
-# half of the time of a trace, and a build traces twice: before and after the weights.
+# A composite holds no tensor, so what it is exported to depends on nothing but the key below.
 _exported: dict[object, tuple[ExportedProgram, list[str], list[str]]] = {}
 
 
-def _exported_composite(prepared: _PreparedModule) -> ExportedProgram:
+def _exported_composite(prepared: _PreparedModule, export: Export) -> ExportedProgram:
     """A composite's program, exported once in a process. Names of its inputs and outputs are noted in `prepared`."""
+    names = list(inspect.signature(prepared.module.forward).parameters)
+    given = [name for name, argument in zip(names, prepared.source_nodes[0].args, strict=False) if argument is not None]
 
     def exported() -> ExportedProgram:
-        return _torch_export_module(prepared).run_decompositions()
+        arguments, shapes = (
+            dict(zip(given, of, strict=True)) for of in (prepared.fake_inputs, prepared.dynamic_shapes)
+        )
+        return export(prepared.module, (), arguments, dynamic_shapes=shapes)
 
     key = (
         _identity(prepared.module),
-        tuple(argument is None for argument in prepared.source_nodes[0].args),
+        tuple(given),
         tuple((tuple(example.shape), example.dtype, example.device) for example in prepared.fake_inputs),
         tuple(
             tuple((axis, dim.__name__, dim.min, dim.max) for axis, dim in (dims or {}).items())
@@ -205,7 +211,7 @@ def _exported_composite(prepared: _PreparedModule) -> ExportedProgram:
             program = exported()
         with mistakes.explained("lowered", prepared.module, exported):
             validate_exported_program(program, {})
-        _exported[key] = (program, prepared.composite_input_names, prepared.composite_output_names)
+        _exported[key] = (program, *_derive_composite_io_names(program))
     program, prepared.composite_input_names, prepared.composite_output_names = _exported[key]
     return program
 
