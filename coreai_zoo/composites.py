@@ -18,7 +18,9 @@ class Composite(nn.Module):
     """An operation of an overlay's own that a backend keeps whole, as one graph that every layer calls.
 
     An engine without a kernel of its name runs the graph. A subclass says `name`, an identifier. It holds no tensor and
-    no other module: whatever it computes with is an input. Its attributes are numbers, truth values or strings.
+    no other module: whatever it computes with is an input. Its attributes are numbers, truth values or strings. Its
+    `forward` takes tensors, or `Tensor | None`, by position, writes to none of them, and gives one or several; its
+    annotations say so.
     """
 
     name: ClassVar[str]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from coreai_zoo.backends.coreai.composites import use_toolchain_composites
+from coreai_zoo.backends.coreai.composites import composites_kept, use_toolchain_composites
 from coreai_zoo.composites import Composite, RMSNorm
 from coreai_zoo.errors import PluginError
 from coreai_zoo.overlay import LayerRewrite
@@ -84,6 +85,103 @@ def test_a_composite_is_one_graph_for_all_layers_that_are_alike(slopes: tuple[fl
     np.testing.assert_allclose(asset.model.stepped(asset.path).astype(np.float32), expected, atol=0.01 * expected.std())
 
 
+class Doubled(Composite):
+    name = "toy_doubled"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Halved(Doubled):
+    name = "toy_halved"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -0.5 * x
+
+
+class Mixed(Composite):
+    """Two inputs that may be missing."""
+
+    name = "toy_mixed"
+
+    def forward(self, x: Tensor, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        x = x if up is None else x + up
+        return x if down is None else x - 0.5 * down
+
+
+class Placed(Composite):
+    """A number that counts up from layer to layer."""
+
+    name = "toy_placed"
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 - 0.2 * self.place)
+
+
+class Faint(Composite):
+    """A number that is the class's, and one in a slot."""
+
+    name = "toy_faint"
+    gain = 0.5
+    __slots__ = ("own",)
+
+    def __init__(self, own: float) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.gain * self.own)
+
+
+class MixingNorm(RMSNorm):
+    def __init__(self, norm: RMSNorm, place: int) -> None:
+        super().__init__(norm.weight.shape[0], 1e-5)
+        self.weight, self.doubled, self.halved, self.mixed = norm.weight, Doubled(), Halved(), Mixed()
+        self.placed, self.faint, self.fainter = Placed(place), Faint(1.0), Faint(-0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        x = self.doubled(x) + self.halved(x.relu())
+        x = self.mixed(self.mixed(x, x.relu()), None, x.abs())
+        return self.faint(self.placed(x)) + self.fainter(x)
+
+
+def mixing(layers: int) -> Any:
+    model, places = toy(layers=layers), itertools.cycle(range(layers))
+
+    def mix(norm: nn.Module) -> nn.Module:
+        assert isinstance(norm, RMSNorm)
+        return MixingNorm(norm, next(places))
+
+    rewrite = LayerRewrite("mixing", "layers.*.mlp_norm", "to have composites", mix, keeps_parameters=True)
+    return evolve(model, rewrites=(*model.rewrites, rewrite))
+
+
+def test_composites_that_differ_in_anything_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In class, which inputs there are, a number that counts up, a slot, and what the process has seen before."""
+    for layers, gain in ((9, 0.5), (2, -1.5)):
+        monkeypatch.setattr(Faint, "gain", gain)
+        asset = compiled(mixing(layers), recipe_of(QuantizationSpec("int8", "symmetric", 32)), tmp_path / str(layers))
+        declared = Counter(re.findall(r'composite_declaration<"(toy_\w+)"', asset.program))
+        once = {"toy_doubled": 1, "toy_halved": 1}
+        assert declared == once | {"toy_mixed": 2, "toy_placed": layers, "toy_faint": 2}
+        module, _ = asset.model.bound(asset.store, values=True)
+        expected, found = asset.model.stepped_in_torch(module), asset.model.stepped(asset.path).astype(np.float32)
+        np.testing.assert_allclose(found, expected, atol=0.02 * expected.std())
+
+
+def test_a_composite_can_be_traced_again() -> None:
+    module = nn.ModuleDict({"leaky": Leaky(1.0)})
+    for _ in range(2):
+        with composites_kept(module, use_toolchain_composites(module)):
+            assert "forward" in vars(module["leaky"])
+        assert vars(module["leaky"]).keys() == vars(Leaky(1.0)).keys()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a composite may not be
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,12 +195,43 @@ class Spaced(Leaky):
     name = "toy leaky"
 
 
-class AnotherOfThatName(Composite):
-    name = "toy_leaky"
+class AnotherOfThatName(Leaky):
+    pass
 
 
-class Norm(Composite):
+class Norm(Leaky):
     name = "rms_norm"
+
+
+class Accented(Leaky):
+    name = "é"
+
+
+class KeywordOnly(Leaky):
+    def forward(self, x: Tensor, *, other: Tensor) -> Tensor:  # type: ignore[override]
+        return x + other
+
+
+class TakesNumber(Leaky):
+    def forward(self, x: Tensor, slope: float = 2.0) -> Tensor:  # type: ignore[override]
+        return x * slope
+
+
+class NotAnnotated(Leaky):
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return x
+
+
+class Versioned(Leaky):
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.version = 2
+
+
+class Large(Leaky):
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.size = 2**70
 
 
 class Weighted(Leaky):
@@ -132,7 +261,13 @@ class Listed(Leaky):
 REFUSED = {
     "without a name": (Nameless, "0 is a composite, and its `name` is None."),
     "a name with a space": (lambda: Spaced(1.0), "0 is a composite, and its `name` is 'toy leaky'."),
-    "a name of the toolchain's": (Norm, "0 is a composite called rms_norm, and so is another one."),
+    "a name that is not ASCII": (lambda: Accented(1.0), "0 is a composite, and its `name` is 'é'."),
+    "a keyword": (lambda: KeywordOnly(1.0), "0 is a composite, and its forward takes other: 'Tensor'."),
+    "a number": (lambda: TakesNumber(1.0), "0 is a composite, and its forward takes slope: 'float' = 2.0."),
+    "something unsaid": (lambda: NotAnnotated(1.0), "0 is a composite, and its forward takes x."),
+    "an attribute of the toolchain's": (Versioned, "0 is a composite, and its attribute version is one that"),
+    "a large number": (Large, "0 is a composite, and its attribute size has more than 64 bits."),
+    "a name of the toolchain's": (lambda: Norm(1.0), "0 is a composite called rms_norm, and so is another one."),
     "a parameter": (Weighted, "0 is a composite and holds gain."),
     "a buffer": (Buffered, "0 is a composite and holds mask."),
     "another module": (Nested, "0 is a composite and holds inner."),
@@ -149,7 +284,7 @@ def test_what_cannot_be_kept_whole_is_refused_in_words(kind: str) -> None:
 
 
 def test_two_composites_of_one_name_are_refused() -> None:
-    module = nn.ModuleDict({"one": Leaky(1.0), "other": AnotherOfThatName()})
+    module = nn.ModuleDict({"one": Leaky(1.0), "other": AnotherOfThatName(1.0)})
     with pytest.raises(PluginError, match=r"^other is a composite called toy_leaky, and so is another one\.$"):
         use_toolchain_composites(module)
     assert use_toolchain_composites(nn.ModuleList([Leaky(1.0), Leaky(2.0)]))[0].composite_attrs == ["slope"]

@@ -304,6 +304,36 @@ def two_matrices(*, tied: bool) -> nn.Module:
     return pair
 
 
+def two_masks(*, shared: bool) -> nn.Module:
+    layer = masked([1.0, 0.0])
+    layer.register_buffer("other", layer.get_buffer("mask") if shared else torch.tensor([1.0, 0.0]), persistent=False)
+    return layer
+
+
+class Slotted(nn.Module):
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+
+def scaled(scale: float) -> type[nn.Module]:
+    """A class that knows a number from where it was made."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * scale
+
+    return Scaled
+
+
+def chained(*names: str) -> nn.Module:
+    """Modules one after the other, those of one name being one module."""
+    made: dict[str, nn.Module] = {}
+    return nn.Sequential(*(made.setdefault(name, nn.ReLU()) for name in names))
+
+
 def test_decoders_that_differ_in_the_values_of_parameters_only_are_alike() -> None:
     for make in (lambda: Layer(3, eps=1e-6), lambda: masked([1.0, 0.0]), lambda: two_matrices(tied=True)):
         one, other = make(), make()
@@ -322,10 +352,33 @@ def test_decoders_that_differ_in_the_values_of_parameters_only_are_alike() -> No
         (Layer(), nn.Linear(4, 4)),
         (masked([1.0, 0.0]), masked([1.0, 1.0])),
         (masked([1.0, 0.0]), Layer()),
+        (masked([0.0, 1.0]), masked([-0.0, 1.0])),
+        (masked([1.0, 0.0]).to("meta"), masked([1.0, 0.0]).to("meta")),
         (two_matrices(tied=True), two_matrices(tied=False)),
         (Layer(act=lambda x: x), Layer(act=lambda x: x)),
+        (Layer(sizes=[1, 2]), Layer(sizes=(1, 2))),
+        (Slotted(1.0), Slotted(2.0)),
+        (scaled(2.0)(), scaled(3.0)()),
+        (chained("A", "B", "A"), chained("A", "B", "B")),
+        (two_masks(shared=True), two_masks(shared=False)),
     ],
-    ids=["index", "attribute", "shape", "dtype", "class", "mask", "no mask", "tied", "function"],
+    ids=[
+        *(
+            "index",
+            "attribute",
+            "shape",
+            "dtype",
+            "class",
+            "mask",
+            "no mask",
+            "sign",
+            "meta",
+            "tied",
+            "function",
+            "type",
+        ),
+        *("slot", "closure", "shared child", "shared buffer"),
+    ],
 )
 def test_decoders_that_differ_in_anything_else_are_not_alike(pair: tuple[nn.Module, nn.Module]) -> None:
     assert not alike(*pair)

@@ -89,6 +89,33 @@ class NotLoweredInComposite(toy_plugin.Attention):
         return super().forward(self.bessel(x), keys, values, length)
 
 
+class Writes(Composite):
+    name = "toy_writes"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+class WritesInComposite(toy_plugin.Attention):
+    def __init__(self, config: toy_plugin.ToyConfig) -> None:
+        super().__init__(config)
+        self.writes = Writes()
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        return super().forward(self.writes(x), keys, values, length)
+
+
+class GivesNothing(Writes):
+    def forward(self, x: Tensor) -> None:  # type: ignore[override]
+        return None
+
+
+class NothingOfComposite(WritesInComposite):
+    def __init__(self, config: toy_plugin.ToyConfig) -> None:
+        super().__init__(config)
+        self.writes = GivesNothing()
+
+
 class Unmade(toy_plugin.Attention):
     def __init__(self, config: toy_plugin.ToyConfig) -> None:
         super().__init__(config)
@@ -231,6 +258,21 @@ def test_a_mistake_in_a_composite_is_one_paragraph(tmp_path: Path, capfd: pytest
     line = paragraph(build(tmp_path, 6, "coreai", Mistaken(InComposite)), capfd)
     place = f"layer layers.0.attention.halved fails at {line_of('wrong shape in a composite')}"
     assert line.startswith(f"error: The decoder cannot be traced: {place}. RuntimeError: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (WritesInComposite, "error: layers.0.attention.writes is a composite and writes to a tensor that it is given."),
+        (NothingOfComposite, "error: A composite of the decoder cannot be kept whole. RuntimeError: "),
+    ],
+    ids=["writes", "gives nothing"],
+)
+def test_what_a_composite_may_not_do_is_one_paragraph(
+    mistake: type[nn.Module], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert paragraph(build(tmp_path, 6, "coreai", Mistaken(mistake)), capfd).startswith(said)
 
 
 @pytest.mark.slow

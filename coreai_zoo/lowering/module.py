@@ -40,7 +40,7 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
         PluginError: when two rewrites meet on one layer, or one matches no layer or raises.
     """
     with torch.device("meta"), mistakes.located():
-        module = make().eval()
+        module = make()
     taken: dict[str, tuple[str, LayerRewrite]] = {}
     for plugin, rewrite in rewrites:
         paths = [path for path, _ in module.named_modules() if fnmatch.fnmatchcase(path, rewrite.pattern)]
@@ -69,7 +69,7 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
                 "`keeps_parameters` that it does not."
             )
         module.set_submodule(path, replacement)
-    return module
+    return module.eval()  # what a rewrite made, too
 
 
 def parameters_of(module: nn.Module) -> dict[str, ParameterInfo]:

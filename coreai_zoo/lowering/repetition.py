@@ -17,8 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from attrs import evolve, frozen
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from coreai_zoo.composites import Composite
 from coreai_zoo.signature import TraceSpec
 
 _POSITION = "position"
@@ -82,38 +84,59 @@ def find_repetition(module: nn.Module) -> Repetition | None:
 
 def alike(one: nn.Module, other: nn.Module) -> bool:
     """Whether two decoders are the same to a trace: all that their modules hold, but for the values of parameters."""
-    if _described(one) != _described(other) or _tied(one) != _tied(other):
+    if _described(one) != _described(other) or _shared(one) != _shared(other):
         return False
-    buffers = zip(one.buffers(), other.buffers(), strict=True)
-    return all(torch.equal(buffer, theirs) for buffer, theirs in buffers)
+    buffers = dict(other.named_buffers(remove_duplicate=False))
+    return all(_same_bits(tensor, buffers[name]) for name, tensor in one.named_buffers(remove_duplicate=False))
 
 
-def _tied(module: nn.Module) -> list[tuple[str, str]]:
-    """The name of each parameter, and under which it was met first."""
+def _shared(module: nn.Module) -> list[tuple[str, str]]:
+    """The name of each child and tensor, and the one under which it is met first."""
     first: dict[int, str] = {}
-    named = module.named_parameters(remove_duplicate=False)
-    return [(name, first.setdefault(id(parameter), name)) for name, parameter in named]
+    named = itertools.chain(
+        module.named_modules(remove_duplicate=False),
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    )
+    return [(name, first.setdefault(id(held), name)) for name, held in named]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.is_meta or other.is_meta:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def _described(layer: nn.Module) -> tuple[object, dict[str, int]]:
     """What a layer is, but for its integer attributes, and those by path."""
     structure: list[object] = []
     integers: dict[str, int] = {}
-    for path, child in layer.named_modules():
+    for path, child in layer.named_modules(remove_duplicate=False):
         # A parametrized module has a class of its own, made on the fly; its bases say what it is.
-        structure.append((path, [f"{base.__module__}.{base.__qualname__}" for base in type(child).__mro__]))
+        classes = type(child).__mro__[1:] if parametrize.is_parametrized(child) else type(child).__mro__
+        structure.append((path, [(base.__qualname__, id(base)) for base in classes]))
         structure += [
-            (type(tensor).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
-            for name, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
+            (type(tensor).__qualname__, name, tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
+            for name, tensor in (
+                *child.named_parameters(recurse=False, remove_duplicate=False),
+                *child.named_buffers(recurse=False, remove_duplicate=False),
+            )
         ]
-        for name, value in sorted(vars(child).items()):
-            if name in _MODULE_ATTRIBUTES:
-                continue
-            if isinstance(value, int) and not isinstance(value, bool):
+        for name, value in sorted(attributes_of(child).items()):
+            # A composite is called by all layers that are alike, so its numbers are a part of what a layer is.
+            counting = not isinstance(value, bool) and not isinstance(child, Composite)
+            if isinstance(value, int) and counting:
                 integers[f"{path}.{name}" if path else name] = value
             else:
                 structure.append((name, _comparable(value)))
     return repr(structure), integers
+
+
+def attributes_of(module: nn.Module) -> dict[str, object]:
+    """The attributes that an author gave a module, slots included."""
+    slots = {name for base in type(module).__mro__ for name in getattr(base, "__slots__", ())}
+    held = vars(module) | {name: getattr(module, name) for name in slots if hasattr(module, name)}
+    return {name: value for name, value in held.items() if name not in _MODULE_ATTRIBUTES}
 
 
 # What every module has: its tensors and children are described above, and `training` is off throughout.
@@ -125,7 +148,7 @@ def _comparable(value: object) -> object:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_comparable(item) for item in value]
+        return (type(value).__qualname__, [_comparable(item) for item in value])
     if isinstance(value, dict):
         return [(_comparable(key), _comparable(item)) for key, item in value.items()]
     return (type(value).__qualname__, id(value))

@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from coreai_torch import ExternalizeSpec
@@ -33,6 +35,7 @@ from torch.export import ExportedProgram
 from coreai_zoo import composites, interruption
 from coreai_zoo.errors import PluginError
 from coreai_zoo.lowering import mistakes
+from coreai_zoo.lowering.repetition import attributes_of
 from coreai_zoo.lowering.torch_export import Export, exporting, without_lines
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,30 +72,55 @@ def use_toolchain_composites(module: nn.Module) -> list[ExternalizeSpec]:
                 found = (type(child), attributes)
                 if name in _OF_THE_TOOLCHAIN or used.setdefault(name, found) != found:
                     raise PluginError(f"{path} is a composite called {name}, and so is another one.")
-    return [ExternalizeSpec(cls, composite_op_name=name, composite_attrs=attrs) for name, (cls, attrs) in used.items()]
+    specs = [ExternalizeSpec(cls, composite_op_name=name, composite_attrs=attrs) for name, (cls, attrs) in used.items()]
+    # A module is the first of these that it is an instance of: what derives from another composite comes before that.
+    return sorted(specs, key=lambda spec: -len(spec.target_class.__mro__))
 
 
-_OF_THE_TOOLCHAIN = frozenset({"rms_norm", "scaled_dot_product_attention", "gather_mm", "gated_delta_update"})
+# Composites that it makes of its own modules and of torch's operations; a device may have a kernel for each.
+_OF_THE_TOOLCHAIN = frozenset(
+    {
+        *("rms_norm", "rope", "scaled_dot_product_attention", "gather_mm", "gated_delta_update"),
+        *("avg_pool_2d", "avg_pool_3d", "batch_norm", "group_norm", "hard_sigmoid", "instance_norm", "layer_norm"),
+        *("linalg_vector_norm", "log_softmax", "pixel_shuffle"),
+    }
+)
 
 
 def _own(path: str, child: composites.Composite) -> tuple[str, list[str]]:
     """The name of a composite of an overlay's own, and of its attributes, which have to tell all that it is."""
     name = getattr(type(child), "name", None)
-    if not isinstance(name, str) or not name.isidentifier():
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise PluginError(f"{path} is a composite, and its `name` is {name!r}.", "Say `name` in its class.")
     held = [*dict(child.named_parameters()), *dict(child.named_buffers()), *dict(child.named_children())]
     if held:
         raise PluginError(
             f"{path} is a composite and holds {held[0]}.", "Give it whatever it computes with as an input."
         )
-    attributes = {key: value for key, value in vars(child).items() if key not in _OF_EVERY_MODULE}
+    attributes = {key: value for key, value in attributes_of(child).items() if value or not key.endswith("_hooks")}
     for key, value in attributes.items():
         if not isinstance(value, (bool, int, float, str)):
             raise PluginError(f"{path} is a composite, and its attribute {key} is of type {type(value).__name__}.")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise PluginError(f"{path} is a composite, and its attribute {key} has more than 64 bits.")
+        if key == "version":
+            raise PluginError(f"{path} is a composite, and its attribute version is one that the toolchain sets.")
+    _require_tensors(path, child)
     return name, sorted(attributes)
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+def _require_tensors(path: str, child: composites.Composite) -> None:
+    """Refuse a composite that takes anything but tensors, each of them by position and by name."""
+    hints = get_type_hints(type(child).forward)
+    for name, parameter in list(inspect.signature(type(child).forward).parameters.items())[1:]:
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or hints.get(name) not in _TENSORS:
+            raise PluginError(
+                f"{path} is a composite, and its forward takes {parameter}.",
+                "A composite takes tensors, or `Tensor | None`, and nothing else; other values are attributes.",
+            )
+
+
+_TENSORS = (Tensor, Tensor | None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,12 +132,18 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 def composites_kept(module: nn.Module, present: list[ExternalizeSpec]) -> Iterator[None]:
     """Within the block, the composites of `module` are traced as one operation each; Ctrl-C waits for its end."""
     with interruption.deferred():
-        _patch_model_for_externalization(module, present)
         try:
-            _remember_results(_find_marked_submodules(module))
+            _patch_model_for_externalization(module, present)
+        except (RuntimeError, ValueError) as error:  # for what its forward is declared to take and to give
+            raise PluginError(f"A composite of the decoder cannot be kept whole. {mistakes.brief(error)}") from error
+        marked = _find_marked_submodules(module)
+        try:
+            _remember_results(marked)
             yield
         finally:
             _restore_externalized(_find_marked_submodules(module))
+            for child in marked:
+                vars(child).pop("forward", None)  # the class's own: it may be traced again
 
 
 def _remember_results(marked: Collection[Any]) -> None:
@@ -117,26 +151,25 @@ def _remember_results(marked: Collection[Any]) -> None:
 
     The toolchain computes them anew for each layer, with all that is inside.
     """
+    known: dict[object, tuple[bool, list[tuple[Any, ...]]]] = {}
     for child in marked:
         name = f"{_EXTERNALIZE_NAMESPACE}::{child._externalize_op_name}"
-        torch.library.register_fake(name, _remembering(child._original_forward, _identity(child)))
+        torch.library.register_fake(name, _remembering(child, known))
 
 
-_results: dict[object, tuple[bool, list[tuple[Any, ...]]]] = {}
+def _remembering(child: Any, known: dict[object, tuple[bool, list[tuple[Any, ...]]]]) -> Callable[..., Any]:
+    forward, identity = child._original_forward, _identity(child)
 
-
-def _remembering(forward: Callable[..., Any], identity: object) -> Callable[..., Any]:
-    def results(*arguments: Any, **named: Any) -> Any:
-        given = (*arguments, *named.items())
-        tensors = [value for value in given if isinstance(value, Tensor)]
+    def results(*given: Tensor | None) -> Any:
+        tensors = [value for value in given if value is not None]
         if not all(isinstance(size, int) for tensor in tensors for size in (*tensor.shape, *tensor.stride())):
-            return forward(*arguments, **named)
-        key = (identity, tuple(_described(value) if isinstance(value, Tensor) else repr(value) for value in given))
-        if key not in _results:
-            computed = forward(*arguments, **named)
+            return forward(*given)
+        key = (identity, tuple(None if value is None else _described(value) for value in given))
+        if key not in known:
+            computed = forward(*given)
             alone = isinstance(computed, Tensor)
-            _results[key] = (alone, [_described(value) for value in ([computed] if alone else computed)])
-        alone, described = _results[key]
+            known[key] = (alone, [_described(value) for value in ([computed] if alone else computed)])
+        alone, described = known[key]
         made = [torch.empty_strided(size, stride, dtype=dtype, device=at) for size, stride, dtype, at in described]
         return made[0] if alone else tuple(made)
 
@@ -167,13 +200,10 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
     """
     distinct: dict[object, _ExternalizedExportedProgram] = {}
     serial = itertools.count()
-    with exporting(torch.export.default_decompositions()) as export:
+    with exporting(torch.export.default_decompositions()) as export, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*skipping unused submodule")  # a layer may leave one out
         for prepared in _PreparedModules(module, program):
-            key = (
-                prepared.composite_op_name,
-                repr(sorted(prepared.composite_decl_attrs.items())),
-                _input_types(prepared.source_nodes[0]),
-            )
+            key = (_identity(prepared.module), _input_types(prepared.source_nodes[0]))
             if key not in distinct:
                 prepared.name = f"{prepared.composite_op_name}_{next(serial)}"
                 distinct[key] = _finalize_module_export(prepared, _exported_composite(prepared, export))
@@ -182,12 +212,12 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
     return list(distinct.values())
 
 
-# A composite holds no tensor, so what it is exported to depends on nothing but the key below.
+# One of the toolchain's holds no tensor and does not change: what it is exported to depends on the key below alone.
 _exported: dict[object, tuple[ExportedProgram, list[str], list[str]]] = {}
 
 
 def _exported_composite(prepared: _PreparedModule, export: Export) -> ExportedProgram:
-    """A composite's program, exported once in a process. Names of its inputs and outputs are noted in `prepared`."""
+    """A composite's program, one of the toolchain's exported once in a process; names of its inputs are noted."""
     names = list(inspect.signature(prepared.module.forward).parameters)
     given = [name for name, argument in zip(names, prepared.source_nodes[0].args, strict=False) if argument is not None]
 
@@ -206,13 +236,16 @@ def _exported_composite(prepared: _PreparedModule, export: Export) -> ExportedPr
             for dims in prepared.dynamic_shapes
         ),
     )
-    if key not in _exported:
+    known = {} if isinstance(prepared.module, composites.Composite) else _exported
+    if key not in known:
         with without_lines():
             program = exported()
+        if program.graph_signature.user_inputs_to_mutate:
+            raise PluginError(f"{prepared.module_path} is a composite and writes to a tensor that it is given.")
         with mistakes.explained("lowered", prepared.module, exported):
             validate_exported_program(program, {})
-        _exported[key] = (program, *_derive_composite_io_names(program))
-    program, prepared.composite_input_names, prepared.composite_output_names = _exported[key]
+        known[key] = (program, *_derive_composite_io_names(program))
+    program, prepared.composite_input_names, prepared.composite_output_names = known[key]
     return program
 
 
@@ -240,5 +273,5 @@ def _call(node: fx.Node) -> tuple[object, object]:
 
 
 def _input_types(node: fx.Node) -> tuple[object, ...]:
-    values = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
-    return tuple((tuple(map(str, value.shape)), value.dtype) for value in values)
+    values = [argument.meta["val"] if isinstance(argument, fx.Node) else None for argument in node.args]
+    return tuple(value if value is None else (tuple(map(str, value.shape)), value.dtype) for value in values)
