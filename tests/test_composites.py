@@ -99,6 +99,15 @@ class Halved(Doubled):
         return -0.5 * x
 
 
+class Largest(Composite):
+    """Gives another shape than it is given."""
+
+    name = "toy_largest"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax(-1, keepdim=True)
+
+
 class Mixed(Composite):
     """Two inputs that may be missing."""
 
@@ -141,13 +150,14 @@ class MixingNorm(RMSNorm):
     def __init__(self, norm: RMSNorm, place: int) -> None:
         super().__init__(norm.weight.shape[0], 1e-5)
         self.weight, self.doubled, self.halved, self.mixed = norm.weight, Doubled(), Halved(), Mixed()
-        self.placed, self.faint, self.fainter = Placed(place), Faint(1.0), Faint(-0.25)
+        self.placed, self.faint, self.fainter, self.largest = Placed(place), Faint(1.0), Faint(-0.25), Largest()
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         x = self.doubled(x) + self.halved(x.relu())
         x = self.mixed(self.mixed(x, x.relu()), None, x.abs())
-        return self.faint(self.placed(x)) + self.fainter(x)
+        result: Tensor = (self.faint(self.placed(x)) + self.fainter(x)) / (1 + self.largest(x).abs())
+        return result
 
 
 def mixing(layers: int) -> Any:
@@ -167,7 +177,7 @@ def test_composites_that_differ_in_anything_are_kept_apart(tmp_path: Path, monke
         monkeypatch.setattr(Faint, "gain", gain)
         asset = compiled(mixing(layers), recipe_of(QuantizationSpec("int8", "symmetric", 32)), tmp_path / str(layers))
         declared = Counter(re.findall(r'composite_declaration<"(toy_\w+)"', asset.program))
-        once = {"toy_doubled": 1, "toy_halved": 1}
+        once = {"toy_doubled": 1, "toy_halved": 1, "toy_largest": 1}
         assert declared == once | {"toy_mixed": 2, "toy_placed": layers, "toy_faint": 2}
         module, _ = asset.model.bound(asset.store, values=True)
         expected, found = asset.model.stepped_in_torch(module), asset.model.stepped(asset.path).astype(np.float32)
