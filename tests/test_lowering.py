@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -384,13 +385,9 @@ def test_decoders_that_differ_in_anything_else_are_not_alike(pair: tuple[nn.Modu
     assert not alike(*pair)
 
 
-@pytest.mark.parametrize(
-    ("contract", "traces"), [(DYNAMIC, 1), (CHUNKED, 2)], ids=lambda value: getattr(value, "name", "")
-)
-def test_a_function_that_is_another_one_without_its_outputs_is_not_traced_again(
-    contract: Contract, traces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = checkpointed(tmp_path / "checkpoint", "dense", "LLF")
+def both_functions(contract: Contract, folder: Path) -> tuple[dict[str, nn.Module], Mapping[str, TraceSpec]]:
+    """The decoders of a contract with two functions, of two layers each, and their signatures."""
+    model = checkpointed(folder, "dense", "LF")
     extra = qwen3_5.extra_states(model.config, contract)
     specs = contract.functions(OVERLAY.kv_cache(model.config), extra, model.config.vocab_size, 512)
     modules = {}
@@ -398,19 +395,33 @@ def test_a_function_that_is_another_one_without_its_outputs_is_not_traced_again(
         rewrites = [("test", rewrite) for rewrite in rewrites_of(contract, name)]
         modules[name] = build_module(lambda: OVERLAY.decoder(model.config, contract), rewrites)
         bound(modules[name], model.store, values=False)
+    return modules, specs
 
+
+def test_a_function_that_is_another_one_without_its_outputs_is_not_traced_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules, specs = both_functions(DYNAMIC, tmp_path / "checkpoint")
     traced: list[TraceSpec] = []
     tracing = coreai_backend._trace
     monkeypatch.setattr(
         coreai_backend, "_trace", lambda module, spec, **how: traced.append(spec) or tracing(module, spec, **how)
     )
     functions = CoreAIBackend().trace(modules, specs).functions
-    assert len(traced) == traces
+    assert traced == [specs["main"]]
     assert {name: function.spec for name, function in functions.items()} == specs
-    results = {
-        name: len(function.whole_program()[0].graph_signature.user_outputs) for name, function in functions.items()
-    }
+    programs = {name: function.whole_program()[0] for name, function in functions.items()}
+    results = {name: len(program.graph_signature.user_outputs) for name, program in programs.items()}
     assert results == {"main": 1, "prefill": 0}
+
+
+def test_a_function_of_its_own_is_traced(tmp_path: Path) -> None:
+    modules, specs = both_functions(CHUNKED, tmp_path / "checkpoint")
+    assert coreai_backend._without_outputs_of(modules, specs) == {}
+    modules, specs = both_functions(DYNAMIC, tmp_path / "other")
+    assert coreai_backend._without_outputs_of(modules, specs) == {"prefill": "main"}
+    modules["prefill"].model.layers[1].self_attn.attend.scale *= 2
+    assert coreai_backend._without_outputs_of(modules, specs) == {}
 
 
 def test_as_many_layers_are_traced_as_show_every_kind_often_enough() -> None:
