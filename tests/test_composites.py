@@ -232,6 +232,11 @@ class NotAnnotated(Leaky):
         return x
 
 
+class Unknown(Leaky):
+    def forward(self, x: Nowhere) -> Tensor:  # type: ignore[name-defined]  # noqa: F821
+        return x
+
+
 class Versioned(Leaky):
     def __init__(self) -> None:
         super().__init__(1.0)
@@ -275,6 +280,10 @@ REFUSED = {
     "a keyword": (lambda: KeywordOnly(1.0), "0 is a composite, and its forward takes other: 'Tensor'."),
     "a number": (lambda: TakesNumber(1.0), "0 is a composite, and its forward takes slope: 'float' = 2.0."),
     "something unsaid": (lambda: NotAnnotated(1.0), "0 is a composite, and its forward takes x."),
+    "an annotation of nothing": (
+        lambda: Unknown(1.0),
+        "0 is a composite, and the annotations of its forward cannot be read: name 'Nowhere' is not defined.",
+    ),
     "an attribute of the toolchain's": (Versioned, "0 is a composite, and its attribute version is one that"),
     "a large number": (Large, "0 is a composite, and its attribute size has more than 64 bits."),
     "a name of the toolchain's": (lambda: Norm(1.0), "0 is a composite called rms_norm, and so is another one."),

@@ -111,7 +111,12 @@ def _own(path: str, child: composites.Composite) -> tuple[str, list[str]]:
 
 def _require_tensors(path: str, child: composites.Composite) -> None:
     """Refuse a composite that takes anything but tensors, each of them by position and by name."""
-    hints = get_type_hints(type(child).forward)
+    try:
+        hints = get_type_hints(type(child).forward)
+    except NameError as error:  # imported for type checkers only
+        raise PluginError(
+            f"{path} is a composite, and the annotations of its forward cannot be read: {error}."
+        ) from error
     for name, parameter in list(inspect.signature(type(child).forward).parameters.items())[1:]:
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or hints.get(name) not in _TENSORS:
             raise PluginError(
