@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import nn
 
 from coreai_zoo.errors import PluginError, ZooError
@@ -57,7 +57,9 @@ class _Place:
 
 
 @contextlib.contextmanager
-def explained(doing: str, module: nn.Module, program: Callable[[], ExportedProgram] | None = None) -> Iterator[None]:
+def explained(
+    doing: str, module: nn.Module, program: Callable[[], ExportedProgram] | None = None, inside: str = ""
+) -> Iterator[None]:
     """Within the block, an exception that comes from a line of the overlay becomes one paragraph that names the line.
 
     Args:
@@ -65,6 +67,7 @@ def explained(doing: str, module: nn.Module, program: Callable[[], ExportedProgr
         module: the decoder.
         program: makes the traced program, its operations with their lines, where the block converts one: an error that
             names one of them is told with the line that it was traced from.
+        inside: path of `module` in the decoder, where it is a layer of that.
 
     Raises:
         PluginError: with the layer, the line and the error. An exception that comes from no line of an overlay is a
@@ -83,6 +86,8 @@ def explained(doing: str, module: nn.Module, program: Callable[[], ExportedProgr
         if place is None:
             sys.stderr.write(said.getvalue())
             raise
+        if inside and place.layer is not None:
+            place = evolve(place, layer=f"{inside}.{place.layer}".removesuffix("."))
         raise PluginError(f"The decoder cannot be {doing}: {place.owner} fails at {place}. {brief(error)}") from error
     sys.stderr.write(said.getvalue())
 

@@ -247,7 +247,7 @@ def _exported_composite(prepared: _PreparedModule, export: Export) -> ExportedPr
             program = exported()
         if program.graph_signature.user_inputs_to_mutate:
             raise PluginError(f"{prepared.module_path} is a composite and writes to a tensor that it is given.")
-        with mistakes.explained("lowered", prepared.module, exported):
+        with mistakes.explained("lowered", prepared.module, exported, inside=prepared.module_path):
             validate_exported_program(program, {})
         known[key] = (program, *_derive_composite_io_names(program))
     program, prepared.composite_input_names, prepared.composite_output_names = known[key]
