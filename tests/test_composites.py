@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from coreai_zoo.composites import Composite, RMSNorm
 from coreai_zoo.errors import PluginError
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.recipes import QuantizationSpec
-from test_coreai_backend import compiled, recipe_of, toy
+from test_coreai_backend import Compiled, compiled, recipe_of, toy
 
 
 class Leaky(Composite):
@@ -51,16 +52,24 @@ class LeakyNorm(RMSNorm):
         return result
 
 
-def leaking(*slopes: float) -> Any:
-    """The toy with as many layers, each of which leaks so much."""
-    model, given = toy(layers=len(slopes)), itertools.cycle(slopes)
+def compiled_with(norm: Callable[[RMSNorm, Any], nn.Module], numbers: Sequence[float], folder: Path) -> Compiled:
+    """The toy with as many layers as numbers, the norm before each MLP made from the usual one and a number."""
+    model, given = toy(layers=len(numbers)), itertools.cycle(numbers)
 
-    def leak(norm: nn.Module) -> nn.Module:
-        assert isinstance(norm, RMSNorm)
-        return LeakyNorm(norm, next(given))
+    def replaced(usual: nn.Module) -> nn.Module:
+        assert isinstance(usual, RMSNorm)
+        return norm(usual, next(given))
 
-    rewrite = LayerRewrite("leaky", "layers.*.mlp_norm", "to have a composite", leak, keeps_parameters=True)
-    return evolve(model, rewrites=(*model.rewrites, rewrite))
+    rewrite = LayerRewrite("other-norm", "layers.*.mlp_norm", "to have a composite", replaced, keeps_parameters=True)
+    model = evolve(model, rewrites=(*model.rewrites, rewrite))
+    return compiled(model, recipe_of(QuantizationSpec("int8", "symmetric", 32)), folder)
+
+
+def require_as_in_torch(asset: Compiled, deviations: float) -> None:
+    """On the runtime it gives the logits that its decoder gives in PyTorch, within so many standard deviations."""
+    module, _ = asset.model.bound(asset.store, values=True)
+    expected, found = asset.model.stepped_in_torch(module), asset.model.stepped(asset.path).astype(np.float32)
+    np.testing.assert_allclose(found, expected, atol=deviations * expected.std())
 
 
 def called(program: str) -> list[str]:
@@ -75,14 +84,11 @@ def called(program: str) -> list[str]:
 
 @pytest.mark.parametrize("slopes", [(0.5, 0.5, 0.5, 0.5, 0.5, 0.5), (0.25, -2.0, 0.25)], ids=["alike", "unlike"])
 def test_a_composite_is_one_graph_for_all_layers_that_are_alike(slopes: tuple[float, ...], tmp_path: Path) -> None:
-    asset = compiled(leaking(*slopes), recipe_of(QuantizationSpec("int8", "symmetric", 32)), tmp_path / "asset")
+    asset = compiled_with(LeakyNorm, slopes, tmp_path / "asset")
     program = asset.program
     assert program.count('composite_declaration<"toy_leaky"') == len(set(slopes))
     assert called(program) == [f"slope = {slope:.6e} : f32, version = 1 : si64" for slope in slopes]
-
-    module, _ = asset.model.bound(asset.store, values=True)
-    expected = asset.model.stepped_in_torch(module)
-    np.testing.assert_allclose(asset.model.stepped(asset.path).astype(np.float32), expected, atol=0.01 * expected.std())
+    require_as_in_torch(asset, 0.01)
 
 
 class Doubled(Composite):
@@ -160,28 +166,15 @@ class MixingNorm(RMSNorm):
         return result
 
 
-def mixing(layers: int) -> Any:
-    model, places = toy(layers=layers), itertools.cycle(range(layers))
-
-    def mix(norm: nn.Module) -> nn.Module:
-        assert isinstance(norm, RMSNorm)
-        return MixingNorm(norm, next(places))
-
-    rewrite = LayerRewrite("mixing", "layers.*.mlp_norm", "to have composites", mix, keeps_parameters=True)
-    return evolve(model, rewrites=(*model.rewrites, rewrite))
-
-
 def test_composites_that_differ_in_anything_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In class, which inputs there are, a number that counts up, a slot, and what the process has seen before."""
     for layers, gain in ((9, 0.5), (2, -1.5)):
         monkeypatch.setattr(Faint, "gain", gain)
-        asset = compiled(mixing(layers), recipe_of(QuantizationSpec("int8", "symmetric", 32)), tmp_path / str(layers))
+        asset = compiled_with(MixingNorm, range(layers), tmp_path / str(layers))
         declared = Counter(re.findall(r'composite_declaration<"(toy_\w+)"', asset.program))
         once = {"toy_doubled": 1, "toy_halved": 1, "toy_largest": 1}
         assert declared == once | {"toy_mixed": 2, "toy_placed": layers, "toy_faint": 2}
-        module, _ = asset.model.bound(asset.store, values=True)
-        expected, found = asset.model.stepped_in_torch(module), asset.model.stepped(asset.path).astype(np.float32)
-        np.testing.assert_allclose(found, expected, atol=0.02 * expected.std())
+        require_as_in_torch(asset, 0.02)
 
 
 def test_a_composite_can_be_traced_again() -> None:

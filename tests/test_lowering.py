@@ -292,6 +292,11 @@ def test_layers_that_differ_in_the_shape_or_dtype_of_a_parameter_are_not_alike()
     assert kinds_of(*layers) == (0, 1) * 6
 
 
+def test_layers_that_hold_the_same_module_twice_at_other_places_are_not_alike() -> None:
+    layers = [Layer(i, chain=chained("A", "B", "AB"[i % 2])) for i in range(12)]
+    assert kinds_of(*layers) == (0, 1) * 6
+
+
 def masked(mask: list[float]) -> Layer:
     layer = Layer()
     layer.register_buffer("mask", torch.tensor(mask), persistent=False)

@@ -64,29 +64,11 @@ class HalvedWrongly(Composite):
         return x + x[..., ::2]  # mistake: wrong shape in a composite
 
 
-class InComposite(toy_plugin.Attention):
-    def __init__(self, config: toy_plugin.ToyConfig) -> None:
-        super().__init__(config)
-        self.halved = HalvedWrongly()
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-        return super().forward(self.halved(x), keys, values, length)
-
-
 class Bessel(Composite):
     name = "toy_bessel"
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(x.float()).to(x.dtype)  # mistake: not lowered in a composite
-
-
-class NotLoweredInComposite(toy_plugin.Attention):
-    def __init__(self, config: toy_plugin.ToyConfig) -> None:
-        super().__init__(config)
-        self.bessel = Bessel()
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-        return super().forward(self.bessel(x), keys, values, length)
 
 
 class Writes(Composite):
@@ -96,24 +78,24 @@ class Writes(Composite):
         return x.mul_(2)
 
 
-class WritesInComposite(toy_plugin.Attention):
-    def __init__(self, config: toy_plugin.ToyConfig) -> None:
-        super().__init__(config)
-        self.writes = Writes()
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-        return super().forward(self.writes(x), keys, values, length)
-
-
 class GivesNothing(Writes):
     def forward(self, x: Tensor) -> None:  # type: ignore[override]
         return None
 
 
-class NothingOfComposite(WritesInComposite):
-    def __init__(self, config: toy_plugin.ToyConfig) -> None:
-        super().__init__(config)
-        self.writes = GivesNothing()
+def behind(composite: type[Composite]) -> type[toy_plugin.Attention]:
+    """Attention to what a composite makes of its input; the composite is called as its operation is."""
+    own = composite.name.removeprefix("toy_")
+
+    class Behind(toy_plugin.Attention):
+        def __init__(self, config: toy_plugin.ToyConfig) -> None:
+            super().__init__(config)
+            self.add_module(own, composite())
+
+        def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+            return super().forward(self.get_submodule(own)(x), keys, values, length)
+
+    return Behind
 
 
 class Unmade(toy_plugin.Attention):
@@ -255,31 +237,31 @@ def test_an_operation_that_is_not_lowered_is_one_paragraph(
 
 @pytest.mark.slow
 def test_a_mistake_in_a_composite_is_one_paragraph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    line = paragraph(build(tmp_path, 6, "coreai", Mistaken(InComposite)), capfd)
+    line = paragraph(build(tmp_path, 6, "coreai", Mistaken(behind(HalvedWrongly))), capfd)
     place = f"layer layers.0.attention.halved fails at {line_of('wrong shape in a composite')}"
     assert line.startswith(f"error: The decoder cannot be traced: {place}. RuntimeError: ")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mistake", "said"),
+    ("composite", "said"),
     [
-        (WritesInComposite, "error: layers.0.attention.writes is a composite and writes to a tensor that it is given."),
-        (NothingOfComposite, "error: A composite of the decoder cannot be kept whole. RuntimeError: "),
+        (Writes, "error: layers.0.attention.writes is a composite and writes to a tensor that it is given."),
+        (GivesNothing, "error: A composite of the decoder cannot be kept whole. RuntimeError: "),
     ],
     ids=["writes", "gives nothing"],
 )
 def test_what_a_composite_may_not_do_is_one_paragraph(
-    mistake: type[nn.Module], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    composite: type[Composite], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert paragraph(build(tmp_path, 6, "coreai", Mistaken(mistake)), capfd).startswith(said)
+    assert paragraph(build(tmp_path, 6, "coreai", Mistaken(behind(composite))), capfd).startswith(said)
 
 
 @pytest.mark.slow
 def test_an_operation_of_a_composite_that_is_not_lowered_is_one_paragraph(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    line = paragraph(build(tmp_path, 6, "coreai", Mistaken(NotLoweredInComposite)), capfd)
+    line = paragraph(build(tmp_path, 6, "coreai", Mistaken(behind(Bessel))), capfd)
     place = f"layer layers.0.attention.bessel fails at {line_of('not lowered in a composite')}"
     assert line.startswith(f"error: The decoder cannot be lowered: {place}. ValueError: ")
     assert "aten.special_bessel_j0.default" in line

@@ -84,21 +84,10 @@ def find_repetition(module: nn.Module) -> Repetition | None:
 
 def alike(one: nn.Module, other: nn.Module) -> bool:
     """Whether two decoders are the same to a trace: all that their modules hold, but for the values of parameters."""
-    if _described(one) != _described(other) or _shared(one) != _shared(other):
+    if _described(one) != _described(other):
         return False
     buffers = dict(other.named_buffers(remove_duplicate=False))
     return all(_same_bits(tensor, buffers[name]) for name, tensor in one.named_buffers(remove_duplicate=False))
-
-
-def _shared(module: nn.Module) -> list[tuple[str, str]]:
-    """The name of each child and tensor, and the one under which it is met first."""
-    first: dict[int, str] = {}
-    named = itertools.chain(
-        module.named_modules(remove_duplicate=False),
-        module.named_parameters(remove_duplicate=False),
-        module.named_buffers(remove_duplicate=False),
-    )
-    return [(name, first.setdefault(id(held), name)) for name, held in named]
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -108,15 +97,19 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _described(layer: nn.Module) -> tuple[object, dict[str, int]]:
-    """What a layer is, but for its integer attributes, and those by path."""
+    """What a layer is, but for its integer attributes, and those by path.
+
+    What it holds under several names is told by the one under which it is met first.
+    """
     structure: list[object] = []
     integers: dict[str, int] = {}
+    first: dict[int, str] = {}
     for path, child in layer.named_modules(remove_duplicate=False):
         # A parametrized module has a class of its own, made on the fly; its bases say what it is.
         classes = type(child).__mro__[1:] if parametrize.is_parametrized(child) else type(child).__mro__
-        structure.append((path, [(base.__qualname__, id(base)) for base in classes]))
+        structure.append((path, first.setdefault(id(child), path), [(base.__qualname__, id(base)) for base in classes]))
         structure += [
-            (type(tensor).__qualname__, name, tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
+            (name, first.setdefault(id(tensor), f"{path}.{name}"), _kept_as(tensor))
             for name, tensor in (
                 *child.named_parameters(recurse=False, remove_duplicate=False),
                 *child.named_buffers(recurse=False, remove_duplicate=False),
@@ -130,6 +123,10 @@ def _described(layer: nn.Module) -> tuple[object, dict[str, int]]:
             else:
                 structure.append((name, _comparable(value)))
     return repr(structure), integers
+
+
+def _kept_as(tensor: Tensor) -> object:
+    return type(tensor).__qualname__, tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
 
 
 def attributes_of(module: nn.Module) -> dict[str, object]:
