@@ -91,7 +91,7 @@ class CoreAIBackend:
     def memory(self, layers: int, functions: int, steps: int) -> int:
         """See `Backend.memory`: 340 MB at 4 layers, 343 at 16, 430 at 64.
 
-        With `prefill` as a loop 543 at 64 layers, in 16 steps 965; 4 steps take less where they are a composite, 573.
+        With `prefill` as a loop 543 at 64 layers, in 16 steps 927; 4 steps take less where they are a composite, 573.
         """
         prefill = 20 + layers * (8 * steps + 60) // 25
         return (330 + 8 * layers // 5 + (functions - 1) * prefill) * 2**20
