@@ -255,6 +255,7 @@ def test_what_a_composite_may_not_do_is_one_paragraph(
     composite: type[Composite], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert paragraph(build(tmp_path, 6, "coreai", Mistaken(behind(composite))), capfd).startswith(said)
+    assert not (tmp_path / "exports").exists()
 
 
 @pytest.mark.slow
@@ -264,6 +265,7 @@ def test_an_operation_of_a_composite_that_is_not_lowered_is_one_paragraph(
     line = paragraph(build(tmp_path, 6, "coreai", Mistaken(behind(Bessel))), capfd)
     place = f"layer layers.0.attention.bessel fails at {line_of('not lowered in a composite')}"
     assert line.startswith(f"error: The decoder cannot be lowered: {place}. ValueError: ")
+    assert not (tmp_path / "exports").exists()
     assert "aten.special_bessel_j0.default" in line
 
 
