@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from coreai_torch import get_decomp_table
 from packaging.version import Version
 from torch import Tensor, nn
+from torch._functorch import aot_autograd
 from torch.export import ExportedProgram
 
 from checkpoints import tiny_checkpoint
@@ -87,6 +89,80 @@ def test_the_short_way_is_taken_by_the_torch_that_is_installed(monkeypatch: pyte
     program = torch_export.export(nn.SiLU(), (torch.ones(2),), ({},), get_decomp_table())
     assert [node.op for node in program.graph.nodes] == ["placeholder", "call_function", "output"]
     assert torch.export._trace._export_to_aten_ir is recording
+
+
+class Odd(nn.Module):
+    """Writes to two states, and does with the rest that it has what a test says."""
+
+    counted: Tensor
+
+    def __init__(self, does: Callable[[Odd, Tensor, Tensor], Any], *, writes: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("counted", torch.zeros(3))
+        self.does, self.writes = does, writes
+
+    def forward(self, token: Tensor, one: Tensor, other: Tensor) -> Any:
+        one[0] = 5
+        if self.writes:
+            other.copy_(one * 2)
+        return self.does(self, token, other)
+
+
+def exported(module: Odd, states: int) -> list[object]:
+    examples = tuple(torch.arange(9.0).reshape(3, 3) + i for i in range(3))
+    with torch.no_grad():
+        return described(torch_export.export(module, examples, ({}, {}, {}), get_decomp_table(), states=states))
+
+
+def test_what_is_written_is_not_analysed_where_it_is_expected() -> None:
+    runs: list[None] = []
+
+    def usual(module: Odd, token: Tensor, other: Tensor) -> Tensor:
+        runs.append(None)
+        return token * module.weight + other[1] + module.counted
+
+    expected, in_one = exported(Odd(usual), states=2), len(runs)
+    assert expected == exported(Odd(usual), states=0)
+    assert (in_one, len(runs) - in_one) == (1, 2)
+
+
+ODD: dict[str, Odd] = {
+    "leaves a state unwritten": Odd(lambda odd, token, other: token + other, writes=False),
+    "writes to its token": Odd(lambda odd, token, other: token.add_(other) * 2),
+    "writes to a part of its token": Odd(lambda odd, token, other: token[:2].zero_() + 1),
+    "writes to a buffer": Odd(lambda odd, token, other: odd.counted.add_(1) + token),
+    "writes to a view of a buffer": Odd(lambda odd, token, other: odd.counted[1:].fill_(3)[0] + token),
+    "writes to a parameter": Odd(lambda odd, token, other: odd.weight.mul_(2) + token),
+    "gives a state": Odd(lambda odd, token, other: other),
+    "gives a part of a state": Odd(lambda odd, token, other: other[1:]),
+    "gives its token": Odd(lambda odd, token, other: token),
+    "gives two tensors": Odd(lambda odd, token, other: (token + other, token + 1)),
+    "gives no tensor": Odd(lambda odd, token, other: 7),
+    "turns a state": Odd(lambda odd, token, other: other.t_() + 1),
+    "turns its token": Odd(lambda odd, token, other: token.t_() + 1),
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_what_is_expected_wrongly_is_exported_as_without_expectation(odd: Odd) -> None:
+    def told(states: int) -> object:
+        try:
+            return exported(odd, states)
+        except Exception as error:  # noqa: BLE001  # whatever torch says to this
+            return type(error), str(error)
+
+    analysis = vars(aot_autograd)["run_functionalized_fw_and_collect_metadata"]
+    assert told(2) == told(0)
+    assert vars(aot_autograd)["run_functionalized_fw_and_collect_metadata"] is analysis
+
+
+def test_a_decoder_of_a_contract_is_traced_in_one_run(tmp_path: Path) -> None:
+    module, spec = decoder(tmp_path, "dense", "chunked", PREFILL)
+    runs: list[None] = []
+    module.register_forward_pre_hook(lambda *_: runs.append(None))
+    trace(module, spec, get_decomp_table())
+    assert len(runs) == 1
 
 
 def test_operations_know_their_lines_unless_it_is_said_otherwise() -> None:

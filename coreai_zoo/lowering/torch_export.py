@@ -2,7 +2,8 @@
 
 The public way runs a decoder three times: `export` records it undecomposed, and `run_decompositions` runs that record
 once to see what it mutates and once to record it again. torch has the way without the first of the three, which it
-took itself before there was a graph for training; the private functions below are that. They were read in the versions
+took itself before there was a graph for training; the private functions below are that. The second is left out where it
+is known what a decoder mutates, which its signature says and the recording then proves. They were read in the versions
 of `_READ`; any other goes the public way. tests/test_torch_export.py compares the two.
 """
 
@@ -17,6 +18,9 @@ import torch
 import torch.fx.config
 from packaging.version import Version
 from torch import Tensor, fx, nn
+from torch._functorch import aot_autograd
+from torch._functorch._aot_autograd.frontend_utils import _detect_attribute_assignment
+from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch.export import ExportedProgram, _trace, exported_program
 
 _READ = ("2.13.0",)
@@ -37,10 +41,28 @@ class Export(Protocol):
 
 
 def export(
-    module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any, decompositions: Mapping[Any, Any]
+    module: nn.Module,
+    examples: tuple[Tensor, ...],
+    dynamic_shapes: Any,
+    decompositions: Mapping[Any, Any],
+    *,
+    states: int = 0,
 ) -> ExportedProgram:
-    """The program of a module that is called with `examples`; see `exporting`."""
+    """The program of a module that is called with `examples`; see `exporting`.
+
+    Args:
+        module: what is run.
+        examples: its arguments.
+        dynamic_shapes: as `torch.export.export` takes them.
+        decompositions: see `exporting`.
+        states: where the module is expected to write to its last arguments and to nothing else, how many these are.
+            It costs a fifth less to trace then. One that does anything else is traced all the same.
+    """
     with exporting(decompositions) as exported:
+        if states and _is_read():
+            # Whatever is wrong, be it the expectation or the module, comes up again without the expectation.
+            with contextlib.suppress(Exception), _expecting(module, states):
+                return exported(module, examples, dynamic_shapes=dynamic_shapes)
         return exported(module, examples, dynamic_shapes=dynamic_shapes)
 
 
@@ -51,12 +73,16 @@ def exporting(decompositions: Mapping[Any, Any]) -> Iterator[Export]:
     Args:
         decompositions: as `ExportedProgram.run_decompositions` takes them.
     """
-    if Version(torch.__version__).base_version not in _READ:
+    if not _is_read():
         yield functools.partial(_publicly, decompositions)
         return
     implicit, others = exported_program._split_decomp_table_to_cia_and_python_decomp(dict(decompositions))
     with exported_program._override_composite_implicit_decomp(implicit), _decomposing(others):
         yield functools.partial(_trace._export, strict=False, pre_dispatch=False)
+
+
+def _is_read() -> bool:
+    return Version(torch.__version__).base_version in _READ
 
 
 def _publicly(decompositions: Mapping[Any, Any], *arguments: Any, **named: Any) -> ExportedProgram:
@@ -72,6 +98,55 @@ def _decomposing(table: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
         yield
     finally:
         _trace._export_to_aten_ir = recording
+
+
+class _OtherThanExpected(Exception):
+    """A module writes to something else than its states, or changes how a tensor lies that it is given."""
+
+
+@contextlib.contextmanager
+def _expecting(module: nn.Module, states: int) -> Iterator[None]:
+    """Within the block, what `module` mutates is not analysed but expected, and the recording has to agree.
+
+    torch runs a module to see which of its arguments it mutates. The analysis is left to torch, but of a function that
+    is known to mutate the states. A mutation that was not expected would be lost from the graph, so that the recorded
+    run is looked at in the same way.
+
+    Raises:
+        _OtherThanExpected: within the block, when they do not agree.
+    """
+    looked_up_in: Any = aot_autograd
+    analysis = looked_up_in.run_functionalized_fw_and_collect_metadata
+    given: list[Tensor] = []
+
+    def analysed(_forward: object, **options: Any) -> Any:
+        def expected(*arguments: Tensor) -> tuple[Tensor]:
+            for state in arguments[-states:]:
+                state.zero_()
+            return (arguments[-1].new_empty(()),)
+
+        return analysis(expected, **options)
+
+    def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        given[:] = arguments
+
+    def compare(_module: nn.Module, _arguments: object, _result: object) -> None:
+        # Whatever a run can write to is a functional tensor, and a parameter or buffer is replaced by one.
+        inputs: list[Any] = [*given, *module.parameters(), *module.buffers()]
+        written = [id(tensor) for tensor in inputs if has_data_mutation(tensor)]
+        reshaped = any(torch._functionalize_has_metadata_mutation(each.elem) for each in inputs)
+        if reshaped or set(written) != {id(state) for state in given[-states:]}:
+            raise _OtherThanExpected
+
+    hooks = [module.register_forward_pre_hook(keep, prepend=True), module.register_forward_hook(compare)]
+    looked_up_in.run_functionalized_fw_and_collect_metadata = analysed
+    try:
+        with _detect_attribute_assignment(module):  # as torch does while it analyses
+            yield
+    finally:
+        looked_up_in.run_functionalized_fw_and_collect_metadata = analysis
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

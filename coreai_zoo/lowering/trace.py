@@ -62,7 +62,7 @@ def trace(module: nn.Module, spec: TraceSpec, decompositions: Mapping[Any, Any])
         _use_lazy_graph_module(True),  # or a dozen graphs on the way are written as Python, which nobody calls
     ):
         warnings.simplefilter("ignore", FutureWarning)
-        program = export(module, example_inputs(spec), dynamic_shapes(spec), decompositions)
+        program = export(module, example_inputs(spec), dynamic_shapes(spec), decompositions, states=len(spec.states))
     check_traced(program, spec)
     return program
 
