@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from coreai_zoo.checkpoint import hub_client as client
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.hub import HubSource, Repository
 from coreai_zoo.checkpoint.stream import open_on_hub
+from coreai_zoo.digest import FollowingDigest
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.layout import Layout
@@ -716,6 +718,37 @@ def test_a_streamed_build_gives_the_same_bundle_also_after_a_failure(
     assert whole.exit_code == 0 and json.loads(whole.stdout)["preflight"]["fetched"] == sum(sizes.values())
     assert built(tmp_path / "streamed") == built(tmp_path / "whole")
     assert "is there already, and up to date" in zoo(*streamed).stdout
+
+
+@pytest.mark.slow
+def test_a_streamed_build_fills_the_asset_from_its_beginning(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its hash would have to read it all when the last file has come."""
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint")
+    tensors, names = read_weights(checkpoint), dict[str, str]()
+    (checkpoint / "model.safetensors").unlink()
+    for key in tensors:  # embedding, layers and what follows them, as checkpoints usually have them
+        layer = re.search(r"layers\.(\d+)", key)
+        names[key] = shard(int(layer[1]) + 1 if layer else 0 if "embed" in key else 9)
+    for name in set(names.values()):
+        save_file({key: tensors[key] for key in names if names[key] == name}, checkpoint / name, {"format": "pt"})
+    write_json(checkpoint / INDEX, {"weight_map": names})
+    hub.add(ID, checkpoint)
+    filled: list[int] = []
+    usual = FollowingDigest.filled
+    monkeypatch.setattr(
+        FollowingDigest, "filled", lambda self, start, end: (filled.append(start), usual(self, start, end))[1]
+    )
+
+    assert zoo("build", ID, "--stream", "-o", tmp_path / "streamed").exit_code == 0
+
+    asked = [Path(request.path).name for request in hub.requests if request.range is None]
+    came = [name for name in dict.fromkeys(asked) if name in names.values()]
+    assert came == sorted(set(names.values()), reverse=True), "the head is at the beginning of the asset"
+    # Of a quantized weight the scales stand first and come last.
+    assert all(place <= after for place, after in zip(filled, filled[2:], strict=False))
+    assert len(filled) > len(tensors) / 2
 
 
 def test_what_is_on_this_machine_is_not_streamed(hub: Hub, tmp_path: Path) -> None:

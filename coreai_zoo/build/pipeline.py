@@ -37,7 +37,7 @@ from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.weights.means import unusual_means
 from coreai_zoo.weights.plan import PlannedTensor
-from coreai_zoo.weights.store import FillReport, Place, StoredArray, WeightStore
+from coreai_zoo.weights.store import FillReport, Place, Places, StoredArray, WeightStore, first_of
 from coreai_zoo.weights.stream import Stream
 
 
@@ -116,9 +116,11 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             del traced  # half a gigabyte of a deep decoder
             spare = max(0, needs.written - layout.size) + (needs.fetched_at_once if needs.streamed else 0)
             partial = workspace.lay_out(layout, designed.asset, store, spare)
-        stream = stream_of(designed, workspace)
         with report.stage("weights", f"{len(designed.weights.stored)} tensors as {designed.recipe.name}"):
-            filled = _fill(store, designed, layout, partial / designed.asset, stream, before, report)
+            asset = partial / designed.asset
+            # In the order of the file, which is hashed as far as it is filled.
+            stream = stream_of(designed, workspace, first_of(_places(layout, asset)))
+            filled = _fill(store, designed, layout, asset, stream, before, report)
             if stream is not None:  # all its values have been seen by now
                 designed = _with_notes(designed, stream.notes(), report)
         with report.stage("bundle", designed.name):
@@ -203,6 +205,10 @@ def _laid_out(
     return traced.lay_out(planned_constants(designed.weights), values), filled
 
 
+def _places(layout: Layout, asset: Path) -> Places:
+    return {name: Place(asset / layout.path, start) for name, start in layout.room.items()}
+
+
 def _states(tensor: PlannedTensor) -> Collection[str]:
     return tensor.format.state_names(tensor.name).values()
 
@@ -240,7 +246,7 @@ def _fill(
             designed.weights,
             designed.checkpoint,
             progress,
-            places={name: Place(file, start) for name, start in layout.room.items()},
+            places=_places(layout, asset),
             placed=placed,
             arriving=None if stream is None else stream.arriving(count),
         )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from coreai_zoo.checkpoint.tokenizer import tokenizer_files
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import EnvironmentLacks, listing
 from coreai_zoo.machine import available_memory
+from coreai_zoo.weights.plan import PlannedTensor
 from coreai_zoo.weights.stream import Stream
 
 LEAST_MEMORY = 384 * 2**20
@@ -148,12 +149,14 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
     )
 
 
-def stream_of(design: Design, workspace: Workspace) -> Stream | None:
+def stream_of(
+    design: Design, workspace: Workspace, order: Callable[[PlannedTensor], int] = lambda _: 0
+) -> Stream | None:
     """The checkpoint as it comes and goes while weights are stored in `workspace`; None for one that stays."""
     if not design.source.streamed:
         return None
     assert design.source.hub is not None
-    return Stream(design.source.hub, design.checkpoint, design.weights, workspace.store, workspace.shards)
+    return Stream(design.source.hub, design.checkpoint, design.weights, workspace.store, workspace.shards, order)
 
 
 def asset_bytes(design: Design) -> int:

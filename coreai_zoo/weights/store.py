@@ -94,6 +94,16 @@ Places = Mapping[str, Place]
 """Where arrays are to be, by their names in the state of the decoder."""
 
 
+def first_of(places: Places) -> Callable[[PlannedTensor], int]:
+    """Gives where the first of a tensor's arrays is to be in its file: the order to fill one from its beginning."""
+
+    def first(planned: PlannedTensor) -> int:
+        names = planned.format.state_names(planned.name).values()
+        return min((places[name].offset for name in names if name in places), default=0)
+
+    return first
+
+
 @frozen
 class StoredArray:
     """The bytes of an array.
@@ -528,7 +538,7 @@ class WeightStore:
             self.journal.compact()
             work = _Work(self, checkpoint, places or {}, progress or (lambda *_: None), placed or (lambda _: None))
             try:
-                work.run([sorted(plan.stored, key=work.place_in_file)] if arriving is None else arriving)
+                work.run([sorted(plan.stored, key=first_of(work.places))] if arriving is None else arriving)
                 self._note_shared(plan)
             finally:
                 if not keep_others:
@@ -752,10 +762,6 @@ class _Work:
             committer.submit(_Written(writer, self._entry(planned, digest.hexdigest(), writer)))
         self.computed += 1
         self.bytes_written += writer.format.bytes
-
-    def place_in_file(self, planned: PlannedTensor) -> int:
-        """Where the first of a tensor's arrays is to be in its file."""
-        return min(place.offset for place in self._places_of(planned).values())
 
     def _places_of(self, planned: PlannedTensor) -> dict[ArrayKind, Place]:
         """Where a tensor's arrays are to be.

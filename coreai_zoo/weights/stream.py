@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +54,7 @@ class Step:
 
     Attributes:
         files: their names.
-        tensors: are stored, in the order of the plan.
+        tensors: are stored, in this order.
         looks: are made before.
         last: names of the files that nothing needs after this.
     """
@@ -99,7 +99,7 @@ def schedule(jobs: Sequence[tuple[PlannedTensor | Look, frozenset[str]]], here: 
     """In which order jobs are done so that few files are on the disk at a time.
 
     Args:
-        jobs: each with the names of the files that it needs, in the order of the plan.
+        jobs: each with the names of the files that it needs, in the order that would be best.
         here: names of files that are on the disk already, whole or not.
     """
     left: dict[frozenset[str], list[PlannedTensor | Look]] = {frozenset(): []}
@@ -200,14 +200,21 @@ class Stream:
         plan: what is stored of it.
         store: where.
         folder: where the files lie meanwhile.
+        order: of the tensors, as far as files allow; that of the plan unless given.
     """
 
     def __init__(
-        self, hub: HubSource, checkpoint: Checkpoint, plan: WeightPlan, store: WeightStore, folder: Path
+        self,
+        hub: HubSource,
+        checkpoint: Checkpoint,
+        plan: WeightPlan,
+        store: WeightStore,
+        folder: Path,
+        order: Callable[[PlannedTensor], int] = lambda _: 0,
     ) -> None:
         self._hub, self._checkpoint, self._plan, self._folder = hub, checkpoint, plan, folder
         self._looks = _Looks(store.directory / _LOOKS, checkpoint)
-        self._finished, jobs = self._jobs(store)
+        self._finished, jobs = self._jobs(store, order)
         self._here = present(hub, folder, sorted({name for _, files in jobs for name in files}))
         self._schedule = schedule(jobs, self._here)
 
@@ -248,10 +255,10 @@ class Stream:
         return notes_on_means(self._plan, lambda key: self._looks[Look(self._checkpoint.tensors[key], mean=True)])
 
     def _jobs(
-        self, store: WeightStore
+        self, store: WeightStore, order: Callable[[PlannedTensor], int]
     ) -> tuple[tuple[PlannedTensor, ...], list[tuple[PlannedTensor | Look, frozenset[str]]]]:
         """The tensors that are in the store; and all that values are still to be read for, with its files."""
-        unfinished = store.unfinished(self._plan, self._checkpoint)
+        unfinished = sorted(store.unfinished(self._plan, self._checkpoint), key=order)
         names = {tensor.name for tensor in unfinished}
         wanted = dict.fromkeys(
             [Look(self._checkpoint.tensors[key], mean=True) for _, key in judged_by_mean(self._plan)]
