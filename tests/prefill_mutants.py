@@ -6,11 +6,11 @@ from coreai_zoo.recipe_files import RECIPES
 from mutants import DENSE, Edit, Mutant
 
 _MODULE = "gated_delta_chunks"
-_FORWARD, _PADDED = (f"{_MODULE}.{name}.forward" for name in ("GatedDeltaChunks", "ChunkedGatedDeltaRule"))
+_FORWARD, _PADDED = (f"{_MODULE}.{name}.forward" for name in ("GatedDeltaChunks", "PaddedGatedDeltaRule"))
 _IN_CHUNKS, _LEVELS, _DECAYS, _SOLVED = (
     f"{_MODULE}.{name}" for name in ("_in_chunks", "levels_of", "_decays", "_solved")
 )
-_UNROLLED = "gated_delta_chunks.UnrolledGatedDeltaRule.forward"
+_UNROLLED = "gated_delta_net.GatedDeltaRule.forward"
 _CONV = "gated_delta_chunks.CausalConv1dTokens.forward"
 _LOOP = "gated_delta_net.GatedDeltaLoop.forward"
 
@@ -230,11 +230,11 @@ CHUNKS = (
 
 OTHER_FORMS = (
     _in(
-        "unrolled-outputs-of-the-padding",
-        "the outputs are those of the last steps",
+        "unrolled-outputs-reversed",
+        "the outputs of the steps come last first",
         _UNROLLED,
-        "[:, :tokens]",
-        "[:, -tokens:]",
+        "torch.stack(outputs,",
+        "torch.stack(outputs[::-1],",
     ),
     _in(
         "unrolled-starts-anew",

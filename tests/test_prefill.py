@@ -24,7 +24,7 @@ from coreai_zoo.gates.prefill import DECODED, edge_lengths, pieces_with_room, un
 from coreai_zoo_overlays.qwen3_5.gated_delta_chunks import (
     CausalConv1dTokens,
     ChunkedGatedDeltaRule,
-    UnrolledGatedDeltaRule,
+    PaddedGatedDeltaRule,
 )
 from coreai_zoo_overlays.qwen3_5.gated_delta_net import CausalConv1d, GatedDeltaLoop, GatedDeltaRule
 from decoders import feed, fresh_states, load_decoder
@@ -77,14 +77,15 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
+def in_chunks(length: int, chunk: int) -> nn.Module:
+    return PaddedGatedDeltaRule(ChunkedGatedDeltaRule(chunk), length)
+
+
 KINDS = ("usual", "one key", "far apart")
 RULES = {
-    "unrolled": (lambda: UnrolledGatedDeltaRule(16), 16),
+    "unrolled": (lambda: PaddedGatedDeltaRule(GatedDeltaRule(), 16), 16),
     "loop": (GatedDeltaLoop, 130),
-    **{
-        f"chunks of {chunk}": (lambda chunk=chunk: ChunkedGatedDeltaRule(256, chunk), 256)
-        for chunk in (16, 32, 64, 128)
-    },
+    **{f"chunks of {chunk}": (lambda chunk=chunk: in_chunks(256, chunk), 256) for chunk in (16, 32, 64, 128)},
 }
 
 
@@ -114,7 +115,7 @@ def test_a_rule_for_prompts_is_that_of_transformers(tokens: int) -> None:
         *inputs, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
     )
     assert after is not None
-    for make in (lambda: ChunkedGatedDeltaRule(128, 64), GatedDeltaLoop, GatedDeltaRule):
+    for make in (lambda: in_chunks(128, 64), GatedDeltaLoop, GatedDeltaRule):
         out, found = make()(*inputs, state)
         assert error(out, expected) < 1e-5
         assert error(found, after) < 1e-5
@@ -123,10 +124,10 @@ def test_a_rule_for_prompts_is_that_of_transformers(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 13, 16])
 def test_padding_changes_no_bit_of_the_state(tokens: int) -> None:
     inputs = rule_inputs(tokens)
-    alone, one_chunk = ChunkedGatedDeltaRule(16, 16)(*inputs), ChunkedGatedDeltaRule(64, 16)(*inputs)
+    alone, one_chunk = in_chunks(16, 16)(*inputs), in_chunks(64, 16)(*inputs)
     assert all(torch.equal(one, other) for one, other in zip(alone, one_chunk, strict=True))
     if tokens == 13:
-        padded, exact = UnrolledGatedDeltaRule(16)(*inputs), UnrolledGatedDeltaRule(13)(*inputs)
+        padded, exact = PaddedGatedDeltaRule(GatedDeltaRule(), 16)(*inputs), GatedDeltaRule()(*inputs)
         assert all(torch.equal(one, other) for one, other in zip(padded, exact, strict=True))
 
 
@@ -281,7 +282,7 @@ def test_a_contract_whose_chunks_do_not_fill_a_call_is_refused() -> None:
 
 def test_a_chunk_that_is_no_power_of_two_is_refused() -> None:
     with pytest.raises(ValueError, match="which 48 cannot be"):
-        ChunkedGatedDeltaRule(96, 48)
+        ChunkedGatedDeltaRule(48)
 
 
 @pytest.mark.parametrize(

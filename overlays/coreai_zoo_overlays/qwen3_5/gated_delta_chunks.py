@@ -18,15 +18,18 @@ from torch import Tensor, bmm, nn
 
 from coreai_zoo.composites import Composite
 
-from .gated_delta_net import l2_norm, recurrent_gated_delta_rule
+from .gated_delta_net import l2_norm
 
 
-class UnrolledGatedDeltaRule(nn.Module):
-    """`GatedDeltaRule` for up to `length` tokens: as many steps of the recurrence in a row."""
+class PaddedGatedDeltaRule(nn.Module):
+    """`GatedDeltaRule` for up to `length` tokens, by a rule for exactly as many.
 
-    def __init__(self, length: int) -> None:
+    That may be the reference: its loop over tokens is unrolled, since their number is fixed here.
+    """
+
+    def __init__(self, rule: nn.Module, length: int) -> None:
         super().__init__()
-        self.length = length
+        self.rule, self.length = rule, length
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
@@ -34,31 +37,25 @@ class UnrolledGatedDeltaRule(nn.Module):
         """As `GatedDeltaRule` with S <= `length`."""
         tokens = query.shape[1]
         query, key, value, g, beta = (padded(x, self.length) for x in (query, key, value, g, beta))
-        outputs = []
-        for t in range(self.length):
-            out, state = recurrent_gated_delta_rule(query[:, t], key[:, t], value[:, t], g[:, t], beta[:, t], state)
-            outputs.append(out)
-        return torch.stack(outputs, dim=1)[:, :tokens], state
+        out, state = self.rule(query, key, value, g, beta, state)
+        return out[:, :tokens], state
 
 
 class ChunkedGatedDeltaRule(nn.Module):
-    """`GatedDeltaRule` for up to `length` tokens, padded to whole chunks for `GatedDeltaChunks`."""
+    """`GatedDeltaRule` for whole chunks: `GatedDeltaChunks` with the levels of a chunk."""
 
     levels: Tensor
 
-    def __init__(self, length: int, chunk: int) -> None:
+    def __init__(self, chunk: int) -> None:
         super().__init__()
-        self.length, self.chunks = length, GatedDeltaChunks()
+        self.chunks = GatedDeltaChunks()
         self.register_buffer("levels", levels_of(chunk), persistent=False)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `GatedDeltaRule` with S <= `length`."""
-        tokens = query.shape[1]
-        query, key, value, g, beta = (padded(x, self.length) for x in (query, key, value, g, beta))
-        out, state = self.chunks(query, key, value, g, beta, state, self.levels)
-        return out[:, :tokens], state
+        """As `GatedDeltaRule` with S = n C."""
+        return self.chunks(query, key, value, g, beta, state, self.levels)
 
 
 def levels_of(chunk: int) -> Tensor:

@@ -126,16 +126,18 @@ def _rule_as_loop(_rule: nn.Module) -> nn.Module:
     return GatedDeltaLoop()
 
 
-def _rule_unrolled(most_tokens: int, _rule: nn.Module) -> nn.Module:
-    from .gated_delta_chunks import UnrolledGatedDeltaRule
+def _rule_unrolled(most_tokens: int, rule: nn.Module) -> nn.Module:
+    from .gated_delta_chunks import PaddedGatedDeltaRule
+    from .gated_delta_net import GatedDeltaRule
 
-    return UnrolledGatedDeltaRule(most_tokens)
+    assert isinstance(rule, GatedDeltaRule)
+    return PaddedGatedDeltaRule(rule, most_tokens)
 
 
 def _rule_in_chunks(most_tokens: int, chunk: int, _rule: nn.Module) -> nn.Module:
-    from .gated_delta_chunks import ChunkedGatedDeltaRule
+    from .gated_delta_chunks import ChunkedGatedDeltaRule, PaddedGatedDeltaRule
 
-    return ChunkedGatedDeltaRule(most_tokens, chunk)
+    return PaddedGatedDeltaRule(ChunkedGatedDeltaRule(chunk), most_tokens)
 
 
 def _conv_of_prompts() -> LayerRewrite:
