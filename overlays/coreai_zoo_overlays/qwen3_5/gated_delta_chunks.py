@@ -1,4 +1,4 @@
-"""The gated delta rule over a prompt's tokens at once: two forms without a loop, and the convolution beside them.
+"""The gated delta rule over a prompt's tokens without a loop, step by step or by chunks, and the convolution beside it.
 
 Differs from transformers' `torch_chunk_gated_delta_rule` in how the triangular system is inverted (by blocks, where
 theirs substitutes row by row), in that a decay is the exponential of a sum of `g` and never of a difference between two
