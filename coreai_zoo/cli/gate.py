@@ -59,7 +59,11 @@ _SHOWN_FLIPS = 5  # of a bundle that fails badly; the report has them all
 )
 @click.option("--oracle-cache", type=_EXISTING, metavar="DIR", help="Keep the oracle's results here and reuse them.")
 @click.option("--cached-only", is_flag=True, help="Fail where the cache has no result, instead of computing it.")
-@click.option("--against", metavar="OTHER", help="Compare with another bundle of the same checkpoint.")
+@click.option(
+    "--against",
+    metavar="OTHER",
+    help="Compare with another bundle of the same checkpoint. The exit code says whether BUNDLE passes, not OTHER.",
+)
 @click.option("-p", "--prompt", metavar="TEXT", help="Text to force through both, instead of the built-in prompts.")
 @click.option("--prompts", metavar="NAME,...", help="Some of the built-in: code, text, digits, spanish, chat, long.")
 @click.option("--prompt-file", type=_EXISTING, multiple=True, metavar="FILE", help="A text file; may be repeated.")
