@@ -23,9 +23,9 @@ from coreai_zoo.weights.quantizer import quantize_rows
 SIGNED = [(dtype, scheme) for dtype in ("int4", "int8") for scheme in ("symmetric", "symmetric_with_clipping")]
 
 
-def integers(spec: QuantizationSpec, rows: torch.Tensor) -> memoryview:
+def integers(spec: QuantizationSpec, rows: torch.Tensor, scales: torch.dtype = torch.float16) -> memoryview:
     """The bytes of a weight's integers as an asset holds them."""
-    codes = quantize_rows(rows, spec, torch.float16).codes
+    codes = quantize_rows(rows, spec, scales).codes
     return bytes_of(pack_int4(codes) if spec.bits == 4 else codes)
 
 
@@ -34,7 +34,22 @@ def integers(spec: QuantizationSpec, rows: torch.Tensor) -> memoryview:
 def test_the_scheme_shows_in_the_integers(dtype: str, scheme: str, seed: int) -> None:
     rows = torch.randn(64, 160, generator=torch.Generator().manual_seed(seed)).half()
     spec = QuantizationSpec(dtype, scheme, 32)  # type: ignore[arg-type]
-    assert _uses_lowest(integers(spec, rows), dtype) is (scheme == "symmetric")
+    assert _uses_lowest(integers(spec, rows), dtype, "float16") is (scheme == "symmetric")
+
+
+@pytest.mark.parametrize(("dtype", "scheme"), SIGNED)
+@pytest.mark.parametrize("seed", range(4))
+def test_with_scales_of_bfloat16_no_scheme_is_taken_for_the_other(dtype: str, scheme: str, seed: int) -> None:
+    """In int8 the largest of a block is then the integer above the lowest, by either scheme, but for powers of two."""
+    rows = torch.randn(64, 160, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    spec = QuantizationSpec(dtype, scheme, 32)  # type: ignore[arg-type]
+    lowest = _uses_lowest(integers(spec, rows, torch.bfloat16), dtype, "bfloat16")
+    form = StoredForm((64, 160), dtype, "bfloat16", 32, lowest=lowest)
+    assert form.is_of(Format((64, 160), "bfloat16", spec))
+    if dtype == "int4":
+        assert lowest is (scheme == "symmetric")
+    else:
+        assert lowest is None or scheme == "symmetric"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +60,7 @@ def test_where_integers_do_not_show_the_scheme_nothing_is_said_against_any(
     dtype: str, scheme: str, rows: torch.Tensor
 ) -> None:
     spec = QuantizationSpec(dtype, scheme, 32)  # type: ignore[arg-type]
-    lowest = _uses_lowest(integers(spec, rows.half()), dtype)
+    lowest = _uses_lowest(integers(spec, rows.half()), dtype, "float16")
     form = StoredForm((64, 160), dtype, "float16", 32, lowest=lowest)
     assert lowest is None or scheme == "symmetric"
     assert form.is_of(Format((64, 160), "float16", spec))
@@ -149,5 +164,5 @@ def test_integers_show_whether_the_lowest_is_in_use(spec: QuantizationSpec) -> N
     for lowest, expected in (([], False), ([low], True)):
         values = torch.cat([codes, torch.tensor([*lowest, *[0] * (12 - len(lowest))], dtype=torch.int8)])
         values = torch.cat([values, values.new_zeros(-len(values) % 4)])
-        assert _uses_lowest(bytes_of(packed_codes(values, spec)), dtype) is expected
-    assert _uses_lowest(bytes_of(packed_codes(codes.new_zeros(64), spec)), dtype) is None
+        assert _uses_lowest(bytes_of(packed_codes(values, spec)), dtype, "float16") is expected
+    assert _uses_lowest(bytes_of(packed_codes(codes.new_zeros(64), spec)), dtype, "float16") is None

@@ -106,7 +106,7 @@ def stored_forms(asset: Path, backend: Backend) -> dict[str, StoredForm]:
             continue
         scales_shape, scales = declared[names["scales"]]
         blocks = scales_shape[-1]
-        lowest = _uses_lowest(values.get(names[""]), dtype)
+        lowest = _uses_lowest(values.get(names[""]), dtype, scales)
         dtype = _of_table(values.get(names["table"])) if "table" in names else dtype
         forms[parameter] = StoredForm(shape, dtype, scales, shape[-1] // blocks, "zero points" in names, lowest)
     return forms
@@ -117,8 +117,12 @@ def _of_table(stored: memoryview | None) -> str:
     return "int6" if stored is not None and [*stored.cast("b")] == [*TABLE] else "indices of another table"
 
 
-def _uses_lowest(stored: memoryview | None, dtype: str) -> bool | None:
-    """Whether the lowest integer of a dtype is among the first integers of a weight; None where few come near it."""
+def _uses_lowest(stored: memoryview | None, dtype: str, scales: str) -> bool | None:
+    """Whether the lowest integer of a dtype is among the first integers of a weight; None where that does not show.
+
+    It does not where few come near it, nor in int8 with scales of bfloat16: there a 127.5th of the largest value is
+    rounded up, but for a power of two, and with that scale the largest is the integer above the lowest.
+    """
     import torch
 
     if stored is None or not stored.nbytes or dtype in ("uint4", "uint8"):
@@ -128,7 +132,8 @@ def _uses_lowest(stored: memoryview | None, dtype: str) -> bool | None:
     lowest = 0 if dtype == "uint6" else -1 << (bits_of(dtype) - 1)  # of a table, the first
     if bool((codes == lowest).any()):
         return True
-    return False if int((codes == lowest + 1).sum()) >= _ENOUGH else None
+    hidden = (dtype, scales) == ("int8", "bfloat16")
+    return False if not hidden and int((codes == lowest + 1).sum()) >= _ENOUGH else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
