@@ -183,7 +183,7 @@ def test_the_gate_judges_how_a_prompt_is_read(bundle_of: functools.partial[Bundl
     passed = zoo(*command)
     assert passed.exit_code == 0, passed.output
     (gate,) = (gate for gate in json.loads(passed.stdout)["gates"] if gate["gate"] == "prefill")
-    assert gate["summary"] == "72 positions in PyTorch and 68 on the coreai runtime: as token by token"
+    assert gate["summary"] == "72 positions in PyTorch and 68 on the coreai runtime: within the bounds"
 
     mutant = next(mutant for mutant in CHUNKS if mutant.name == "written-does-not-decay")
     with applied(mutant):

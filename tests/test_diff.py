@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 from attrs import evolve
 
+import prefill_mutants
 from checkpoints import tiny_checkpoint
 from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
@@ -25,10 +28,12 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, LayerKind, count, telling_depth
 from coreai_zoo.program import Function, Operation, Program
+from coreai_zoo.review import comparison
 from coreai_zoo.review.diff import Change, Difference, Section, as_markdown, compare, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
 from coreai_zoo.review.structure import Structure, of_bundle
 from coreai_zoo.review.verdict import KINDS, Next, judge
+from mutants import applied
 from shared import Shared
 
 BACKEND = CoreAIBackend()
@@ -279,6 +284,65 @@ def test_a_verdict_does_not_say_that_numbers_are_the_same_where_none_were_compar
     assert "no logit did where both were run" in str(judge(sections("constants"), COMMANDS))
 
 
+def test_what_no_comparison_looked_at_is_told_where_nothing_changed() -> None:
+    beyond = evolve(COMMANDS, unseen="; by one contract", beyond=("zoo check",))
+    assert str(judge(sections(), beyond)) == (
+        "Verdict: none. Nothing that was compared has changed; by one contract. Next: `zoo check`."
+    )
+    assert judge(sections("metadata"), beyond).commands == ("zoo verify B",)
+
+
+def test_a_role_that_is_stored_otherwise_is_a_change_of_weights(built: Callable[[str], Path]) -> None:
+    """Also where tensors are of the same formats, as by recipes that choose other scales."""
+    a = of_bundle(Bundle.open(built("int8hu")), BACKEND)
+    roles = {name: evolve(role, stored=f"{role.stored}, otherwise") for name, role in a.roles.items()}
+    verdict = judge(compare(a, evolve(a, roles=roles), None, numerics_missing("two models")), COMMANDS)
+    assert verdict.kind == "weights" and "logits were not compared: two models" in verdict.reason
+
+
+def test_a_change_of_what_reads_prompts_is_one_of_numerics(checkpoint: Path, tmp_path: Path) -> None:
+    """Token by token nothing changes, for another function decodes."""
+    options = ("--checkpoint", checkpoint, "--custom", "--contract", "chunked-unrolled", "--max-context", 64)
+    (mutant,) = (each for each in prefill_mutants.OTHER_FORMS if each.name == "taps-backwards")
+    for name, edited in (("a", contextlib.nullcontext()), ("b", applied(mutant))):
+        with edited:
+            assert zoo("build", "qwen3.6-27b", *options, "-o", tmp_path / name).exit_code == 0
+    (a,), (b,) = (list((tmp_path / name).iterdir()) for name in "ab")
+
+    found = difference(a, b, "--checkpoint", checkpoint)
+
+    read = "the prompt read at once: largest difference of {}, A to B"
+    changed = changes(found, "numerics")
+    assert {read.format("recState"), read.format("the last token's logits")} < {*changed}
+    assert (
+        all(what.startswith("the prompt read at once") for what in changed) and found["verdict"]["kind"] == "numerics"
+    )
+    assert "token by token and by prefill" in next(s["note"] for s in found["sections"] if s["name"] == "numerics")
+    same = difference(a, a, "--checkpoint", checkpoint)
+    assert same["summary"] == "no change in graph, weights or numerics"
+
+
+@pytest.mark.parametrize("contract", [None, "chunked"])
+def test_revisions_build_the_file_of_an_entry_by_the_contract_that_is_asked_for(
+    contract: str | None, built: Callable[[str], Path], tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = tmp_path / "mine.toml"
+    shutil.copyfile(root / "zoo_entries" / "qwen3.6-27b.toml", entry)
+    asked: list[tuple[str, str | None]] = []
+
+    def build(subject: str, *_: object, contract: str | None) -> Path:
+        asked.append((subject, contract))
+        return built("int8hu")
+
+    monkeypatch.setattr(comparison, "build_sample", build)
+    monkeypatch.chdir(root)
+    options = ("--contract", contract) if contract else ()
+    done = zoo("diff", os.path.relpath(entry), "--rev", "HEAD", "--no-numerics", *options)
+    assert done.exit_code == 0, done.output
+    assert asked == [(str(entry), contract)] * 2
+    assert "compared by contract static-s1 and by no other" in done.stdout, "which is what the bundles say"
+
+
 def test_text_and_markdown_end_in_the_verdict(built: Callable[[str], Path], copy: Path) -> None:
     arguments = ("diff", built("int8hu"), copy, "--no-numerics")
     expected = "Verdict: none. Nothing that was compared has changed. Nothing to do."
@@ -421,6 +485,7 @@ def test_arguments_that_make_no_sense_are_explained(built: Callable[[str], Path]
     assert "neither a bundle's folder nor an entry" in refused(built("int8hu"), "--rev", "HEAD")
     assert "is not a bundle of this zoo" in refused(tmp_path, built("int8hu"))
     assert "--checkpoint is for two bundles" in refused("qwen3.6-27b", ":fp16", "--checkpoint", tmp_path)
+    assert "--contract is for entries" in refused(built("int8hu"), built("int8hu"), "--contract", "chunked")
     assert "exclude each other" in refused("qwen3.6-27b", ":fp16", "--json", "--markdown")
 
 

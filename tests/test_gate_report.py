@@ -264,15 +264,15 @@ def test_a_gate_of_a_plugin_that_fails_fails_the_bundle(bundle: Bundle) -> None:
 
 def test_what_other_gates_found_is_printed_and_on_the_card(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     passed, failed = (
-        GateResult("prefill", True, "9 positions: as token by token"),
+        GateResult("prefill", True, "9 positions: within the bounds"),
         GateResult("speed", False, "too slow"),
     )
     record = record_of(bundle, judged(), [passed, failed])
     show([record])
     printed = capsys.readouterr().out
-    assert "prefill: passed, 9 positions: as token by token.\n" in printed and "speed: FAILED, too slow.\n" in printed
+    assert "prefill: passed, 9 positions: within the bounds.\n" in printed and "speed: FAILED, too slow.\n" in printed
     card = markdown(record)
-    assert "\n- prefill: 9 positions: as token by token\n" in card
+    assert "\n- prefill: 9 positions: within the bounds\n" in card
     assert "\n- gate speed: too slow\n" in card and "- speed" not in card
 
 

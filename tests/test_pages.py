@@ -93,7 +93,7 @@ def report(bundle: gates.Bundle) -> str:
         "the control",
         ["toy", "-p", "a rather long prompt " * 4],
         {"judge": 1.0},
-        [GateResult("prefill", True, "9 positions: as token by token")],
+        [GateResult("prefill", True, "9 positions: within the bounds")],
         gates.text_of,
         corpus=gates.over_corpus(flips=3),
     )

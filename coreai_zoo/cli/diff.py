@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from coreai_zoo.review.diff import Difference
 
 
-@click.command("diff", cls=Headed, headings={"revisions": "What is compared", "markdown": "What is printed"})
+@click.command("diff", cls=Headed, headings={"contract": "What is compared", "markdown": "What is printed"})
 @click.argument("a", metavar="A", shell_complete=complete_bundle)
 @click.argument("b", metavar="[B]", required=False, shell_complete=complete_bundle)
+@click.option("--contract", metavar="NAME", help="By which entries are compared. Default: their own.")
 @click.option("--rev", "revisions", multiple=True, metavar="REV", help="Compare the code at REV with the working tree.")
 @click.option(
     "--checkpoint",
@@ -37,6 +38,7 @@ def diff(
     ctx: click.Context,
     a: str,
     b: str | None,
+    contract: str | None,
     revisions: tuple[str, ...],
     checkpoint: Path | None,
     positions: int,
@@ -59,6 +61,7 @@ def diff(
         zoo diff qwen3.6-27b qwen3.6-35b-a3b
         zoo diff qwen3.6-27b:int8hu qwen3.6-27b:int4lin
         zoo diff qwen3.6-27b --rev main --markdown
+        zoo diff qwen3.6-27b --rev main --contract chunked
         zoo diff exports/one exports/other
     """
     from coreai_zoo.review.comparison import Comparer
@@ -70,7 +73,7 @@ def diff(
     if (b is None) == (not revisions) or len(revisions) > 2:
         raise click.UsageError("Give two things to compare, or one entry and --rev REV (at most two).")
     comparer = Comparer(
-        plugins_of(ctx), Reporter(silent=as_json or markdown), checkpoint, positions, numerics=not no_numerics
+        plugins_of(ctx), Reporter(silent=as_json or markdown), checkpoint, positions, not no_numerics, contract
     )
     compared = comparer.compare_revisions(a, revisions) if b is None else comparer.compare(a, b)
     difference, verdict = compared.difference, compared.verdict

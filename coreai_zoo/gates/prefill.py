@@ -84,7 +84,7 @@ def verdict(problems: list[str], read: str) -> GateResult:
     """The verdict on all that was read."""
     if problems:
         return GateResult(NAME, passed=False, summary=f"{read}: {listing(problems, _SHOWN, '; ')}")
-    return GateResult(NAME, passed=True, summary=f"{read}: as token by token")
+    return GateResult(NAME, passed=True, summary=f"{read}: within the bounds")
 
 
 def edge_lengths(prefill: Prefill) -> tuple[int, ...]:

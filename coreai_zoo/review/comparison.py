@@ -9,36 +9,34 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import evolve, frozen
 
+from coreai_zoo.backend import read_prompt
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import checkpoint_of, named_bundle
 from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.catalogue import find_entry, find_recipe, is_file, load_entries, recipe_path
+from coreai_zoo.engine import PREFILL
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, zoo_command
 from coreai_zoo.gates.run import margin_of_asset, oracle_of
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review import diff, structure
-from coreai_zoo.review.diff import Difference, Section, numerics_missing
+from coreai_zoo.review.diff import Computed, Difference, Section, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
 from coreai_zoo.review.structure import Structure
 from coreai_zoo.review.verdict import ChangeVerdict, Next, judge
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from coreai_zoo.gates.rule import Verdict
 
 _AFTER_CODE = Next(
     verify=("zoo check --only samples",),
     gate=("zoo check --only samples",),
     goldens=("zoo check --only goldens --update-goldens",),
+    beyond=("zoo check --only goldens",),
 )
 
 
@@ -73,6 +71,7 @@ class Comparer:
         checkpoint: what two bundles are run on; None for the checkpoint of their sample.
         positions: how many tokens are run.
         numerics: whether anything is run; without, graph and weights alone are compared.
+        contract: by which entries are compared; None for their own.
     """
 
     plugins: Plugins
@@ -80,6 +79,7 @@ class Comparer:
     checkpoint: Path | None
     positions: int
     numerics: bool
+    contract: str | None = None
 
     def compare(self, a: str, b: str) -> Comparison:
         """Compare two bundles, by their folders or names, or two entries, each `ENTRY` or `ENTRY:RECIPE`.
@@ -96,6 +96,8 @@ class Comparer:
         if any(folders):  # beside a bundle, the name of an entry means its bundle
             folders = [folder or _bundle_folder(name) for folder, name in zip(folders, (a, b), strict=True)]
         first, second = folders
+        if self.contract is not None and (first or second):
+            raise BadInput("--contract is for entries: a bundle was built by its own.")
         if first and second:
             one, other = Bundle.open(first), Bundle.open(second)
             found = self._of_bundles(one, other)
@@ -108,7 +110,7 @@ class Comparer:
             )
         sides = self._entry_recipe(a), self._entry_recipe(b)
         found = self._of_entries(*sides)
-        return Comparison(found, judge(found, _after_entry(sides[1])))
+        return Comparison(found, judge(found, self._after_entry(sides[1])))
 
     def compare_revisions(self, entry: str, revisions: Sequence[str]) -> Comparison:
         """Compare the sample of `ENTRY` or `ENTRY:RECIPE` as two revisions of the code build it.
@@ -121,7 +123,8 @@ class Comparer:
             BadInput: when there is no such sample or revision, or the code there does not build it.
         """
         side = self._entry_recipe(entry)
-        name = side.entry.name
+        name, file = side.entry.name, side.name.endswith(".toml")
+        subject = str(Path(side.name).resolve()) if file else name
         if side.entry.sample is None:
             raise BadInput(f"{name} has no sample, and --rev builds it at both revisions.")
         commits: list[str | None] = [*revisions, None][:2]
@@ -130,10 +133,15 @@ class Comparer:
         with tempfile.TemporaryDirectory(prefix="zoo-diff-") as folder:
             for letter, commit, label in zip("ab", commits, labels, strict=True):
                 with self.report.stage("build", f"the sample of {name} at {label}"), worktree(commit) as tree:
-                    bundles.append(Bundle.open(build_sample(name, side.recipe, tree, Path(folder) / letter, label)))
+                    built = build_sample(
+                        subject, side.recipe, tree, Path(folder) / letter, label, contract=self.contract
+                    )
+                    bundles.append(Bundle.open(built))
             found = self._of_bundles(*bundles)
+            contract = bundles[1].build["contract"]["name"]
         found = evolve(found, a=f"{name} sample at {labels[0]}", b=f"{name} sample at {labels[1]}")
-        return Comparison(found, judge(found, _AFTER_CODE))
+        after = evolve(_AFTER_CODE, unseen=f"; it was compared by contract {contract} and by no other")
+        return Comparison(found, judge(found, after))
 
     # -- the two sides
 
@@ -166,12 +174,18 @@ class Comparer:
 
     def _structure(self, side: EntryRecipe) -> Structure:
         with self.report.stage("lower", f"{side.entry.name} as {side.recipe}, without weights"):
-            return structure.of_entry(side.entry, self.plugins, recipe=side.recipe)
+            return structure.of_entry(side.entry, self.plugins, recipe=side.recipe, contract=self.contract)
 
     def _after_bundle(self, bundle: Bundle) -> Next:
         checkpoint = () if bundle.build.get("sample") else ("--checkpoint", self.checkpoint or "DIR")
         folder = bundle.directory
         return Next((zoo_command("verify", folder),), (zoo_command("gate", folder, *checkpoint),))
+
+    def _after_entry(self, side: EntryRecipe) -> Next:
+        name = Path(side.name) if side.name.endswith(".toml") else side.name
+        contract = ("--contract", self.contract) if self.contract is not None else ()
+        what = name, "--recipe", side.recipe, *contract
+        return Next((zoo_command("plan", *what),), (zoo_command("build", *what), "zoo gate BUNDLE"))
 
     # -- what they compute
 
@@ -186,7 +200,13 @@ class Comparer:
         bundles: list[Bundle] = []
         with tempfile.TemporaryDirectory(prefix="zoo-diff-") as folder:
             for letter, side in (("a", a), ("b", b)):
-                request = BuildRequest(side.entry.name, sample=True, recipe=side.recipe, output=Path(folder) / letter)
+                request = BuildRequest(
+                    side.entry.name,
+                    sample=True,
+                    recipe=side.recipe,
+                    contract=self.contract,
+                    output=Path(folder) / letter,
+                )
                 bundles.append(Bundle.open(build(request, self.plugins, self.report).path))
             return self._numerics(*bundles)
 
@@ -212,34 +232,36 @@ class Comparer:
         oracle = oracle_of(a, self.plugins, checkpoint, cache=default_cache()).run(tokens)
         one, other = (self._run(bundle, checkpoint, tokens, oracle, letter) for bundle, letter in ((a, "A"), (b, "B")))
         of_sample = "the sample" if self.checkpoint is None else checkpoint.name
+        twice = f", token by token and by {PREFILL}" if one.at_once and other.at_once else ""
+        ran = f"{count} positions of {of_sample}{twice}"
         return diff.compare_numerics(
-            one,
-            other,
-            note=f"{count} positions of {of_sample}, both on this machine's runtime, the oracle Hugging Face in fp32",
+            one, other, note=f"{ran}, both on this machine's runtime, the oracle Hugging Face in fp32"
         )
 
-    def _run(
-        self, bundle: Bundle, checkpoint: Path, tokens: Sequence[int], oracle: Any, letter: str
-    ) -> tuple[np.ndarray[Any, Any], Verdict]:
+    def _run(self, bundle: Bundle, checkpoint: Path, tokens: Sequence[int], oracle: Any, letter: str) -> Computed:
         from coreai_zoo.gates import rule
         from coreai_zoo.gates.candidate import AssetCandidate
 
+        backend = backend_of(bundle, self.plugins.backends())
         with self.report.steps(f"run      {letter}, {len(tokens)} positions", len(tokens)) as step:
-            logits = AssetCandidate(bundle, backend_of(bundle, self.plugins.backends()), step).run(tokens).logits
+            logits = AssetCandidate(bundle, backend, step).run(tokens).logits
         margin = margin_of_asset(bundle, self.plugins, checkpoint)
-        return logits, rule.judge(tokens, oracle.logits, logits, sure_from=margin)
+        verdict = rule.judge(tokens, oracle.logits, logits, sure_from=margin)
+        if PREFILL not in bundle.functions:
+            return Computed(logits, verdict)
+        with (
+            self.report.stage("run", f"{letter}, {len(tokens)} positions at once"),
+            backend.stepper(bundle.asset, bundle.functions, capacity=len(tokens)) as stepper,
+        ):
+            last = read_prompt(stepper, bundle.functions, tokens)
+            states = {state.name: stepper.state(state.name) for state in bundle.signature.states}
+        return Computed(logits, verdict, {"the last token's logits": last, **states})
 
 
 def _bundle_folder(name: str) -> Path | None:
     """The folder of the bundle `name`; None where that is no bundle."""
     found = named_bundle(name)
     return found if found is not None and found.is_dir() else None
-
-
-def _after_entry(side: EntryRecipe) -> Next:
-    name = Path(side.name) if side.name.endswith(".toml") else side.name
-    what = name, "--recipe", side.recipe
-    return Next((zoo_command("plan", *what),), (zoo_command("build", *what), "zoo gate BUNDLE"))
 
 
 def _source(bundle: Bundle) -> Mapping[str, Any]:

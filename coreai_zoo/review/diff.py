@@ -445,7 +445,7 @@ def _recipe(a: Structure, b: Structure) -> Section:
             table[f"{role}: bytes"] = weights.bytes
         return table
 
-    return Section("recipe per role", _changes(rows(a), rows(b)))
+    return Section("recipe per role", _changes(rows(a), rows(b)), about=WEIGHTS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,23 +453,48 @@ def _recipe(a: Structure, b: Structure) -> Section:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compare_numerics(
-    a: tuple[np.ndarray[Any, Any], Verdict], b: tuple[np.ndarray[Any, Any], Verdict], note: str
-) -> Section:
-    """The section about the logits of A and B for the same tokens: unchanged only when every bit is.
+@frozen
+class Computed:
+    """What a bundle computes for some tokens.
+
+    Attributes:
+        logits: float16 [positions, V], a token at a time.
+        verdict: the oracle's on them.
+        at_once: where a prompt is read by a function of its own, what that leaves: the states behind the last token,
+            and its logits, by name.
+    """
+
+    logits: np.ndarray[Any, Any]
+    verdict: Verdict
+    at_once: Mapping[str, np.ndarray[Any, Any]] = field(factory=dict, repr=False)
+
+
+def compare_numerics(a: Computed, b: Computed, note: str) -> Section:
+    """The section about what A and B compute for the same tokens: unchanged only when every bit is.
 
     Args:
-        a: logits of A [positions, V] and the oracle's verdict on them.
-        b: the same of B.
+        a: of A.
+        b: of B.
         note: what was run on what.
     """
     changes: list[Change] = []
-    if not np.array_equal(a[0], b[0], equal_nan=True):
-        apart = float(np.abs(a[0].astype(np.float64) - b[0].astype(np.float64)).max())
-        changes = [*_side_by_side(a[1], b[1]), Change("largest difference of a logit, A to B", "", f"{apart:.4g}")]
-        tokens = sum(x.candidate != y.candidate for x, y in zip(a[1].positions, b[1].positions, strict=True))
+    if not np.array_equal(a.logits, b.logits, equal_nan=True):
+        apart = _largest_difference(a.logits, b.logits)
+        changes = [*_side_by_side(a.verdict, b.verdict), Change("largest difference of a logit, A to B", "", apart)]
+        positions = zip(a.verdict.positions, b.verdict.positions, strict=True)
+        tokens = sum(x.candidate != y.candidate for x, y in positions)
         changes.append(Change("positions with another top token, A to B", "", str(tokens)))
+    for name, before in a.at_once.items():
+        after = b.at_once.get(name)
+        # Of another shape they are another signature, which is a section of its own.
+        if after is not None and after.shape == before.shape and not np.array_equal(before, after, equal_nan=True):
+            what = f"the prompt read at once: largest difference of {name}, A to B"
+            changes.append(Change(what, "", _largest_difference(before, after)))
     return Section("numerics", tuple(changes), about=NUMERICS, note=note)
+
+
+def _largest_difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> str:
+    return f"{np.abs(a.astype(np.float64) - b.astype(np.float64)).max():.4g}"
 
 
 def numerics_missing(reason: str) -> Section:

@@ -79,17 +79,25 @@ def _git(*arguments: str) -> str | None:
 
 
 def build_sample(
-    entry: str, recipe: str | None, tree: Path, output: Path, label: str, *, backend: str | None = None
+    entry: str,
+    recipe: str | None,
+    tree: Path,
+    output: Path,
+    label: str,
+    *,
+    backend: str | None = None,
+    contract: str | None = None,
 ) -> Path:
     """Build the sample of `entry` with the code in `tree`; the folder of the bundle.
 
     Args:
-        entry: name of the entry.
+        entry: name of the entry, or the path of its file.
         recipe: name of a recipe; None for the entry's.
         tree: top folder of the code.
         output: folder in which the bundle's folder is made.
         label: names the code in an error.
         backend: name of a backend; None for the default.
+        contract: name of a contract; None for the entry's.
 
     Raises:
         BadInput: when the code there does not build it, with the reason.
@@ -97,6 +105,7 @@ def build_sample(
     command = [sys.executable, "-c", _BUILD, str(tree), "build", entry, "--sample", "--json", "-o", str(output)]
     command += ["--recipe", recipe] if recipe else []
     command += ["--backend", backend] if backend else []
+    command += ["--contract", contract] if contract else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(tree))}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:

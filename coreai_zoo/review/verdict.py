@@ -10,7 +10,7 @@ from coreai_zoo.review.diff import GRAPH, NUMERICS, SIGNATURE, WEIGHTS, Differen
 KINDS = {
     "none": "nothing that was compared has changed",
     "metadata": "what is computed is the same, and only what is said about it has changed",
-    "graph": "the graph changed, and not one bit of a logit did: a numerics-neutral graph change",
+    "graph": "the graph changed, and not one bit of what comes out did: a numerics-neutral graph change",
     "weights": "stored values or their formats changed",
     "numerics": "other numbers come out",
     "signature": "states or signature changed: what calls this has to change too",
@@ -26,11 +26,15 @@ class Next:
         verify: those that check the form of B.
         gate: those that judge the numbers of B.
         goldens: those that write the golden graphs, where A and B are the code at two revisions.
+        unseen: what was not looked at although a change may show there, as the rest of a sentence.
+        beyond: those that look at it.
     """
 
     verify: tuple[str, ...] = ()
     gate: tuple[str, ...] = ()
     goldens: tuple[str, ...] = ()
+    unseen: str = ""
+    beyond: tuple[str, ...] = ()
 
 
 @frozen
@@ -78,4 +82,4 @@ def judge(difference: Difference, commands: Next) -> ChangeVerdict:
     if changed:
         names = listing([section.name for section in changed])
         return ChangeVerdict("metadata", f"{KINDS['metadata']}: {names}", commands.verify)
-    return ChangeVerdict("none", KINDS["none"], ())
+    return ChangeVerdict("none", KINDS["none"] + commands.unseen, commands.beyond)
