@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from coreai_zoo.build.workspace import Workspace
 from coreai_zoo.checkpoint import hub_client as client
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.hub import HubSource, Repository
-from coreai_zoo.checkpoint.stream import open_on_hub
+from coreai_zoo.checkpoint.stream import ShardFetcher, open_on_hub
 from coreai_zoo.digest import FollowingDigest
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import BadInput, EnvironmentLacks
@@ -721,6 +722,87 @@ def test_a_streamed_build_gives_the_same_bundle_also_after_a_failure(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda path: os.utime(path, (1, 1)), "has changed while it was read"),
+        (Path.unlink, "No such file or directory"),
+    ],
+    ids=["touched", "gone"],
+)
+def test_a_file_that_is_disturbed_while_it_is_used_costs_no_finished_weight(
+    hub: Hub, tmp_path: Path, change: Callable[[Path], None], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(ID, tiny_checkpoint(tmp_path / "checkpoint", shards=4))
+    streamed = ["build", ID, "--stream", "-o", tmp_path / "out"]
+    needed: list[frozenset[str]] = []
+    usual = ShardFetcher.need
+
+    def need(self: ShardFetcher, names: frozenset[str]) -> None:
+        usual(self, names)
+        needed.append(names)
+        if len(needed) == 3:
+            change(self._places[min(names)])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardFetcher, "need", need)
+        failed = zoo(*streamed)
+
+    assert failed.exit_code == 3 and told in failed.stderr and "run the same command again" in failed.stderr
+    assert "Finished weights are kept in" in failed.stderr
+    done = zoo(*streamed, "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["weights"]["reused"] > 5
+    zoo("build", ID, "-o", tmp_path / "whole")
+    assert built(tmp_path / "out") == built(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_rebuild_on_kept_weights_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
+    """Not for what was seen of values that are not stored, either."""
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint", shards=3)
+    hub.add(ID, checkpoint)
+    command = ["build", ID, "--stream", "--keep-weights", "-o", tmp_path / "out", "--json"]
+    assert zoo(*command).exit_code == 0
+    hub.requests.clear()
+    again = json.loads(zoo(*command, "--force").stdout)
+    assert again["weights"]["computed"] == again["preflight"]["fetched"] == 0
+    assert not any(fetched(hub, path.name) for path in checkpoint.glob("*.safetensors")), "headers alone"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"", "is empty"), (b"\xff" * 64, "its header would be"), (b"version https://git-lfs.github.com/spec/v1\n", "")],
+    ids=["empty", "no header", "pointer"],
+)
+def test_a_file_that_is_damaged_on_the_hub_is_named_as_one_of_the_hub(
+    hub: Hub, tmp_path: Path, content: bytes, told: str
+) -> None:
+    hub.add(ID, {"config.json": b"{}", "model.safetensors": content})
+    with pytest.raises(BadInput, match=f"model.safetensors of {ID} .*{told}") as caught:
+        Place.of(tmp_path).opened(Notes())
+    assert str(hub.cache) not in str(caught.value) and "So it is on the hub" in caught.value.hint
+    assert len(hub.asked("model.safetensors")) <= 1, "nothing is tried again"
+
+
+def test_what_is_fetched_for_some_tensors_leaves_the_files_of_others(hub: Hub, tmp_path: Path) -> None:
+    """A layout may depend on a few values, which come first; what an earlier run left for all of them is not theirs."""
+    hub.add(ID, repository(spread=False))
+    place = Place.of(tmp_path)
+    source, checkpoint = place.opened(Notes())
+    names = sorted(file.name for file in source.weights)
+    for name in names[:2]:
+        source.fetch_apart(name, place.folder, lambda *_: None)
+    before = {path.name: path.read_bytes() for path in place.folder.iterdir()}
+    some = planned(checkpoint)
+    (one,) = (each for each in some.stored if each.name == "norm")
+    stream = Stream(source, checkpoint, attrs.evolve(some, tensors=(one,)), place.store, place.folder, alone=False)
+    place.store.fill(
+        attrs.evolve(some, tensors=(one,)), checkpoint, keep_others=True, arriving=stream.arriving(lambda *_: None)
+    )
+    assert {path.name: path.read_bytes() for path in place.folder.iterdir()} == before
+
+
+@pytest.mark.slow
 def test_a_streamed_build_fills_the_asset_from_its_beginning(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -807,19 +889,31 @@ def test_files_of_layers_that_are_cut_are_not_fetched(hub: Hub, tmp_path: Path) 
     assert late and needs.fetched == needs.fetched_at_once == (checkpoint / shard(0)).stat().st_size
 
 
-@pytest.mark.parametrize(("error", "stays"), [(BadInput, False), (EnvironmentLacks, True), (KeyboardInterrupt, True)])
+class OfTheSystem(BadInput):
+    """Told in other words than those of the system, which may be able to do it the next time."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said)
+        self.__cause__ = OSError(errno.EIO, said)
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"), [(BadInput, False), (EnvironmentLacks, True), (OfTheSystem, True), (KeyboardInterrupt, True)]
+)
 @pytest.mark.parametrize("keep", [False, True])
 def test_what_was_fetched_stays_only_for_a_build_that_can_go_on(
     tmp_path: Path, error: type[BaseException], stays: bool, keep: bool
 ) -> None:
     workspace = Workspace.of(tmp_path, "toy", None, keep=keep)
 
-    with pytest.raises(error), workspace.opened(force=False):  # noqa: PT012  # what is in it was done before
+    with pytest.raises(error) as caught, workspace.opened(force=False):  # noqa: PT012  # what is in it was done before
         workspace.shards.mkdir()
         (workspace.shards / "one").write_bytes(b"1")
         raise error("for good, or not")
 
     assert (workspace.shards / "one").exists() == stays
+    told = [f"What has been fetched is kept in {workspace.shards}."] if stays and error is not KeyboardInterrupt else []
+    assert getattr(caught.value, "__notes__", []) == told
     with workspace.opened(force=False):
         bundle = workspace.lay_out(Layout("weights", (), {}, {}), "asset", workspace.store)
         (bundle / "build.json").write_text("{}")

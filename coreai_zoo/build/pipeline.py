@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -112,7 +112,7 @@ def build(request: BuildRequest, plugins: Plugins, report: Reporter | None = Non
             traced = designed.trace()
         store = workspace.store
         with report.stage("lower", designed.asset):
-            layout, before = _laid_out(traced, designed, store, workspace)
+            layout, before = _laid_out(traced, designed, store, workspace, report)
             del traced  # half a gigabyte of a deep decoder
             spare = max(0, needs.written - layout.size) + (needs.fetched_at_once if needs.streamed else 0)
             partial = workspace.lay_out(layout, designed.asset, store, spare)
@@ -183,7 +183,7 @@ def _with_notes(designed: Design, of_values: tuple[str, ...], report: Reporter) 
 
 
 def _laid_out(
-    traced: Traced, designed: Design, store: WeightStore, workspace: Workspace
+    traced: Traced, designed: Design, store: WeightStore, workspace: Workspace, report: Reporter
 ) -> tuple[Layout, list[FillReport]]:
     """Where everything stands in the asset. What that depends on is stored first, in files of the store's own."""
     from coreai_zoo.lowering.module import constants, planned_constants
@@ -196,9 +196,13 @@ def _laid_out(
         read = [each for each in designed.weights.tensors if any(state in names for state in _states(each))]
         stored = {each.stored_as for each in read}
         part = evolve(designed.weights, tensors=tuple(each for each in designed.weights.stored if each.name in stored))
-        stream = stream_of(evolve(designed, weights=part), workspace) if part.tensors else None
-        arriving = None if stream is None else stream.arriving(lambda *_: None)
-        filled.append(store.fill(part, designed.checkpoint, keep_others=True, arriving=arriving))
+        stream = stream_of(evolve(designed, weights=part), workspace, alone=False) if part.tensors else None
+        missing = 0 if stream is None else stream.missing_bytes
+        if missing:
+            report.note(f"fetching {size(missing)} first, for the layout depends on what is in them")
+        with report.bytes(missing) if missing else nullcontext(lambda *_: None) as count:
+            arriving = None if stream is None else stream.arriving(count)
+            filled.append(store.fill(part, designed.checkpoint, keep_others=True, arriving=arriving))
         found = constants({each.name: store[each.stored_as] for each in read}, [each.name for each in read])
         return {name: found[name] for name in names}
 

@@ -150,13 +150,17 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
 
 
 def stream_of(
-    design: Design, workspace: Workspace, order: Callable[[PlannedTensor], int] = lambda _: 0
+    design: Design, workspace: Workspace, order: Callable[[PlannedTensor], int] = lambda _: 0, *, alone: bool = True
 ) -> Stream | None:
-    """The checkpoint as it comes and goes while weights are stored in `workspace`; None for one that stays."""
+    """The checkpoint as it comes and goes while weights are stored in `workspace`; None for one that stays.
+
+    For `order` and `alone` see `Stream`.
+    """
     if not design.source.streamed:
         return None
     assert design.source.hub is not None
-    return Stream(design.source.hub, design.checkpoint, design.weights, workspace.store, workspace.shards, order)
+    store, shards = workspace.store, workspace.shards
+    return Stream(design.source.hub, design.checkpoint, design.weights, store, shards, order, alone=alone)
 
 
 def asset_bytes(design: Design) -> int:

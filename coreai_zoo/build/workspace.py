@@ -106,8 +106,8 @@ class Workspace:
         """Within the block, the folders exist and are locked; afterwards, what must not stay is removed.
 
         A build that fails leaves no trace but finished weights, where another run can go on from them: after an
-        interruption, when the environment lacked something (disk space, for one), and when the user asked to keep them.
-        What a streamed build has just fetched stays in the first two cases.
+        interruption, when the environment lacked something or the system failed to read or write a file, and when the
+        user asked to keep them. What a streamed build has just fetched stays in all these cases but the last.
 
         Raises:
             BadInput: when there is a bundle already, unless `force`, or a folder cannot be made.
@@ -121,15 +121,22 @@ class Workspace:
             try:
                 with _writing_explained():
                     yield
-            except EnvironmentLacks as error:
-                if self.store.holds_tensors:
-                    error.add_note(f"Finished weights are kept in {self.partial}.")
-                raise
-            except Exception:
+            except Exception as error:
+                if isinstance(error, EnvironmentLacks) or isinstance(error.__cause__, OSError):
+                    self._say_what_is_kept(error)
+                    raise
                 shutil.rmtree(self.shards, ignore_errors=True)
                 if not self.keep:
                     shutil.rmtree(self.partial, ignore_errors=True)
                 raise
+
+    def _say_what_is_kept(self, error: Exception) -> None:
+        """Note in an error from where the same command goes on."""
+        kept = [f"Finished weights are kept in {self.partial}"] if self.store.holds_tensors else []
+        if self.shards.is_dir() and any(self.shards.iterdir()):
+            kept.append(f"{'what' if kept else 'What'} has been fetched {'' if kept else 'is kept '}in {self.shards}")
+        if kept:
+            error.add_note(f"{', and '.join(kept)}.")
 
     def lay_out(self, layout: Layout, asset: str, store: WeightStore, spare: int = 0) -> Path:
         """The folder of a bundle being built in which there is room for its weights, and nothing else but the asset.

@@ -25,7 +25,7 @@ from coreai_zoo.checkpoint.fp8 import BlockScales, described, fold_scales
 from coreai_zoo.checkpoint.headers import Header, Stamp, TensorInfo, read_header
 from coreai_zoo.checkpoint.index import alike, check_index, find_doubled, same_values
 from coreai_zoo.checkpoint.originals import check_original
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +177,12 @@ class Checkpoint:
                 tensor: torch.Tensor = file.get_tensor(key).reshape(1, info.columns)
                 return tensor[start:stop]
             blocks = _row_blocks(file.get_slice(key), info.shape, start, stop)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except OSError as error:  # of the system, which may be able to read it the next time
+            raise EnvironmentLacks(
+                f"{info.file} cannot be read at tensor {key}: {error.strerror or error}.",
+                "Mend that, then run the same command again to go on.",
+            ) from error
+        except (RuntimeError, SafetensorError) as error:
             raise BadInput(f"{info.file} cannot be read at tensor {key}: {error}.", "Download it again.") from error
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
@@ -186,7 +191,10 @@ class Checkpoint:
         # Reading a mapped file that someone has cut short kills the process, so its size is looked at each time.
         status = place.stat()
         if (status.st_size, status.st_mtime_ns) != self._seen[path]:
-            raise BadInput(f"{place} has changed since the build began.", "Leave the checkpoint alone and build again.")
+            raise EnvironmentLacks(
+                f"{place} has changed while it was read.",
+                "Leave the checkpoint alone, then run the same command again to go on.",
+            )
         # One mapping per file until it is released: opening one parses its header again.
         file = self._files.get(path)
         if file is None:

@@ -340,6 +340,8 @@ class HubSource:
         file = self._weight(name)
         stop = min(count, file.size)
         self._require_hub(file)
+        if not stop:
+            return b""
 
         def ask() -> bytes:
             come = bytearray()

@@ -17,7 +17,7 @@ from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.folder import find_weights, read_config
 from coreai_zoo.checkpoint.headers import Header, header_bytes, parse_header, read_header
 from coreai_zoo.checkpoint.hub import HubSource, RemoteFile
-from coreai_zoo.errors import EnvironmentLacks
+from coreai_zoo.errors import BadInput, EnvironmentLacks
 from coreai_zoo.progress import CountBytes
 
 _HEADER_GUESS = 128 * 2**10
@@ -54,10 +54,14 @@ def _header_of(hub: HubSource, file: RemoteFile) -> Header:
         # Of a cache without links the hash is not known while the hub cannot be asked: its times have to do.
         return evolve(header, stamp=(identity, header.sha256, header.size, 0, 0)) if file.digest else header
     start = hub.first_bytes(file.name, _HEADER_GUESS)
-    length = header_bytes(path, start, file.size)
-    if length > len(start):
-        start = hub.first_bytes(file.name, length)
-    return parse_header(path, start[:length], identity, file.size)
+    try:
+        length = header_bytes(path, start, file.size)
+        if length > len(start):
+            start = hub.first_bytes(file.name, length)
+        return parse_header(path, start[:length], identity, file.size)
+    except BadInput as error:  # names the path at which the file would be
+        told = error.message.replace(str(path), f"{file.name} of {hub.id}")
+        raise BadInput(told, "So it is on the hub: choose another revision (@REVISION), or tell its owner.") from error
 
 
 class ShardFetcher:
@@ -69,10 +73,12 @@ class ShardFetcher:
     Args:
         hub: where they are fetched from.
         checkpoint: in which they arrive.
-        folder: where they lie meanwhile. What lies there and is not in `order` is removed.
+        folder: where they lie meanwhile.
         order: names of the files, those that are needed first at the front.
         limit: how many may be in the folder at a time, incomplete ones too.
         count: told of the bytes that come, in another thread.
+        alone: whether nobody else has files in the folder: then what is not in `order` is removed, and in the end the
+            folder. Otherwise what lies there stays, that of `order` too.
     """
 
     def __init__(
@@ -83,19 +89,23 @@ class ShardFetcher:
         order: Sequence[str],
         limit: int,
         count: CountBytes,
+        *,
+        alone: bool = True,
     ) -> None:
         self._hub, self._checkpoint, self._folder = hub, checkpoint, folder
         self._limit, self._count = limit, count
         self._order = tuple(order)
         self._places = {name: hub.place_apart(name, folder) for name in order}
         self._held = set(present(hub, folder, order))
+        self._alone, self._theirs = alone, frozenset() if alone else frozenset(self._held)
         self._waiting, self._come, self._awaited = deque(order), set[str](), set[str]()
         self._changed, self._stopped = threading.Condition(), False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
 
     def __enter__(self) -> Self:
-        self._remove_strangers()
+        if self._alone:
+            self._remove_strangers()
         self._thread.start()
         return self
 
@@ -109,7 +119,7 @@ class ShardFetcher:
         self._thread.join(_LEAVING_SECONDS)
         for name in tuple(self._come):
             self._checkpoint.leave(self._hub.directory / name)
-        if error is None and not self._held:
+        if error is None and not self._held and self._alone:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def need(self, names: Iterable[str]) -> None:
@@ -135,7 +145,8 @@ class ShardFetcher:
         """Remove files that nobody needs any more."""
         for name in names:
             self._checkpoint.leave(self._hub.directory / name)
-            self._places[name].unlink(missing_ok=True)
+            if name not in self._theirs:
+                self._places[name].unlink(missing_ok=True)
         with self._changed:
             self._held -= set(names)
             self._come -= set(names)

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     import torch
 
 JOURNAL = "journal.jsonl"
+LOOKS = "looks.json"
+"""What was seen of values that are not stored; `stream` writes it."""
 _LAYOUT = "@layout"  # no parameter is called so
 STORE_VERSION = 2
 """Raised when the layout of the files changes."""
@@ -216,9 +218,9 @@ def _explained(directory: Path) -> Iterator[None]:
                 f"There is no space left for weights ({error.strerror}; {free:,} bytes are free in {directory}).",
                 "Free some, then run the same command again to go on.",
             ) from error
-        raise BadInput(
+        raise EnvironmentLacks(
             f"The weight store {directory} cannot be used: {error.strerror or error} ({error.filename or directory}).",
-            "Choose a work directory that you may write to.",
+            "Mend that, then run the same command again to go on.",
         ) from error
 
 
@@ -642,8 +644,9 @@ class WeightStore:
         return frozenset[Path]().union(*map(self._paths_of, self.journal.entries))
 
     def own_files(self) -> frozenset[Path]:
-        """Those of them that are the store's own."""
-        return frozenset(path for path in self.files() if path.parent == self.directory)
+        """The files of the store's own but for its journal: those of tensors that are nowhere else, and `LOOKS`."""
+        looks = self.directory / LOOKS
+        return frozenset(path for path in (*self.files(), looks) if path.parent == self.directory and path.exists())
 
     def keep(self, directory: Path, folder: Path, destination: Path) -> None:
         """Leave a store from which another can begin: what is in a folder now will be in another, and not change.

@@ -31,9 +31,7 @@ from coreai_zoo.json_files import read_object, write_json
 from coreai_zoo.progress import CountBytes
 from coreai_zoo.weights.means import judged_by_mean, mean_of, notes_on_means
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
-from coreai_zoo.weights.store import WeightStore
-
-_LOOKS = "looks.json"
+from coreai_zoo.weights.store import LOOKS, WeightStore
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The order
@@ -201,6 +199,7 @@ class Stream:
         store: where.
         folder: where the files lie meanwhile.
         order: of the tensors, as far as files allow; that of the plan unless given.
+        alone: see `ShardFetcher`.
     """
 
     def __init__(
@@ -211,9 +210,12 @@ class Stream:
         store: WeightStore,
         folder: Path,
         order: Callable[[PlannedTensor], int] = lambda _: 0,
+        *,
+        alone: bool = True,
     ) -> None:
         self._hub, self._checkpoint, self._plan, self._folder = hub, checkpoint, plan, folder
-        self._looks = _Looks(store.directory / _LOOKS, checkpoint)
+        self._alone = alone
+        self._looks = _Looks(store.directory / LOOKS, checkpoint)
         self._finished, jobs = self._jobs(store, order)
         self._here = present(hub, folder, sorted({name for _, files in jobs for name in files}))
         self._schedule = schedule(jobs, self._here)
@@ -240,7 +242,8 @@ class Stream:
             BadInput: when two files hold a tensor with different values.
         """
         order, limit = self._schedule.order, self._schedule.limit
-        with ShardFetcher(self._hub, self._checkpoint, self._folder, order, limit, count) as fetcher:
+        fetcher = ShardFetcher(self._hub, self._checkpoint, self._folder, order, limit, count, alone=self._alone)
+        with fetcher:
             yield self._finished
             for step in self._schedule.steps:
                 fetcher.need(step.files)
