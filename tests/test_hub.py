@@ -577,6 +577,8 @@ def test_a_status_that_stays_is_told(hub: Hub, report: Notes, path: str, status:
     assert ID in error.message
     if (path, status) != (ID, 404):
         assert str(status) in error.message
+    if path != ID and status in {404, 418, 500}:
+        assert f"{path} of {ID} cannot be fetched" in error.message
     tries = len([request for request in hub.requests if request.path.partition("?")[0].endswith(path)])
     assert tries == (1 if status < 500 else client.METADATA_TRIES if path == ID else client.FILE_TRIES)
 
@@ -690,6 +692,15 @@ def test_without_a_hub_what_is_missing_or_damaged_is_told_with_the_reason(hub: H
     (source.directory / SECOND).write_bytes(content(97))
     with pytest.raises(EnvironmentLacks, match=f"{SECOND} of {ID} is damaged in the cache.*Connection refused"):
         opened(report).shard(SECOND)
+
+
+def test_without_a_hub_weights_that_were_never_fetched_are_not_said_to_be_none(hub: Hub, report: Notes) -> None:
+    """Where there is no index, the cache does not show what the repository has."""
+    hub.add(ID, {"config.json": b"{}", "model.safetensors": content(97)})
+    opened(report).fetch_small()
+    hub.stop()
+    with pytest.raises(EnvironmentLacks, match=f"model.safetensors of {ID} is not there in the cache.*refused"):
+        _ = opened(report).weights
 
 
 def test_offline_is_respected(hub: Hub, report: Notes, monkeypatch: pytest.MonkeyPatch) -> None:

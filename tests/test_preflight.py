@@ -18,7 +18,7 @@ from checkpoints import tiny_checkpoint
 from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.build.design import design
-from coreai_zoo.build.preflight import LEAST_MEMORY, preflight
+from coreai_zoo.build.preflight import LEAST_MEMORY, Disk, Preflight, preflight
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.workspace import Workspace
 from coreai_zoo.contracts import CONTRACTS
@@ -28,7 +28,7 @@ from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import EventReporter
 from disks import small_disks
 
-Disk = Callable[[str], Path]
+SmallDisk = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Disk]:
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     """Mounts a small file system, or changes its size."""
     with small_disks(tmp_path / "disk") as make:
         yield make
@@ -49,7 +49,7 @@ def build(checkpoint: Path, output: Path, *more: object) -> subprocess.Completed
 
 
 def test_a_bundle_that_does_not_fit_on_its_disk_is_refused_with_the_numbers(
-    checkpoint: Path, tmp_path: Path, small_disk: Disk
+    checkpoint: Path, tmp_path: Path, small_disk: SmallDisk
 ) -> None:
     output = small_disk("64k")
 
@@ -63,9 +63,17 @@ def test_a_bundle_that_does_not_fit_on_its_disk_is_refused_with_the_numbers(
     assert list(output.iterdir()) == [] and not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("chosen_by", ["--work-dir DIR", "HF_HOME"])
+def test_a_disk_that_is_too_small_is_named_by_what_chooses_another(tmp_path: Path, chosen_by: str) -> None:
+    full = Preflight(7, 7, 9, 9, (Disk(tmp_path, 7, 1, chosen_by),), None)
+    with pytest.raises(EnvironmentLacks) as caught:
+        full.require()
+    assert f"use another disk with {chosen_by};" in caught.value.hint and "-o DIR" not in caught.value.hint
+
+
 @pytest.mark.slow
 def test_a_disk_that_fills_up_is_an_error_from_which_a_build_goes_on_when_there_is_space(
-    checkpoint: Path, tmp_path: Path, small_disk: Disk
+    checkpoint: Path, tmp_path: Path, small_disk: SmallDisk
 ) -> None:
     # Small files take whole pages of 4 KiB, more than was counted beforehand: there is room for the weights, and none
     # for all that is written after them.

@@ -26,6 +26,7 @@ from coreai_zoo.build.design import design
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.workspace import Workspace
+from coreai_zoo.catalogue import find_entry
 from coreai_zoo.checkpoint import hub_client as client
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.hub import HubSource, Repository
@@ -756,6 +757,18 @@ def test_a_file_that_is_disturbed_while_it_is_used_costs_no_finished_weight(
     assert built(tmp_path / "out") == built(tmp_path / "whole")
 
 
+def test_another_model_than_an_entry_s_is_named_by_its_repository(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are in no folder yet."""
+    entry, _ = find_entry("qwen3.6-27b", default_plugins())
+    commit = hub.add(str(entry.hf_id), tiny_checkpoint(tmp_path / "checkpoint"), commit=entry.hf_revision)
+    refused = zoo("build", entry.name, "--stream", "-o", tmp_path / "out")
+    given = f"{entry.hf_id}@{commit}"
+    assert refused.exit_code == 2 and f"{given} is not the model of entry {entry.name}: " in refused.stderr
+    assert f"`zoo build {given}` builds it as what it is" in refused.stderr
+
+
 @pytest.mark.slow
 def test_a_rebuild_on_kept_weights_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
     """Not for what was seen of values that are not stored, either."""
@@ -867,8 +880,9 @@ def test_the_preflight_tells_how_much_is_fetched_and_how_much_of_it_needs_disk(h
     with pytest.raises(EnvironmentLacks, match=f"{size(at_once)} of checkpoint") as caught:
         small.require()
     assert "HF_HOME" not in caught.value.hint
+    assert "-o DIR or --work-dir DIR" in caught.value.hint, "both are on it"
     with pytest.raises(EnvironmentLacks) as caught:
-        attrs.evolve(plain, disks=small.disks).require()
+        attrs.evolve(plain, disks=(attrs.evolve(plain.disks[0], free=1),)).require()
     assert "HF_HOME" in caught.value.hint and "--stream" in caught.value.hint
 
 

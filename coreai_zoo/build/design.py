@@ -353,10 +353,12 @@ def _differences(
     if other := other_model(source, entry, plugins):
         differences = (*differences, other)
     if differences and not request.custom:
+        # What is on the hub may not be in the folder of the cache yet.
+        given = source.directory if source.hub is None else f"{source.hub.id}@{source.hub.commit}"
         raise BadInput(
-            f"{source.directory} is not the model of entry {entry.name}: {'; '.join(differences)}.",
-            f"`{zoo_command('build', source.directory)}` builds it as what it is, and "
-            f"`{zoo_command('new', 'NAME', '--from', source.directory)}` writes an entry for it; with --custom it is "
+            f"{given} is not the model of entry {entry.name}: {'; '.join(differences)}.",
+            f"`{zoo_command('build', given)}` builds it as what it is, and "
+            f"`{zoo_command('new', 'NAME', '--from', given)}` writes an entry for it; with --custom it is "
             "built by this entry's defaults, and says that it is another model.",
         )
     if request.custom and not differences:

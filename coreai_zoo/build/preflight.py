@@ -40,11 +40,13 @@ class Disk:
         path: a folder on it.
         needs: bytes that the build will write at least.
         free: bytes that are free.
+        chosen_by: what the user chooses another one with.
     """
 
     path: Path
     needs: int
     free: int
+    chosen_by: str = "-o DIR"
 
 
 @frozen
@@ -90,7 +92,7 @@ class Preflight:
                 raise EnvironmentLacks(
                     f"The build needs {size(disk.needs)} of disk space at {disk.path}, where {size(disk.free)} are "
                     f"free: {self._wanted} in all.",
-                    f"Free some, or use another disk with -o DIR{self._ways_out}.",
+                    f"Free some, or use another disk with {disk.chosen_by}{self._ways_out}.",
                 )
         if self.memory is not None and self.memory < self.least_memory:
             raise EnvironmentLacks(
@@ -100,9 +102,7 @@ class Preflight:
 
     @property
     def _ways_out(self) -> str:
-        return (
-            "" if self.streamed or not self.fetched else " or HF_HOME; --stream needs no room for all of a checkpoint"
-        )
+        return "" if self.streamed or not self.fetched else "; --stream needs no room for all of a checkpoint"
 
     @property
     def _wanted(self) -> str:
@@ -122,20 +122,21 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
     written = asset_bytes(design) + tokenizer_bytes(design)
     # What an earlier layout takes beyond that makes room where there is none.
     there = allocated_below(workspace.partial)
-    places = [(workspace.destination, max(0, written - there), max(0, there - written))]
+    places = [(workspace.destination, max(0, written - there), max(0, there - written), "-o DIR")]
     fetched = at_once = 0
     if (stream := stream_of(design, workspace)) is not None:
         fetched, at_once = stream.missing_bytes, stream.most_bytes
-        places.append((workspace.shards, max(0, at_once - allocated_below(workspace.shards)), 0))
+        places.append((workspace.shards, max(0, at_once - allocated_below(workspace.shards)), 0, "--work-dir DIR"))
     elif (hub := design.source.hub) is not None:
         fetched = at_once = hub.missing_bytes
-        places.append((hub.directory, fetched, 0))
+        places.append((hub.directory, fetched, 0, "HF_HOME"))
     disks: dict[int, Disk] = {}
-    for path, needs, spent in places:
+    for path, needs, spent, chosen_by in places:
         existing = existing_parent(path.parent)
         device = existing.stat().st_dev
-        disk = disks.get(device) or Disk(existing, 0, shutil.disk_usage(existing).free)
-        disks[device] = attrs.evolve(disk, needs=disk.needs + needs, free=disk.free + spent)
+        disk = disks.get(device) or Disk(existing, 0, shutil.disk_usage(existing).free, chosen_by)
+        both = disk.chosen_by if disk.chosen_by == chosen_by or not needs else f"{disk.chosen_by} or {chosen_by}"
+        disks[device] = attrs.evolve(disk, needs=disk.needs + needs, free=disk.free + spent, chosen_by=both)
     least_memory = design.backend.memory(int(design.facts["layers"]), len(design.functions), _steps(design))
     return Preflight(
         fetched,

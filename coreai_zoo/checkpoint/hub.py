@@ -252,6 +252,7 @@ class HubSource:
         elif SINGLE in names:
             shards = [SINGLE]
         else:
+            self._require_hub(RemoteFile(SINGLE, 0, None, None))  # the cache shows only what was fetched
             raise BadInput(
                 f"{self.id} has neither {INDEX} nor {SINGLE}.",
                 "Only checkpoints in the safetensors format can be used.",

@@ -202,8 +202,10 @@ def _refusal(error: HfHubHTTPError, repo_id: str, revision: str) -> ZooError:
             f"{repo_id} cannot be fetched: {host()} has had too many requests from here ({_status(error)}).",
             f"Try again {when}; who is logged in (`hf auth login`) may ask more often.",
         )
+    _, _, named = error.response.url.path.partition("/resolve/")
+    file = f"{named.partition('/')[2]} of " if named else ""
     return EnvironmentLacks(
-        f"{repo_id} cannot be fetched: {host()} answers {_status(error)}.",
+        f"{file}{repo_id} cannot be fetched: {host()} answers {_status(error)}.",
         "Try again later; the same command goes on from what has come.",
     )
 
