@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -35,6 +36,7 @@ from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.plugins import Plugins, default_plugins
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec
 from coreai_zoo_overlays import qwen3_5
+from coreai_zoo_overlays.qwen3_5 import Qwen35Overlay
 from coreai_zoo_qwen36 import plugin as qwen36_plugin
 from decoders import OVERLAY
 from toy_plugin import ToyOverlay, ToyPlugin
@@ -490,6 +492,70 @@ def test_an_entry_whose_facts_contradict_each_other_is_refused(tmp_path: Path) -
     path.write_text(text.replace("\nlayers = 24\n", "\nlayers = 30\n"), encoding="utf-8")
     with pytest.raises(BadInput, match="linear_attention_layers is 18, and the other facts make it 2"):
         planned(model=str(path))
+
+
+@pytest.mark.parametrize(
+    ("fact", "hint"), [("clamp = 7.0", "It knows "), ("gdn_key_head = 16", "Did you mean gdn_key_h")]
+)
+def test_a_fact_that_no_overlay_knows_is_refused(tmp_path: Path, fact: str, hint: str) -> None:
+    """Nothing would be compared with it, and nothing built by it."""
+    path = tmp_path / "mine.toml"
+    text = Path("zoo_entries/qwen3.5-2b.toml").read_text(encoding="utf-8")
+    path.write_text(text.replace("[facts]\n", f"[facts]\n{fact}\n"), encoding="utf-8")
+    with pytest.raises(
+        BadInput, match=f"the fact {fact.split(maxsplit=1)[0]}, which the overlay qwen3_5 does not know"
+    ) as caught:
+        planned(model=str(path))
+    assert hint in caught.value.hint
+
+
+class Clamped(Qwen35Overlay):
+    """A variant that a key in the config tells from what it refines."""
+
+    refines = "qwen3_5"
+    told = True
+
+    def config_of_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        made = dict(super().config_of_facts(facts))
+        return {**made, "clamp": 7.0} if self.told else made
+
+
+@pytest.fixture
+def of_a_variant(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An entry whose sample has that key."""
+    sample = tmp_path / "acme_sample" / "tiny"
+    shutil.copytree(root / "coreai_zoo_qwen36" / "samples" / "dense", sample)
+    (sample.parent / "__init__.py").touch()
+    config = json.loads((sample / "config.json").read_text())
+    (sample / "config.json").write_text(json.dumps(config | {"clamp": 7.0}))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = (root / "zoo_entries" / "qwen3.6-27b.toml").read_text(encoding="utf-8")
+    entry = entry.replace('"coreai_zoo_qwen36"', '"acme_sample"').replace('"samples/dense"', '"tiny"')
+    (tmp_path / "acme.toml").write_text(entry, encoding="utf-8")
+    return str(tmp_path / "acme.toml")
+
+
+def with_variant(overlay: Clamped, make_plugin: Callable[..., Any]) -> Plugins:
+    plugins = Plugins.discover()
+    claim = make_plugin(zoo_claim_overlay=lambda hf_config: overlay if "clamp" in hf_config else None)
+    plugins.register(claim, "acme")
+    return plugins
+
+
+def test_an_entry_is_of_the_variant_that_its_sample_is_of(of_a_variant: str, make_plugin: Callable[..., Any]) -> None:
+    plugins = with_variant(Clamped(name="clamped"), make_plugin)
+    made = design(BuildRequest(of_a_variant, dry=True), plugins)
+    assert (made.model.overlay.name, made.model.plugin, made.model.hf_config["clamp"]) == ("clamped", "acme", 7.0)
+    assert design(BuildRequest(DENSE, dry=True), plugins).model.overlay.name == "qwen3_5"
+
+
+def test_a_variant_that_makes_another_s_config_of_facts_is_refused(
+    of_a_variant: str, make_plugin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be planned, compared and drawn as what it refines."""
+    monkeypatch.setattr(Clamped, "told", False)
+    with pytest.raises(PluginError, match=r"one of overlay 'clamped' of plugin acme by its sample.*one of 'qwen3_5'"):
+        design(BuildRequest(of_a_variant, dry=True), with_variant(Clamped(name="clamped"), make_plugin))
 
 
 def test_the_efficiency_is_what_the_published_measurement_reaches(plans: Mapping[str, Plan]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, frozen
 
 from coreai_zoo.backend import Backend, Traced
-from coreai_zoo.build.model import Model, compare_facts, contradictions, read_model
+from coreai_zoo.build.model import Model, compare_facts, contradictions, read_model, require_known_facts
 from coreai_zoo.build.request import (
     DEFAULT_BACKEND,
     DEFAULT_CONTEXT,
@@ -340,6 +340,7 @@ def _differences(
     if source.directory is None:
         if problems := contradictions(entry, model.whole_facts):
             raise BadInput(f"The facts of an entry contradict each other: {'; '.join(problems)}.", "Correct the entry.")
+        require_known_facts(entry, model)
         return ()
     if model.model_type not in entry.model_type:
         raise BadInput(
@@ -347,6 +348,7 @@ def _differences(
             f"{' or '.join(entry.model_type)} ({entry.facts.ffn} feed-forward).",
             "Choose the entry that fits the checkpoint: `zoo list` shows the feed-forward kind of each.",
         )
+    require_known_facts(entry, model)
     if request.sample:  # another size on purpose
         return ()
     differences = compare_facts(entry, model.whole_facts)  # of a slice, the whole is compared

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from attrs import frozen
 
+from coreai_zoo.checkpoint.folder import read_config
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, listing
+from coreai_zoo.errors import BadInput, PluginError, ZooError, listing, near_names
 from coreai_zoo.overlay import Overlay
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.signature import KVCache
@@ -29,9 +31,10 @@ def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[s
     Raises:
         TooLittleStated: naming what it does not state.
         BadInput: when no overlay claims it, or its overlay cannot use a fact that it states, naming it.
-        PluginError: when the overlay fails for no fact's fault.
+        PluginError: when the overlay fails for no fact's fault, or makes a config that another one claims.
     """
-    overlay, plugin = plugins.claim_overlay(entry.model_type[0], {"model_type": entry.model_type[0]})
+    shown = _shown(entry)
+    overlay, plugin = plugins.claim_overlay(shown["model_type"], shown)
     facts = entry.facts.stated
     with plugins.attribute_errors(plugin, f"overlay {overlay.name!r}", except_input=True):
         try:
@@ -48,7 +51,27 @@ def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[s
             raise BadInput(message, "Correct them in its file.") from error
         except Exception as error:
             raise _blamed_on_a_fact(entry, error) from error
+    claimed, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
+    if claimed.name != overlay.name:
+        raise PluginError(
+            f"Entry {entry.name} is one of overlay {overlay.name!r} of plugin {plugin} by its sample, and the config "
+            f"that this makes of the entry's facts is one of {claimed.name!r}.",
+            f"Have `config_of_facts` of {overlay.name!r} give what its plugin claims a config by.",
+        )
     return hf_config
+
+
+def _shown(entry: Entry) -> Mapping[str, Any]:
+    """What is known of a model's config before an overlay makes one: that of its sample, or its architecture alone.
+
+    Overlays of one architecture may tell theirs by more than its name.
+    """
+    if entry.sample is not None:
+        with suppress(ZooError):  # not installed: whoever needs it says so
+            config = read_config(entry.sample_directory())
+            if config.get("model_type") in entry.model_type:
+                return config
+    return {"model_type": entry.model_type[0]}
 
 
 def _blamed_on_a_fact(entry: Entry, error: Exception) -> Exception:
@@ -104,6 +127,21 @@ def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | Non
         config = overlay.read_config(hf_config)
         facts, kv_cache = overlay.facts(config), overlay.kv_cache(config)
     return Model(hf_config, overlay, plugin, config, facts, whole_facts, kv_cache)
+
+
+def require_known_facts(entry: Entry, model: Model) -> None:
+    """Refuse an entry with a fact that its overlay does not know, which nothing would be compared with.
+
+    Raises:
+        BadInput: naming it.
+    """
+    known = model.whole_facts
+    for name in entry.facts.more:
+        if name not in known:
+            raise BadInput(
+                f"Entry {entry.name} states the fact {name}, which the overlay {model.overlay.name} does not know.",
+                near_names(name, known) or f"It knows {listing(sorted(known), 40)}.",
+            )
 
 
 def contradictions(entry: Entry, facts: Mapping[str, Any]) -> list[str]:
