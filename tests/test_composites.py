@@ -295,6 +295,20 @@ def test_what_cannot_be_kept_whole_is_refused_in_words(kind: str) -> None:
     assert str(refused.value).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("a name with a space", "Say `name` in its class: letters, digits and underscores."),
+        ("something unsaid", "Annotate it: `x: Tensor`."),
+        ("a list", "Attributes are numbers, truth values or text; a tensor is an input of its forward."),
+    ],
+)
+def test_a_refusal_says_what_to_write_instead(kind: str, hint: str) -> None:
+    with pytest.raises(PluginError) as refused:
+        use_toolchain_composites(nn.ModuleList([REFUSED[kind][0]()]))
+    assert refused.value.hint == hint
+
+
 def test_two_composites_of_one_name_are_refused() -> None:
     module = nn.ModuleDict({"one": Leaky(1.0), "other": AnotherOfThatName(1.0)})
     with pytest.raises(PluginError, match=r"^other is a composite called toy_leaky, and so is another one\.$"):

@@ -222,7 +222,11 @@ def test_a_mistake_that_tracing_meets_is_one_paragraph(
 @pytest.mark.parametrize(
     ("backend", "said"),
     [
-        ("coreai", "ValueError: The exported program contains unsupported ATen ops: aten.special_bessel_j0.default"),
+        (
+            "coreai",
+            "ValueError: The exported program contains unsupported ATen ops: aten.special_bessel_j0.default. "
+            "Write it with other operations.",
+        ),
         ("coreml", "NotImplementedError: Unsupported fx node special_bessel_j0, kind special_bessel_j0."),
     ],
 )

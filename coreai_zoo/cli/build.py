@@ -125,13 +125,17 @@ def build(ctx: click.Context, /, as_json: bool, progress: str, **options: Any) -
     else:
         click.echo(f"{result.path} ({result.bytes:,} bytes, {sum(result.seconds.values()):.1f} s)")
     if not as_json and progress != "json":
-        checkpoint = request.checkpoint or _folder(request.model, plugins_of(ctx))
+        checkpoint = request.checkpoint or _folder(request, plugins_of(ctx))
         say_what_is_next(Bundle.open(result.path), result.path, plugins_of(ctx), checkpoint)
 
 
-def _folder(model: str | None, plugins: Plugins) -> Path | None:
-    """The folder of a checkpoint that was built by its path."""
-    return None if model is None else find_subject(model, plugins).directory
+def _folder(request: BuildRequest, plugins: Plugins) -> Path | None:
+    """The folder of a checkpoint that was built by its path, or of the sample of an entry that is only a file."""
+    if request.model is None:
+        return None
+    subject = find_subject(request.model, plugins)
+    of_a_file = request.sample and subject.entry is not None and request.model.endswith(".toml")
+    return subject.entry.sample_directory() if of_a_file and subject.entry else subject.directory
 
 
 def _described(request: BuildRequest, result: BuildResult) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def warning(places: tuple[Headroom, ...]) -> str | None:
         return None
     return (
         f"Little room is left in {len(near)} of {len(places)} places, where the factor to {LARGEST_HALF:,.0f} is below "
-        f"{LITTLE:g}: another prompt may overflow half precision."
+        f"{LITTLE:g}: another prompt may overflow half precision. A bundle of contract dynamic-bf16 is computed "
+        "in bfloat16, which has the range of float32."
     )
 
 

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -91,7 +91,8 @@ def _own(path: str, child: composites.Composite) -> tuple[str, list[str]]:
     """The name of a composite of an overlay's own, and of its attributes, which have to tell all that it is."""
     name = getattr(type(child), "name", None)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-        raise PluginError(f"{path} is a composite, and its `name` is {name!r}.", "Say `name` in its class.")
+        hint = "Say `name` in its class: letters, digits and underscores."
+        raise PluginError(f"{path} is a composite, and its `name` is {name!r}.", hint)
     held = [*dict(child.named_parameters()), *dict(child.named_buffers()), *dict(child.named_children())]
     if held:
         raise PluginError(
@@ -100,7 +101,10 @@ def _own(path: str, child: composites.Composite) -> tuple[str, list[str]]:
     attributes = {key: value for key, value in attributes_of(child).items() if value or not key.endswith("_hooks")}
     for key, value in attributes.items():
         if not isinstance(value, (bool, int, float, str)):
-            raise PluginError(f"{path} is a composite, and its attribute {key} is of type {type(value).__name__}.")
+            raise PluginError(
+                f"{path} is a composite, and its attribute {key} is of type {type(value).__name__}.",
+                "Attributes are numbers, truth values or text; a tensor is an input of its forward.",
+            )
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise PluginError(f"{path} is a composite, and its attribute {key} has more than 64 bits.")
         if key == "version":
@@ -121,7 +125,9 @@ def _require_tensors(path: str, child: composites.Composite) -> None:
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or hints.get(name) not in _TENSORS:
             raise PluginError(
                 f"{path} is a composite, and its forward takes {parameter}.",
-                "A composite takes tensors, or `Tensor | None`, and nothing else; other values are attributes.",
+                "A composite takes tensors, or `Tensor | None`, and nothing else; other values are attributes."
+                if parameter.annotation is not inspect.Parameter.empty
+                else f"Annotate it: `{name}: Tensor`.",
             )
 
 
@@ -248,10 +254,19 @@ def _exported_composite(prepared: _PreparedModule, export: Export) -> ExportedPr
         if program.graph_signature.user_inputs_to_mutate:
             raise PluginError(f"{prepared.module_path} is a composite and writes to a tensor that it is given.")
         with mistakes.explained("lowered", prepared.module, exported, inside=prepared.module_path):
-            validate_exported_program(program, {})
+            require_known_operations(program, {})
         known[key] = (program, *_derive_composite_io_names(program))
     program, prepared.composite_input_names, prepared.composite_output_names = known[key]
     return program
+
+
+def require_known_operations(program: ExportedProgram, own: Mapping[str, Any]) -> None:
+    """Raise ValueError for operations that are not lowered, naming them, with what an overlay can do about it."""
+    try:
+        validate_exported_program(program, own)
+    except ValueError as error:
+        told, advice, _ = str(error).partition("Use register_torch_lowering()")
+        raise ValueError(f"{told}Write it with other operations." if advice else told) from None
 
 
 def with_call_sites(

@@ -25,14 +25,13 @@ from coreai._compiler.ir import (
     Value,
 )
 from coreai_torch import TorchConverter
-from coreai_torch._validate import validate_exported_program
 from coreai_torch.converter import _StagedEntry
 from coreai_torch.externalize import _ExternalizedExportedProgram
 from torch import fx
 from torch.export import ExportedProgram
 
 from coreai_zoo.backend import Constant
-from coreai_zoo.backends.coreai.composites import with_call_sites
+from coreai_zoo.backends.coreai.composites import require_known_operations, with_call_sites
 from coreai_zoo.backends.coreai.constants import row, stored_constants
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
@@ -131,7 +130,7 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
 
     def validate(self, program: ExportedProgram) -> None:
         """Raise ValueError for operations that are not lowered, naming them."""
-        validate_exported_program(program, self._user_defined_torch_lowering)
+        require_known_operations(program, self._user_defined_torch_lowering)
 
     def _handle_placeholder_op(self, node: fx.Node) -> None:
         state = self._states.get(id(self.exported_program), {})
