@@ -305,9 +305,9 @@ _HEAD = """\
 # What the gate catches
 
 A gate that never failed anything proves nothing. So this one is attacked: each mutant below is a plausible mistake of
-porting the model, made on purpose in the overlay's source or in its weights, and run on the samples. **Every one fails
-the gate, or is refused before**; the untouched samples pass. `tests/test_mutants.py` repeats that and compares with the
-table, which was printed by
+porting the model, made on purpose in the overlay's source or in its weights, and run on the samples. **Every one of the
+first two tables fails the gate, or is refused before**; the untouched samples pass. `tests/test_mutants.py` repeats
+that and compares with the first table, which was printed by
 
     python tests/attack.py > docs/gate-mutants.md
 

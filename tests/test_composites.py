@@ -16,13 +16,20 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from coreai_torch import get_decomp_table
 from torch import Tensor, nn
 
-from coreai_zoo.backends.coreai.composites import composites_kept, use_toolchain_composites
+from coreai_zoo.backends.coreai.composites import (
+    composites_kept,
+    require_known_operations,
+    use_toolchain_composites,
+)
 from coreai_zoo.composites import Composite, RMSNorm
 from coreai_zoo.errors import PluginError
+from coreai_zoo.lowering import torch_export
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.recipes import QuantizationSpec
+from documents import read
 from test_coreai_backend import Compiled, compiled, recipe_of, toy
 
 
@@ -307,6 +314,17 @@ def test_a_refusal_says_what_to_write_instead(kind: str, hint: str) -> None:
     with pytest.raises(PluginError) as refused:
         use_toolchain_composites(nn.ModuleList([REFUSED[kind][0]()]))
     assert refused.value.hint == hint
+
+
+def test_the_composite_of_the_documentation_is_one_and_is_lowered() -> None:
+    (code,) = re.findall(r"```python\n(.*?ClampedSwiGLU.*?)```", read("overlay.md"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    module = nn.ModuleList([names["ClampedSwiGLU"](7.0)])
+    (spec,) = use_toolchain_composites(module)
+    assert (spec.composite_op_name, spec.composite_attrs) == ("acme_clamped_swiglu", ["limit"])
+    program = torch_export.export(module[0], (torch.ones(2), torch.ones(2)), ({}, {}), get_decomp_table())
+    require_known_operations(program, {})
 
 
 def test_two_composites_of_one_name_are_refused() -> None:

@@ -15,12 +15,15 @@ from click.testing import Result
 
 from checkpoints import tiny_checkpoint
 from command import commands, zoo
+from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.catalogue import find_entry
 from coreai_zoo.cli.app import COMMANDS, SECTIONS, cli
+from coreai_zoo.cli.build import _folder
 from coreai_zoo.commands import Headed
 from coreai_zoo.errors import did_you_mean, near_names, near_paths
 from coreai_zoo.json_files import write_json
-from coreai_zoo.plugins import Plugins
+from coreai_zoo.plugins import Plugins, default_plugins
 
 DENSE = "qwen3.6-27b"
 MANY = 7  # options, from which on they stand below headings
@@ -293,3 +296,13 @@ def test_what_cannot_work_is_said_at_once(
 
 def test_without_entries_a_list_says_so() -> None:
     assert "No plugin brings any entry" in zoo("list", plugins=Plugins()).stdout
+
+
+def test_a_sample_of_an_entry_that_is_only_a_file_is_gated_on_the_folder_of_that(root: Path, tmp_path: Path) -> None:
+    """By the name in its record no entry is found."""
+    entry = tmp_path / "mine.toml"
+    shutil.copyfile(root / "zoo_entries" / "qwen3.6-27b.toml", entry)
+    sample = find_entry("qwen3.6-27b", default_plugins())[0].sample_directory()
+    assert _folder(BuildRequest(str(entry), sample=True), default_plugins()) == sample
+    assert _folder(BuildRequest("qwen3.6-27b", sample=True), default_plugins()) is None
+    assert _folder(BuildRequest(str(entry)), default_plugins()) is None

@@ -98,4 +98,4 @@ def _advice(target: System, plugins: Plugins) -> str:
         contract.name if DEFAULT_BACKEND in contract.backends else f"{contract.name} ({backend_of(contract)})"
         for contract in _runnable(target, plugins.contracts().values())
     ]
-    return f"It runs {listing(runs)}: name one with --contract, or none for the newest." if runs else ""
+    return f"It runs {listing(runs)}: name one with --contract, or none, and one is chosen." if runs else ""

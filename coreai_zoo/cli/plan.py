@@ -184,10 +184,12 @@ def plan(
         else:
             print_contracts(options, machines)
             fewest = min(options.options, key=lambda option: len(option.calls))
-            contract = fewest.plan.design.contract.name
+            contract = fewest.plan.design.contract
+            if contract.on_devices:
+                click.echo(f"Of {contract.name}: {contract.on_devices}", err=True)
             say_next(
                 "build what reads a prompt in the fewest calls",
-                zoo_command(*_words(subjects[0]), "--contract", contract),
+                zoo_command(*_words(subjects[0]), "--contract", contract.name),
             )
         return
     if every_recipe:
