@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command("diff", cls=Headed, headings={"contract": "What is compared", "markdown": "What is printed"})
 @click.argument("a", metavar="A", shell_complete=complete_bundle)
 @click.argument("b", metavar="[B]", required=False, shell_complete=complete_bundle)
-@click.option("--contract", metavar="NAME", help="By which entries are compared. Default: their own.")
+@click.option("--contract", metavar="C", help="By which entries are compared. Default: their own.")
 @click.option("--rev", "revisions", multiple=True, metavar="REV", help="Compare the code at REV with the working tree.")
 @click.option(
     "--checkpoint",
