@@ -22,6 +22,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.contracts import STATIC_S1
 from coreai_zoo.gate import ReferenceModel
 from coreai_zoo.gates.huggingface import _by_config
+from coreai_zoo.gates.run import replaced_by_less
 from coreai_zoo.plugins import Plugins
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
 
@@ -79,6 +80,23 @@ def test_the_verdict_is_printed_and_written_as_transcript_page_and_card(gated: t
     assert bundle.name in (bundle / "gate" / "report.html").read_text(encoding="utf-8")
     card = (bundle / "README.md").read_text(encoding="utf-8")
     assert "**The gate passed.**" in card and "Of 6 positions, digits (6), the most probable next token was" in card
+
+
+def test_a_verdict_on_less_says_what_it_takes_the_place_of(gated: tuple[Path, Result], tmp_path: Path) -> None:
+    """In the bundle, where the last verdict is what is published."""
+    bundle, record = Bundle.open(gated[0]), transcript(gated[0])
+    (prompt,) = record["prompts"]
+    short = {**record, "prompts": [{**prompt, "positions": prompt["positions"][:2]}]}
+    assert replaced_by_less(bundle, short) == (
+        "This takes the place of a verdict on 6 sure positions; -o DIR keeps a short one apart."
+    )
+    assert replaced_by_less(bundle, record) is None, "as much as before"
+    assert replaced_by_less(bundle, short, tmp_path) is None, "there is none"
+    of_another = {**short, "bundle": {**short["bundle"], "build_sha256": "0" * 64}}
+    assert replaced_by_less(bundle, of_another) is None
+    again = Path(shutil.copytree(gated[0], tmp_path / gated[0].name))
+    said = zoo("gate", again, "--prompts", "digits", "--positions", "4", "--no-control").stderr
+    assert "This takes the place of a verdict on 6 sure positions" in said
 
 
 @pytest.mark.usefixtures("gated")  # fills the cache, in whatever process this runs

@@ -24,7 +24,14 @@ from coreai_zoo.commands import (
     say_next,
 )
 from coreai_zoo.errors import BadInput, argument, zoo_command
-from coreai_zoo.gates.run import GateOptions, failure, report_folder, run_gate, write_report
+from coreai_zoo.gates.run import (
+    GateOptions,
+    failure,
+    replaced_by_less,
+    report_folder,
+    run_gate,
+    write_report,
+)
 from coreai_zoo.progress import Reporter
 
 _EXISTING = click.Path(path_type=Path)
@@ -134,6 +141,7 @@ def gate(
     folder = report_folder(opened[0], output)
     transcripts.check_writable(folder)
     records = run_gate(opened, options, plugins, Reporter(silent=as_json), keep_in=folder)
+    replaces = replaced_by_less(opened[0], records[0], output)
     page = write_report(opened[0], records, output)
     if as_json:
         for remark in records[0]["remarks"]:
@@ -144,6 +152,8 @@ def gate(
     else:
         show(records)
         click.echo(f"Report: {page}")
+    if replaces:
+        click.echo(replaces, err=True)
     if not records[0]["verdict"]["passed"]:
         raise failure(opened[0].directory.name, records[0]["verdict"]["reasons"])
     if output is not None and not as_json:  # what is next to the bundle is of another gate, or of none

@@ -20,13 +20,13 @@ from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.build.workspace import existing_parent
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import checkpoint_of
-from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, bytes_below
+from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT, bytes_below
 from coreai_zoo.bundle.verify import backend_of, check_copy, require, require_unchanged
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
 from coreai_zoo.engine import PREFILL
-from coreai_zoo.errors import BadInput, CheckFailed, did_you_mean, listing
+from coreai_zoo.errors import BadInput, CheckFailed, ZooError, did_you_mean, listing
 from coreai_zoo.gate import Activations, GateResult
 from coreai_zoo.gates import prompts, report, transcript
 from coreai_zoo.gates.candidate import AssetCandidate
@@ -45,6 +45,7 @@ from coreai_zoo.gates.teacher_forced import (
     gate,
     run_oracle,
 )
+from coreai_zoo.json_files import read_object
 from coreai_zoo.overlay import LayeredDecoder, Overlay
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -200,6 +201,25 @@ def write_report(bundle: Bundle, records: Sequence[Mapping[str, Any]], output: P
     if output is None:
         transcript.write_card(bundle, report.markdown(records[0]))
     return folder / REPORT
+
+
+def replaced_by_less(bundle: Bundle, record: Mapping[str, Any], output: Path | None = None) -> str | None:
+    """A sentence on a verdict that a report replaces, where that was on more of the same build; to ask before.
+
+    Args:
+        bundle: what was judged.
+        record: its transcript.
+        output: as for `write_report`.
+    """
+    try:
+        earlier = read_object(report_folder(bundle, output) / TRANSCRIPT)
+        alike = earlier["bundle"]["build_sha256"] == record["bundle"]["build_sha256"]
+        before = report.power(earlier).positions
+    except (ZooError, KeyError, TypeError):  # there is none, or one that cannot be read
+        return None
+    if not alike or report.power(record).positions >= before:
+        return None
+    return f"This takes the place of a verdict on {before:,} sure positions; -o DIR keeps a short one apart."
 
 
 def failure(name: str, reasons: list[str]) -> CheckFailed:
