@@ -37,6 +37,7 @@ from coreai_zoo.dtypes import bits_of
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.layout import Layout
 from coreai_zoo.lowering import mistakes
+from coreai_zoo.lowering.torch_export import exporting
 from coreai_zoo.lowering.trace import example_inputs, require_contract
 from coreai_zoo.lowering.transposed import stacks_read_transposed
 from coreai_zoo.names import names_beside
@@ -123,7 +124,8 @@ def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
     mistakes.require_arguments(decoder, [tensor.name for tensor in (*spec.inputs, *spec.states)])
     with interruption.deferred(), torch.no_grad(), quietly(), mistakes.explained("traced", decoder):
         module = _Stateful(decoder, spec)
-        program: ExportedProgram = torch.export.export(module, (), inputs, strict=False).run_decompositions({})
+        with exporting({}) as exported:
+            program = exported(module, (), inputs)
     written = set(_written_buffers(program))
     states = {state.name for state in spec.states}
     require_contract(program, spec, written & states, [f"buffer {name}" for name in sorted(written - states)])
