@@ -147,6 +147,18 @@ ODD: dict[str, Odd] = {
     "writes to a part of its token": Odd(lambda odd, token, other: token[:2].zero_() + 1),
     "writes to a buffer": Odd(lambda odd, token, other: odd.counted.add_(1) + token),
     "writes to a view of a buffer": Odd(lambda odd, token, other: odd.counted[1:].fill_(3)[0] + token),
+    "writes to a buffer and replaces it": Odd(
+        lambda odd, token, other: (odd.counted.add_(1), setattr(odd, "counted", odd.counted.clone()), token + 1)[2]
+    ),
+    "writes to a buffer that it replaced": Odd(
+        lambda odd, token, other: (
+            before := odd.counted,
+            setattr(odd, "counted", token[0] + 1),
+            before.add_(1) + token,
+        )[2]
+    ),
+    "puts its token elsewhere": Odd(lambda odd, token, other: token.set_(other.clone()) + 1),
+    "puts a buffer elsewhere": Odd(lambda odd, token, other: odd.counted.set_(token[0].clone()) + token),
     "writes to a parameter": Odd(lambda odd, token, other: odd.weight.mul_(2) + token),
     "gives a state": Odd(lambda odd, token, other: other),
     "gives a part of a state": Odd(lambda odd, token, other: other[1:]),
@@ -168,7 +180,49 @@ def test_what_is_expected_wrongly_is_exported_as_without_expectation(odd: Odd) -
 
     analysis = vars(aot_autograd)["run_functionalized_fw_and_collect_metadata"]
     assert told(2) == told(0)
+    assert not odd._forward_hooks and not odd._forward_pre_hooks, "as it was"
     assert vars(aot_autograd)["run_functionalized_fw_and_collect_metadata"] is analysis
+
+
+class Uncalled(Odd):
+    """Calls no hook, as a module may that is called in a way of its own."""
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        return self.forward(*arguments)
+
+
+class Twice(Odd):
+    """Calls itself on another token."""
+
+    within = False
+
+    def forward(self, token: Tensor, one: Tensor, other: Tensor) -> Any:
+        if self.within:
+            return token * 2
+        self.within = True
+        inner = self(token + 1, one.clone(), other.clone())
+        self.within = False
+        return super().forward(token, one, other) + inner
+
+
+@pytest.mark.parametrize("kind", [Uncalled, Twice])
+def test_what_cannot_be_compared_is_exported_as_without_expectation(kind: type[Odd]) -> None:
+    odd = kind(lambda odd, token, other: odd.counted.add_(1) + token.add_(other))
+    assert exported(odd, states=2) == exported(odd, states=0)
+
+
+def test_what_a_hook_writes_before_a_module_is_called_is_not_lost() -> None:
+    """Such as that by which a decoder gets of its inputs what a call really puts into them."""
+    odd = Odd(lambda odd, token, other: token + other)
+    odd.register_forward_pre_hook(lambda _, given: (given[0].add_(1).clone(), *given[1:]))
+    assert exported(odd, states=2) == exported(odd, states=0)
+
+
+def test_a_tensor_that_is_left_in_an_attribute_is_told_as_without_expectation() -> None:
+    odd = Odd(lambda odd, token, other: setattr(odd, "kept", token + 1) or token + other)
+    for states in (2, 0):
+        with pytest.warns(UserWarning, match="attribute self.kept was assigned during export"):
+            exported(odd, states)
 
 
 def test_a_decoder_of_a_contract_is_traced_in_one_run(tmp_path: Path) -> None:

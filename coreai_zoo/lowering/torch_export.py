@@ -110,14 +110,16 @@ def _expecting(module: nn.Module, states: int) -> Iterator[None]:
 
     torch runs a module to see which of its arguments it mutates. The analysis is left to torch, but of a function that
     is known to mutate the states. A mutation that was not expected would be lost from the graph, so that the recorded
-    run is looked at in the same way.
+    run is looked at in the same way: all that it is given, as it was given.
 
     Raises:
-        _OtherThanExpected: within the block, when they do not agree.
+        _OtherThanExpected: within the block or at its end, when they do not agree, or could not be compared.
     """
     looked_up_in: Any = aot_autograd
     analysis = looked_up_in.run_functionalized_fw_and_collect_metadata
-    given: list[Tensor] = []
+    given: list[Any] = []
+    states_given: set[int] = set()
+    calls = 0
 
     def analysed(_forward: object, **options: Any) -> Any:
         def expected(*arguments: Tensor) -> tuple[Tensor]:
@@ -128,14 +130,15 @@ def _expecting(module: nn.Module, states: int) -> Iterator[None]:
         return analysis(expected, **options)
 
     def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        given[:] = arguments
+        nonlocal calls
+        calls += 1
+        # Whatever a run can write to is a functional tensor, and a parameter or buffer is replaced by one.
+        given[:] = [*arguments, *module.parameters(), *module.buffers()]
+        states_given.update(id(state) for state in arguments[-states:])
 
     def compare(_module: nn.Module, _arguments: object, _result: object) -> None:
-        # Whatever a run can write to is a functional tensor, and a parameter or buffer is replaced by one.
-        inputs: list[Any] = [*given, *module.parameters(), *module.buffers()]
-        written = [id(tensor) for tensor in inputs if has_data_mutation(tensor)]
-        reshaped = any(torch._functionalize_has_metadata_mutation(each.elem) for each in inputs)
-        if reshaped or set(written) != {id(state) for state in given[-states:]}:
+        written = {id(tensor) for tensor in given if has_data_mutation(tensor)}
+        if written != states_given or any(map(_has_other_metadata, given)):
             raise _OtherThanExpected
 
     hooks = [module.register_forward_pre_hook(keep, prepend=True), module.register_forward_hook(compare)]
@@ -143,10 +146,18 @@ def _expecting(module: nn.Module, states: int) -> Iterator[None]:
     try:
         with _detect_attribute_assignment(module):  # as torch does while it analyses
             yield
+        if calls != 1:  # a module that does not call its hooks, or calls itself
+            raise _OtherThanExpected
     finally:
         looked_up_in.run_functionalized_fw_and_collect_metadata = analysis
         for hook in hooks:
             hook.remove()
+
+
+def _has_other_metadata(tensor: Any) -> bool:
+    """Whether a functional tensor lies in memory otherwise than it did, or somewhere else."""
+    inside = tensor.elem
+    return torch._functionalize_has_metadata_mutation(inside) or torch._functionalize_was_storage_changed(inside)
 
 
 @contextlib.contextmanager
