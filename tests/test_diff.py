@@ -24,10 +24,13 @@ from checkpoints import tiny_checkpoint
 from command import zoo
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreai.bytecode import Bytecode
+from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, LayerKind, count, telling_depth
+from coreai_zoo.plugins import default_plugins
 from coreai_zoo.program import Function, Operation, Program
+from coreai_zoo.progress import Reporter
 from coreai_zoo.review import comparison
 from coreai_zoo.review.diff import Change, Difference, Section, as_markdown, compare, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
@@ -341,6 +344,23 @@ def test_revisions_build_the_file_of_an_entry_by_the_contract_that_is_asked_for(
     assert done.exit_code == 0, done.output
     assert asked == [(str(entry), contract)] * 2
     assert "compared by contract static-s1 and by no other" in done.stdout, "which is what the bundles say"
+
+
+def test_two_recipes_of_an_entry_s_file_are_run_on_the_sample_of_that_file(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = tmp_path / "mine.toml"
+    shutil.copyfile(root / "zoo_entries" / "qwen3.6-27b.toml", entry)
+
+    def build(request: BuildRequest, *_: object) -> None:
+        raise LookupError(request.model, request.recipe, request.contract)
+
+    monkeypatch.setattr(comparison, "build", build)
+    comparer = comparison.Comparer(default_plugins(), Reporter(silent=True), None, 6, numerics=True, contract="chunked")
+    sides = [comparer._entry_recipe(f"{entry}:{recipe}") for recipe in ("fp16", "int8hu")]
+    with pytest.raises(LookupError) as caught:
+        comparer._numerics_of_samples(*sides)
+    assert caught.value.args == (str(entry), "fp16", "chunked")
 
 
 def test_text_and_markdown_end_in_the_verdict(built: Callable[[str], Path], copy: Path) -> None:

@@ -502,6 +502,10 @@ def test_a_fact_that_no_overlay_knows_is_refused(tmp_path: Path, fact: str, hint
     path = tmp_path / "mine.toml"
     text = Path("zoo_entries/qwen3.5-2b.toml").read_text(encoding="utf-8")
     path.write_text(text.replace("[facts]\n", f"[facts]\n{fact}\n"), encoding="utf-8")
+    text = Path("zoo_entries/qwen3.6-27b.toml").read_text(encoding="utf-8")
+    (tmp_path / "other.toml").write_text(text.replace("[facts]\n", f"[facts]\n{fact}\n"), encoding="utf-8")
+    with pytest.raises(BadInput, match="which the overlay qwen3_5 does not know"):
+        design(BuildRequest(str(tmp_path / "other.toml"), sample=True), default_plugins())
     with pytest.raises(
         BadInput, match=f"the fact {fact.split(maxsplit=1)[0]}, which the overlay qwen3_5 does not know"
     ) as caught:

@@ -66,6 +66,24 @@ def test_where_integers_do_not_show_the_scheme_nothing_is_said_against_any(
     assert form.is_of(Format((64, 160), "float16", spec))
 
 
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "scheme"), SIGNED)
+@pytest.mark.parametrize("levels", [[1.0], [6.0, 4.0, 3.0], [1 / 7.5, 6 / 7.5]], ids=str)
+def test_weights_of_few_values_tell_no_scheme_that_is_not_theirs(
+    dtype: str, scheme: str, scales: torch.dtype, levels: list[float]
+) -> None:
+    """Signs, or what was trained for four bits: all scales may be rounded the same way."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([*levels, *(-level for level in levels)])
+    rows = values[torch.randint(len(values), (64, 160), generator=generator)].to(scales)
+    spec = QuantizationSpec(dtype, scheme, 32)  # type: ignore[arg-type]
+    made = quantize_rows(rows, spec, scales)
+    codes = bytes_of(pack_int4(made.codes) if spec.bits == 4 else made.codes)
+    name = str(scales).removeprefix("torch.")
+    lowest = _uses_lowest(codes, dtype, name, bytes_of(made.scales))
+    assert StoredForm((64, 160), dtype, name, 32, lowest=lowest).is_of(Format((64, 160), name, spec))
+
+
 INT8 = QuantizationSpec("int8", "symmetric", 32)
 FORM = StoredForm((8, 64), "int8", "float16", 32, lowest=True)
 

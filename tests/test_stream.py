@@ -18,10 +18,11 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import load, save, save_file
 
 from checkpoints import read_weights, tiny_checkpoint, write_json
 from command import zoo
+from coreai_zoo.build import pipeline
 from coreai_zoo.build.design import design
 from coreai_zoo.build.preflight import Preflight, preflight
 from coreai_zoo.build.request import BuildRequest
@@ -722,6 +723,33 @@ def test_a_streamed_build_gives_the_same_bundle_also_after_a_failure(
     assert "is there already, and up to date" in zoo(*streamed).stdout
 
 
+@pytest.mark.parametrize("at", range(1, 12))
+def test_what_is_read_of_a_file_while_it_changes_is_not_kept(
+    hub: Hub, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the hub states of a file is not what was read of it."""
+    hub.add(ID, repository(spread=True))
+    place, looks = Place.of(tmp_path / "disturbed"), 0
+    usual = Checkpoint._file
+
+    def racing(self: Checkpoint, path: Path) -> Any:
+        nonlocal looks
+        file, looks = usual(self, path), looks + 1
+        if looks == at and self._places[path] != path:
+            with self._places[path].open("r+b") as shard_file:
+                size = os.fstat(shard_file.fileno()).st_size
+                shard_file.seek(size // 2)
+                shard_file.write(bytes(size - size // 2))
+        return file
+
+    monkeypatch.setattr(Checkpoint, "_file", racing)
+    with pytest.raises(EnvironmentLacks, match="has changed while it was read"):
+        place.fill(Notes())
+    monkeypatch.setattr(Checkpoint, "_file", usual)
+    place.fill(Notes())
+    assert place.contents() == whole(tmp_path / "whole", repository(spread=True))[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "told"),
@@ -884,6 +912,52 @@ def test_the_preflight_tells_how_much_is_fetched_and_how_much_of_it_needs_disk(h
     with pytest.raises(EnvironmentLacks) as caught:
         attrs.evolve(plain, disks=(attrs.evolve(plain.disks[0], free=1),)).require()
     assert "HF_HOME" in caught.value.hint and "--stream" in caught.value.hint
+
+
+def test_the_preflight_holds_in_whatever_order_files_come(hub: Hub, tmp_path: Path) -> None:
+    """The asset says which; here the two large ones are those that the plan has farthest apart."""
+    files = repository(spread=False)
+    names = needed(files, spread=False)
+    for name in (names[0], names[-1]):
+        held = load(files[name])
+        (padding,) = (key for key in held if key.startswith("visual"))
+        files[name] = save({**held, padding: torch.zeros(2**18)}, {"format": "pt"})
+    hub.add(ID, files)
+    place = Place.of(tmp_path)
+    source, checkpoint = place.opened(Notes())
+    weights = planned(checkpoint)
+
+    def stream(order: Callable[[PlannedTensor], int]) -> Stream:
+        return Stream(source, checkpoint, weights, place.store, place.folder, order)
+
+    used = set()
+    for seed in range(40):
+        order = [each.name for each in weights.stored]
+        random.Random(seed).shuffle(order)
+        used.add(stream(lambda each, order=order: order.index(each.name)).most_bytes)  # type: ignore[misc]
+    largest = sorted(len(files[name]) for name in names)[-2:]
+    assert max(used) == stream(lambda _: 0).most_bytes_in_any_order == sum(largest)
+    assert min(used) < max(used), "it depends on the order"
+
+
+@pytest.mark.slow
+def test_what_a_layout_depends_on_is_told_and_is_not_alone_in_the_folder(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Core ML has the smallest tensors in the program itself, so that some values come before all others."""
+    hub.add(ID, tiny_checkpoint(tmp_path / "checkpoint", shards=3))
+    folders: list[bool] = []
+    usual = pipeline.stream_of
+
+    def watched(*given: Any, alone: bool = True) -> Stream | None:
+        folders.append(alone)
+        return usual(*given, alone=alone)
+
+    monkeypatch.setattr(pipeline, "stream_of", watched)
+    done = zoo("build", ID, "--stream", "--backend", "coreml", "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert folders == [False, True]
+    assert re.search(r"fetching [\d.]+ \w+ first, for the layout depends on what is in them", done.stderr)
 
 
 def test_files_of_layers_that_are_cut_are_not_fetched(hub: Hub, tmp_path: Path) -> None:

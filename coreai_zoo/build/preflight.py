@@ -125,7 +125,8 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
     places = [(workspace.destination, max(0, written - there), max(0, there - written), "-o DIR")]
     fetched = at_once = 0
     if (stream := stream_of(design, workspace)) is not None:
-        fetched, at_once = stream.missing_bytes, stream.most_bytes
+        # In which order files come, the layout of the asset says, which is not there yet.
+        fetched, at_once = stream.missing_bytes, stream.most_bytes_in_any_order
         places.append((workspace.shards, max(0, at_once - allocated_below(workspace.shards)), 0, "--work-dir DIR"))
     elif (hub := design.source.hub) is not None:
         fetched = at_once = hub.missing_bytes

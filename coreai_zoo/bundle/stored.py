@@ -36,6 +36,10 @@ scale the next one, about as often.
 """
 
 
+_FEW = 32
+"""Fewer scales that differ say nothing of how the scales of a scheme are rounded."""
+
+
 @frozen
 class StoredForm:
     """How one weight lies in an asset.
@@ -106,7 +110,7 @@ def stored_forms(asset: Path, backend: Backend) -> dict[str, StoredForm]:
             continue
         scales_shape, scales = declared[names["scales"]]
         blocks = scales_shape[-1]
-        lowest = _uses_lowest(values.get(names[""]), dtype, scales)
+        lowest = _uses_lowest(values.get(names[""]), dtype, scales, values.get(names["scales"]))
         dtype = _of_table(values.get(names["table"])) if "table" in names else dtype
         forms[parameter] = StoredForm(shape, dtype, scales, shape[-1] // blocks, "zero points" in names, lowest)
     return forms
@@ -117,11 +121,14 @@ def _of_table(stored: memoryview | None) -> str:
     return "int6" if stored is not None and [*stored.cast("b")] == [*TABLE] else "indices of another table"
 
 
-def _uses_lowest(stored: memoryview | None, dtype: str, scales: str) -> bool | None:
+def _uses_lowest(
+    stored: memoryview | None, dtype: str, scales: str, stored_scales: memoryview | None = None
+) -> bool | None:
     """Whether the lowest integer of a dtype is among the first integers of a weight; None where that does not show.
 
-    It does not where few come near it, nor in int8 with scales of bfloat16: there a 127.5th of the largest value is
-    rounded up, but for a power of two, and with that scale the largest is the integer above the lowest.
+    It does not where few come near it, nor where few scales differ: those may all have been rounded up, and with such
+    a one the largest of a block is the integer above the lowest. In int8 those of bfloat16 are all rounded up, but for
+    powers of two.
     """
     import torch
 
@@ -132,8 +139,14 @@ def _uses_lowest(stored: memoryview | None, dtype: str, scales: str) -> bool | N
     lowest = 0 if dtype == "uint6" else -1 << (bits_of(dtype) - 1)  # of a table, the first
     if bool((codes == lowest).any()):
         return True
-    hidden = (dtype, scales) == ("int8", "bfloat16")
+    width = bits_of(scales) // 8
+    few = stored_scales is not None and len({*_pieces(stored_scales[: _FEW * _FEW * width], width)}) < _FEW
+    hidden = few or (dtype, scales) == ("int8", "bfloat16")
     return False if not hidden and int((codes == lowest + 1).sum()) >= _ENOUGH else None
+
+
+def _pieces(stored: memoryview, width: int) -> list[bytes]:
+    return [bytes(stored[start : start + width]) for start in range(0, len(stored), width)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_TO_GO_ON = "run the same command again to go on."
+
+
 @define
 class Checkpoint:
     """An opened checkpoint: its config and its tensors, whose values are read on demand.
@@ -180,21 +183,37 @@ class Checkpoint:
         except OSError as error:  # of the system, which may be able to read it the next time
             raise EnvironmentLacks(
                 f"{info.file} cannot be read at tensor {key}: {error.strerror or error}.",
-                "Mend that, then run the same command again to go on.",
+                f"Mend that, then {_TO_GO_ON}",
             ) from error
         except (RuntimeError, SafetensorError) as error:
             raise BadInput(f"{info.file} cannot be read at tensor {key}: {error}.", "Download it again.") from error
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
-    def _file(self, path: Path) -> Any:
+    def require_unchanged(self, keys: Iterable[str]) -> None:
+        """Refuse what was read of some tensors while a file of theirs changed.
+
+        Raises:
+            EnvironmentLacks: naming the file.
+        """
+        for path in {path for key in keys for path in self.files_of(key)}:
+            self._place(path)
+
+    def _place(self, path: Path) -> Path:
+        """Where a file is, which has not changed since it was opened, or arrived."""
         place = self._places[path]
-        # Reading a mapped file that someone has cut short kills the process, so its size is looked at each time.
-        status = place.stat()
+        try:
+            status = place.stat()
+        except OSError as error:
+            raise EnvironmentLacks(f"{place} cannot be read: {error.strerror}.", _TO_GO_ON) from error
         if (status.st_size, status.st_mtime_ns) != self._seen[path]:
             raise EnvironmentLacks(
-                f"{place} has changed while it was read.",
-                "Leave the checkpoint alone, then run the same command again to go on.",
+                f"{place} has changed while it was read.", f"Leave the checkpoint alone, then {_TO_GO_ON}"
             )
+        return place
+
+    def _file(self, path: Path) -> Any:
+        # Reading a mapped file that someone has cut short kills the process, so its size is looked at each time.
+        place = self._place(path)
         # One mapping per file until it is released: opening one parses its header again.
         file = self._files.get(path)
         if file is None:

@@ -60,6 +60,11 @@ class EntryRecipe:
     entry: Entry
     recipe: str
 
+    @property
+    def subject(self) -> str:
+        """What builds it, from any folder: the name of the entry, or the path of its file."""
+        return str(Path(self.name).resolve()) if self.name.endswith(".toml") else self.entry.name
+
 
 @frozen
 class Comparer:
@@ -123,8 +128,7 @@ class Comparer:
             BadInput: when there is no such sample or revision, or the code there does not build it.
         """
         side = self._entry_recipe(entry)
-        name, file = side.entry.name, side.name.endswith(".toml")
-        subject = str(Path(side.name).resolve()) if file else name
+        name = side.entry.name
         if side.entry.sample is None:
             raise BadInput(f"{name} has no sample, and --rev builds it at both revisions.")
         commits: list[str | None] = [*revisions, None][:2]
@@ -134,7 +138,7 @@ class Comparer:
             for letter, commit, label in zip("ab", commits, labels, strict=True):
                 with self.report.stage("build", f"the sample of {name} at {label}"), worktree(commit) as tree:
                     built = build_sample(
-                        subject, side.recipe, tree, Path(folder) / letter, label, contract=self.contract
+                        side.subject, side.recipe, tree, Path(folder) / letter, label, contract=self.contract
                     )
                     bundles.append(Bundle.open(built))
             found = self._of_bundles(*bundles)
@@ -201,7 +205,7 @@ class Comparer:
         with tempfile.TemporaryDirectory(prefix="zoo-diff-") as folder:
             for letter, side in (("a", a), ("b", b)):
                 request = BuildRequest(
-                    side.entry.name,
+                    side.subject,
                     sample=True,
                     recipe=side.recipe,
                     contract=self.contract,
@@ -230,15 +234,20 @@ class Comparer:
         anchor = prompts.cut(prompts.named_prompts([prompts.ANCHOR])[0], count)
         tokens = prompts.tokenize(a, anchor, checkpoint).tokens
         oracle = oracle_of(a, self.plugins, checkpoint, cache=default_cache()).run(tokens)
-        one, other = (self._run(bundle, checkpoint, tokens, oracle, letter) for bundle, letter in ((a, "A"), (b, "B")))
+        twice = all(PREFILL in bundle.functions for bundle in (a, b))
+        one, other = (
+            self._run(bundle, checkpoint, tokens, oracle, letter, twice=twice)
+            for bundle, letter in ((a, "A"), (b, "B"))
+        )
         of_sample = "the sample" if self.checkpoint is None else checkpoint.name
-        twice = f", token by token and by {PREFILL}" if one.at_once and other.at_once else ""
-        ran = f"{count} positions of {of_sample}{twice}"
+        ran = f"{count} positions of {of_sample}" + (f", token by token and by {PREFILL}" if twice else "")
         return diff.compare_numerics(
             one, other, note=f"{ran}, both on this machine's runtime, the oracle Hugging Face in fp32"
         )
 
-    def _run(self, bundle: Bundle, checkpoint: Path, tokens: Sequence[int], oracle: Any, letter: str) -> Computed:
+    def _run(
+        self, bundle: Bundle, checkpoint: Path, tokens: Sequence[int], oracle: Any, letter: str, *, twice: bool
+    ) -> Computed:
         from coreai_zoo.gates import rule
         from coreai_zoo.gates.candidate import AssetCandidate
 
@@ -247,7 +256,7 @@ class Comparer:
             logits = AssetCandidate(bundle, backend, step).run(tokens).logits
         margin = margin_of_asset(bundle, self.plugins, checkpoint)
         verdict = rule.judge(tokens, oracle.logits, logits, sure_from=margin)
-        if PREFILL not in bundle.functions:
+        if not twice:
             return Computed(logits, verdict)
         with (
             self.report.stage("run", f"{letter}, {len(tokens)} positions at once"),

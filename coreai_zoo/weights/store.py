@@ -762,6 +762,8 @@ class _Work:
                 if result.chunk.last:
                     break
             writer.finish()
+            # Of a file that comes and goes the stamp says what it should be, not what was read.
+            self.checkpoint.require_unchanged(source.key for source in planned.sources)
             committer.submit(_Written(writer, self._entry(planned, digest.hexdigest(), writer)))
         self.computed += 1
         self.bytes_written += writer.format.bytes

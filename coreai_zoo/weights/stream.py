@@ -228,8 +228,17 @@ class Stream:
     @property
     def most_bytes(self) -> int:
         """Bytes of weight files that are on the disk at a time, at the most; none of those in the cache."""
-        sizes = {file.name: file.size for file in self._hub.weights}
-        return self._schedule.most_bytes(sizes, self._here)
+        return self._schedule.most_bytes(self._sizes, self._here)
+
+    @property
+    def most_bytes_in_any_order(self) -> int:
+        """The same of the largest files, as many as there are at a time, whichever of them come together."""
+        sizes = [self._sizes[name] for name in {*self._schedule.order, *self._here}]
+        return sum(sorted(sizes, reverse=True)[: max(self._schedule.limit, len(self._here))])
+
+    @property
+    def _sizes(self) -> Mapping[str, int]:
+        return {file.name: file.size for file in self._hub.weights}
 
     def arriving(self, count: CountBytes) -> Generator[tuple[PlannedTensor, ...], None, None]:
         """The tensors of the plan, some at a time, when their values can be read; for `WeightStore.fill`.
