@@ -763,7 +763,7 @@ class _Work:
                     break
             writer.finish()
             # Of a file that comes and goes the stamp says what it should be, not what was read.
-            self.checkpoint.require_unchanged(source.key for source in planned.sources)
+            self.checkpoint.require_unchanged([source.key for source in planned.sources])
             committer.submit(_Written(writer, self._entry(planned, digest.hexdigest(), writer)))
         self.computed += 1
         self.bytes_written += writer.format.bytes
