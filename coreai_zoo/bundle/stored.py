@@ -139,14 +139,12 @@ def _uses_lowest(
     lowest = 0 if dtype == "uint6" else -1 << (bits_of(dtype) - 1)  # of a table, the first
     if bool((codes == lowest).any()):
         return True
-    width = bits_of(scales) // 8
-    few = stored_scales is not None and len({*_pieces(stored_scales[: _FEW * _FEW * width], width)}) < _FEW
-    hidden = few or (dtype, scales) == ("int8", "bfloat16")
+    hidden = (dtype, scales) == ("int8", "bfloat16")
+    if stored_scales is not None:
+        width = bits_of(scales) // 8
+        first = torch.frombuffer(bytearray(stored_scales[: _FEW * _FEW * width]), dtype=torch.uint8)
+        hidden = hidden or len(first.view(-1, width).unique(dim=0)) < _FEW
     return False if not hidden and int((codes == lowest + 1).sum()) >= _ENOUGH else None
-
-
-def _pieces(stored: memoryview, width: int) -> list[bytes]:
-    return [bytes(stored[start : start + width]) for start in range(0, len(stored), width)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     import torch
 
 
-_TO_GO_ON = "run the same command again to go on."
+def _unreadable(what: str, error: OSError) -> EnvironmentLacks:
+    """What the system cannot read it may be able to read the next time."""
+    return EnvironmentLacks(
+        f"{what} cannot be read: {error.strerror or error}.", "Mend that, then run the same command again to go on."
+    )
 
 
 @define
@@ -180,11 +184,8 @@ class Checkpoint:
                 tensor: torch.Tensor = file.get_tensor(key).reshape(1, info.columns)
                 return tensor[start:stop]
             blocks = _row_blocks(file.get_slice(key), info.shape, start, stop)
-        except OSError as error:  # of the system, which may be able to read it the next time
-            raise EnvironmentLacks(
-                f"{info.file} cannot be read at tensor {key}: {error.strerror or error}.",
-                f"Mend that, then {_TO_GO_ON}",
-            ) from error
+        except OSError as error:
+            raise _unreadable(f"Tensor {key} of {info.file}", error) from error
         except (RuntimeError, SafetensorError) as error:
             raise BadInput(f"{info.file} cannot be read at tensor {key}: {error}.", "Download it again.") from error
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
@@ -204,10 +205,11 @@ class Checkpoint:
         try:
             status = place.stat()
         except OSError as error:
-            raise EnvironmentLacks(f"{place} cannot be read: {error.strerror}.", _TO_GO_ON) from error
+            raise _unreadable(str(place), error) from error
         if (status.st_size, status.st_mtime_ns) != self._seen[path]:
             raise EnvironmentLacks(
-                f"{place} has changed while it was read.", f"Leave the checkpoint alone, then {_TO_GO_ON}"
+                f"{place} has changed while it was read.",
+                "Leave the checkpoint alone, then run the same command again to go on.",
             )
         return place
 

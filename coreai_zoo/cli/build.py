@@ -134,8 +134,9 @@ def _folder(request: BuildRequest, plugins: Plugins) -> Path | None:
     if request.model is None:
         return None
     subject = find_subject(request.model, plugins)
-    of_a_file = request.sample and subject.entry is not None and request.model.endswith(".toml")
-    return subject.entry.sample_directory() if of_a_file and subject.entry else subject.directory
+    if request.sample and subject.entry is not None and request.model.endswith(".toml"):
+        return subject.entry.sample_directory()
+    return subject.directory
 
 
 def _described(request: BuildRequest, result: BuildResult) -> dict[str, Any]:

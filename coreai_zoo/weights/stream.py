@@ -233,7 +233,8 @@ class Stream:
     @property
     def most_bytes_in_any_order(self) -> int:
         """The same of the largest files, as many as there are at a time, whichever of them come together."""
-        sizes = [self._sizes[name] for name in {*self._schedule.order, *self._here}]
+        held = {*self._schedule.order, *self._here}
+        sizes = (size for name, size in self._sizes.items() if name in held)
         return sum(sorted(sizes, reverse=True)[: max(self._schedule.limit, len(self._here))])
 
     @property
