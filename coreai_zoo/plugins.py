@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.metadata
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -260,6 +261,11 @@ class Plugins:
                 )
             )
         return infos
+
+    def packages(self) -> list[str]:
+        """The top-level packages that the code of a build is in: the host, then the plugins."""
+        modules = ("coreai_zoo", *(info.module for info in self.info()))
+        return list(dict.fromkeys(re.split(r"[.:]", module)[0] for module in modules))
 
     @contextmanager
     def attribute_errors(self, plugin: str, what: str, *, except_input: bool = False) -> Iterator[None]:

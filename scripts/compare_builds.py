@@ -25,6 +25,7 @@ from attrs import frozen
 
 from coreai_zoo.digest import file_sha256
 from coreai_zoo.errors import ZooError
+from coreai_zoo.plugins import default_plugins
 from coreai_zoo.review.revision import build_sample, worktree
 
 ENTRIES = ("qwen3.6-27b", "qwen3.6-35b-a3b")
@@ -148,7 +149,7 @@ def _build_all(revision: str | None, entries: Sequence[str], backends: Sequence[
         for entry in entries:
             for backend in backends:
                 print(f"building {entry} with {backend} at {label}", file=sys.stderr, flush=True)
-                bundles.append(build_sample(entry, None, tree, output, label, backend=backend))
+                bundles.append(build_sample(entry, None, tree, output, label, default_plugins(), backend=backend))
     return bundles
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sysconfig
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from coreai_zoo.lowering.graph import Graph, LayerKind
 from coreai_zoo.plugins import Plugins, default_plugins
 from coreai_zoo.review import check
 from coreai_zoo.review.check import CHECKS, judge_sample
-from coreai_zoo.review.goldens import compare, counts_of, golden, golden_path, of_recipe, read, wanted, write
+from coreai_zoo.review.goldens import Wanted, compare, counts_of, golden, golden_path, of_recipe, read, wanted, write
 from coreai_zoo.review.structure import of_entry
 from coreai_zoo.stress import StressSample
 from mutants import Edit, Mutant, applied
@@ -306,7 +307,7 @@ def test_a_file_that_is_no_golden_graph_is_refused(tmp_path: Path) -> None:
     for text, problem in (("a = 1", "names no entry"), (numbered, "says `contract`, but names none")):
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(BadInput, match=problem):
-            wanted(tmp_path, default_plugins())
+            wanted(tmp_path, tmp_path, default_plugins())
 
 
 def test_a_file_of_two_lines_asks_for_the_golden_graph_of_another_contract(tmp_path: Path) -> None:
@@ -314,9 +315,9 @@ def test_a_file_of_two_lines_asks_for_the_golden_graph_of_another_contract(tmp_p
     entry, _ = find_entry("qwen3.6-27b", plugins)
     path = golden_path(tmp_path, entry, "dynamic")
     path.write_text('entry = "qwen3.6-27b"\ncontract = "dynamic"\n')
-    first, *others = wanted(tmp_path, plugins)
-    assert first == (entry, "dynamic")
-    assert [(each.facts.ffn, contract) for each, contract in others] == [("moe", None)]
+    first, *others = wanted(tmp_path, tmp_path, plugins)
+    assert first == Wanted(path, entry, "dynamic")
+    assert [(each.entry.facts.ffn, each.contract) for each in others] == [("moe", None)]
 
     graphs = of_main({"int8hu": {"mul": 2}})
     made = golden(entry, graphs, "dynamic")
@@ -326,6 +327,33 @@ def test_a_file_of_two_lines_asks_for_the_golden_graph_of_another_contract(tmp_p
     assert compare(made, golden(entry, graphs, "chunked")) == [
         "contract is chunked, the golden graph has dynamic",
     ]
+
+
+def test_in_the_repository_of_a_plugin_golden_graphs_are_of_its_own_entries(
+    root: Path, tmp_path: Path, make_plugin: Callable[..., types.ModuleType]
+) -> None:
+    goldens = tmp_path / "tests" / "goldens"
+    goldens.mkdir(parents=True)
+    (tmp_path / "entries").mkdir()
+    plugins = with_entry(sibling(root, tmp_path / "entries"), make_plugin)
+    ours = Wanted(goldens / "sibling.toml", find_entry("sibling", plugins)[0])
+    assert wanted(goldens, tmp_path, plugins) == [ours]
+    kinds = [each.entry.facts.ffn for each in wanted(goldens, tmp_path / "elsewhere", plugins)]
+    assert kinds == ["dense", "moe"], "where no plugin is at home, all are asked"
+
+    asked = goldens / "prompts.toml"
+    asked.write_text('entry = "sibling"\ncontract = "dynamic"\n')
+    assert wanted(goldens, tmp_path / "elsewhere", plugins) == [Wanted(asked, ours.entry, "dynamic")], "in its own file"
+
+
+def test_what_is_installed_within_a_repository_is_not_its_own(
+    root: Path, tmp_path: Path, make_plugin: Callable[..., types.ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / ".venv" / "site-packages"
+    installed.mkdir(parents=True)
+    plugins = with_entry(sibling(root, installed), make_plugin)
+    monkeypatch.setattr(sysconfig, "get_path", {"purelib": str(installed)}.get)
+    assert {each.entry.facts.ffn for each in wanted(tmp_path, tmp_path, plugins)} == {"dense", "moe"}
 
 
 def test_there_is_a_golden_graph_of_each_kind_of_feed_forward_and_of_how_prompts_are_read() -> None:

@@ -28,7 +28,7 @@ from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.errors import BadInput
 from coreai_zoo.lowering.graph import Graph, LayerKind, count, telling_depth
-from coreai_zoo.plugins import default_plugins
+from coreai_zoo.plugins import Plugins, default_plugins
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review import comparison
@@ -568,8 +568,59 @@ def test_revisions_that_are_none_are_explained(
 
 def test_code_from_elsewhere_does_not_pass_for_that_of_a_revision(repository: Path, tmp_path: Path) -> None:
     with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"at HEAD does not build .* coreai_zoo is found at"):
-        build_sample("qwen3.6-27b", None, tree, tmp_path / "out", "HEAD")
+        build_sample("qwen3.6-27b", None, tree, tmp_path / "out", "HEAD", default_plugins())
     assert not (tmp_path / "out").exists()
+
+
+PLUGIN = """
+from pathlib import Path
+from coreai_zoo import hookimpl
+
+@hookimpl
+def zoo_entries():
+    return [Path(__file__).with_name("acme.toml")]
+"""
+
+
+def test_in_the_repository_of_a_plugin_its_code_is_that_of_the_revision(
+    root: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = repository / "src" / "acme_diffed"
+    information = repository / "src" / "acme_diffed.egg-info"  # as an editable installation leaves it
+    for folder in (package, information):
+        folder.mkdir(parents=True)
+    (information / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: acme-diffed\nVersion: 1\n")
+    (information / "entry_points.txt").write_text("[coreai_zoo]\nacme = acme_diffed\n")
+    (package / "__init__.py").write_text(PLUGIN)
+    entry = (root / "zoo_entries" / "qwen3.6-27b.toml").read_text().replace('name = "qwen3.6-27b"', 'name = "acme"')
+    (package / "acme.toml").write_text(entry.replace('path = "', 'path = "nowhere/'))
+    git("add", ".", cwd=repository)
+    git("commit", "--quiet", "-m", "a sample that is not there", cwd=repository)
+    (package / "acme.toml").write_text(entry)
+    monkeypatch.syspath_prepend(str(repository / "src"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(repository / "src"), os.environ.get("PYTHONPATH", "")]))
+    plugins = Plugins.discover()
+    assert "acme_diffed" in plugins.packages()
+
+    # The entry's sample is there in the working tree only.
+    with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"at HEAD does not build .*nowhere"):
+        build_sample("acme", None, tree, tmp_path / "out", "HEAD", plugins)
+    # Of a revision without the package, that of the working tree must not pass for its code.
+    with worktree("HEAD~1") as tree, pytest.raises(BadInput, match=r"coreai_zoo is found at .*, not in"):
+        build_sample("acme", None, tree, tmp_path / "out", "HEAD~1", plugins)
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_of_the_repository_that_is_installed_elsewhere_does_not_pass_for_that_of_a_revision(
+    repository: Path, tmp_path: Path
+) -> None:
+    for package in ("coreai_zoo", "plugins/coreai_zoo_qwen36"):
+        (repository / package).mkdir(parents=True)
+        (repository / package / "__init__.py").write_text("")
+    git("add", ".", cwd=repository)
+    git("commit", "--quiet", "-m", "both", cwd=repository)
+    with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"coreai_zoo_qwen36 is found at"):
+        build_sample("qwen3.6-27b", None, tree, tmp_path / "out", "HEAD", default_plugins())
 
 
 def test_a_revision_that_does_not_build_is_reported_with_its_reason(
@@ -587,4 +638,4 @@ def test_a_revision_that_does_not_build_is_reported_with_its_reason(
     monkeypatch.syspath_prepend(str(clone))
     # The weights of the sample were left out: the code there starts, and says so itself.
     with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"does not build the sample .*safetensors"):
-        build_sample("qwen3.6-27b", "fp16", tree, tmp_path / "out", "HEAD")
+        build_sample("qwen3.6-27b", "fp16", tree, tmp_path / "out", "HEAD", default_plugins())

@@ -25,7 +25,7 @@ from coreai_zoo.gates.stress import judge_all
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.golden_metadata import golden_metadata_path, metadata_differences
-from coreai_zoo.review.goldens import compare, golden_path, read, take, wanted, write
+from coreai_zoo.review.goldens import compare, read, take, wanted, write
 
 
 @frozen
@@ -197,13 +197,12 @@ def _stress(self: Checks) -> _Found:
 def _goldens(self: Checks) -> _Found:
     """The golden graphs are those that the code gives."""
     problems, equal = [], []
-    for entry, contract in wanted(self.golden_folder, self.plugins):
-        path = golden_path(self.golden_folder, entry, contract)
-        found = take(entry, self.plugins, self.report.note, contract)
+    for each in wanted(self.golden_folder, self.folder, self.plugins):
+        found = take(each.entry, self.plugins, self.report.note, each.contract)
         if self.update_goldens:
-            write(found, path)
-        problems += [f"{path.name}: {problem}" for problem in compare(read(path), found)]
-        equal.append(path.name)
+            write(found, each.path)
+        problems += [f"{each.path.name}: {problem}" for problem in compare(read(each.path), found)]
+        equal.append(each.path.name)
     if problems:
         raise CheckFailed(
             f"{listing(problems, 6)}.", "If that is meant, write them with `zoo check --update-goldens` and say why."

@@ -138,7 +138,13 @@ class Comparer:
             for letter, commit, label in zip("ab", commits, labels, strict=True):
                 with self.report.stage("build", f"the sample of {name} at {label}"), worktree(commit) as tree:
                     built = build_sample(
-                        side.subject, side.recipe, tree, Path(folder) / letter, label, contract=self.contract
+                        side.subject,
+                        side.recipe,
+                        tree,
+                        Path(folder) / letter,
+                        label,
+                        self.plugins,
+                        contract=self.contract,
                     )
                     bundles.append(Bundle.open(built))
             found = self._of_bundles(*bundles)

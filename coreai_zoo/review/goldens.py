@@ -10,11 +10,14 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sysconfig
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from attrs import frozen
 
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.entry import Entry
@@ -277,19 +280,47 @@ def _value(value: int | str | Mapping[str, int | str]) -> str:
     return json.dumps(value)
 
 
-def wanted(folder: Path, plugins: Plugins) -> list[tuple[Entry, str | None]]:
-    """The entries that have a golden graph in `folder`, and the first of each feed-forward kind that has none.
+@frozen
+class Wanted:
+    """A golden graph that there is to be.
 
-    With each stands the contract that a file names; None for the entry's own. A file that holds no more than `entry`
-    and `contract` asks for one to be written.
+    Attributes:
+        path: of its file, which may not be there yet.
+        entry: whose graph it is.
+        contract: name of another contract than the entry's.
     """
-    entries = {entry.name: entry for entry, _ in load_entries(plugins).values()}
-    files = [read(path) for path in sorted(folder.glob("*.toml"))]
-    chosen = [(entries[name], file.get("contract")) for file in files if (name := file["entry"]) in entries]
-    for entry in entries.values():
-        if entry.sample is not None and entry.facts.ffn not in {known.facts.ffn for known, _ in chosen}:
-            chosen.append((entry, None))
+
+    path: Path
+    entry: Entry
+    contract: str | None = None
+
+
+def wanted(folder: Path, repository: Path, plugins: Plugins) -> list[Wanted]:
+    """The golden graphs in `folder`, and that of the first entry of each feed-forward kind that has none.
+
+    A file that holds no more than `entry` and `contract` asks for one to be written. Graphs are asked for without a
+    file for entries of the repository's own plugins: of a plugin with an entry's file in it, or with a golden graph.
+    Where there is no such plugin, all are asked.
+    """
+    entries = load_entries(plugins)
+    files = {path: read(path) for path in sorted(folder.glob("*.toml"))}
+    chosen = [
+        Wanted(path, entries[name][0], file.get("contract"))
+        for path, file in files.items()
+        if (name := file["entry"]) in entries
+    ]
+    own = {plugin for plugin, path in plugins.entries() if _is_source(path.resolve(), repository.resolve())}
+    own |= {entries[each.entry.name][1] for each in chosen}
+    for entry, plugin in entries.values():
+        known = {each.entry.facts.ffn for each in chosen}
+        if entry.sample is not None and entry.facts.ffn not in known and (plugin in own or not own):
+            chosen.append(Wanted(golden_path(folder, entry), entry))
     return chosen
+
+
+def _is_source(path: Path, repository: Path) -> bool:
+    """Whether a file is one of the repository, and not of what is installed in an environment that lies there."""
+    return path.is_relative_to(repository) and not path.is_relative_to(Path(sysconfig.get_path("purelib")).resolve())
 
 
 def golden_path(folder: Path, entry: Entry, contract: str | None = None) -> Path:

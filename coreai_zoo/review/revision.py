@@ -8,17 +8,27 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from coreai_zoo.errors import BadInput, EnvironmentLacks, near_names
+from coreai_zoo.plugins import Plugins
 
-# Refuses to run code from anywhere else: a build of the wrong code must not pass for one of the right.
+# Refuses to run code of the repository from anywhere but the tree, or none of it: a build of the wrong code must not
+# pass for one of the right.
 _BUILD = """
-import sys, pathlib, coreai_zoo
-tree, found = pathlib.Path(sys.argv.pop(1)), pathlib.Path(coreai_zoo.__file__).resolve()
-if not found.is_relative_to(tree.resolve()):
-    sys.exit(f"error: coreai_zoo is found at {found}, not in {tree}.")
+import importlib.util, pathlib, sys, sysconfig
+tree, packages = pathlib.Path(sys.argv.pop(1)).resolve(), sys.argv.pop(1).split()
+installed = pathlib.Path(sysconfig.get_path("purelib")).resolve()
+found = {}
+for spec in filter(None, map(importlib.util.find_spec, packages)):
+    place = pathlib.Path(next(iter(spec.submodule_search_locations or [spec.origin]))).resolve()
+    found[spec.name] = place, place.is_relative_to(tree) and not place.is_relative_to(installed)
+nothing = not any(ours for _, ours in found.values())
+for name, (place, ours) in found.items():
+    if nothing or not ours and any([*tree.glob(name), *tree.glob(f"*/{name}")]):
+        sys.exit(f"error: {name} is found at {place}, not in {tree}.")
 try:
     from coreai_zoo.cli.app import main
 except ImportError:  # before the commands had a folder
@@ -84,6 +94,7 @@ def build_sample(
     tree: Path,
     output: Path,
     label: str,
+    plugins: Plugins,
     *,
     backend: str | None = None,
     contract: str | None = None,
@@ -96,32 +107,39 @@ def build_sample(
         tree: top folder of the code.
         output: folder in which the bundle's folder is made.
         label: names the code in an error.
+        plugins: what is installed: a package of theirs that the repository has is taken from the tree.
         backend: name of a backend; None for the default.
         contract: name of a contract; None for the entry's.
 
     Raises:
         BadInput: when the code there does not build it, with the reason.
     """
-    command = [sys.executable, "-c", _BUILD, str(tree), "build", entry, "--sample", "--json", "-o", str(output)]
+    command = [sys.executable, "-c", _BUILD, str(tree), " ".join(plugins.packages())]
+    for left_out in plugins.without:
+        command += ["--without", left_out]
+    command += ["build", entry, "--sample", "--json", "-o", str(output)]
     command += ["--recipe", recipe] if recipe else []
     command += ["--backend", backend] if backend else []
     command += ["--contract", contract] if contract else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(tree))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(tree, plugins.packages()))}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise BadInput(
             f"The code at {label} does not build the sample of {entry}: {reason[0].removeprefix('error: ')}",
-            "It has to run in the repository that zoo is installed from (pip install -e .), with code that builds.",
+            "It has to run in the repository that zoo or a plugin is installed from (pip install -e .), with code that builds.",
         )
     return Path(json.loads(done.stdout)["path"])
 
 
-def _search_path(tree: Path) -> list[str]:
-    """The folders that Python finds modules in, those of this repository replaced by the same of `tree`."""
+def _search_path(tree: Path, packages: Iterable[str]) -> list[str]:
+    """The folders that Python finds modules in, these packages too, those of this repository replaced by `tree`'s."""
     top = repository()
     given = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     found = [Path(entry).resolve() for entry in sys.path if entry]
+    # An installer may have one found without naming its folder there.
+    for spec in filter(None, map(find_spec, packages)):
+        found += [Path(place).resolve().parent for place in spec.submodule_search_locations or [spec.origin or ""]]
     moved = [str(tree / path.relative_to(top)) for path in found if path.is_relative_to(top)]
     # What the interpreter finds by itself it finds again, after these.
     return list(dict.fromkeys([*moved, *(str(path) for path in given if not path.is_relative_to(top))]))
