@@ -19,6 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from coreai_zoo.dtypes import size
 from coreai_zoo.errors import reason
 
 # Seconds between two plain lines of one stage, so that a log of a long build stays readable.
@@ -130,8 +131,7 @@ class Reporter:
                 rate = done / (now - started)
                 left = (total - done) / rate if rate else 0.0
                 self._console.print(
-                    f"         {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB, {rate / 2**20:,.0f} MiB/s, "
-                    f"{left:.0f} s left: {what}"
+                    f"         {size(done)} of {size(total)}, {size(round(rate))}/s, {left:.0f} s left: {what}"
                 )
 
         return count_bytes

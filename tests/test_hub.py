@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from coreai_zoo.checkpoint import hub_client as client
 from coreai_zoo.checkpoint.hub import HubSource, Repository
@@ -385,6 +387,32 @@ def test_a_connection_that_never_answers_or_closes_is_tried_again(hub: Hub, repo
     hub.inject(ID, stall=0)
     opened(report).fetch_weights(report)
     assert len(report.notes) == 3 and all("trying again" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("path", [ID, "config.json", FIRST])
+def test_an_address_that_leads_back_to_itself_is_followed_once(hub: Hub, report: Notes, path: str) -> None:
+    hub.add(ID, FILES)
+    location = f"/api/models/{ID}" if path == ID else f"/{ID}/resolve/main/{path}"
+    hub.inject(path, times=-1, status=302, headers={"Location": location})
+    with pytest.raises(EnvironmentLacks, match="the connection to .* fails .*redirects"):
+        source = opened(report)
+        source.fetch_small()
+        source.fetch_weights(report)
+    assert report.notes == []
+
+
+def test_a_hub_for_whom_nobody_vouches_is_asked_once(report: Notes) -> None:
+    refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
+
+    def request() -> None:
+        try:
+            raise refused
+        except ssl.SSLError as error:
+            raise HTTPError("connect") from error
+
+    with pytest.raises(HTTPError):
+        client.Patience(report, 8).ask(request)
+    assert report.notes == []
 
 
 def test_a_server_without_ranges_is_asked_for_the_whole(hub: Hub, report: Notes) -> None:

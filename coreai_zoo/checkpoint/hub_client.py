@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import importlib
 import logging
 import os
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,8 +120,23 @@ def _may_pass(error: Exception) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):
-        return True
+        return not isinstance(error, _client_errors()) and not _is_of_a_certificate(error)
     return error.response.status_code in {408, 425, 429} or error.response.status_code >= 500
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What the client's HTTP library raises where an address leads nowhere, today and tomorrow."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    library = importlib.import_module(HTTPError.__module__.partition(".")[0])  # it has changed its name before
+    return library.TooManyRedirects, library.UnsupportedProtocol
+
+
+def _is_of_a_certificate(error: BaseException | None) -> bool:
+    """Whether a connection failed because nobody vouches for who answers."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return True
+    return error is not None and _is_of_a_certificate(error.__cause__ or error.__context__)
 
 
 def _happened(error: Exception) -> str:
