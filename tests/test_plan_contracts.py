@@ -355,6 +355,22 @@ def test_one_chip_can_be_asked_for_in_an_ordinary_plan() -> None:
     assert [machine["name"] for machine in plan["machines"]] == ["M4", "M3 Ultra"]
 
 
+@pytest.mark.parametrize(
+    ("options", "machines"),
+    [
+        (("--chip", "M4 Pro"), ["M4 Pro"]),
+        (("--chip", "M4"), []),
+        (("--bandwidth", "400"), ["M4 Max", "M4 Pro"]),
+        ((), ["M4 Max", "M4 Pro"]),
+    ],
+)
+def test_what_was_published_is_told_of_the_chips_that_are_asked_for(
+    options: tuple[str, ...], machines: list[str]
+) -> None:
+    output = " ".join(zoo("plan", DENSE, *options).output.split())
+    assert re.findall(r"Published: [\d.]+ tokens/s on (M4 \w+)", output) == machines
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------

@@ -857,14 +857,18 @@ def test_a_streamed_build_fills_the_asset_from_its_beginning(
     for name in set(names.values()):
         save_file({key: tensors[key] for key in names if names[key] == name}, checkpoint / name, {"format": "pt"})
     write_json(checkpoint / INDEX, {"weight_map": names})
-    hub.add(ID, checkpoint)
+    commit = hub.add(ID, checkpoint)
     filled: list[int] = []
     usual = FollowingDigest.filled
     monkeypatch.setattr(
         FollowingDigest, "filled", lambda self, start, end: (filled.append(start), usual(self, start, end))[1]
     )
 
-    assert zoo("build", ID, "--stream", "-o", tmp_path / "streamed").exit_code == 0
+    done = zoo("build", ID, "--stream", "-o", tmp_path / "streamed")
+    assert done.exit_code == 0
+    (bundle,) = (tmp_path / "streamed").iterdir()
+    fetching = f"hf download {ID} --revision {commit} && zoo gate {bundle}"
+    assert done.stderr.splitlines()[-1] == f"Next, fetch the whole checkpoint, and compare it with that: {fetching}"
 
     asked = [Path(request.path).name for request in hub.requests if request.range is None]
     came = [name for name in dict.fromkeys(asked) if name in names.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,8 +121,14 @@ def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
     cached = find_cached(str(hf_id), str(revision)) if hf_id and revision else None
     if cached is None:
         where, hint = "where it is was not recorded", "Pass it with --checkpoint DIR."
-        if hf_id and revision:  # of a streamed build nothing stays
+        if fetching := fetch_command(bundle):  # of a streamed build nothing stays
             where = f"{hf_id} at {revision} is not in the Hugging Face cache"
-            hint = f"`hf download {hf_id} --revision {revision}` fetches it; or pass it with --checkpoint DIR."
+            hint = f"`{fetching}` fetches it; or pass it with --checkpoint DIR."
         raise BadInput(f"The checkpoint of {bundle.directory.name} is not at hand: {where}.", hint)
     return cached
+
+
+def fetch_command(bundle: Bundle) -> str | None:
+    """The command that brings the checkpoint of `bundle` into the hub's cache; None where no hub is known to have it."""
+    hf_id, revision = bundle.origin.get("hf_id"), bundle.origin.get("revision")
+    return shlex.join(["hf", "download", str(hf_id), "--revision", str(revision)]) if hf_id and revision else None

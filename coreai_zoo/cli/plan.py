@@ -267,7 +267,8 @@ def _print(plan: Plan, machines: Machines) -> None:
     for note in plan.design.notes:
         print_text(f"Note: {note}.")
     for measured in plan.published:
-        print_text(f"Published: {measured.sentence}.")
+        if not machines.leave_out(measured.machine):
+            print_text(f"Published: {measured.sentence}.")
     if not machines.chips:
         print_text(NO_MACHINES)
         return

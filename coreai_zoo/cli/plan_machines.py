@@ -44,6 +44,11 @@ class Machines:
         """The share in words."""
         return f"at {100 * self.efficiency:.3g} %"
 
+    def leave_out(self, measured_on: str) -> bool:
+        """Whether what was measured on this chip says nothing of these, each being another one that is known by name."""
+        known, shown = ({chip.name for chip in chips} for chips in (CHIPS, self.chips))
+        return bool(shown) and shown <= known and measured_on in known - shown
+
 
 def find_machines(given: Mapping[str, Any], *, measured: bool) -> Machines:
     """The machines that the options of `zoo plan` name, or else every one that is known and that the target may be.
