@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.weights.store import WeightStore
 from hub import Hub
+from suite import NIGHTLY
 
 # As `python SCRIPT` does, but for the seconds of imports.
 AS_A_PROGRAM = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -139,6 +141,37 @@ def test_lowering_is_timed_at_true_width(root: Path) -> None:
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["layers"] == 4
     assert 0 < told["trace"] <= told["both"] and told["lower"] > 0 and told["cpu"] > 0.5
+
+
+def test_contracts_stand_side_by_side_as_medians(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    contracts = importlib.import_module("contracts")
+
+    def result(seconds: float) -> dict[str, Any]:
+        stages = {name: {"seconds": seconds} for name in ("resolve", "trace", "lower", "weights")}
+        total = {"cpu_seconds": 5 * seconds, "seconds": 4 * seconds, "peak_anonymous_bytes": 3e9, "stages": stages}
+        return {**total, "output": {"bytes": 2_000_000_000}}
+
+    told = contracts.medians({"a": [result(1), result(9), result(2)], "b": [result(3), result(3), result(1)]})
+    assert told.splitlines()[0] == "|  | a | b |" and told.splitlines()[2:] == [
+        "| CPU seconds | 10.00 (1.00) | 15.00 (1.50) |",
+        "| wall seconds | 8.00 (1.00) | 12.00 (1.50) |",
+        "| of them tracing and lowering | 4.00 (1.00) | 6.00 (1.50) |",
+        "| peak anonymous memory, GB | 3.00 (1.00) | 3.00 (1.00) |",
+        "| bundle, GB | 2.00 (1.00) | 2.00 (1.00) |",
+    ]
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="builds an entry at its true width; make nightly")
+def test_contracts_are_built_in_turn(root: Path) -> None:
+    shape = ("--layers", "4", "--vocab", "1024", "--contract", "static-s1", "--contract", "chunked")
+    command = [sys.executable, root / "benchmarks" / "contracts.py", "qwen3.5-0.8b", *shape]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split(":")[0] for line in done.stderr.splitlines()[-2:]] == ["run 1, static-s1", "run 1, chunked"]
+    head, _, *rows = done.stdout.splitlines()[-7:]
+    assert head == "|  | static-s1 | chunked |"
+    assert all(float(value) > 0 for row in rows for value in re.findall(r"[\d.]+", row))
 
 
 def test_measure_tells_time_memory_and_stages(root: Path) -> None:
