@@ -1,6 +1,6 @@
 """What a second function costs: whole builds of an entry at true size, one for each contract, in turn.
 
-    python benchmarks/contracts.py qwen3.6-27b                     # all layers, some 30 GB of disk, three minutes a build
+    python benchmarks/contracts.py qwen3.6-27b                     # all layers: 30 GB of disk, 3 minutes a build
     python benchmarks/contracts.py qwen3.6-27b --layers 8 --runs 3
     python benchmarks/contracts.py qwen3.6-27b --contract static-s1 --contract chunked --limit-gib 2
 

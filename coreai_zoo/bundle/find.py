@@ -129,6 +129,6 @@ def checkpoint_of(bundle: Bundle, plugins: Plugins, given: Path | None) -> Path:
 
 
 def fetch_command(bundle: Bundle) -> str | None:
-    """The command that brings the checkpoint of `bundle` into the hub's cache; None where no hub is known to have it."""
+    """The command that fetches the checkpoint of `bundle` to where `checkpoint_of` looks; None where no hub has it."""
     hf_id, revision = bundle.origin.get("hf_id"), bundle.origin.get("revision")
     return shlex.join(["hf", "download", str(hf_id), "--revision", str(revision)]) if hf_id and revision else None

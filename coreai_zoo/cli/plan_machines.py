@@ -45,7 +45,7 @@ class Machines:
         return f"at {100 * self.efficiency:.3g} %"
 
     def leave_out(self, measured_on: str) -> bool:
-        """Whether what was measured on this chip says nothing of these, each being another one that is known by name."""
+        """Whether what was measured on this chip says nothing of these, all of them being known by name."""
         known, shown = ({chip.name for chip in chips} for chips in (CHIPS, self.chips))
         return bool(shown) and shown <= known and measured_on in known - shown
 

@@ -127,7 +127,8 @@ def build_sample(
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise BadInput(
             f"The code at {label} does not build the sample of {entry}: {reason[0].removeprefix('error: ')}",
-            "It has to run in the repository that zoo or a plugin is installed from (pip install -e .), with code that builds.",
+            "It has to run in the repository that zoo or a plugin is installed from (pip install -e .), and the code "
+            "has to build.",
         )
     return Path(json.loads(done.stdout)["path"])
 
