@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -211,7 +212,9 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
     """
     distinct: dict[object, _ExternalizedExportedProgram] = {}
     serial = itertools.count()
-    with exporting(torch.export.default_decompositions()) as export, warnings.catch_warnings():
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        # Most often all are known, and to begin takes longer than to export one.
+        export = functools.cache(lambda: stack.enter_context(exporting(torch.export.default_decompositions())))
         warnings.filterwarnings("ignore", message=".*skipping unused submodule")  # a layer may leave one out
         for prepared in _PreparedModules(module, program):
             key = (_identity(prepared.module), _input_types(prepared.source_nodes[0]))
@@ -227,7 +230,7 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
 _exported: dict[object, tuple[ExportedProgram, list[str], list[str]]] = {}
 
 
-def _exported_composite(prepared: _PreparedModule, export: Export) -> ExportedProgram:
+def _exported_composite(prepared: _PreparedModule, export: Callable[[], Export]) -> ExportedProgram:
     """A composite's program, one of the toolchain's exported once in a process; names of its inputs are noted."""
     names = list(inspect.signature(prepared.module.forward).parameters)
     given = [name for name, argument in zip(names, prepared.source_nodes[0].args, strict=False) if argument is not None]
@@ -236,7 +239,7 @@ def _exported_composite(prepared: _PreparedModule, export: Export) -> ExportedPr
         arguments, shapes = (
             dict(zip(given, of, strict=True)) for of in (prepared.fake_inputs, prepared.dynamic_shapes)
         )
-        return export(prepared.module, (), arguments, dynamic_shapes=shapes)
+        return export()(prepared.module, (), arguments, dynamic_shapes=shapes)
 
     key = (
         _identity(prepared.module),
