@@ -965,6 +965,46 @@ def test_what_is_no_folder_is_never_replaced(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "force"])
+@pytest.mark.parametrize("what", ["files", "checkpoint"])
+def test_a_folder_that_is_no_bundle_is_never_replaced(
+    tmp_path: Path, dense: Path, force: tuple[str, ...], what: str
+) -> None:
+    destination = tmp_path / NAME
+    if what == "checkpoint":
+        shutil.copytree(dense, destination)
+    else:
+        destination.mkdir()
+        (destination / "thesis.txt").write_text("years of work")
+    before = contents(tmp_path)
+
+    text = paragraph(zoo("build", DENSE, "--checkpoint", dense, "-o", tmp_path, *force))
+
+    assert f"{destination} exists and is no bundle, so it is never replaced. Move it away" in text
+    assert "--force" not in text
+    assert contents(tmp_path) == before
+
+
+def test_a_work_folder_may_hold_anything_that_bundles_of_the_same_name_included(
+    bundle: Path, dense: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The folder of bundles too."""
+    elsewhere = tmp_path_factory.mktemp("out")
+    (bundle.parent / "thesis.txt").write_text("years of work")
+    before = contents(bundle.parent)
+    command = ["build", DENSE, "--checkpoint", dense, "-o", elsewhere, "--work-dir", bundle.parent]
+
+    for keep in (["--keep-weights"], []):
+        assert zoo(*command, *keep, "--force").exit_code == 0
+        now = contents(bundle.parent)
+        assert {name: now[name] for name in before} == before
+        assert {Path(name).parts[0] for name in now.keys() - before.keys()} == ({f".{NAME}.work"} if keep else set())
+
+    here = zoo("build", DENSE, "--checkpoint", dense, "-o", bundle.parent, "--work-dir", bundle.parent, "--force")
+    assert here.exit_code == 0, here.stderr
+    assert contents(bundle.parent).keys() == before.keys()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands that take a bundle
 # ---------------------------------------------------------------------------------------------------------------------

@@ -635,7 +635,7 @@ def test_tokens_that_the_config_alone_adds_are_added(kept: int, tmp_path: Path, 
     write_json(tmp_path / "tokenizer_config.json", config)
     changes = copy_tokenizer(tmp_path, tmp_path / "copy", classes)
     lost = [token["content"] for token in content["added_tokens"][kept:]]
-    assert any(all(text in change for text in lost) and "alone has" in change for change in changes)
+    assert any(all(text in change for text in lost) and "as other files have it" in change for change in changes)
 
     text = "".join(f"a{text}" for text in SPECIAL)
     with quiet_transformers():
@@ -646,6 +646,102 @@ def test_tokens_that_the_config_alone_adds_are_added(kept: int, tmp_path: Path, 
         assert encode(load_tokenizer(folder), text) == expected
     written = Tokenizer.from_file(str(tmp_path / "copy" / "tokenizer.json"))
     assert written.encode(text, add_special_tokens=False).ids == expected
+
+
+def named_in(folder: Path, name: str, **fields: Any) -> None:
+    """Have a file of the tokenizer say something more."""
+    path = folder / name
+    write_json(path, (read_object(path) if path.is_file() else {}) | fields)
+
+
+def add_in_both(folder: Path) -> None:
+    """A token that takes the spaces around it by `tokenizer_config.json`, and does not by `tokenizer.json`."""
+    decoder = decoder_of(read_object(folder / "tokenizer.json"))
+    decoder["259"] |= {"lstrip": True, "rstrip": True}
+    named_in(folder, "tokenizer_config.json", added_tokens_decoder=decoder)
+
+
+NAMED_ELSEWHERE: dict[str, Callable[[Path], None]] = {
+    "additional": lambda folder: named_in(
+        folder, "tokenizer_config.json", additional_special_tokens=["<|b|>", "<|a|>"]
+    ),
+    "extra": lambda folder: named_in(folder, "tokenizer_config.json", extra_special_tokens=["<|a|>", "<|b|>"]),
+    "in the map": lambda folder: named_in(
+        folder, "special_tokens_map.json", additional_special_tokens=["<|a|>", "<|b|>"]
+    ),
+    "behind another": lambda folder: named_in(
+        folder, "tokenizer_config.json", pad_token="<|pad|>", additional_special_tokens=["<|a|>", "<|b|>"]
+    ),
+    "with an id": lambda folder: named_in(folder, "added_tokens.json", **{"<|b|>": 261, "<|a|>": 262}),
+    "of the vocabulary": lambda folder: named_in(folder, "tokenizer_config.json", pad_token="a"),
+    "found otherwise": add_in_both,
+}
+
+
+@pytest.mark.parametrize("where", NAMED_ELSEWHERE)
+def test_a_token_that_another_file_names_is_one_as_it_is_for_transformers(
+    where: str, tmp_path: Path, classes: Any
+) -> None:
+    write_json(tmp_path / "tokenizer.json", tokenizer_json())
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config())
+    NAMED_ELSEWHERE[where](tmp_path)
+    text = "x<|a|>y<|b|><|pad|> aa <think> z"
+
+    changes = copy_tokenizer(tmp_path, tmp_path / "copy", classes)
+
+    assert any("as other files have it" in change for change in changes)
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+
+        made = AutoTokenizer.from_pretrained(str(tmp_path))
+    expected = made.encode(text, add_special_tokens=False)
+    for folder in (tmp_path, tmp_path / "copy"):
+        assert encode(load_tokenizer(folder), text) == expected
+    written = Tokenizer.from_file(str(tmp_path / "copy" / "tokenizer.json"))
+    assert written.encode(text, add_special_tokens=False).ids == expected
+    contents = [token["content"] for token in read_object(tmp_path / "copy" / "tokenizer.json")["added_tokens"]]
+    assert len(contents) == len(set(contents))
+    assert copy_problems(tmp_path, tmp_path / "copy", classes) == []
+
+
+def test_a_name_that_transformers_cannot_load_is_noted(tmp_path: Path, classes: Any) -> None:
+    write_json(tmp_path / "tokenizer.json", tokenizer_json())
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config(extra_special_tokens=[{"content": "<|a|>"}]))
+    changes = copy_tokenizer(tmp_path, tmp_path / "copy", classes)
+    assert "<|a|> is named as a token, and is none: transformers cannot load the tokenizer to say which" in changes
+
+
+def test_a_name_of_no_token_makes_none(tmp_path: Path, classes: Any) -> None:
+    """A model need not have the id that it would get."""
+    write_json(tmp_path / "tokenizer.json", tokenizer_json())
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config(pad_token="[PAD]"))
+    before = load_tokenizer(tmp_path).get_vocab_size(with_added_tokens=True)
+    assert before == Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
+    assert not any("[PAD]" in change for change in copy_tokenizer(tmp_path, tmp_path / "copy", classes))
+
+
+def test_ids_that_two_files_dispute_are_refused(tmp_path: Path, classes: Any) -> None:
+    content = tokenizer_json()
+    write_json(tmp_path / "tokenizer.json", content)
+    decoder = decoder_of(content)
+    first, second, *_ = decoder
+    decoder[first], decoder[second] = decoder[second], decoder[first]
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config(added_tokens_decoder=decoder))
+    with pytest.raises(BadInput, match=r"has the id .* and its tokenizer makes it"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_a_space_that_engines_do_not_put_before_a_text_is_noted(prefixes: bool, tmp_path: Path, classes: Any) -> None:
+    content = tokenizer_json()
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": prefixes, "trim_offsets": True, "use_regex": True}],
+    }
+    write_json(tmp_path / "tokenizer.json", content)
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config(add_prefix_space=True))
+    changes = copy_tokenizer(tmp_path, tmp_path / "copy", classes)
+    assert any("add_prefix_space" in change for change in changes) is not prefixes
 
 
 @pytest.mark.parametrize("number", [259, 287, 400, 10**9])

@@ -55,7 +55,7 @@ class Builds:
             filled = store.fill(self.plan, self.checkpoint, places=places)
             assert file.read_bytes() == self.expected(layout)
             assert (bundle / "asset" / "meta").read_bytes() == b"data"
-            (bundle / "card").write_text("of a stage that comes later")
+            (bundle / "build.json").write_text("of a stage that comes later")
             if fail is not None:
                 raise fail
             if publish:
@@ -161,7 +161,7 @@ def test_what_is_no_part_of_a_bundle_is_not_in_it(builds: Builds) -> None:
     found = {
         path.relative_to(builds.workspace.destination).as_posix() for path in builds.workspace.destination.rglob("*")
     }
-    assert found == {"asset", "asset/meta", "asset/in", "asset/in/weights", "card"}
+    assert found == {"asset", "asset/meta", "asset/in", "asset/in/weights", "build.json"}
 
 
 def test_a_link_to_the_weights_is_not_published(builds: Builds, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
     OUTPUT/NAME             the bundle, complete and verified
     OUTPUT/.NAME.partial    the weight store: the journal of what is finished, and the bundle being built
     OUTPUT/.NAME.old        the bundle that it replaces, for the moment between two renames
-    WORK/NAME               with --keep-weights, the journal of a finished bundle: which weights are where in it
+    WORK/.NAME.work         with --keep-weights, the journal of a finished bundle: which weights are where in it
     WORK/.NAME.shards       files of a checkpoint that is streamed: those that are fetched, or read, just now
 
-The names are fixed, so a build finds whatever a killed one left; see `Workspace.opened`. The store outlives an
-interruption, so that the next build goes on. Journal and weights are in one folder, and stay together wherever it is
-moved or copied. A layout has a folder in it that is named by chance: what a journal says of one is true of no other.
+WORK may be any folder, that of the bundles too, so nothing else in it is touched. The names are fixed, so a build finds
+whatever a killed one left; see `Workspace.opened`. The store outlives an interruption, so that the next build goes on.
+Journal and weights are in one folder, and stay together wherever it is moved or copied. A layout has a folder in it
+that is named by chance: what a journal says of one is true of no other.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.build.lock import exclusive
+from coreai_zoo.bundle.bundle import MOVE_AWAY, is_replaceable, no_bundle_in_the_way
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError
 from coreai_zoo.layout import Layout
 from coreai_zoo.weights.journal import sync_path
@@ -80,7 +82,8 @@ class Workspace:
     @classmethod
     def of(cls, output: Path, name: str, work_dir: Path | None, *, keep: bool) -> Workspace:
         """The workspace of the bundle called `name`."""
-        return cls(output / name, (work_dir or output / _DEFAULT_WORK) / name, keep, given=work_dir is not None)
+        work = (work_dir or output / _DEFAULT_WORK) / f".{name}.work"
+        return cls(output / name, work, keep, given=work_dir is not None)
 
     @property
     def partial(self) -> Path:
@@ -99,7 +102,7 @@ class Workspace:
     @property
     def shards(self) -> Path:
         """Where files of a checkpoint that is streamed lie for as long as they are needed."""
-        return self.work.with_name(f".{self.work.name}.shards")
+        return self.work.with_suffix(".shards")
 
     @contextlib.contextmanager
     def opened(self, *, force: bool) -> Iterator[None]:
@@ -220,10 +223,9 @@ class Workspace:
     def _check_destination(self, force: bool) -> None:
         for path in (self.destination, self.partial):
             if path.is_symlink() or (path.exists() and not path.is_dir()):
-                raise BadInput(
-                    f"{path} exists and is no folder, so it is never replaced.",
-                    "Move it away, or choose another folder with -o DIR.",
-                )
+                raise BadInput(f"{path} exists and is no folder, so it is never replaced.", MOVE_AWAY)
+        if self.destination.exists() and not is_replaceable(self.destination):
+            raise no_bundle_in_the_way(self.destination)
         if self.destination.exists() and not force:
             raise BadInput(f"{self.destination} exists.", "Pass --force to replace it, or another folder with -o DIR.")
 

@@ -110,6 +110,23 @@ def no_bundle_at(path: str | Path) -> BadInput:
     return BadInput(f"There is no bundle at {path}.", near_paths(Path(path)) or "`zoo build` prints where it put one.")
 
 
+MOVE_AWAY = "Move it away, or choose another folder with -o DIR."
+
+
+def is_replaceable(directory: Path) -> bool:
+    """Whether a bundle may take the place of a folder: there is nothing in it, or it is one, whole or damaged."""
+    try:
+        names = {path.name for path in directory.iterdir()}
+    except OSError:  # it may not be looked into
+        return False
+    return not names or not names.isdisjoint({"build.json", "metadata.json"})
+
+
+def no_bundle_in_the_way(directory: Path) -> BadInput:
+    """The error for a folder in which there is something else."""
+    return BadInput(f"{directory} exists and is no bundle, so it is never replaced.", MOVE_AWAY)
+
+
 @frozen
 class Bundle:
     """A bundle on disk, its two records read.

@@ -24,7 +24,15 @@ from coreai_zoo.checkpoint.chat_template import (
 )
 from coreai_zoo.checkpoint.end_of_turn import EndTokens, end_tokens
 from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer, kept_in_text
-from coreai_zoo.checkpoint.tokenizer import optional_object, read_tokenizer_file, token_texts, tokens_engines_know
+from coreai_zoo.checkpoint.tokenizer import (
+    TOKEN_FLAGS,
+    named_texts,
+    optional_object,
+    read_tokenizer_file,
+    token_texts,
+    tokens_engines_know,
+    tokens_of_transformers,
+)
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.json_files import read_object
 
@@ -89,22 +97,29 @@ def copy_problems(checkpoint: Path, folder: Path, classes: Mapping[str, str], *,
 
 
 def _library(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder as the library reads its file, with the tokens that the config alone adds.
+    """The tokenizer of a folder as the library reads its file, with the tokens that other files add.
 
     Not `load_tokenizer`, which the build goes by as well.
     """
-    from tokenizers import AddedToken
-
     tokenizer = read_tokenizer_file(folder)
     decoder = optional_object(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for number, token in sorted(decoder.items(), key=lambda item: int(item[0])) if isinstance(decoder, dict) else ():
-        if isinstance(token, dict) and tokenizer.token_to_id(str(token.get("content"))) is None:
-            added = AddedToken(str(token["content"]), **{flag: bool(token.get(flag)) for flag in flags})
-            tokenizer.add_tokens([added])
-            if tokenizer.token_to_id(added.content) != int(number):
-                raise BadInput(f"{folder} gives {added.content!r} the id {number}, which it cannot have.")
+        if isinstance(token, dict):
+            _add(tokenizer, folder, int(number), token)
+    if named_texts(folder) - {token.content for token in tokenizer.get_added_tokens_decoder().values()}:
+        for token in sorted(tokens_of_transformers(folder), key=lambda token: int(token["id"])):
+            _add(tokenizer, folder, token["id"], token)
     return tokenizer
+
+
+def _add(tokenizer: Tokenizer, folder: Path, number: int, token: Mapping[str, Any]) -> None:
+    """Add a token; of one that is there only how it is found in a text may change."""
+    from tokenizers import AddedToken
+
+    added = AddedToken(str(token["content"]), **{flag: bool(token.get(flag)) for flag in TOKEN_FLAGS})
+    tokenizer.add_tokens([added])
+    if tokenizer.token_to_id(added.content) != number:
+        raise BadInput(f"{folder} gives {added.content!r} the id {number}, which it cannot have.")
 
 
 def _ids(theirs: Tokenizer, ours: Tokenizer) -> Iterator[str]:
@@ -156,26 +171,30 @@ class _Reasons:
     Attributes:
         markup: those that mark parts of an answer, which need not be special.
         ends: those that end a turn, which engines are told of.
-        added: all that are added to the vocabulary by any file.
+        added: all that are added to the vocabulary by any file, each with how it is found in a text.
     """
 
     markup: frozenset[str]
     ends: frozenset[str]
-    added: frozenset[str]
+    added: Mapping[str, Mapping[str, bool]]
 
     @classmethod
     def of(cls, checkpoint: Path, theirs: Tokenizer) -> _Reasons:
         """Those of a checkpoint and its tokenizer."""
         ends, config = end_tokens(checkpoint), read_object(checkpoint / "tokenizer_config.json")
-        added = [token.content for token in theirs.get_added_tokens_decoder().values()]
+        tokens = theirs.get_added_tokens_decoder().values()
+        added = {token.content: {flag: bool(getattr(token, flag)) for flag in TOKEN_FLAGS} for token in tokens}
         markup = kept_in_text([*added, *token_texts(config.get("additional_special_tokens"))], ends)
-        return cls(frozenset(markup), frozenset(end.text for end in ends.tokens), frozenset(added))
+        return cls(frozenset(markup), frozenset(end.text for end in ends.tokens), added)
 
     def allow(self, before: Any, after: Any) -> bool:
-        """Whether an added token is as it was, or no longer special where it marks a part of an answer."""
+        """Whether an added token is as it was or is read, or no longer special where it marks a part of an answer."""
         if before == after or not isinstance(before, dict):
             return bool(before == after)
-        return before.get("content") in self.markup and after == {**before, "special": False}
+        forms = [before, {**before, **self.added.get(str(before.get("content")), {})}]
+        if before.get("content") in self.markup:
+            forms += [{**form, "special": False} for form in forms]
+        return after in forms
 
 
 def _fields(checkpoint: Path, folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
@@ -222,7 +241,7 @@ def _may_become(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], re
             return {**models[0], "dropout": None} == {**models[1], "dropout": None}
         case "added_tokens":
             same, more = (after or [])[: len(before or [])], (after or [])[len(before or []) :]
-            named_elsewhere = {*token_texts(more)} <= reasons.added - {*token_texts(before)}
+            named_elsewhere = {*token_texts(more)} <= reasons.added.keys() - {*token_texts(before)}
             return named_elsewhere and all(map(reasons.allow, before or [], same)) and len(same) == len(before or [])
         case "added_tokens_decoder":
             first, second = (value if isinstance(value, dict) else {} for value in (before, after))

@@ -27,6 +27,7 @@ from coreai_zoo.checkpoint.end_of_turn import EndToken, EndTokens, end_tokens
 from coreai_zoo.checkpoint.tokenizer import (
     added_tokens,
     class_for_engines,
+    named_texts,
     optional_object,
     token_texts,
     tokenizer_class,
@@ -165,13 +166,19 @@ def _remove_templates(folder: Path) -> None:
 
 
 def _added_tokens(folder: Path) -> Iterator[str]:
-    """Engines find every added token in `tokenizer.json`."""
-    _, missing = added_tokens(folder)
-    if missing:
+    """Engines find every added token in `tokenizer.json`, as it is for transformers."""
+    stored, others = added_tokens(folder)
+    unknown = named_texts(folder) - {token["content"] for token in (*stored, *others)}
+    if unknown:
+        told = "is named as a token, and is none: transformers cannot load the tokenizer to say which"
+        yield f"{listing(sorted(unknown))} {told}"
+    if others:
         path = folder / "tokenizer.json"
         content = read_object(path)
-        _edit(path, content | {"added_tokens": [*(content.get("added_tokens") or []), *missing]})
-        yield f"tokenizer.json is given {listing(token_texts(missing))}, which tokenizer_config.json alone has"
+        given = {token["content"]: token for token in others}
+        stored = [given.pop(*token_texts(token), token) for token in content.get("added_tokens") or []]
+        _edit(path, content | {"added_tokens": [*stored, *given.values()]})
+        yield f"tokenizer.json is given {listing(token_texts(others))}, as other files have it"
 
 
 def _encoding(folder: Path) -> Iterator[str]:
@@ -193,10 +200,21 @@ def _encoding(folder: Path) -> Iterator[str]:
         yield "the post-processor that adds special tokens is taken out of tokenizer.json"
     _edit(path, content)
     config = read_object(folder / "tokenizer_config.json")
+    if config.get("add_prefix_space") and not _prefixes(content.get("pre_tokenizer")):
+        yield "add_prefix_space is not in tokenizer.json, which engines go by: no space is put before a text"
     added = [key for key in ("add_bos_token", "add_eos_token") if config.get(key)]
     if added:
         _edit(folder / "tokenizer_config.json", config | dict.fromkeys(added, False))
         yield f"{' and '.join(added)} in tokenizer_config.json says false"
+
+
+def _prefixes(pre_tokenizer: Any) -> bool:
+    """Whether a pre-tokenizer of a `tokenizer.json` puts a space before the text."""
+    if not isinstance(pre_tokenizer, Mapping):
+        return False
+    parts = pre_tokenizer.get("pretokenizers")
+    inside = any(map(_prefixes, parts)) if isinstance(parts, list) else False
+    return inside or bool(pre_tokenizer.get("add_prefix_space")) or pre_tokenizer.get("prepend_scheme") == "always"
 
 
 def without_added_tokens(processor: Any) -> Any:

@@ -32,6 +32,9 @@ _TOKENIZER_FILES = {
     "merges.txt": False,
 }
 
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""How an added token is found in a text, and whether engines cut it from one."""
+
 _ANY_READER = "PreTrainedTokenizer"
 """The class that takes a byte-pair encoding as its `tokenizer.json` describes it."""
 
@@ -104,8 +107,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer in `directory`, which neither cuts nor fills up what it encodes, nor draws lots on the way.
 
     Truncation, padding and the dropout of merges are settings of the training run that saved the file; transformers
-    switches the first two off as well where it is not asked for them. Tokens that `added_tokens_decoder` of
-    `tokenizer_config.json` has and `tokenizer.json` has not are added, as transformers does.
+    switches the first two off as well where it is not asked for them. Tokens that other files have and `tokenizer.json`
+    has not are added, as transformers does.
 
     Raises:
         BadInput: when there is none, it cannot be read, or it is not clear which id an added token has.
@@ -137,7 +140,7 @@ def read_tokenizer_file(directory: Path) -> Tokenizer:
 
     path = directory / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if getattr(tokenizer.model, "dropout", None) is not None:
@@ -148,22 +151,65 @@ def read_tokenizer_file(directory: Path) -> Tokenizer:
 
 
 def added_tokens(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The added tokens of `tokenizer.json`, and those that `tokenizer_config.json` alone has, in the same form.
+    """The added tokens of `tokenizer.json`, and those that transformers has beside or instead of them, by their ids.
 
-    Only those with a text and an id count; the latter come in the order of their ids.
+    `added_tokens_decoder` says ids and flags. Whatever else is named, transformers adds behind them in an order of its
+    own, so it is asked where something is. Both are in the form of `tokenizer.json`; only those with a text and an id
+    count.
     """
     added = read_object(directory / "tokenizer.json").get("added_tokens") or []
     stored = [token for token in added if isinstance(token, dict) and {"content", "id"} <= set(token)]
+    known = {token["content"]: added_token(token["id"], token) for token in stored}
     decoder = optional_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
-    if not isinstance(decoder, Mapping):
-        return stored, []
-    known = {token["content"] for token in stored}
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return stored, [
-        {"id": int(number), "content": token["content"], **{flag: bool(token.get(flag)) for flag in flags}}
-        for number, token in sorted(decoder.items(), key=lambda item: (len(item[0]), item[0]))
-        if isinstance(token, dict) and number.isdecimal() and token.get("content") not in (None, *known)
-    ]
+    said = {
+        int(number): token
+        for number, token in (decoder.items() if isinstance(decoder, Mapping) else ())
+        if isinstance(token, dict) and number.isdecimal() and isinstance(token.get("content"), str)
+    }
+    decoded = [added_token(number, token) for number, token in said.items()]
+    plain = all({*TOKEN_FLAGS} <= token.keys() for token in said.values()) and all(
+        known.get(token["content"], token) == token for token in decoded
+    )
+    if not plain or not named_texts(directory) <= {*known, *(token["content"] for token in decoded)}:
+        decoded = tokens_of_transformers(directory) or decoded
+    others = [token for token in decoded if known.get(token["content"]) != token]
+    return stored, sorted(others, key=lambda token: int(token["id"]))
+
+
+def added_token(number: int, token: Mapping[str, Any]) -> dict[str, Any]:
+    """An added token in the form of `tokenizer.json`."""
+    return {"id": number, "content": token["content"], **{flag: bool(token.get(flag)) for flag in TOKEN_FLAGS}}
+
+
+def named_texts(directory: Path) -> set[str]:
+    """The texts that transformers makes added tokens of because a file beside `tokenizer.json` names them.
+
+    One that is named as `pad_token` and the like and that no vocabulary has is left out: it would get an id that the
+    model was not trained with, and may not have, and stands in no text.
+    """
+    model = read_object(directory / "tokenizer.json").get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    named = {text for text in special_tokens(directory).values() if isinstance(vocabulary, dict) and text in vocabulary}
+    named |= {*optional_object(directory / "added_tokens.json")}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        fields = optional_object(directory / name)
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            named |= {*token_texts(fields.get(key))}
+    return named
+
+
+def tokens_of_transformers(directory: Path) -> list[dict[str, Any]]:
+    """The added tokens of the tokenizer that transformers makes of a folder; none where it cannot."""
+    try:
+        with quiet_transformers():
+            from transformers import AutoTokenizer
+
+            made = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+            tokens = made.added_tokens_decoder
+    except Exception:  # noqa: BLE001  # it raises whatever a class of tokenizers does
+        return []
+    fields = ("content", *TOKEN_FLAGS)
+    return [added_token(number, {field: getattr(token, field) for field in fields}) for number, token in tokens.items()]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
