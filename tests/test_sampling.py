@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from coreai_zoo.bundle.sampling import Chooser, Sampling, sampling_of, sentence
-from coreai_zoo.checkpoint.generation_config import SETTINGS, StatedSampling, stated_sampling
+from coreai_zoo.checkpoint.generation_config import FILE, SETTINGS, StatedSampling, stated_sampling
 from coreai_zoo.checkpoint.tokenizer import quiet_transformers
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.json_files import write_json
@@ -239,5 +239,37 @@ def test_a_file_that_says_nothing_of_sampling_says_nothing(tmp_path: Path, conte
 
 
 def test_what_is_stated_is_all_that_is_read(tmp_path: Path) -> None:
-    write_json(tmp_path / "generation_config.json", {**STATED, "eos_token_id": [1, 2], "min_p": 0, "top_h": 3})
+    write_json(tmp_path / "generation_config.json", {**STATED, "eos_token_id": [1, 2], "min_p": 0, "max_length": 3})
     assert stated_sampling(tmp_path) == StatedSampling({**STATED, "min_p": 0})
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"suppress_tokens": [136]},
+        {"bad_words_ids": [[1, 2]]},
+        {"no_repeat_ngram_size": 3},
+        {"presence_penalty": 1.5},
+        {"forced_bos_token_id": 0},
+        {"stop_strings": "END"},
+        {"num_beams": 4},
+        {"typical_p": 0.9},
+    ],
+    ids=lambda stated: next(iter(stated)),
+)
+def test_whatever_else_would_choose_tokens_is_said_to_be_not_used(tmp_path: Path, stated: dict[str, Any]) -> None:
+    write_json(tmp_path / "generation_config.json", {**STATED, **stated})
+    (name, value), *_ = stated.items()
+    assert stated_sampling(tmp_path) == StatedSampling(STATED, (f"{name} in {FILE} is {value!r}: not used",))
+
+
+def test_what_transformers_writes_for_nothing_is_not_noted(tmp_path: Path) -> None:
+    with quiet_transformers():
+        from transformers import GenerationConfig
+
+        GenerationConfig().save_pretrained(tmp_path)
+        every = GenerationConfig().to_dict()
+    assert stated_sampling(tmp_path).faults == ()
+    defaults = {"typical_p": 1.0, "guidance_scale": None, "num_beams": 1, "bad_words_ids": None, "min_length": 0}
+    write_json(tmp_path / "generation_config.json", {**every, **defaults, "stop_strings": [], "sequence_bias": {}})
+    assert stated_sampling(tmp_path).faults == ()

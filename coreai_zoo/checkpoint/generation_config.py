@@ -65,6 +65,21 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
 """What can be set, by its name in the file."""
 
 
+_IDLE: Mapping[str, float | bool | None] = MappingProxyType(
+    {
+        **dict.fromkeys(("typical_p", "guidance_scale", "encoder_repetition_penalty", "num_beams"), 1),
+        **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "top_h", "penalty_alpha"), 0),
+        **dict.fromkeys(("presence_penalty", "frequency_penalty", "no_repeat_ngram_size"), 0),
+        **dict.fromkeys(("min_length", "min_new_tokens", "exponential_decay_length_penalty"), 0),
+        **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), 0),
+        **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "stop_strings"), None),
+        **dict.fromkeys(("watermarking_config", "token_healing"), False),
+    }
+)
+"""What else would have a say in which token comes, by its name in the file, with the value at which it has none, beside
+null and what is empty. transformers heeds it (`GenerationConfig`), or servers do; no engine of a bundle does."""
+
+
 @frozen
 class StatedSampling:
     """What a file says of sampling.
@@ -94,6 +109,8 @@ def stated_sampling(checkpoint: Path | None) -> StatedSampling:
             values[name] = value
         else:
             faults.append(f"{name} in {FILE} is {_shown(value)}, not {allowed}: not used")
+    steering = [name for name, idle in _IDLE.items() if content.get(name) not in (None, idle, [], {}, "")]
+    faults += [f"{name} in {FILE} is {_shown(content[name])}: not used" for name in steering]
     return StatedSampling(values, tuple(faults))
 
 

@@ -176,8 +176,8 @@ def _added_tokens(folder: Path) -> Iterator[str]:
         path = folder / "tokenizer.json"
         content = read_object(path)
         given = {token["content"]: token for token in others}
-        stored = [given.pop(*token_texts(token), token) for token in content.get("added_tokens") or []]
-        _edit(path, content | {"added_tokens": [*stored, *given.values()]})
+        kept = [given.pop("".join(token_texts(token)), token) for token in content.get("added_tokens") or []]
+        _edit(path, content | {"added_tokens": [*kept, *given.values()]})
         yield f"tokenizer.json is given {listing(token_texts(others))}, as other files have it"
 
 
