@@ -585,7 +585,20 @@ def test_a_width_that_the_block_does_not_divide_is_refused_and_never_skipped(tmp
     assert "not divisible by the recipe's block" in text
     assert "model.layers.0.mlp.gate_proj.weight (mlp, int8 block 32 symmetric_with_clipping: 48 columns" in text
     assert "lm_head.weight (head, int8 block 32 symmetric: 48 columns" in text
-    assert "Choose a recipe that leaves these roles alone" in text
+    assert "Choose a recipe with blocks that divide them, or one that leaves these roles alone" in text
+
+
+@pytest.mark.parametrize("others", [(), (GATE_PROJ,)], ids=["alone", "among others"])
+def test_a_head_that_is_missing_may_be_the_embedding_table(
+    tmp_path: Path, dense: Path, others: tuple[str, ...]
+) -> None:
+    checkpoint = shutil.copytree(dense, tmp_path / "checkpoint")
+    change_weights(checkpoint, lambda tensors: [tensors.pop(name) for name in (HEAD, *others)])
+
+    text = refusal(tmp_path, DENSE, "--checkpoint", checkpoint)
+
+    assert f"{HEAD}" in text and ("tie_word_embeddings" in text) is not bool(others)
+    assert ("complete and original" in text) is bool(others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -390,6 +390,31 @@ def test_a_connection_that_never_answers_or_closes_is_tried_again(hub: Hub, repo
     assert len(report.notes) == 3 and all("trying again" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"config.json": b"{}", "model.fp16.safetensors": b""}, "has model.fp16.safetensors but neither"),
+        ({"config.json": b"{}", "model-00001-of-00001.safetensors": b""}, "rename model-00001-of-00001.safetensors to"),
+        ({"config.json": b"{}", "pytorch_model.bin": b""}, "has no safetensors weights, only pytorch_model.bin"),
+        ({"config.json": b"{}", "sub/model.safetensors": b""}, "has no weights: neither model.safetensors nor"),
+        (
+            {"sub/config.json": b"{}", "sub/model.safetensors": b""},
+            f"has no config.json, but sub/config.json. `hf download {ID} --include 'sub/*' --local-dir DIR` fetches",
+        ),
+        ({"model.safetensors": b""}, "has no config.json. Repositories of models"),
+    ],
+)
+def test_what_a_repository_lacks_is_told_by_what_it_has(
+    hub: Hub, report: Notes, files: dict[str, bytes], told: str
+) -> None:
+    hub.add(ID, files)
+    source = opened(report)
+    with pytest.raises(BadInput) as caught:
+        (source.fetch_small(), source.weights)
+    assert str(caught.value).startswith(ID) and told in str(caught.value)
+    assert str(source.directory) not in str(caught.value)
+
+
 @pytest.mark.parametrize("path", [ID, "config.json", FIRST])
 def test_an_address_that_leads_back_to_itself_is_followed_once(hub: Hub, report: Notes, path: str) -> None:
     hub.add(ID, FILES)
@@ -889,7 +914,7 @@ def test_an_index_that_names_no_files_of_the_repository_is_told(
 
 def test_a_repository_without_safetensors_is_told(hub: Hub, report: Notes) -> None:
     hub.add(ID, {"config.json": b"{}", "pytorch_model.bin": b"x"})
-    with pytest.raises(BadInput, match="neither"):
+    with pytest.raises(BadInput, match="no safetensors weights, only pytorch_model.bin"):
         _ = opened(report).weights
 
 

@@ -785,6 +785,16 @@ def test_a_file_that_is_disturbed_while_it_is_used_costs_no_finished_weight(
     assert built(tmp_path / "out") == built(tmp_path / "whole")
 
 
+def test_a_repository_without_a_tokenizer_is_named_and_not_its_folder(hub: Hub, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint")
+    for path in checkpoint.glob("tokenizer*"):
+        path.unlink()
+    hub.add(ID, checkpoint)
+    refused = zoo("build", ID, "-o", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines()[-1].startswith(f"error: {ID} has no tokenizer.json and no tokenizer_config.json")
+
+
 def test_another_model_than_an_entry_s_is_named_by_its_repository(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -648,6 +648,16 @@ def test_tokens_that_the_config_alone_adds_are_added(kept: int, tmp_path: Path, 
     assert written.encode(text, add_special_tokens=False).ids == expected
 
 
+def test_files_that_transformers_makes_a_tokenizer_of_are_to_be_saved_again(folder: Path, classes: Any) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"has no tokenizer.json\. A bundle needs"):
+        check_tokenizer(folder, WIDTH, classes)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_text("{}")
+    with pytest.raises(BadInput, match="save_pretrained"):
+        check_tokenizer(folder, WIDTH, classes)
+
+
 def named_in(folder: Path, name: str, **fields: Any) -> None:
     """Have a file of the tokenizer say something more."""
     path = folder / name

@@ -210,7 +210,7 @@ def test_problems_that_differ_in_a_number_are_one_with_their_count() -> None:
     assert str(caught.value) == (
         "The recipe does not fit the model (32 problems). not divisible by the recipe's block: "
         f"30 x l.*.up.w (mlp, {spec}), l.0.q.w (attention, {spec}), l.1.q.w (attention, {spec}). "
-        "Choose a recipe that leaves these roles alone."
+        "Choose a recipe with blocks that divide them, or one that leaves these roles alone."
     )
 
 

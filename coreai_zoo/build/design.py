@@ -260,7 +260,8 @@ def design(
     checkpoint = source.open(need_weights=not request.dry)
     if not request.dry:
         assert source.directory is not None
-        check_tokenizer(source.directory, model.facts["vocab_size"], plugins.tokenizer_classes())
+        with source.naming_the_repository():
+            check_tokenizer(source.directory, model.facts["vocab_size"], plugins.tokenizer_classes())
 
     recipe, head = _with_head(recipe, model, entry, plugins)
     functions = _functions(model, entry, contract, max_context, plugins)

@@ -169,6 +169,16 @@ class Source:
             error.instead(self.original)
             raise
 
+    @contextmanager
+    def naming_the_repository(self) -> Iterator[None]:
+        """Within the block, an error names what the user did, a repository, and not its folder in the cache."""
+        try:
+            yield
+        except BadInput as error:
+            if self.hub is not None:
+                error.message = error.message.replace(str(self.directory), self.hub.id)
+            raise
+
     @property
     def unfetched(self) -> bool:
         """Whether weights are still to be fetched."""

@@ -87,16 +87,15 @@ def member(directory: Path, name: object, where: str) -> Path:
 
 def has_weights(directory: Path) -> bool:
     """Whether there are weights beside the config that could be opened, complete or not."""
-    return bool(_safetensors(directory))
+    return bool(_safetensors(_file_names(directory)))
 
 
 def _file_names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.is_file())
 
 
-def _safetensors(directory: Path) -> list[str]:
-    """The safetensors files of a folder but for an adapter's."""
-    names = _file_names(directory)
+def _safetensors(names: Collection[str]) -> list[str]:
+    """The safetensors files among some files but for an adapter's."""
     return [name for name in names if name.endswith(".safetensors") and name not in adapter_files(names)]
 
 
@@ -108,29 +107,35 @@ def has_model(names: Collection[str]) -> bool:
     )
 
 
-def _no_weights(directory: Path) -> BadInput:
-    names = _file_names(directory)
+def no_weights(where: str, names: Collection[str]) -> BadInput:
+    """The error for weights that cannot be found, by the names of the files that are there.
+
+    Args:
+        where: a folder or a repository.
+        names: of the files in it, those of folders within left out.
+    """
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return BadInput(
-            f"{directory} has no safetensors weights, only {listing(pickles, 4)}: pickles can run code and are never "
+            f"{where} has no safetensors weights, only {listing(pickles, 4)}: pickles can run code and are never "
             "loaded.",
             "Use a revision with safetensors, or convert the checkpoint where you trust it.",
         )
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
         return BadInput(
-            f"{directory} has {listing(gguf, 4)} only: GGUF weights are quantized already and cannot be used.",
+            f"{where} has {listing(gguf, 4)} only: GGUF weights are quantized already and cannot be used.",
             "Use the original Hugging Face checkpoint in bf16.",
         )
-    if stray := _safetensors(directory):
+    if stray := _safetensors(names):
         return BadInput(
-            f"{directory} has {listing(stray, 4)} but neither {SINGLE} nor {INDEX}.",
+            f"{where} has {listing(stray, 4)} but neither {SINGLE} nor {INDEX}.",
             f"Download {INDEX} as well"
             + (f", or rename {stray[0]} to {SINGLE} if it holds the whole model." if len(stray) == 1 else "."),
         )
     return BadInput(
-        f"{directory} has no weights: neither {SINGLE} nor {INDEX}.", "Check the path, or download the checkpoint."
+        f"{where} has no weights: neither {SINGLE} nor {INDEX}.",
+        "Only checkpoints in the safetensors format can be used: check where it is, or download it.",
     )
 
 
@@ -203,7 +208,7 @@ def find_weights(directory: Path, elsewhere: Collection[str] = ()) -> WeightFile
         member(directory, SINGLE, str(directory))
         names = (SINGLE,)
     else:
-        raise _no_weights(directory)
+        raise no_weights(str(directory), _file_names(directory))
     adapter = adapter_files(there)
     notes = (
         *_note_on_index(ignored=bool(index) and not weight_map),
@@ -219,6 +224,6 @@ def _note_on_index(*, ignored: bool) -> tuple[str, ...]:
 
 def _note_on_others(directory: Path, names: Collection[str], decides: str) -> tuple[str, ...]:
     """What to note of files beside those that are read; `decides` is the file that says which are."""
-    others = [name for name in _safetensors(directory) if name not in names]
+    others = [name for name in _safetensors(_file_names(directory)) if name not in names]
     why = "is the whole model" if decides == SINGLE else "does not name them"
     return (f"not read: {listing(others, 6)}; {decides} {why}",) if others else ()

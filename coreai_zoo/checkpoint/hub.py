@@ -29,7 +29,7 @@ from typing import Any
 from attrs import define, frozen
 
 from coreai_zoo.checkpoint.adapters import ADAPTER_CONFIG, adapter_alone, adapter_files, adapter_note
-from coreai_zoo.checkpoint.folder import CONFIG, INDEX, SINGLE, has_model, read_index, uses_index
+from coreai_zoo.checkpoint.folder import CONFIG, INDEX, SINGLE, has_model, no_weights, read_index, uses_index
 from coreai_zoo.checkpoint.hub_client import (
     FILE_TRIES,
     METADATA_TRIES,
@@ -221,12 +221,21 @@ class HubSource:
         return self.directory
 
     def _require_model(self) -> None:
-        """Refuse a repository with an adapter in the place of a model."""
+        """Refuse a repository without a model, or with one in a folder of its own."""
         names = self._names()
         if (adapter := adapter_files(names)) and not has_model(names):
             if ADAPTER_CONFIG in adapter:
                 self._obtain(self._file(ADAPTER_CONFIG), _ignore)
             raise adapter_alone(self.id, adapter, self.directory / ADAPTER_CONFIG)
+        if CONFIG in names or self.listing is None:
+            return
+        inside = [str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == CONFIG]
+        if inside:
+            raise BadInput(
+                f"{self.id} has no {CONFIG}, but {inside[0]}/{CONFIG}.",
+                f"`hf download {self.id} --include '{inside[0]}/*' --local-dir DIR` fetches it: give DIR/{inside[0]}.",
+            )
+        raise BadInput(f"{self.id} has no {CONFIG}.", "Repositories of models have one beside their weights.")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -253,10 +262,7 @@ class HubSource:
             shards = [SINGLE]
         else:
             self._require_hub(RemoteFile(SINGLE, 0, None, None))  # the cache shows only what was fetched
-            raise BadInput(
-                f"{self.id} has neither {INDEX} nor {SINGLE}.",
-                "Only checkpoints in the safetensors format can be used.",
-            )
+            raise no_weights(self.id, [name for name in names if "/" not in name])
         missing = [name for name in shards if name not in names]
         if missing and self.listing is not None:
             raise BadInput(f"The index of {self.id} names {listing(missing)}, which the repository does not have.")

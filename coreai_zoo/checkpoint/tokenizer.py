@@ -61,7 +61,12 @@ def check_tokenizer(checkpoint: Path, vocab_size: int, classes: Mapping[str, str
     """
     missing = [name for name, required in _TOKENIZER_FILES.items() if required and not (checkpoint / name).is_file()]
     if missing:
-        raise BadInput(f"{checkpoint} has no {' and no '.join(missing)}.", "A bundle needs the checkpoint's tokenizer.")
+        hint = "A bundle needs the checkpoint's tokenizer."
+        if all((checkpoint / name).is_file() for name in ("vocab.json", "merges.txt")):
+            hint = (
+                "transformers makes it of the others: `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`."
+            )
+        raise BadInput(f"{checkpoint} has no {' and no '.join(missing)}.", hint)
     for path in tokenizer_files(checkpoint):
         refuse_pointer_at(path)
     config = read_object(checkpoint / "tokenizer_config.json")

@@ -317,6 +317,7 @@ class _Problems:
     undecided: list[str] = field(factory=list)
     idle: list[str] = field(factory=list)
     is_mlx: bool = False
+    has_no_head: bool = False
 
     def raise_if_any(self) -> None:
         of_recipe = {
@@ -349,6 +350,11 @@ class _Problems:
         )
 
     def _hint(self) -> str:
+        if self.has_no_head and len(self.missing) == 1 and not self.unknown:
+            return (
+                "If its head is to be its embedding table, config.json has to say so: tie_word_embeddings, where the "
+                "class in `architectures` looks for it (of a wrapper beside text_config). Else it is not complete."
+            )
         if self.missing or self.unknown:
             return "Check that it is a checkpoint of this architecture, complete and original."
         if self.misshapen or self.doubled or self.dtypes:
@@ -357,7 +363,7 @@ class _Problems:
             return "`zoo show` names the roles of a model; docs/recipes.md says how rules match."
         if self.per_channel:
             return "Use a block size of 32."
-        return "Choose a recipe that leaves these roles alone."
+        return "Choose a recipe with blocks that divide them, or one that leaves these roles alone."
 
 
 _ALIKE = 3  # fewer are named one by one
@@ -560,6 +566,8 @@ class _Planner:
                 end, before = source.stop, source.key
         if not sources:
             self.problems.missing.append(self._expectation(target))
+            roles = {self.roles[rule.rule.role].kind for rule, _ in self._rules_for(target)}
+            self.problems.has_no_head = self.problems.has_no_head or "head" in roles
         elif gap or end < math.prod(target.info.shape[:-1]):
             self.problems.missing.append(f"part of {target.name}: {listing(self._missing_parts(target, sources), 6)}")
 
