@@ -54,7 +54,7 @@ class Contract:
     Attributes:
         name: as on the command line.
         summary: one line.
-        query_length: tokens per call when decoding, or None when the engine may pass any number.
+        query_length: tokens per call when decoding: 1, or None when the engine may pass any number.
         prerequisites: what a machine needs to run such a bundle, beside its system, for the card.
         usage: how an engine of this contract is called, for the card: Markdown in which BUNDLE is the bundle's folder.
         fixed_context: whether the KV pair has its full length from the start, and `position_ids` names the new tokens
@@ -72,7 +72,7 @@ class Contract:
 
     name: str
     summary: str
-    query_length: int | None = field(validator=optional(ge(1)))
+    query_length: int | None
     prerequisites: tuple[str, ...]
     usage: str = ""
     fixed_context: bool = False
@@ -83,6 +83,13 @@ class Contract:
     prefill: Prefill | None = None
     systems: tuple[System, ...] = ()
     on_devices: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        if self.query_length not in (None, 1):
+            raise ValueError(
+                f"the contract {self.name} decodes {self.query_length} tokens per call: nothing runs such a bundle; "
+                "a function that reads prompts may take them, see `functions`"
+            )
 
     @property
     def logits_dtype(self) -> str:

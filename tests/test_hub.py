@@ -914,7 +914,7 @@ def test_an_index_that_names_no_files_of_the_repository_is_told(
 
 def test_a_repository_without_safetensors_is_told(hub: Hub, report: Notes) -> None:
     hub.add(ID, {"config.json": b"{}", "pytorch_model.bin": b"x"})
-    with pytest.raises(BadInput, match="no safetensors weights, only pytorch_model.bin"):
+    with pytest.raises(BadInput, match=r"no safetensors weights, only pytorch_model\.bin"):
         _ = opened(report).weights
 
 

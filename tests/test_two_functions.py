@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attrs import evolve
+from attrs import evolve, frozen
 from torch import Tensor
 
 import forked
@@ -26,11 +26,14 @@ from command import zoo
 from coreai_zoo import hookimpl
 from coreai_zoo.backend import drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.build.pipeline import build
+from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.contracts import Contract
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.plugins import Plugins
-from coreai_zoo.signature import TraceSpec
+from coreai_zoo.progress import Reporter
+from coreai_zoo.signature import KVCache, StateSpec, TraceSpec
 from shared import Shared
 from test_toy_plugin import TOKENS
 from toy_plugin import PAIR, RunningMean, ToyPlugin
@@ -310,3 +313,45 @@ def test_core_ml_refuses_two_functions_in_one_sentence(inputs: Path, plugins: Pl
         "error: The Core ML backend writes one function, main, and the contract asks for step, pair."
     )
     assert not any(tmp_path.iterdir())
+
+
+@frozen
+class WithFour(Contract):
+    """One token per call, and a function that reads four."""
+
+    def functions(
+        self, kv: KVCache, extra: Sequence[StateSpec], vocab_size: int, max_context: int
+    ) -> dict[str, TraceSpec]:
+        main, four = (self.signature(length, kv, extra, vocab_size, max_context) for length in (1, 4))
+        return {"main": main, "four": evolve(four, outputs=())}
+
+
+class Acme:
+    @hookimpl
+    def zoo_contracts(self) -> list[Contract]:
+        return [WithFour("acme-four", "four tokens of a prompt per call", 1, (), engine=None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["qwen3.6-27b", "qwen3.6-35b-a3b"])
+def test_a_function_for_some_tokens_leaves_what_as_many_steps_leave(entry: str, tmp_path: Path) -> None:
+    plugins = Plugins.discover()
+    plugins.register(Acme(), "acme")
+    request = BuildRequest(entry, sample=True, layers=4, contract="acme-four", output=tmp_path)
+    bundle = Bundle.open(build(request, plugins, Reporter(silent=True)).path)
+    *read, last = (72, 105, 44, 32, 122)
+    with CoreAIBackend().stepper(bundle.asset, bundle.functions, capacity=16) as stepper:
+        assert stepper.call("four", read) is None
+        together = stepper.step(last)
+        stepper.reset()
+        *_, apart = (stepper.step(token) for token in (*read, last))
+        stepper.reset()
+        unread = stepper.step(last)
+    assert together is not None and apart is not None and unread is not None
+    errors = [np.abs(each.astype(np.float32) - apart).max() / np.abs(apart).max() for each in (together, unread)]
+    assert errors[0] < 0.02 < 0.2 < errors[1], errors
+
+
+def test_a_contract_that_decodes_several_tokens_at_once_is_refused() -> None:
+    with pytest.raises(ValueError, match="the contract acme decodes 4 tokens per call: nothing runs such a bundle"):
+        Contract("acme", "four tokens per call", 4, ())

@@ -188,7 +188,7 @@ def test_a_bundle_for_another_engine_is_held_against_no_rule_and_says_so(bundle:
 WIDTH = 1024  # of the sample's logits
 EXTRA = (StateSpec(name="convState", shape=(2, 1, 4)), StateSpec(name="recState", shape=(2, 1, 4), dtype="float32"))
 SPEC = STATIC_S1.functions(KVCache(2, 1, 8), EXTRA, WIDTH, 32)["main"]
-FOUR = evolve(STATIC_S1, query_length=4).functions(KVCache(2, 1, 8), EXTRA, WIDTH, 32)["main"]
+FOUR = STATIC_S1.signature(4, KVCache(2, 1, 8), EXTRA, WIDTH, 32)
 
 
 class Sums(nn.Module):

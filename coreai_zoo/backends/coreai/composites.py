@@ -212,6 +212,7 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
     """
     distinct: dict[object, _ExternalizedExportedProgram] = {}
     serial = itertools.count()
+    least = _least_sizes(program)
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         # Most often all are known, and to begin takes longer than to export one.
         export = functools.cache(lambda: stack.enter_context(exporting(torch.export.default_decompositions())))
@@ -219,12 +220,39 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
         for prepared in _PreparedModules(module, program):
             key = (_identity(prepared.module), _input_types(prepared.source_nodes[0]))
             if key not in distinct:
+                prepared.dynamic_shapes = _bounded(prepared, least)
                 prepared.name = f"{prepared.composite_op_name}_{next(serial)}"
                 distinct[key] = _finalize_module_export(prepared, _exported_composite(prepared, export))
                 distinct[key].source_nodes = []
             distinct[key].source_nodes.extend(prepared.source_nodes)
     return list(distinct.values())
 
+
+def _least_sizes(program: ExportedProgram) -> dict[int, int]:
+    """The least that an axis of the arguments may measure, by what it measured while tracing, where two are not enough.
+
+    The toolchain makes a number of an axis before it asks how long it may be, and loses the latter.
+    """
+    arguments = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    axes = [axis for argument in arguments for axis in argument.shape if isinstance(axis, torch.SymInt)]
+    lowest = {axis.node.hint: program.range_constraints[axis.node.expr].lower for axis in axes}
+    return {traced: int(least) for traced, least in lowest.items() if least > _SPECIALISED}
+
+
+def _bounded(prepared: _PreparedModule, least: Mapping[int, int]) -> tuple[dict[int, Any] | None, ...]:
+    """The dynamic axes of a composite, none shorter than it may be."""
+    return tuple(
+        dims
+        and {
+            axis: torch.export.Dim(dim.__name__, min=max(dim.min, least.get(example.shape[axis], 0)), max=dim.max)
+            for axis, dim in dims.items()
+        }
+        for example, dims in zip(prepared.fake_inputs, prepared.dynamic_shapes, strict=True)
+    )
+
+
+_SPECIALISED = 2
+"""torch.export takes an axis for at least that long, whatever it is told."""
 
 # One of the toolchain's holds no tensor and does not change: what it is exported to depends on the key below alone.
 _exported: dict[object, tuple[ExportedProgram, list[str], list[str]]] = {}

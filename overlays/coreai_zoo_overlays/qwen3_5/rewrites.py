@@ -25,11 +25,14 @@ _ATTEND = "model.layers.*.self_attn.attend"
 def layer_rewrites(contract: Contract, function: TraceSpec) -> tuple[LayerRewrite, ...]:
     """The rewrites of a function: for one token per call, or for a prompt's, in the form of the contract's prefill.
 
-    A contract without prefill keeps the reference form where a call takes any number of tokens: gates run that.
+    A contract without prefill keeps the rule of the reference, whose steps a fixed number of tokens puts in a row, and
+    all of the reference where a call takes any number: gates run that.
     """
     if function.query_length == 1:
         return (*_one_token(), *_fixed_context()) if contract.fixed_context else _one_token()
-    return () if contract.prefill is None else (_rule_of_prompts(contract.prefill), _conv_of_prompts())
+    if contract.prefill is None:
+        return () if function.query_length is None else (_conv_of_prompts(),)
+    return (_rule_of_prompts(contract.prefill), _conv_of_prompts())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
