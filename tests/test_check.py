@@ -17,14 +17,28 @@ from click.testing import CliRunner, Result
 
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.cli.app import cli
+from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, CheckFailed
 from coreai_zoo.gates import stress as gate_stress
 from coreai_zoo.gates.run import GateOptions
 from coreai_zoo.lowering.graph import Graph, LayerKind
+from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.plugins import Plugins, default_plugins
-from coreai_zoo.review import check
+from coreai_zoo.recipe_files import RECIPES
+from coreai_zoo.review import check, structure
 from coreai_zoo.review.check import CHECKS, judge_sample
-from coreai_zoo.review.goldens import Wanted, compare, counts_of, golden, golden_path, of_recipe, read, wanted, write
+from coreai_zoo.review.goldens import (
+    Wanted,
+    compare,
+    counts_of,
+    golden,
+    golden_path,
+    of_recipe,
+    read,
+    take,
+    wanted,
+    write,
+)
 from coreai_zoo.review.structure import of_entry
 from coreai_zoo.stress import StressSample
 from mutants import Edit, Mutant, applied
@@ -137,7 +151,7 @@ def test_a_sample_that_does_not_build_fails(
     shown = OneEntry.discover()
     result = checked(shown, "samples")
     assert result.exit_code == 1, result.output
-    assert str(outcome(result, "samples")["detail"]).startswith("sample dense of broken_samples: ")
+    assert str(outcome(result, "samples")["detail"]).startswith("sample dense of broken_samples as sibling: ")
 
 
 @pytest.mark.parametrize("step", [None, "_require_golden_metadata", "judge_sample"])
@@ -165,6 +179,23 @@ def test_every_sample_is_held_against_the_golden_file_and_judged(
     first = seen["_require_golden_metadata"]
     assert len({*first}) == len(first) == 2, "a dense and a routed one"
     assert seen["judge_sample"] == first[: 1 if step == "_require_golden_metadata" else 2]
+
+
+def test_a_sample_is_looked_at_once_for_all_that_make_the_same_of_it(
+    root: Path, tmp_path: Path, make_plugin: Callable[..., types.ModuleType]
+) -> None:
+    """Whatever the entries are called."""
+    assert len(check._with_samples(default_plugins())) == 2
+    plugins = with_entry(sibling(root, tmp_path, ('name = "sibling"', 'name = "zz-sibling"')), make_plugin)
+    assert len(check._with_samples(plugins)) == 2, "it makes what all others make"
+
+    def hook(entry: Entry | None) -> list[LayerRewrite]:
+        ours = entry is not None and entry.name == "zz-sibling"
+        return [LayerRewrite("mine", "model.norm", "of mine alone", lambda norm: norm)] if ours else []
+
+    plugins.register(make_plugin(zoo_layer_rewrites=hook), "mine")
+    looked_at = check._with_samples(plugins)
+    assert [entry.name for entry in looked_at.values()][-1] == "zz-sibling" and len(looked_at) == 3
 
 
 def test_every_stress_sample_of_an_entry_is_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,7 +237,9 @@ def test_the_overlay_is_run_on_stress_samples_and_a_wrong_eps_fails_there_by_nam
         failed = checked(plugins, "stress")
     assert failed.exit_code == 1
     detail = str(outcome(failed, "stress")["detail"])
-    assert detail.startswith("sample dense of coreai_zoo_qwen36, small-activations (what every norm is given")
+    assert detail.startswith(
+        "sample dense of coreai_zoo_qwen36 as qwen3.6-27b, small-activations (what every norm is given"
+    )
     assert "confident flips" in detail
 
 
@@ -344,6 +377,46 @@ def test_in_the_repository_of_a_plugin_golden_graphs_are_of_its_own_entries(
     asked = goldens / "prompts.toml"
     asked.write_text('entry = "sibling"\ncontract = "dynamic"\n')
     assert wanted(goldens, tmp_path / "elsewhere", plugins) == [Wanted(asked, ours.entry, "dynamic")], "in its own file"
+
+
+def test_a_golden_graph_of_an_entry_that_is_gone_is_refused_unless_its_plugin_was_left_out(tmp_path: Path) -> None:
+    (tmp_path / "old.toml").write_text('entry = "acme-27b"\n')
+    with pytest.raises(BadInput, match=r"entries that nobody brings: old\.toml \(of acme-27b\)\. Remove the file"):
+        wanted(tmp_path, tmp_path, default_plugins())
+    plugins = Plugins.discover()
+    plugins.without = ("acme",)
+    assert {each.entry.facts.ffn for each in wanted(tmp_path, tmp_path, plugins)} == {"dense", "moe"}
+
+
+def test_a_sibling_for_which_a_plugin_has_another_layer_has_a_golden_graph_of_its_own(
+    root: Path, tmp_path: Path, make_plugin: Callable[..., types.ModuleType]
+) -> None:
+    (tmp_path / "entries").mkdir()
+    path = sibling(root, tmp_path / "entries")
+    other = tmp_path / "entries" / "other.toml"
+    other.write_text(path.read_text().replace('name = "sibling"', 'name = "other"'))
+
+    def hook(entry: Entry | None) -> list[LayerRewrite]:
+        ours = entry is not None and entry.name == "other"
+        return [LayerRewrite("mine", "model.norm", "of mine alone", lambda norm: norm)] if ours else []
+
+    plugins = Plugins.discover()
+    plugins.register(make_plugin(zoo_entries=lambda: [path, other], zoo_layer_rewrites=hook), "another")
+    assert [each.entry.name for each in wanted(tmp_path / "goldens", tmp_path, plugins)] == ["other", "sibling"]
+
+
+def test_the_recipe_of_an_entry_is_among_those_of_its_golden_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def graphs(_entry: Entry, _plugins: Plugins, recipes: Any, _contract: str | None) -> list[Any]:
+        asked.append([*recipes])
+        return []
+
+    monkeypatch.setattr(structure, "graphs", graphs)
+    entry, _ = find_entry("qwen3.6-27b", default_plugins())
+    for recipe in (entry.recipe, "mix68"):
+        take(attrs.evolve(entry, recipe=recipe), default_plugins())
+    assert asked == [[*RECIPES], [*RECIPES, "mix68"]]
 
 
 def test_what_is_installed_within_a_repository_is_not_its_own(

@@ -25,7 +25,7 @@ from coreai_zoo.gates.stress import judge_all
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.golden_metadata import golden_metadata_path, metadata_differences
-from coreai_zoo.review.goldens import compare, read, take, wanted, write
+from coreai_zoo.review.goldens import compare, made_of_sample, read, take, wanted, write
 
 
 @frozen
@@ -168,13 +168,13 @@ def judge_sample(bundle: Bundle, plugins: Plugins) -> None:
 
 
 def _with_samples(plugins: Plugins) -> Mapping[str, Entry]:
-    """An entry for each sample, by the name of the sample; siblings may share one."""
-    entries = [(entry.sample, entry) for entry, _ in load_entries(plugins).values()]
-    return {
-        f"sample {PurePosixPath(sample.path).name} of {sample.package}": entry
-        for sample, entry in reversed(entries)
-        if sample is not None
-    }
+    """The entries whose samples are looked at, by what to call each: one of all that make the same of a sample."""
+    chosen: dict[tuple[object, str], tuple[str, Entry]] = {}
+    for entry, _ in load_entries(plugins).values():
+        if (sample := entry.sample) is not None:
+            called = f"sample {PurePosixPath(sample.path).name} of {sample.package} as {entry.name}"
+            chosen.setdefault((sample, made_of_sample(entry, plugins)), (called, entry))
+    return dict(chosen.values())
 
 
 def _stress(self: Checks) -> _Found:

@@ -19,9 +19,12 @@ from typing import Any
 
 from attrs import frozen
 
+from coreai_zoo.build.design import design
+from coreai_zoo.build.record import describe
+from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput
+from coreai_zoo.errors import BadInput, ZooError, listing
 from coreai_zoo.lowering.graph import Graph
 from coreai_zoo.lowering.wiring import Wiring, unnamed
 from coreai_zoo.plugins import Plugins
@@ -58,6 +61,7 @@ _WHY = {
     "exp": "decays, which are computed in float32",
     "log": "of the softplus of a decay, in float32",
 }
+_GONE = "Remove the file, or have `entry` in it name the entry as it is called now."
 _WRITE = "Write it with `zoo check --only goldens --update-goldens`."
 _OTHERWISE = "arithmetic"
 _OF_AN_OVERLAY = "a composite of the overlay's own: one graph, which these call"
@@ -80,7 +84,7 @@ _HEAD = """\
 def take(
     entry: Entry, plugins: Plugins, on_recipe: Callable[[str], None] = lambda _: None, contract: str | None = None
 ) -> Golden:
-    """The golden graph of an entry, its operations counted under every recipe.
+    """The golden graph of an entry, its operations counted under every shipped recipe and its own.
 
     Args:
         entry: the entry.
@@ -89,7 +93,7 @@ def take(
         contract: name of another contract than the entry's; its operations are counted under the entry's recipe.
     """
     graphs: dict[str, Mapping[str, Graph]] = {}
-    recipes = [*RECIPES] if contract is None else [entry.recipe]
+    recipes = [*dict.fromkeys((*RECIPES, entry.recipe))] if contract is None else [entry.recipe]
     for recipe, by_function in structure.graphs(entry, plugins, recipes, contract):
         graphs[recipe] = by_function
         on_recipe(f"{entry.name}{f' {contract}' if contract else ''} as {recipe}")
@@ -301,9 +305,15 @@ def wanted(folder: Path, repository: Path, plugins: Plugins) -> list[Wanted]:
     A file that holds no more than `entry` and `contract` asks for one to be written. Graphs are asked for without a
     file for entries of the repository's own plugins: of a plugin with an entry's file in it, or with a golden graph.
     Where there is no such plugin, all are asked.
+
+    Raises:
+        BadInput: for the golden graph of an entry that nobody brings.
     """
     entries = load_entries(plugins)
     files = {path: read(path) for path in sorted(folder.glob("*.toml"))}
+    orphans = [f"{path.name} (of {file['entry']})" for path, file in files.items() if file["entry"] not in entries]
+    if orphans and not plugins.without:
+        raise BadInput(f"In {folder} there are golden graphs of entries that nobody brings: {listing(orphans)}.", _GONE)
     chosen = [
         Wanted(path, entries[name][0], file.get("contract"))
         for path, file in files.items()
@@ -311,11 +321,22 @@ def wanted(folder: Path, repository: Path, plugins: Plugins) -> list[Wanted]:
     ]
     own = {plugin for plugin, path in plugins.entries() if _is_source(path.resolve(), repository.resolve())}
     own |= {entries[each.entry.name][1] for each in chosen}
+    known = {(each.entry.facts.ffn, made_of_sample(each.entry, plugins)) for each in chosen}
     for entry, plugin in entries.values():
-        known = {each.entry.facts.ffn for each in chosen}
-        if entry.sample is not None and entry.facts.ffn not in known and (plugin in own or not own):
+        kind = entry.facts.ffn, made_of_sample(entry, plugins)
+        if entry.sample is not None and kind not in known and (plugin in own or not own):
             chosen.append(Wanted(golden_path(folder, entry), entry))
+            known.add(kind)
     return chosen
+
+
+def made_of_sample(entry: Entry, plugins: Plugins) -> str:
+    """What an entry makes of its sample: siblings make the same, unless a plugin has something else for one of them."""
+    try:
+        made = describe(design(BuildRequest(entry.name, sample=True, dry=True), plugins, entry))
+    except ZooError:
+        return entry.name
+    return json.dumps([made[key] for key in ("overlay", "recipe", "contract")], sort_keys=True)
 
 
 def _is_source(path: Path, repository: Path) -> bool:
