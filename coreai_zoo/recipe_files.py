@@ -242,7 +242,13 @@ def as_toml(recipe: Recipe) -> str:
 
 
 def read_recipes(folder: Path) -> Mapping[str, Recipe]:
-    """The recipes in the files of a folder, by name, in the order of the names; for the hook `zoo_recipes`."""
+    """The recipes in the files of a folder, by name, in the order of the names; for the hook `zoo_recipes`.
+
+    Raises:
+        BadInput: when there is no such folder, as where a package was built without its data, or a file is bad.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"There is no folder of recipes {folder}.", "Is it among the data of the package?")
     return MappingProxyType({path.stem: read_recipe(path) for path in sorted(folder.glob("*.toml"))})
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
+import subprocess
 import sysconfig
 import types
 from collections.abc import Callable
@@ -39,6 +41,7 @@ from coreai_zoo.review.goldens import (
     wanted,
     write,
 )
+from coreai_zoo.review.revision import base_revision
 from coreai_zoo.review.structure import of_entry
 from coreai_zoo.stress import StressSample
 from mutants import Edit, Mutant, applied
@@ -330,6 +333,46 @@ def test_a_count_that_changed_is_named_with_both_numbers() -> None:
         "linear: mul is 3, the golden graph has 2",
         "linear: operations is 4, the golden graph has 2",
     ]
+
+
+def test_a_check_is_of_the_repository_whatever_folder_of_it_one_is_in(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root / "docs")
+    seen: list[check.Checks] = []
+
+    def run(self: check.Checks, _only: object) -> list[check.Outcome]:
+        seen.append(self)
+        return []
+
+    monkeypatch.setattr(check.Checks, "run", run)
+    assert checked(default_plugins(), "goldens").exit_code == 0
+    assert (seen[0].folder, seen[0].golden_folder) == (root, root / "tests" / "goldens")
+    monkeypatch.chdir(tmp_path)
+    refused = checked(default_plugins(), "goldens")
+    assert refused.exit_code == 2 and f"There are no golden graphs in {tmp_path}/tests/goldens" in refused.stderr
+
+
+def test_code_that_is_not_what_is_installed_is_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "src" / "coreai_zoo_qwen36").mkdir(parents=True)
+    (tmp_path / "src" / "coreai_zoo_qwen36" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    refused = checked(Plugins.discover(), "entries")
+    assert refused.exit_code == 2
+    assert re.search(
+        r"coreai_zoo_qwen36 is found at .*, and not in .*pip install -e", refused.stderr.replace("\n", " ")
+    )
+
+
+@pytest.mark.parametrize(("branch", "revision"), [("main", "main"), ("master", "master"), ("work", "HEAD")])
+def test_what_to_do_next_names_a_revision_that_there_is(
+    branch: str, revision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = ("-c", "user.name=tester", "-c", "user.email=tester@example.org")
+    for words in (("init", "--quiet", "-b", branch), (*identity, "commit", "--quiet", "--allow-empty", "-m", "first")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    assert base_revision() == revision
 
 
 def test_a_file_that_is_no_golden_graph_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import types
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -567,7 +568,10 @@ def test_revisions_that_are_none_are_explained(
 
 
 def test_code_from_elsewhere_does_not_pass_for_that_of_a_revision(repository: Path, tmp_path: Path) -> None:
-    with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"at HEAD does not build .* coreai_zoo is found at"):
+    with (
+        worktree("HEAD") as tree,
+        pytest.raises(BadInput, match=r"at HEAD does not build .* coreai_zoo is found at .*: nothing of"),
+    ):
         build_sample("qwen3.6-27b", None, tree, tmp_path / "out", "HEAD", default_plugins())
     assert not (tmp_path / "out").exists()
 
@@ -606,9 +610,41 @@ def test_in_the_repository_of_a_plugin_its_code_is_that_of_the_revision(
     with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"at HEAD does not build .*nowhere"):
         build_sample("acme", None, tree, tmp_path / "out", "HEAD", plugins)
     # Of a revision without the package, that of the working tree must not pass for its code.
-    with worktree("HEAD~1") as tree, pytest.raises(BadInput, match=r"coreai_zoo is found at .*, not in"):
+    nothing = r"coreai_zoo is found at .*, acme_diffed is not found: nothing of"
+    with worktree("HEAD~1") as tree, pytest.raises(BadInput, match=nothing):
         build_sample("acme", None, tree, tmp_path / "out", "HEAD~1", plugins)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_change_of_an_entry_s_file_is_one_of_metadata(
+    root: Path,
+    repository: Path,
+    built: Callable[[str], Path],
+    make_plugin: Callable[..., types.ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the sample that is built does not show it."""
+    text = (root / "zoo_entries" / "qwen3.6-27b.toml").read_text().replace('name = "qwen3.6-27b"', 'name = "acme"')
+    path = repository / "acme.toml"
+    path.write_text(text)
+    git("add", ".", cwd=repository)
+    git("commit", "--quiet", "-m", "an entry", cwd=repository)
+    path.write_text(text.replace("max_context = 32768", "max_context = 16384"))
+    plugins = Plugins.discover()
+    plugins.register(make_plugin(zoo_entries=lambda: [path]), "another")
+    monkeypatch.setattr(comparison, "build_sample", lambda *_, **__: built("int8hu"))
+
+    comparer = comparison.Comparer(plugins, Reporter(silent=True), None, 6, numerics=False)
+    changed = comparer.compare_revisions("acme", ["HEAD"])
+    (section,) = (section for section in changed.difference.sections if section.name == "entry")
+    assert [(change.what, change.before, change.after) for change in section.changes] == [
+        ("bundle.max_context", "32,768", "16,384")
+    ]
+    assert changed.verdict.kind == "metadata"
+    same = comparer.compare_revisions("acme", ["HEAD", "HEAD"])
+    assert same.verdict.kind == "none"
+    earlier = comparer.compare_revisions("acme", ["HEAD~1"])
+    assert all(section.name != "entry" for section in earlier.difference.sections), "it has no such file"
 
 
 def test_code_of_the_repository_that_is_installed_elsewhere_does_not_pass_for_that_of_a_revision(

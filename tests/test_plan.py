@@ -443,6 +443,25 @@ def test_a_rewrite_that_breaks_its_promise_to_keep_parameters_is_refused_by_a_bu
         design(BuildRequest(DENSE, checkpoint=tiny, custom=True), plugins)
 
 
+def test_a_rewrite_that_makes_no_module_is_told_with_its_layer(tiny: Path) -> None:
+    plugins = rewriting(lambda _: None)  # type: ignore[arg-type,return-value]
+    told = r"'others-norm' of plugin other makes NoneType of layer model\.norm, and no module"
+    with pytest.raises(PluginError, match=told):
+        design(BuildRequest(DENSE, checkpoint=tiny, custom=True), plugins)
+    planned = zoo("plan", "--checkpoint", tiny, plugins=plugins)
+    assert planned.exit_code == 2 and re.search(told, planned.stderr)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("facts", "a mapping"), ("kv_cache", "a KVCache")])
+def test_an_overlay_that_gives_something_else_is_told_with_its_plugin(
+    method: str, kind: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qwen3_5.Qwen35Overlay, method, lambda *_: None)
+    planned = zoo("plan", "--checkpoint", tiny)
+    assert planned.exit_code == 2, planned.output
+    assert re.search(rf"plugin 'qwen36' failed in overlay .*`{method}` gives NoneType, not {kind}", planned.stderr)
+
+
 def failing(*_arguments: Any) -> Any:
     raise LookupError("of their own")
 

@@ -13,7 +13,7 @@ from coreai_zoo.catalogue import find_recipe
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import COMMON_ROLES, ParameterInfo, Role, WeightMap, WeightRule
 from coreai_zoo.plugins import default_plugins
-from coreai_zoo.recipe_files import RECIPES, as_toml, content_of, read_recipe, recorded_recipe
+from coreai_zoo.recipe_files import RECIPES, as_toml, content_of, read_recipe, read_recipes, recorded_recipe
 from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe, Rule, layer_of, published_as
 from coreai_zoo.weights.plan import WeightPlan, plan_without_checkpoint
 
@@ -451,3 +451,8 @@ def test_odd_names_of_files_are_errors_in_words_or_read(tmp_path: Path, monkeypa
     ):
         result = zoo("plan", "qwen3.6-27b", "--recipe", name)
         assert result.exit_code == 2 and told in result.stderr, (name, result.output)
+
+
+def test_recipes_of_a_folder_that_a_package_lacks_are_told(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="There is no folder of recipes .* among the data of the package"):
+        read_recipes(tmp_path / "recipes")

@@ -126,6 +126,10 @@ def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | Non
             hf_config = overlay.with_layers(hf_config, layers)
         config = overlay.read_config(hf_config)
         facts, kv_cache = overlay.facts(config), overlay.kv_cache(config)
+        if not isinstance(facts, Mapping):
+            raise TypeError(f"`facts` gives {type(facts).__name__}, not a mapping")
+        if not isinstance(kv_cache, KVCache):
+            raise TypeError(f"`kv_cache` gives {type(kv_cache).__name__}, not a KVCache")
     return Model(hf_config, overlay, plugin, config, facts, whole_facts, kv_cache)
 
 

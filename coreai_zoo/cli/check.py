@@ -8,10 +8,11 @@ import attrs
 import click
 
 from coreai_zoo.commands import Column, OneOf, json_option, new_table, plugins_of, print_json, print_table, say_next
-from coreai_zoo.errors import BadInput, CheckFailed, listing, zoo_command
+from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing, zoo_command
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.check import CHECKS, Checks
 from coreai_zoo.review.goldens import DEFAULT_FOLDER
+from coreai_zoo.review.revision import base_revision, displaced, repository
 
 
 @click.command("check")
@@ -43,14 +44,21 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
     """
     if update_goldens and only and "goldens" not in only:
         raise BadInput("--update-goldens writes nothing when the check `goldens` is not among --only.")
+    plugins, folder = plugins_of(ctx), _repository()
+    if golden_folder == DEFAULT_FOLDER:
+        golden_folder = folder / golden_folder
     if not update_goldens and (not only or "goldens" in only) and not golden_folder.is_dir():
         raise BadInput(
             f"There are no golden graphs in {golden_folder}.",
-            "Run `zoo check` in the repository, or name their folder with --goldens DIR.",
+            "Have them written with `zoo check --only goldens --update-goldens`, run `zoo check` in the repository "
+            "that has them, or name their folder with --goldens DIR.",
         )
+    if elsewhere := displaced(folder, plugins.packages()):
+        places = listing([f"{name} is found at {place}" for name, place in elsewhere.items()])
+        raise BadInput(f"{places}, and not in {folder}: that would be checked.", "Install it with `pip install -e .`.")
     checks = Checks(
-        plugins=plugins_of(ctx),
-        folder=Path.cwd(),
+        plugins=plugins,
+        folder=folder,
         golden_folder=golden_folder,
         update_goldens=update_goldens,
         report=Reporter(silent=as_json),
@@ -68,4 +76,12 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
     if failed:
         raise CheckFailed(f"Failed: {listing(failed)}.")
     if not as_json:
-        say_next("see what a change does to a bundle", zoo_command("diff", "ENTRY", "--rev", "main"))
+        say_next("see what a change does to a bundle", zoo_command("diff", "ENTRY", "--rev", base_revision()))
+
+
+def _repository() -> Path:
+    """The repository, whatever folder of it this is; outside of one, this folder."""
+    try:
+        return repository()
+    except ZooError:
+        return Path.cwd()

@@ -63,6 +63,11 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
                 raise PluginError(
                     f"plugin {plugin!r} failed in rewrite {rewrite.name!r} of layer {path}: {mistakes.brief(error)}"
                 ) from error
+        if not isinstance(replacement, nn.Module):
+            raise PluginError(
+                f"Rewrite {rewrite.name!r} of plugin {plugin} makes {type(replacement).__name__} of layer {path}, and "
+                "no module."
+            )
         if rewrite.keeps_parameters and parameters_of(replacement) != parameters_of(layer):
             raise PluginError(
                 f"Rewrite {rewrite.name!r} of plugin {plugin} changes the parameters of layer {path}, and promises in "

@@ -91,6 +91,7 @@ def _entries(self: Checks) -> _Found:
         try:
             if entry.sample is not None:
                 entry.sample_directory()
+                design(BuildRequest(entry.name, sample=True, dry=True), self.plugins, entry)
             design(BuildRequest(entry.name, dry=True), self.plugins, entry)
         except ZooError as error:
             if isinstance(error, TooLittleStated) and entry.status == "unverified":

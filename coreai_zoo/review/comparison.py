@@ -6,12 +6,14 @@ the difference comes to.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import asdict, evolve, frozen
 
 from coreai_zoo.backend import read_prompt
 from coreai_zoo.build.pipeline import build
@@ -21,14 +23,14 @@ from coreai_zoo.bundle.find import checkpoint_of, named_bundle
 from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.catalogue import find_entry, find_recipe, is_file, load_entries, recipe_path
 from coreai_zoo.engine import PREFILL
-from coreai_zoo.entry import Entry
-from coreai_zoo.errors import BadInput, zoo_command
+from coreai_zoo.entry import Entry, load_entry
+from coreai_zoo.errors import BadInput, ZooError, zoo_command
 from coreai_zoo.gates.run import margin_of_asset, oracle_of
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review import diff, structure
 from coreai_zoo.review.diff import Computed, Difference, Section, numerics_missing
-from coreai_zoo.review.revision import build_sample, worktree
+from coreai_zoo.review.revision import build_sample, repository, worktree
 from coreai_zoo.review.structure import Structure
 from coreai_zoo.review.verdict import ChangeVerdict, Next, judge
 
@@ -134,6 +136,7 @@ class Comparer:
         commits: list[str | None] = [*revisions, None][:2]
         labels = [commit or "the working tree" for commit in commits]
         bundles: list[Bundle] = []
+        entries: list[Mapping[str, Any]] = []
         with tempfile.TemporaryDirectory(prefix="zoo-diff-") as folder:
             for letter, commit, label in zip("ab", commits, labels, strict=True):
                 with self.report.stage("build", f"the sample of {name} at {label}"), worktree(commit) as tree:
@@ -147,11 +150,24 @@ class Comparer:
                         contract=self.contract,
                     )
                     bundles.append(Bundle.open(built))
+                    entries.append(self._entry_in(tree, side.entry))
             found = self._of_bundles(*bundles)
             contract = bundles[1].build["contract"]["name"]
+        if all(entries):
+            found = evolve(found, sections=(diff.of_entry_files(*entries), *found.sections))
         found = evolve(found, a=f"{name} sample at {labels[0]}", b=f"{name} sample at {labels[1]}")
         after = evolve(_AFTER_CODE, unseen=f"; it was compared by contract {contract} and by no other")
         return Comparison(found, judge(found, after))
+
+    def _entry_in(self, tree: Path, entry: Entry) -> Mapping[str, Any]:
+        """What the file of an entry says in a tree; nothing where it is in no repository, or not to be read there."""
+        top = repository().resolve()
+        for _, path in self.plugins.entries():
+            with contextlib.suppress(ZooError):
+                if path.resolve().is_relative_to(top) and load_entry(path).name == entry.name:
+                    there = load_entry(tree / path.resolve().relative_to(top))
+                    return structure.flattened(json.loads(json.dumps(asdict(there), default=str)), ".")
+        return {}
 
     # -- the two sides
 

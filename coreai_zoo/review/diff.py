@@ -181,6 +181,11 @@ def _facts(a: Structure, b: Structure) -> Section:
     return Section("facts", _changes({**a.facts, "contract": a.contract}, {**b.facts, "contract": b.contract}))
 
 
+def of_entry_files(a: Mapping[str, object], b: Mapping[str, object]) -> Section:
+    """What the file of an entry says, key by key."""
+    return Section("entry", _changes(a, b))
+
+
 def _of_functions(a: Structure, b: Structure) -> Iterator[Section]:
     """Signature and operations of each function that either side has, named where there are several."""
     names = {**a.graphs, **b.graphs}

@@ -25,10 +25,12 @@ found = {}
 for spec in filter(None, map(importlib.util.find_spec, packages)):
     place = pathlib.Path(next(iter(spec.submodule_search_locations or [spec.origin]))).resolve()
     found[spec.name] = place, place.is_relative_to(tree) and not place.is_relative_to(installed)
-nothing = not any(ours for _, ours in found.values())
 for name, (place, ours) in found.items():
-    if nothing or not ours and any([*tree.glob(name), *tree.glob(f"*/{name}")]):
+    if not ours and any([*tree.glob(f"{name}/__init__.py"), *tree.glob(f"*/{name}/__init__.py")]):
         sys.exit(f"error: {name} is found at {place}, not in {tree}.")
+if not any(ours for _, ours in found.values()):
+    places = [f"{name} is found at {found[name][0]}" if name in found else f"{name} is not found" for name in packages]
+    sys.exit(f"error: {', '.join(places)}: nothing of {tree}.")
 try:
     from coreai_zoo.cli.app import main
 except ImportError:  # before the commands had a folder
@@ -77,6 +79,28 @@ def repository() -> Path:
             "Run it in the repository whose change is to be reviewed.",
         )
     return Path(top)
+
+
+def base_revision() -> str:
+    """The revision that a change is most often compared with, as a command takes it."""
+    try:
+        branches = [name for name in ("main", "master") if _git("rev-parse", "--verify", "--quiet", name)]
+    except EnvironmentLacks:
+        branches = []
+    return (branches or ["HEAD"])[0]
+
+
+def displaced(folder: Path, packages: Iterable[str]) -> dict[str, Path]:
+    """Packages of a repository that Python finds somewhere else, by name: what runs is not what is there."""
+    found = {}
+    for name in packages:
+        spec = find_spec(name)
+        here = [*folder.glob(f"{name}/__init__.py"), *folder.glob(f"*/{name}/__init__.py")]
+        if spec is None or not here or spec.origin is None:
+            continue
+        if Path(spec.origin).resolve() not in [path.resolve() for path in here]:
+            found[name] = Path(spec.origin)
+    return found
 
 
 def _git(*arguments: str) -> str | None:
