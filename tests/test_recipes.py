@@ -454,5 +454,5 @@ def test_odd_names_of_files_are_errors_in_words_or_read(tmp_path: Path, monkeypa
 
 
 def test_recipes_of_a_folder_that_a_package_lacks_are_told(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="There is no folder of recipes .* among the data of the package"):
+    with pytest.raises(BadInput, match=r"There is no folder of recipes .* among the data of the package"):
         read_recipes(tmp_path / "recipes")
