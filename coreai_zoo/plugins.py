@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.metadata
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -223,6 +224,14 @@ class Plugins:
                 near = difflib.get_close_matches(hook, HOOKS, n=1)
                 hint = f"Did you mean {near[0]}?" if near else f"The hooks are {', '.join(HOOKS)}."
                 raise PluginError(f"plugin {name!r} implements {hook}, which is no hook.", hint)
+            if hook in HOOKS:
+                given = [*inspect.signature(getattr(hookspecs, hook)).parameters]
+                taken = inspect.signature(getattr(plugin, function)).parameters.values()
+                if unknown := [each.name for each in taken if each.default is each.empty and each.name not in given]:
+                    raise PluginError(
+                        f"plugin {name!r}: {hook} takes {listing(unknown)}, which it is not given.",
+                        f"It is given {listing(given)}." if given else "It is given nothing.",
+                    )
             if options["wrapper"] or options["hookwrapper"]:
                 raise PluginError(
                     f"plugin {name!r} wraps {hook}, but hooks of the zoo cannot be wrapped: the host could not say any "

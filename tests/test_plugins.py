@@ -126,8 +126,10 @@ def test_a_hook_of_a_newer_host_may_be_marked_optional() -> None:
 
 
 def test_an_unknown_argument_names_the_plugin_and_the_hook(make_plugin: MakePlugin) -> None:
-    with pytest.raises(PluginError, match=r"(?s)'odd'.*zoo_weight_map.*colour"):
-        host(odd=make_plugin(zoo_weight_map=lambda colour: None))
+    with pytest.raises(
+        PluginError, match=r"'odd': zoo_weight_map takes colour, which .*given overlay, entry, config\."
+    ):
+        host(odd=make_plugin(zoo_weight_map=lambda colour, config: None))
 
 
 def test_a_hook_that_lacks_its_decorator_is_an_error_instead_of_never_called() -> None:

@@ -27,7 +27,6 @@ from coreai_zoo.checkpoint.end_of_turn import EndToken, EndTokens, end_tokens
 from coreai_zoo.checkpoint.tokenizer import (
     added_tokens,
     class_for_engines,
-    named_texts,
     optional_object,
     token_texts,
     tokenizer_class,
@@ -167,11 +166,11 @@ def _remove_templates(folder: Path) -> None:
 
 def _added_tokens(folder: Path) -> Iterator[str]:
     """Engines find every added token in `tokenizer.json`, as it is for transformers."""
-    stored, others = added_tokens(folder)
-    unknown = named_texts(folder) - {token["content"] for token in (*stored, *others)}
-    if unknown:
+    added = added_tokens(folder)
+    others = added.others
+    if added.unknown:
         told = "is named as a token, and is none: transformers cannot load the tokenizer to say which"
-        yield f"{listing(sorted(unknown))} {told}"
+        yield f"{listing(sorted(added.unknown))} {told}"
     if others:
         path = folder / "tokenizer.json"
         content = read_object(path)

@@ -6,9 +6,11 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
 
 from coreai_zoo.checkpoint.folder import member
 from coreai_zoo.checkpoint.pointers import refuse_pointer_at
@@ -121,11 +123,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     from tokenizers import AddedToken
 
     tokenizer = read_tokenizer_file(directory)
-    stored, missing = added_tokens(directory)
-    for token in missing:
+    added = added_tokens(directory)
+    for token in added.others:
         add = tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens
         add([AddedToken(**{key: value for key, value in token.items() if key != "id"})])
-    for token in (*stored, *missing):
+    for token in (*added.stored, *added.others):
         if (found := tokenizer.token_to_id(token["content"])) != token["id"]:
             raise BadInput(
                 f"{directory} says that the token {token['content']!r} has the id {token['id']}, and its tokenizer "
@@ -155,14 +157,29 @@ def read_tokenizer_file(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def added_tokens(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The added tokens of `tokenizer.json`, and those that transformers has beside or instead of them, by their ids.
+@frozen
+class AddedTokens:
+    """The added tokens of a folder, in the form of `tokenizer.json`; only those with a text and an id count.
+
+    Attributes:
+        stored: those of `tokenizer.json`.
+        others: those that transformers has beside or instead of them, by their ids.
+        unknown: what is named as one, and transformers cannot say which.
+    """
+
+    stored: list[dict[str, Any]]
+    others: list[dict[str, Any]]
+    unknown: frozenset[str]
+
+
+def added_tokens(directory: Path) -> AddedTokens:
+    """The added tokens of a folder.
 
     `added_tokens_decoder` says ids and flags. Whatever else is named, transformers adds behind them in an order of its
-    own, so it is asked where something is. Both are in the form of `tokenizer.json`; only those with a text and an id
-    count.
+    own, so it is asked where something is.
     """
-    added = read_object(directory / "tokenizer.json").get("added_tokens") or []
+    content = read_object(directory / "tokenizer.json")
+    added, model = content.get("added_tokens") or [], content.get("model")
     stored = [token for token in added if isinstance(token, dict) and {"content", "id"} <= set(token)]
     known = {token["content"]: added_token(token["id"], token) for token in stored}
     decoder = optional_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
@@ -175,10 +192,14 @@ def added_tokens(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     plain = all({*TOKEN_FLAGS} <= token.keys() for token in said.values()) and all(
         known.get(token["content"], token) == token for token in decoded
     )
-    if not plain or not named_texts(directory) <= {*known, *(token["content"] for token in decoded)}:
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    named = named_texts(directory, vocabulary if isinstance(vocabulary, dict) else {})
+    if not plain or not named <= {*known, *(token["content"] for token in decoded)}:
         decoded = tokens_of_transformers(directory) or decoded
-    others = [token for token in decoded if known.get(token["content"]) != token]
-    return stored, sorted(others, key=lambda token: int(token["id"]))
+    others = sorted(
+        (token for token in decoded if known.get(token["content"]) != token), key=lambda token: int(token["id"])
+    )
+    return AddedTokens(stored, others, frozenset(named - {*known, *(token["content"] for token in decoded)}))
 
 
 def added_token(number: int, token: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,15 +207,13 @@ def added_token(number: int, token: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": number, "content": token["content"], **{flag: bool(token.get(flag)) for flag in TOKEN_FLAGS}}
 
 
-def named_texts(directory: Path) -> set[str]:
+def named_texts(directory: Path, vocabulary: Container[str]) -> set[str]:
     """The texts that transformers makes added tokens of because a file beside `tokenizer.json` names them.
 
     One that is named as `pad_token` and the like and that no vocabulary has is left out: it would get an id that the
     model was not trained with, and may not have, and stands in no text.
     """
-    model = read_object(directory / "tokenizer.json").get("model")
-    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    named = {text for text in special_tokens(directory).values() if isinstance(vocabulary, dict) and text in vocabulary}
+    named = {text for text in special_tokens(directory).values() if text in vocabulary}
     named |= {*optional_object(directory / "added_tokens.json")}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         fields = optional_object(directory / name)

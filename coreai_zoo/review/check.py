@@ -206,7 +206,8 @@ def _goldens(self: Checks) -> _Found:
         equal.append(each.path.name)
     if problems:
         raise CheckFailed(
-            f"{listing(problems, 6)}.", "If that is meant, write them with `zoo check --update-goldens` and say why."
+            f"{listing(problems, 6)}.",
+            "If that is meant, write them with `zoo check --only goldens --update-goldens` and say why.",
         )
     verb = "written" if self.update_goldens else "equal"
     return f"{len(equal)} golden graphs {verb}", True if equal else None
