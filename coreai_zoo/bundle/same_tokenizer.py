@@ -106,9 +106,8 @@ def _library(folder: Path) -> Tokenizer:
     for number, token in sorted(decoder.items(), key=lambda item: int(item[0])) if isinstance(decoder, dict) else ():
         if isinstance(token, dict):
             _add(tokenizer, folder, int(number), token)
-    if named_texts(folder, tokenizer.get_vocab(with_added_tokens=False)) - {
-        token.content for token in tokenizer.get_added_tokens_decoder().values()
-    }:
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if named_texts(folder, tokenizer.get_vocab(with_added_tokens=False)) - known:
         for token in sorted(tokens_of_transformers(folder), key=lambda token: int(token["id"])):
             _add(tokenizer, folder, token["id"], token)
     return tokenizer
