@@ -60,6 +60,8 @@ LISTS = frozenset(
 )
 """Hooks that only add to a list: a plugin that fails in one is left out of that list."""
 
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 _T = TypeVar("_T")
 
 
@@ -227,7 +229,8 @@ class Plugins:
             if hook in HOOKS:
                 given = [*inspect.signature(getattr(hookspecs, hook)).parameters]
                 taken = inspect.signature(getattr(plugin, function)).parameters.values()
-                if unknown := [each.name for each in taken if each.default is each.empty and each.name not in given]:
+                needed = [each.name for each in taken if each.default is each.empty and each.kind not in _VARIABLE]
+                if unknown := [argument for argument in needed if argument not in given]:
                     raise PluginError(
                         f"plugin {name!r}: {hook} takes {listing(unknown)}, which it is not given.",
                         f"It is given {listing(given)}." if given else "It is given nothing.",

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import ssl
 import subprocess
@@ -390,6 +391,9 @@ def test_a_connection_that_never_answers_or_closes_is_tried_again(hub: Hub, repo
     assert len(report.notes) == 3 and all("trying again" in note for note in report.notes)
 
 
+FETCH_FOLDER = ("hf", "download", ID, "--include", "it's/*", "--local-dir", "DIR")
+
+
 @pytest.mark.parametrize(
     ("files", "told"),
     [
@@ -398,9 +402,11 @@ def test_a_connection_that_never_answers_or_closes_is_tried_again(hub: Hub, repo
         ({"config.json": b"{}", "pytorch_model.bin": b""}, "has no safetensors weights, only pytorch_model.bin"),
         ({"config.json": b"{}", "sub/model.safetensors": b""}, "has no weights: neither model.safetensors nor"),
         (
-            {"sub/config.json": b"{}", "sub/model.safetensors": b""},
-            f"has no config.json, but sub/config.json. `hf download {ID} --include 'sub/*' --local-dir DIR` fetches",
+            {"onnx/config.json": b"{}", "it's/config.json": b"{}", "it's/model.safetensors": b""},
+            f"has no config.json, but a model in it's. `{shlex.join(FETCH_FOLDER)}` fetches one: give 'DIR/it'",
         ),
+        ({"onnx/config.json": b"{}", "model.safetensors": b""}, "has no config.json. Repositories of models"),
+        ({"model-Q4.gguf": b"", "README.md": b""}, "has model-Q4.gguf only: GGUF weights are quantized already"),
         ({"model.safetensors": b""}, "has no config.json. Repositories of models"),
     ],
 )

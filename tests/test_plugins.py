@@ -132,6 +132,13 @@ def test_an_unknown_argument_names_the_plugin_and_the_hook(make_plugin: MakePlug
         host(odd=make_plugin(zoo_weight_map=lambda colour, config: None))
 
 
+def test_a_hook_may_take_whatever_it_is_given(make_plugin: MakePlugin) -> None:
+    def zoo_entries(*_arguments: object, **_named: object) -> list[Path]:
+        return []
+
+    assert host(wide=make_plugin(zoo_entries=zoo_entries)).entries() == []
+
+
 def test_a_hook_that_lacks_its_decorator_is_an_error_instead_of_never_called() -> None:
     module = types.ModuleType("plain")
     module.zoo_entries = list  # type: ignore[attr-defined]

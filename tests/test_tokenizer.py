@@ -20,6 +20,8 @@ from coreai_zoo.checkpoint.chat_template import find_chat_template, render_chat
 from coreai_zoo.checkpoint.end_of_turn import end_tokens
 from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer
 from coreai_zoo.checkpoint.tokenizer import (
+    AddedTokens,
+    added_tokens,
     check_tokenizer,
     encode,
     load_tokenizer,
@@ -694,6 +696,7 @@ def test_a_token_that_another_file_names_is_one_as_it_is_for_transformers(
 ) -> None:
     write_json(tmp_path / "tokenizer.json", tokenizer_json())
     write_json(tmp_path / "tokenizer_config.json", tokenizer_config())
+    write_json(tmp_path / "config.json", {"model_type": "qwen3_5", "text_config": {"vocab_size": WIDTH}})
     NAMED_ELSEWHERE[where](tmp_path)
     text = "x<|a|>y<|b|><|pad|> aa <think> z"
 
@@ -714,11 +717,74 @@ def test_a_token_that_another_file_names_is_one_as_it_is_for_transformers(
     assert copy_problems(tmp_path, tmp_path / "copy", classes) == []
 
 
-def test_a_name_that_transformers_cannot_load_is_noted(tmp_path: Path, classes: Any) -> None:
+@pytest.mark.parametrize("own", [True, False], ids=["", "of the architecture's class"])
+def test_ids_of_tokens_are_those_of_the_class_that_transformers_takes_for_the_checkpoint(
+    own: bool, tmp_path: Path, classes: Any
+) -> None:
+    """The class of the architecture adds a token of its own, which no file names, before those that are named."""
+    content = tokenizer_json()
+    for token in content["added_tokens"]:
+        token["content"] = token["content"].replace("endoftext", "end")
+    write_json(tmp_path / "tokenizer.json", content)
+    named = "PreTrainedTokenizerFast" if own else None
+    config = tokenizer_config(additional_special_tokens=["<|a|>"], tokenizer_class=named)
+    write_json(tmp_path / "tokenizer_config.json", config)
+    write_json(tmp_path / "config.json", {"model_type": "qwen3_5", "text_config": {"vocab_size": WIDTH}})
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+
+        expected = AutoTokenizer.from_pretrained(str(tmp_path)).convert_tokens_to_ids("<|a|>")
+    copy_tokenizer(tmp_path, tmp_path / "copy", classes)
+    for folder in (tmp_path, tmp_path / "copy"):
+        assert load_tokenizer(folder).token_to_id("<|a|>") == expected
+    assert copy_problems(tmp_path, tmp_path / "copy", classes) == []
+
+
+@pytest.mark.parametrize("size", [261, 262, 263, None])
+def test_a_token_for_which_the_model_has_no_id_is_none(size: int | None, tmp_path: Path, classes: Any) -> None:
     write_json(tmp_path / "tokenizer.json", tokenizer_json())
-    write_json(tmp_path / "tokenizer_config.json", tokenizer_config(extra_special_tokens=[{"content": "<|a|>"}]))
+    fields = {"pad_token": "[PAD]", "additional_special_tokens": ["<|a|>", "<|b|>"]}
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config(**fields))
+    write_json(tmp_path / "config.json", {"model_type": "qwen3_5"} | ({"vocab_size": size} if size else {}))
     changes = copy_tokenizer(tmp_path, tmp_path / "copy", classes)
-    assert "<|a|> is named as a token, and is none: transformers cannot load the tokenizer to say which" in changes
+    highest = load_tokenizer(tmp_path / "copy").get_vocab_size(with_added_tokens=True) - 1
+    assert highest == {261: 260, 262: 260, 263: 262, None: 263}[size]
+    left = {261: "<|a|>, <|b|>", 262: "<|a|>, <|b|>", 263: "<|b|>", None: ""}[size]
+    told = [change for change in changes if change.startswith("no id of the model is known")]
+    assert told == ([f"no id of the model is known for what other files name as tokens: {left}"] if left else [])
+    assert copy_problems(tmp_path, tmp_path / "copy", classes) == []
+
+
+def test_the_pieces_of_a_unigram_are_its_vocabulary(tmp_path: Path) -> None:
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.5)], unk_id=0))
+    made.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", {"unk_token": "<unk>", "pad_token": "[PAD]"})
+    assert added_tokens(tmp_path) == AddedTokens([], [], frozenset({"<unk>"}))
+
+
+@pytest.mark.parametrize(
+    "decoder", [{"257": {"content": "<|im_start|>"}}, {"5": {"special": True}}, {"x": {}, "7": 3}, []]
+)
+def test_a_decoder_that_says_nothing_new_changes_nothing(decoder: Any, tmp_path: Path, classes: Any) -> None:
+    write_json(tmp_path / "tokenizer.json", tokenizer_json())
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config(added_tokens_decoder=decoder))
+    assert added_tokens(tmp_path).others == []
+    copy_tokenizer(tmp_path, tmp_path / "copy", classes)
+    assert copy_problems(tmp_path, tmp_path / "copy", classes) == []
+
+
+def test_a_name_that_transformers_cannot_load_is_noted(folder: Path, classes: Any, tmp_path: Path) -> None:
+    write_json(folder / "tokenizer_config.json", tokenizer_config(extra_special_tokens=[{"content": "<|a|>"}, ""]))
+    changes = copy_tokenizer(folder, tmp_path / "copy", classes)
+    assert "no id of the model is known for what other files name as tokens: <|a|>" in changes
+
+
+def test_the_tokenizer_of_a_bundle_is_what_its_files_say(folder: Path) -> None:
+    """Engines know no other, and transformers takes a second to load."""
+    write_json(folder / "tokenizer_config.json", tokenizer_config(additional_special_tokens=["<|a|>"]))
+    assert load_tokenizer(folder).token_to_id("<|a|>") is not None
+    (folder / "config.json").unlink()
+    assert load_tokenizer(folder).token_to_id("<|a|>") is None
 
 
 def test_a_name_of_no_token_makes_none(tmp_path: Path, classes: Any) -> None:

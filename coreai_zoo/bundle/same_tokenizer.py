@@ -26,12 +26,11 @@ from coreai_zoo.checkpoint.end_of_turn import EndTokens, end_tokens
 from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer, kept_in_text
 from coreai_zoo.checkpoint.tokenizer import (
     TOKEN_FLAGS,
-    named_texts,
-    optional_object,
+    added_tokens,
+    decoded_tokens,
     read_tokenizer_file,
     token_texts,
     tokens_engines_know,
-    tokens_of_transformers,
 )
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.json_files import read_object
@@ -102,14 +101,8 @@ def _library(folder: Path) -> Tokenizer:
     Not `load_tokenizer`, which the build goes by as well.
     """
     tokenizer = read_tokenizer_file(folder)
-    decoder = optional_object(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    for number, token in sorted(decoder.items(), key=lambda item: int(item[0])) if isinstance(decoder, dict) else ():
-        if isinstance(token, dict):
-            _add(tokenizer, folder, int(number), token)
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    if named_texts(folder, tokenizer.get_vocab(with_added_tokens=False)) - known:
-        for token in sorted(tokens_of_transformers(folder), key=lambda token: int(token["id"])):
-            _add(tokenizer, folder, token["id"], token)
+    for number, token in [*decoded_tokens(folder), *((token["id"], token) for token in added_tokens(folder).others)]:
+        _add(tokenizer, folder, number, token)
     return tokenizer
 
 
@@ -117,10 +110,11 @@ def _add(tokenizer: Tokenizer, folder: Path, number: int, token: Mapping[str, An
     """Add a token; of one that is there only how it is found in a text may change."""
     from tokenizers import AddedToken
 
-    added = AddedToken(str(token["content"]), **{flag: bool(token.get(flag)) for flag in TOKEN_FLAGS})
-    tokenizer.add_tokens([added])
-    if tokenizer.token_to_id(added.content) != number:
-        raise BadInput(f"{folder} gives {added.content!r} the id {number}, which it cannot have.")
+    known = {each.content: each for each in tokenizer.get_added_tokens_decoder().values()}.get(token["content"])
+    flags = {flag: bool(token.get(flag, getattr(known, flag, False))) for flag in TOKEN_FLAGS}
+    tokenizer.add_tokens([AddedToken(token["content"], **flags)])
+    if tokenizer.token_to_id(token["content"]) != number:
+        raise BadInput(f"{folder} gives {token['content']!r} the id {number}, which it cannot have.")
 
 
 def _ids(theirs: Tokenizer, ours: Tokenizer) -> Iterator[str]:

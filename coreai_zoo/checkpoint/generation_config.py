@@ -70,10 +70,11 @@ _IDLE: Mapping[str, float | bool | None] = MappingProxyType(
         **dict.fromkeys(("typical_p", "guidance_scale", "encoder_repetition_penalty", "num_beams"), 1),
         **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "top_h", "penalty_alpha"), 0),
         **dict.fromkeys(("presence_penalty", "frequency_penalty", "no_repeat_ngram_size"), 0),
-        **dict.fromkeys(("min_length", "min_new_tokens", "exponential_decay_length_penalty"), 0),
-        **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), 0),
-        **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "stop_strings"), None),
-        **dict.fromkeys(("watermarking_config", "token_healing"), False),
+        **dict.fromkeys(("encoder_no_repeat_ngram_size", "diversity_penalty", "min_length", "min_new_tokens"), 0),
+        **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"), None),
+        **dict.fromkeys(("sequence_bias", "constraints", "exponential_decay_length_penalty"), None),
+        **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "stop_strings"), None),
+        **dict.fromkeys(("watermarking_config", "token_healing", "renormalize_logits"), False),
     }
 )
 """What else would have a say in which token comes, by its name in the file, with the value at which it has none, beside

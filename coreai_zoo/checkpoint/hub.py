@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -229,11 +230,15 @@ class HubSource:
             raise adapter_alone(self.id, adapter, self.directory / ADAPTER_CONFIG)
         if CONFIG in names or self.listing is None:
             return
-        inside = [str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == CONFIG]
-        if inside:
+        weights = [name for name in names if name.endswith(".safetensors")]
+        if not weights:
+            raise no_weights(self.id, names)
+        folders = sorted({parent for name in weights if f"{(parent := _folder_of(name))}/{CONFIG}" in names})
+        if folders:
+            fetching = shlex.join(["hf", "download", self.id, "--include", f"{folders[0]}/*", "--local-dir", "DIR"])
             raise BadInput(
-                f"{self.id} has no {CONFIG}, but {inside[0]}/{CONFIG}.",
-                f"`hf download {self.id} --include '{inside[0]}/*' --local-dir DIR` fetches it: give DIR/{inside[0]}.",
+                f"{self.id} has no {CONFIG}, but a model in {listing(folders)}.",
+                f"`{fetching}` fetches one: give {shlex.quote(f'DIR/{folders[0]}')}.",
             )
         raise BadInput(f"{self.id} has no {CONFIG}.", "Repositories of models have one beside their weights.")
 
@@ -795,6 +800,10 @@ def _is_plain(name: str) -> bool:
     """Whether a name from outside is that of a file in the folder that it is for."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\\0")
+
+
+def _folder_of(name: str) -> str:
+    return str(PurePosixPath(name).parent)
 
 
 def _is_small(name: str) -> bool:

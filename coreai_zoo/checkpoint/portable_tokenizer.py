@@ -25,6 +25,7 @@ from coreai_zoo.checkpoint.chat_template import (
 )
 from coreai_zoo.checkpoint.end_of_turn import EndToken, EndTokens, end_tokens
 from coreai_zoo.checkpoint.tokenizer import (
+    AddedTokens,
     added_tokens,
     class_for_engines,
     optional_object,
@@ -69,7 +70,7 @@ def copy_tokenizer(checkpoint: Path, destination: Path, classes: Mapping[str, st
     ends = end_tokens(checkpoint)
     mends: list[Callable[[Path], Iterator[str]]] = [
         _readable_files,
-        _added_tokens,
+        lambda folder: _added_tokens(folder, added_tokens(checkpoint)),
         lambda folder: _chat_template(checkpoint, folder),
         _encoding,
         lambda folder: _class(folder, class_for_engines(checkpoint, classes)),
@@ -164,20 +165,17 @@ def _remove_templates(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _added_tokens(folder: Path) -> Iterator[str]:
+def _added_tokens(folder: Path, added: AddedTokens) -> Iterator[str]:
     """Engines find every added token in `tokenizer.json`, as it is for transformers."""
-    added = added_tokens(folder)
-    others = added.others
     if added.unknown:
-        told = "is named as a token, and is none: transformers cannot load the tokenizer to say which"
-        yield f"{listing(sorted(added.unknown))} {told}"
-    if others:
+        yield f"no id of the model is known for what other files name as tokens: {listing(sorted(added.unknown))}"
+    if added.others:
         path = folder / "tokenizer.json"
         content = read_object(path)
-        given = {token["content"]: token for token in others}
+        given = {token["content"]: token for token in added.others}
         kept = [given.pop("".join(token_texts(token)), token) for token in content.get("added_tokens") or []]
         _edit(path, content | {"added_tokens": [*kept, *given.values()]})
-        yield f"tokenizer.json is given {listing(token_texts(others))}, as other files have it"
+        yield f"tokenizer.json is given {listing(token_texts(added.others))}, as other files have it"
 
 
 def _encoding(folder: Path) -> Iterator[str]:
@@ -199,12 +197,16 @@ def _encoding(folder: Path) -> Iterator[str]:
         yield "the post-processor that adds special tokens is taken out of tokenizer.json"
     _edit(path, content)
     config = read_object(folder / "tokenizer_config.json")
-    if config.get("add_prefix_space") and not _prefixes(content.get("pre_tokenizer")):
+    prefixed = _prefixes(content.get("pre_tokenizer")) or '"Prepend"' in json.dumps(content.get("normalizer"))
+    if config.get("add_prefix_space") and not prefixed:
         yield "add_prefix_space is not in tokenizer.json, which engines go by: no space is put before a text"
     added = [key for key in ("add_bos_token", "add_eos_token") if config.get(key)]
     if added:
         _edit(folder / "tokenizer_config.json", config | dict.fromkeys(added, False))
         yield f"{' and '.join(added)} in tokenizer_config.json says false"
+
+
+_PREPENDING = ("always", "first")
 
 
 def _prefixes(pre_tokenizer: Any) -> bool:
@@ -213,7 +215,7 @@ def _prefixes(pre_tokenizer: Any) -> bool:
         return False
     parts = pre_tokenizer.get("pretokenizers")
     inside = any(map(_prefixes, parts)) if isinstance(parts, list) else False
-    return inside or bool(pre_tokenizer.get("add_prefix_space")) or pre_tokenizer.get("prepend_scheme") == "always"
+    return inside or bool(pre_tokenizer.get("add_prefix_space")) or pre_tokenizer.get("prepend_scheme") in _PREPENDING
 
 
 def without_added_tokens(processor: Any) -> Any:

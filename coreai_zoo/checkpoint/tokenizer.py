@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,8 +164,8 @@ class AddedTokens:
 
     Attributes:
         stored: those of `tokenizer.json`.
-        others: those that transformers has beside or instead of them, by their ids.
-        unknown: what is named as one, and transformers cannot say which.
+        others: those that other files have beside them, or have otherwise, by their ids.
+        unknown: what other files name as one, and the model has no id for.
     """
 
     stored: list[dict[str, Any]]
@@ -175,35 +176,42 @@ class AddedTokens:
 def added_tokens(directory: Path) -> AddedTokens:
     """The added tokens of a folder.
 
-    `added_tokens_decoder` says ids and flags. Whatever else is named, transformers adds behind them in an order of its
-    own, so it is asked where something is.
+    `added_tokens_decoder` says ids and flags. Whatever else a checkpoint names, transformers adds behind them, in an
+    order and with ids of its own, so it is asked then.
     """
     content = read_object(directory / "tokenizer.json")
     added, model = content.get("added_tokens") or [], content.get("model")
     stored = [token for token in added if isinstance(token, dict) and {"content", "id"} <= set(token)]
-    known = {token["content"]: added_token(token["id"], token) for token in stored}
+    tokens = {token["content"]: _added_token(token["id"], token) for token in stored}
+    others = []
+    for number, token in decoded_tokens(directory):
+        known = tokens.get(token["content"], {})
+        made = _added_token(number, {**known, **token})
+        if made != known:
+            others.append(made)
+        tokens[token["content"]] = made
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    pieces = vocabulary if isinstance(vocabulary, dict) else {piece for piece, *_ in vocabulary or ()}
+    unknown = named_texts(directory, pieces) - tokens.keys()
+    if unknown:
+        found = _named_by_transformers(directory, unknown, {*pieces, *tokens})
+        others += found
+        unknown -= {token["content"] for token in found}
+    return AddedTokens(stored, sorted(others, key=lambda token: int(token["id"])), frozenset(unknown))
+
+
+def decoded_tokens(directory: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    """What `added_tokens_decoder` in `tokenizer_config.json` says, by ids; what has no id or no text is left out."""
     decoder = optional_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
-    said = {
-        int(number): token
+    said = [
+        (int(number), token)
         for number, token in (decoder.items() if isinstance(decoder, Mapping) else ())
         if isinstance(token, dict) and number.isdecimal() and isinstance(token.get("content"), str)
-    }
-    decoded = [added_token(number, token) for number, token in said.items()]
-    plain = all({*TOKEN_FLAGS} <= token.keys() for token in said.values()) and all(
-        known.get(token["content"], token) == token for token in decoded
-    )
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    named = named_texts(directory, vocabulary if isinstance(vocabulary, dict) else {})
-    if not plain or not named <= {*known, *(token["content"] for token in decoded)}:
-        decoded = tokens_of_transformers(directory) or decoded
-    others = sorted(
-        (token for token in decoded if known.get(token["content"]) != token), key=lambda token: int(token["id"])
-    )
-    return AddedTokens(stored, others, frozenset(named - {*known, *(token["content"] for token in decoded)}))
+    ]
+    return sorted(said, key=lambda item: item[0])
 
 
-def added_token(number: int, token: Mapping[str, Any]) -> dict[str, Any]:
-    """An added token in the form of `tokenizer.json`."""
+def _added_token(number: int, token: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": number, "content": token["content"], **{flag: bool(token.get(flag)) for flag in TOKEN_FLAGS}}
 
 
@@ -219,21 +227,56 @@ def named_texts(directory: Path, vocabulary: Container[str]) -> set[str]:
         fields = optional_object(directory / name)
         for key in ("additional_special_tokens", "extra_special_tokens"):
             named |= {*token_texts(fields.get(key))}
-    return named
+    return named - {""}
 
 
-def tokens_of_transformers(directory: Path) -> list[dict[str, Any]]:
-    """The added tokens of the tokenizer that transformers makes of a folder; none where it cannot."""
+def _named_by_transformers(directory: Path, named: set[str], known: Collection[str]) -> list[dict[str, Any]]:
+    """Of the added tokens that transformers has for a checkpoint, those that are named, and what their ids count on.
+
+    Ids that the model does not have are left out: nothing can come of them.
+    """
+    tokens = _tokens_of_transformers(directory)
+    size = _vocabulary_size(directory)
+    wanted = [token for token in tokens if token["content"] in named and (size is None or token["id"] < size)]
+    last = max((token["id"] for token in wanted if token["content"] not in known), default=-1)
+    return [token for token in tokens if token in wanted or (token["id"] < last and token["content"] not in known)]
+
+
+def _vocabulary_size(checkpoint: Path) -> int | None:
+    """The number of ids that a model has, as its `config.json` says."""
+    config = optional_object(checkpoint / "config.json")
+    for fields in (config.get("text_config"), config):
+        if isinstance(fields, Mapping) and isinstance(size := fields.get("vocab_size"), int):
+            return size
+    return None
+
+
+def _tokens_of_transformers(directory: Path) -> Sequence[dict[str, Any]]:
+    """The added tokens of the tokenizer that transformers makes of a checkpoint; none where it cannot.
+
+    Which class it takes depends on `config.json`, which the tokenizer of a bundle has not: engines go by its files.
+    """
+    if not (directory / "config.json").is_file():
+        return ()
+    files = [path for path in sorted(directory.glob("*.json")) if path.is_file()]
+    stamps = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return _loaded_tokens(str(directory.resolve()), stamps)
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded_tokens(directory: str, _stamps: object) -> Sequence[dict[str, Any]]:
     try:
         with quiet_transformers():
             from transformers import AutoTokenizer
 
-            made = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+            made = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             tokens = made.added_tokens_decoder
     except Exception:  # noqa: BLE001  # it raises whatever a class of tokenizers does
-        return []
+        return ()
     fields = ("content", *TOKEN_FLAGS)
-    return [added_token(number, {field: getattr(token, field) for field in fields}) for number, token in tokens.items()]
+    return [
+        _added_token(number, {field: getattr(token, field) for field in fields}) for number, token in tokens.items()
+    ]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
