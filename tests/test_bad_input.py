@@ -979,7 +979,7 @@ def test_what_is_no_folder_is_never_replaced(
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "force"])
-@pytest.mark.parametrize("what", ["files", "checkpoint"])
+@pytest.mark.parametrize("what", ["files", "checkpoint", "records of others"])
 def test_a_folder_that_is_no_bundle_is_never_replaced(
     tmp_path: Path, dense: Path, force: tuple[str, ...], what: str
 ) -> None:
@@ -989,6 +989,9 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(
     else:
         destination.mkdir()
         (destination / "thesis.txt").write_text("years of work")
+    if what == "records of others":
+        for name in ("metadata.json", "build.json"):
+            (destination / name).write_text('{"schema": 2, "metadata_version": "0.2"}')
     before = contents(tmp_path)
 
     text = paragraph(zoo("build", DENSE, "--checkpoint", dense, "-o", tmp_path, *force))
@@ -996,6 +999,19 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(
     assert f"{destination} exists and is no bundle, so it is never replaced. Move it away" in text
     assert "--force" not in text
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", [[], [".DS_Store"], ["build.json"], ["metadata.json", "README.md"]], ids=str)
+def test_an_empty_folder_and_a_damaged_bundle_are_replaced_by_force(bundle: Path, dense: Path, left: list[str]) -> None:
+    (bundle / ".DS_Store").touch()
+    for path in bundle.iterdir():
+        if path.name not in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    result = zoo("build", DENSE, "--checkpoint", dense, "-o", bundle.parent, "--force", "--recipe", "int8hu")
+
+    assert result.exit_code == 0, result.stderr
+    assert (bundle / "build.json").is_file() and not (bundle / ".DS_Store").exists()
 
 
 def test_a_work_folder_may_hold_anything_that_bundles_of_the_same_name_included(

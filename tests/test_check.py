@@ -353,10 +353,25 @@ def test_a_check_is_of_the_repository_whatever_folder_of_it_one_is_in(
     assert refused.exit_code == 2 and f"There are no golden graphs in {tmp_path}/tests/goldens" in refused.stderr
 
 
-def test_code_that_is_not_what_is_installed_is_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "src" / "coreai_zoo_qwen36").mkdir(parents=True)
-    (tmp_path / "src" / "coreai_zoo_qwen36" / "__init__.py").touch()
+def test_a_repository_whose_entries_have_no_golden_graphs_is_checked_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoEntries(Plugins):
+        def entries(self) -> list[tuple[str, Path]]:
+            return []
+
     monkeypatch.chdir(tmp_path)
+    result = checked(NoEntries.discover(), "goldens")
+    assert result.exit_code == 0 and outcome(result, "goldens")["passed"] is None
+
+
+def test_code_that_is_not_what_is_installed_is_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "plugins" / "one" / "src" / "coreai_zoo_qwen36"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert "found at" not in checked(Plugins.discover(), "entries").stderr, "it is no repository"
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     refused = checked(Plugins.discover(), "entries")
     assert refused.exit_code == 2
     assert re.search(

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from coreai_zoo.lowering.graph import Graph, LayerKind, count, telling_depth
 from coreai_zoo.plugins import Plugins, default_plugins
 from coreai_zoo.program import Function, Operation, Program
 from coreai_zoo.progress import Reporter
-from coreai_zoo.review import comparison
+from coreai_zoo.review import comparison, revision
 from coreai_zoo.review.diff import Change, Difference, Section, as_markdown, compare, numerics_missing
 from coreai_zoo.review.revision import build_sample, worktree
 from coreai_zoo.review.structure import Structure, of_bundle
@@ -570,7 +571,7 @@ def test_revisions_that_are_none_are_explained(
 def test_code_from_elsewhere_does_not_pass_for_that_of_a_revision(repository: Path, tmp_path: Path) -> None:
     with (
         worktree("HEAD") as tree,
-        pytest.raises(BadInput, match=r"at HEAD does not build .* coreai_zoo is found at .*: nothing of"),
+        pytest.raises(BadInput, match=r"At HEAD the repository has none of the packages .*: coreai_zoo, "),
     ):
         build_sample("qwen3.6-27b", None, tree, tmp_path / "out", "HEAD", default_plugins())
     assert not (tmp_path / "out").exists()
@@ -610,7 +611,7 @@ def test_in_the_repository_of_a_plugin_its_code_is_that_of_the_revision(
     with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"at HEAD does not build .*nowhere"):
         build_sample("acme", None, tree, tmp_path / "out", "HEAD", plugins)
     # Of a revision without the package, that of the working tree must not pass for its code.
-    nothing = r"coreai_zoo is found at .*, acme_diffed is not found: nothing of"
+    nothing = r"At HEAD~1 the repository has none of the packages .*: coreai_zoo, coreai_zoo_qwen36, acme_diffed\."
     with worktree("HEAD~1") as tree, pytest.raises(BadInput, match=nothing):
         build_sample("acme", None, tree, tmp_path / "out", "HEAD~1", plugins)
     assert not (tmp_path / "out").exists()
@@ -647,16 +648,11 @@ def test_a_change_of_an_entry_s_file_is_one_of_metadata(
     assert all(section.name != "entry" for section in earlier.difference.sections), "it has no such file"
 
 
-def test_code_of_the_repository_that_is_installed_elsewhere_does_not_pass_for_that_of_a_revision(
-    repository: Path, tmp_path: Path
-) -> None:
-    for package in ("coreai_zoo", "plugins/coreai_zoo_qwen36"):
-        (repository / package).mkdir(parents=True)
-        (repository / package / "__init__.py").write_text("")
-    git("add", ".", cwd=repository)
-    git("commit", "--quiet", "-m", "both", cwd=repository)
-    with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"coreai_zoo_qwen36 is found at"):
-        build_sample("qwen3.6-27b", None, tree, tmp_path / "out", "HEAD", default_plugins())
+def test_code_that_is_found_elsewhere_than_in_the_tree_is_not_run(tmp_path: Path) -> None:
+    own = {"json": [str(tmp_path / "json" / "__init__.py")]}
+    command = [sys.executable, "-c", revision._BUILD, json.dumps(own), "list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and re.match(r"error: json is found at .*, not at .*json/__init__\.py", done.stderr)
 
 
 def test_a_revision_that_does_not_build_is_reported_with_its_reason(

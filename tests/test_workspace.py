@@ -15,6 +15,7 @@ import torch
 from coreai_zoo.build.workspace import Workspace
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput, EnvironmentLacks
+from coreai_zoo.json_files import write_json
 from coreai_zoo.layout import Layout
 from coreai_zoo.overlay import ParameterInfo, WeightMap, WeightRule
 from coreai_zoo.recipe_files import RECIPES
@@ -55,7 +56,7 @@ class Builds:
             filled = store.fill(self.plan, self.checkpoint, places=places)
             assert file.read_bytes() == self.expected(layout)
             assert (bundle / "asset" / "meta").read_bytes() == b"data"
-            (bundle / "build.json").write_text("of a stage that comes later")
+            write_json(bundle / "build.json", {"schema": 2, "zoo": "of a stage that comes later", "files": {}})
             if fail is not None:
                 raise fail
             if publish:
@@ -229,6 +230,23 @@ def test_the_store_of_an_older_zoo_is_not_believed_and_goes(builds: Builds, keep
     assert (report.computed, report.repaired) == (2, ())
     assert builds.left_over == {"toy", *([".zoo-work"] if keep else [])}
     assert not keep or [path.name for path in work.iterdir()] == [JOURNAL]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("strange", [False, True], ids=["", "and something else"])
+def test_the_journal_of_an_earlier_version_is_taken_over(builds: Builds, keep: bool, strange: bool) -> None:
+    """It lay under the name of the bundle, where a user may have a bundle."""
+    keeping = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=True))
+    keeping.run(LAYOUT, publish=True)
+    earlier = builds.workspace.work.with_name("toy")
+    builds.workspace.work.rename(earlier)
+    if strange:
+        (earlier / "thesis.txt").write_text("years of work")
+    again = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=keep)).run(LAYOUT, publish=True)
+    assert again.computed == (2 if strange else 0)
+    assert earlier.exists() is strange
+    assert not strange or (earlier / "thesis.txt").read_text() == "years of work"
+    assert builds.workspace.work.is_dir() is keep
 
 
 def test_a_work_folder_that_cannot_be_is_refused_before_anything_else(builds: Builds) -> None:

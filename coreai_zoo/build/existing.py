@@ -20,7 +20,7 @@ from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.record import describe
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.build.source import commit_of
-from coreai_zoo.bundle.bundle import Bundle, is_replaceable, no_bundle_in_the_way
+from coreai_zoo.bundle.bundle import Bundle, require_replaceable
 from coreai_zoo.bundle.card import CARD
 from coreai_zoo.bundle.layout import card_digest
 from coreai_zoo.cache import cache_folder
@@ -70,10 +70,10 @@ def find_existing(request: BuildRequest, plugins: Plugins, report: Reporter) -> 
         return None
     try:
         bundle = Bundle.open(directory)
-    except ZooError as error:
-        if not is_replaceable(directory):
-            raise no_bundle_in_the_way(directory) from error
-        raise BadInput(f"{directory} exists and is no bundle: {error.message}", _HINT) from error
+    except (ZooError, OSError) as error:
+        require_replaceable(directory)
+        said = error.message if isinstance(error, ZooError) else f"{error.filename}: {error.strerror}."
+        raise BadInput(f"{directory} exists and is no bundle: {said}", _HINT) from error
     differing = [*dict.fromkeys(_differences(bundle, planned))]
     same = _same_checkpoint(bundle, planned, report)
     if same is False:

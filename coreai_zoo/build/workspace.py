@@ -25,11 +25,11 @@ from pathlib import Path
 from attrs import frozen
 
 from coreai_zoo.build.lock import exclusive
-from coreai_zoo.bundle.bundle import MOVE_AWAY, is_replaceable, no_bundle_in_the_way
+from coreai_zoo.bundle.bundle import MOVE_AWAY, require_replaceable
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError
 from coreai_zoo.layout import Layout
 from coreai_zoo.weights.journal import sync_path
-from coreai_zoo.weights.store import JOURNAL, WeightStore
+from coreai_zoo.weights.store import JOURNAL, WeightStore, is_own_file
 
 _DEFAULT_WORK = ".zoo-work"
 _SPARE = 2 * 2**20
@@ -188,7 +188,7 @@ class Workspace:
         if self.keep:
             store.keep(self.work, bundle, self.destination.resolve())
             kept += [self.work / path.name for path in store.own_files()]
-        if self.work.is_dir():  # also of an older zoo, which had all weights there
+        if self.work.is_dir():  # also of the first version of the zoo, which had all weights there
             _remove(path for path in self.work.iterdir() if path not in kept)
         _remove(path for path in bundle.parent.iterdir() if path.is_dir() and path != bundle)
         if self.destination.exists():
@@ -224,9 +224,10 @@ class Workspace:
         for path in (self.destination, self.partial):
             if path.is_symlink() or (path.exists() and not path.is_dir()):
                 raise BadInput(f"{path} exists and is no folder, so it is never replaced.", MOVE_AWAY)
-        if self.destination.exists() and not is_replaceable(self.destination):
-            raise no_bundle_in_the_way(self.destination)
-        if self.destination.exists() and not force:
+        if not self.destination.exists():
+            return
+        require_replaceable(self.destination)
+        if not force:
             raise BadInput(f"{self.destination} exists.", "Pass --force to replace it, or another folder with -o DIR.")
 
     @contextlib.contextmanager
@@ -245,6 +246,7 @@ class Workspace:
     def _directory(self) -> Iterator[None]:
         """Make the folder of the store, which knows what was kept; afterwards remove it if nothing goes on from it."""
         self.partial.mkdir(exist_ok=True)
+        self._take_over()
         try:
             if self.keep:
                 with self._work_explained():
@@ -257,6 +259,14 @@ class Workspace:
                 self.work.rmdir()
             if not self.partial.exists() or not self.store.holds_tensors:
                 _remove([self.partial])
+
+    def _take_over(self) -> None:
+        """Have the journal that an earlier version of the zoo kept under the name of the bundle."""
+        earlier = self.work.with_name(self.destination.name)
+        if (earlier / JOURNAL).is_file() and not self.work.exists() and earlier != self.destination:
+            others = [path for path in earlier.iterdir() if path.name != JOURNAL and not is_own_file(path)]
+            if not others:
+                os.rename(earlier, self.work)
 
     @contextlib.contextmanager
     def _work_explained(self) -> Iterator[None]:

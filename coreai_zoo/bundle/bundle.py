@@ -10,6 +10,7 @@ build.json          everything that determined the bytes, and the SHA-256 of eve
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -110,21 +111,34 @@ def no_bundle_at(path: str | Path) -> BadInput:
     return BadInput(f"There is no bundle at {path}.", near_paths(Path(path)) or "`zoo build` prints where it put one.")
 
 
+_RECORDS = {
+    "build.json": frozenset({"schema", "zoo", "files"}),
+    "metadata.json": frozenset({"metadata_version", "kind", "assets"}),
+}
+"""What every version of the zoo has written into a bundle's records, whole or damaged by now."""
+
 MOVE_AWAY = "Move it away, or choose another folder with -o DIR."
 
 
-def is_replaceable(directory: Path) -> bool:
-    """Whether a bundle may take the place of a folder: there is nothing in it, or it is one, whole or damaged."""
+def require_replaceable(directory: Path) -> None:
+    """Refuse a folder whose place a bundle may not take: something is in it, and one record of a bundle is not.
+
+    Raises:
+        BadInput: for that, or when it cannot be looked into.
+    """
     try:
-        names = {path.name for path in directory.iterdir()}
-    except OSError:  # it may not be looked into
-        return False
-    return not names or not names.isdisjoint({"build.json", "metadata.json"})
+        seen = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise BadInput(f"{directory} exists and cannot be looked into: {error.strerror}.", MOVE_AWAY) from error
+    if seen and not any(_has(directory / name, keys) for name, keys in _RECORDS.items()):
+        raise BadInput(f"{directory} exists and is no bundle, so it is never replaced.", MOVE_AWAY)
 
 
-def no_bundle_in_the_way(directory: Path) -> BadInput:
-    """The error for a folder in which there is something else."""
-    return BadInput(f"{directory} exists and is no bundle, so it is never replaced.", MOVE_AWAY)
+def _has(record: Path, keys: frozenset[str]) -> bool:
+    """Whether a record is there with these keys."""
+    with contextlib.suppress(BadInput):
+        return keys <= read_object(record).keys()
+    return False
 
 
 @frozen

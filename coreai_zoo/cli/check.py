@@ -11,7 +11,7 @@ from coreai_zoo.commands import Column, OneOf, json_option, new_table, plugins_o
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing, zoo_command
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.check import CHECKS, Checks
-from coreai_zoo.review.goldens import DEFAULT_FOLDER
+from coreai_zoo.review.goldens import DEFAULT_FOLDER, wanted
 from coreai_zoo.review.revision import base_revision, displaced, repository
 
 
@@ -47,13 +47,14 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
     plugins, folder = plugins_of(ctx), _repository()
     if golden_folder == DEFAULT_FOLDER:
         golden_folder = folder / golden_folder
-    if not update_goldens and (not only or "goldens" in only) and not golden_folder.is_dir():
+    compared = not update_goldens and (not only or "goldens" in only)
+    if compared and not golden_folder.is_dir() and wanted(golden_folder, folder, plugins):
         raise BadInput(
             f"There are no golden graphs in {golden_folder}.",
             "Have them written with `zoo check --only goldens --update-goldens`, run `zoo check` in the repository "
             "that has them, or name their folder with --goldens DIR.",
         )
-    if elsewhere := displaced(folder, plugins.packages()):
+    if elsewhere := displaced(plugins.packages()):
         places = listing([f"{name} is found at {place}" for name, place in elsewhere.items()])
         raise BadInput(f"{places}, and not in {folder}: that would be checked.", "Install it with `pip install -e .`.")
     checks = Checks(

@@ -313,7 +313,9 @@ def wanted(folder: Path, repository: Path, plugins: Plugins) -> list[Wanted]:
     files = {path: read(path) for path in sorted(folder.glob("*.toml"))}
     orphans = [f"{path.name} (of {file['entry']})" for path, file in files.items() if file["entry"] not in entries]
     if orphans and not plugins.without:
-        raise BadInput(f"In {folder} there are golden graphs of entries that nobody brings: {listing(orphans)}.", _GONE)
+        raise plugins.not_found(
+            f"In {folder} there are golden graphs of entries that nobody brings: {listing(orphans)}.", _GONE
+        )
     chosen = [
         Wanted(path, entries[name][0], file.get("contract"))
         for path, file in files.items()

@@ -8,29 +8,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from coreai_zoo.errors import BadInput, EnvironmentLacks, near_names
+from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError, listing, near_names
 from coreai_zoo.plugins import Plugins
 
-# Refuses to run code of the repository from anywhere but the tree, or none of it: a build of the wrong code must not
-# pass for one of the right.
+# Refuses to run a package of the repository from anywhere but the tree: a build of the wrong code must not pass for one
+# of the right.
 _BUILD = """
-import importlib.util, pathlib, sys, sysconfig
-tree, packages = pathlib.Path(sys.argv.pop(1)).resolve(), sys.argv.pop(1).split()
-installed = pathlib.Path(sysconfig.get_path("purelib")).resolve()
-found = {}
-for spec in filter(None, map(importlib.util.find_spec, packages)):
-    place = pathlib.Path(next(iter(spec.submodule_search_locations or [spec.origin]))).resolve()
-    found[spec.name] = place, place.is_relative_to(tree) and not place.is_relative_to(installed)
-for name, (place, ours) in found.items():
-    if not ours and any([*tree.glob(f"{name}/__init__.py"), *tree.glob(f"*/{name}/__init__.py")]):
-        sys.exit(f"error: {name} is found at {place}, not in {tree}.")
-if not any(ours for _, ours in found.values()):
-    places = [f"{name} is found at {found[name][0]}" if name in found else f"{name} is not found" for name in packages]
-    sys.exit(f"error: {', '.join(places)}: nothing of {tree}.")
+import importlib.util, json, pathlib, sys
+for name, files in json.loads(sys.argv.pop(1)).items():
+    spec = importlib.util.find_spec(name)
+    place = str(pathlib.Path(spec.origin).resolve()) if spec and spec.origin else "no place"
+    if place not in files:
+        sys.exit(f"error: {name} is found at {place}, not at {files[0]}.")
 try:
     from coreai_zoo.cli.app import main
 except ImportError:  # before the commands had a folder
@@ -90,17 +83,26 @@ def base_revision() -> str:
     return (branches or ["HEAD"])[0]
 
 
-def displaced(folder: Path, packages: Iterable[str]) -> dict[str, Path]:
-    """Packages of a repository that Python finds somewhere else, by name: what runs is not what is there."""
-    found = {}
+def displaced(packages: Iterable[str]) -> dict[str, str]:
+    """Packages of this repository that Python finds somewhere else, by name: what runs is not what is there."""
+    try:
+        own = _packages_in(repository(), packages)
+    except ZooError:
+        return {}
+    specs = {name: find_spec(name) for name in own}
+    places = {name: str(Path(spec.origin).resolve()) for name, spec in specs.items() if spec and spec.origin}
+    return {name: place for name, place in places.items() if place not in own[name]}
+
+
+def _packages_in(tree: Path, packages: Iterable[str]) -> dict[str, list[str]]:
+    """The packages that a repository has in a tree, by name: the files that they begin with."""
+    own = {}
     for name in packages:
-        spec = find_spec(name)
-        here = [*folder.glob(f"{name}/__init__.py"), *folder.glob(f"*/{name}/__init__.py")]
-        if spec is None or not here or spec.origin is None:
-            continue
-        if Path(spec.origin).resolve() not in [path.resolve() for path in here]:
-            found[name] = Path(spec.origin)
-    return found
+        patterns = [f"{folder}{name}{end}" for folder in ("", "*/") for end in ("/__init__.py", ".py")]
+        listed = _git("-C", str(tree), "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns)
+        if listed:
+            own[name] = [str((tree / line).resolve()) for line in listed.splitlines()]
+    return own
 
 
 def _git(*arguments: str) -> str | None:
@@ -138,33 +140,39 @@ def build_sample(
     Raises:
         BadInput: when the code there does not build it, with the reason.
     """
-    command = [sys.executable, "-c", _BUILD, str(tree), " ".join(plugins.packages())]
+    packages = plugins.packages()
+    own = _packages_in(tree, packages)
+    if not own:
+        raise BadInput(
+            f"At {label} the repository has none of the packages that a build runs: {listing(packages)}.",
+            "Run it in the repository of the zoo or of a plugin.",
+        )
+    command = [sys.executable, "-c", _BUILD, json.dumps(own)]
     for left_out in plugins.without:
         command += ["--without", left_out]
     command += ["build", entry, "--sample", "--json", "-o", str(output)]
     command += ["--recipe", recipe] if recipe else []
     command += ["--backend", backend] if backend else []
     command += ["--contract", contract] if contract else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(tree, plugins.packages()))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(tree, own))}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise BadInput(
             f"The code at {label} does not build the sample of {entry}: {reason[0].removeprefix('error: ')}",
-            "It has to run in the repository that zoo or a plugin is installed from (pip install -e .), and the code "
-            "has to build.",
+            "The code there has to build with the packages that are installed now.",
         )
     return Path(json.loads(done.stdout)["path"])
 
 
-def _search_path(tree: Path, packages: Iterable[str]) -> list[str]:
-    """The folders that Python finds modules in, these packages too, those of this repository replaced by `tree`'s."""
+def _search_path(tree: Path, own: Mapping[str, Sequence[str]]) -> list[str]:
+    """The folders that Python finds modules in, those of this repository replaced by the same of `tree`."""
     top = repository()
     given = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     found = [Path(entry).resolve() for entry in sys.path if entry]
-    # An installer may have one found without naming its folder there.
-    for spec in filter(None, map(find_spec, packages)):
-        found += [Path(place).resolve().parent for place in spec.submodule_search_locations or [spec.origin or ""]]
+    # An installer may have copied a package, or have it found without naming its folder.
+    begins = [Path(file) for files in own.values() for file in files[:1]]
+    roots = [str(file.parent.parent if file.name == "__init__.py" else file.parent) for file in begins]
     moved = [str(tree / path.relative_to(top)) for path in found if path.is_relative_to(top)]
     # What the interpreter finds by itself it finds again, after these.
-    return list(dict.fromkeys([*moved, *(str(path) for path in given if not path.is_relative_to(top))]))
+    return list(dict.fromkeys([*roots, *moved, *(str(path) for path in given if not path.is_relative_to(top))]))

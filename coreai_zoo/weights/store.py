@@ -200,6 +200,12 @@ class FillReport:
     removed: tuple[str, ...] = ()
 
 
+def is_own_file(path: Path) -> bool:
+    """Whether a file is called as those in which a store has what it stores."""
+    name, _, kind = path.name.rpartition(".")
+    return path.name == LOOKS or (kind in _KINDS and _SAFE_NAME.fullmatch(name) is not None)
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
@@ -560,8 +566,7 @@ class WeightStore:
         """Remove what the journal does not name: a crash leaves it, and what was copied to another place does."""
         used = self.own_files()
         for path in self.directory.iterdir():
-            name, _, kind = path.name.rpartition(".")
-            if kind in _KINDS and _SAFE_NAME.fullmatch(name) and path not in used:
+            if is_own_file(path) and path not in used and path.name != LOOKS:
                 path.unlink()
 
     def _paths_of(self, name: str) -> set[Path]:
