@@ -150,7 +150,7 @@ class Comparer:
                         contract=self.contract,
                     )
                     bundles.append(Bundle.open(built))
-                    entries.append(self._entry_in(tree, side.entry))
+                    entries.append({} if side.subject.endswith(".toml") else self._entry_in(tree, side.entry))
             found = self._of_bundles(*bundles)
             contract = bundles[1].build["contract"]["name"]
         if all(entries):
@@ -160,7 +160,7 @@ class Comparer:
         return Comparison(found, judge(found, after))
 
     def _entry_in(self, tree: Path, entry: Entry) -> Mapping[str, Any]:
-        """What the file of an entry says in a tree; nothing where it is in no repository, or not to be read there."""
+        """What the file of an installed entry says in a tree; nothing where it is not there, or not to be read."""
         top = repository().resolve()
         for _, path in self.plugins.entries():
             with contextlib.suppress(ZooError):
