@@ -350,7 +350,7 @@ def test_a_check_is_of_the_repository_whatever_folder_of_it_one_is_in(
     assert (seen[0].folder, seen[0].golden_folder) == (root, root / "tests" / "goldens")
     monkeypatch.chdir(tmp_path)
     refused = checked(default_plugins(), "goldens")
-    assert refused.exit_code == 2 and f"There are no golden graphs in {tmp_path}/tests/goldens" in refused.stderr
+    assert refused.exit_code == 2 and "There are no golden graphs in tests/goldens" in refused.stderr
 
 
 def test_a_repository_whose_entries_have_no_golden_graphs_is_checked_without(

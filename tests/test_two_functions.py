@@ -35,6 +35,7 @@ from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.signature import KVCache, StateSpec, TraceSpec
 from shared import Shared
+from suite import NIGHTLY
 from test_toy_plugin import TOKENS
 from toy_plugin import PAIR, RunningMean, ToyPlugin
 
@@ -333,7 +334,7 @@ class Acme:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ["qwen3.6-27b", "qwen3.6-35b-a3b"])
+@pytest.mark.parametrize("entry", ["qwen3.6-27b", *(["qwen3.6-35b-a3b"] if NIGHTLY else [])])
 def test_a_function_for_some_tokens_leaves_what_as_many_steps_leave(entry: str, tmp_path: Path) -> None:
     plugins = Plugins.discover()
     plugins.register(Acme(), "acme")

@@ -45,14 +45,14 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
     if update_goldens and only and "goldens" not in only:
         raise BadInput("--update-goldens writes nothing when the check `goldens` is not among --only.")
     plugins, folder = plugins_of(ctx), _repository()
-    if golden_folder == DEFAULT_FOLDER:
+    if golden_folder == DEFAULT_FOLDER and folder != Path.cwd():
         golden_folder = folder / golden_folder
     compared = not update_goldens and (not only or "goldens" in only)
     if compared and not golden_folder.is_dir() and wanted(golden_folder, folder, plugins):
         raise BadInput(
             f"There are no golden graphs in {golden_folder}.",
-            "Have them written with `zoo check --only goldens --update-goldens`, run `zoo check` in the repository "
-            "that has them, or name their folder with --goldens DIR.",
+            "Run `zoo check` in the repository that has them, or name their folder with --goldens DIR; "
+            "`zoo check --only goldens --update-goldens` writes them.",
         )
     if elsewhere := displaced(plugins.packages()):
         places = listing([f"{name} is found at {place}" for name, place in elsewhere.items()])
