@@ -979,7 +979,7 @@ def test_what_is_no_folder_is_never_replaced(
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "force"])
-@pytest.mark.parametrize("what", ["files", "checkpoint", "records of others"])
+@pytest.mark.parametrize("what", ["files", "checkpoint", "hidden files", "records of others"])
 def test_a_folder_that_is_no_bundle_is_never_replaced(
     tmp_path: Path, dense: Path, force: tuple[str, ...], what: str
 ) -> None:
@@ -988,7 +988,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(
         shutil.copytree(dense, destination)
     else:
         destination.mkdir()
-        (destination / "thesis.txt").write_text("years of work")
+        (destination / (".env" if what == "hidden files" else "thesis.txt")).write_text("years of work")
     if what == "records of others":
         for name in ("metadata.json", "build.json"):
             (destination / name).write_text('{"schema": 2, "metadata_version": "0.2"}')

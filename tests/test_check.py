@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sysconfig
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -348,6 +347,22 @@ def test_a_check_is_of_the_repository_whatever_folder_of_it_one_is_in(
     monkeypatch.setattr(check.Checks, "run", run)
     assert checked(default_plugins(), "goldens").exit_code == 0
     assert (seen[0].folder, seen[0].golden_folder) == (root, root / "tests" / "goldens")
+    seen.clear()
+    monkeypatch.setattr("coreai_zoo.cli.check.repository", lambda: tmp_path)
+    inner = tmp_path / "plugins" / "one"
+    (inner / "tests" / "goldens").mkdir(parents=True)
+    (inner / "src").mkdir()
+    for folder in (inner, inner / "src"):
+        monkeypatch.chdir(folder)
+        assert checked(default_plugins(), "goldens").exit_code == 0
+        assert seen.pop().folder == inner
+    other = inner / "src" / "tests" / "goldens"
+    other.mkdir(parents=True)
+    result = CliRunner().invoke(
+        cli, ["check", "--only", "goldens", "--goldens", "tests/goldens"], obj=default_plugins()
+    )
+    assert result.exit_code == 0 and seen.pop().golden_folder.resolve() == other
+    monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     refused = checked(default_plugins(), "goldens")
     assert refused.exit_code == 2 and "There are no golden graphs in tests/goldens" in refused.stderr
@@ -371,7 +386,8 @@ def test_code_that_is_not_what_is_installed_is_not_checked(tmp_path: Path, monke
     (package / "__init__.py").touch()
     monkeypatch.chdir(tmp_path)
     assert "found at" not in checked(Plugins.discover(), "entries").stderr, "it is no repository"
-    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    for words in (("init", "--quiet"), ("add", ".")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
     refused = checked(Plugins.discover(), "entries")
     assert refused.exit_code == 2
     assert re.search(
@@ -483,7 +499,6 @@ def test_what_is_installed_within_a_repository_is_not_its_own(
     installed = tmp_path / ".venv" / "site-packages"
     installed.mkdir(parents=True)
     plugins = with_entry(sibling(root, installed), make_plugin)
-    monkeypatch.setattr(sysconfig, "get_path", {"purelib": str(installed)}.get)
     assert {each.entry.facts.ffn for each in wanted(tmp_path, tmp_path, plugins)} == {"dense", "moe"}
 
 

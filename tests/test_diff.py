@@ -608,10 +608,12 @@ def test_in_the_repository_of_a_plugin_its_code_is_that_of_the_revision(
     assert "acme_diffed" in plugins.packages()
 
     # The entry's sample is there in the working tree only.
+    for copy in ("attic", "build/lib"):  # what pip leaves, and people do
+        shutil.copytree(package, repository / copy / package.name)
     with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"at HEAD does not build .*nowhere"):
         build_sample("acme", None, tree, tmp_path / "out", "HEAD", plugins)
     # Of a revision without the package, that of the working tree must not pass for its code.
-    nothing = r"At HEAD~1 the repository has none of the packages .*: coreai_zoo, coreai_zoo_qwen36, acme_diffed\."
+    nothing = r"At HEAD~1 the repository has no package acme_diffed\. It was not there yet"
     with worktree("HEAD~1") as tree, pytest.raises(BadInput, match=nothing):
         build_sample("acme", None, tree, tmp_path / "out", "HEAD~1", plugins)
     assert not (tmp_path / "out").exists()
@@ -648,8 +650,29 @@ def test_a_change_of_an_entry_s_file_is_one_of_metadata(
     assert all(section.name != "entry" for section in earlier.difference.sections), "it has no such file"
 
 
+def test_a_package_that_a_revision_has_twice_is_refused_unless_this_process_has_one_of_them(repository: Path) -> None:
+    for folder in ("one", "two/é"):
+        (repository / folder / "coreai_zoo_qwen36").mkdir(parents=True)
+        (repository / folder / "coreai_zoo_qwen36" / "__init__.py").touch()
+    git("add", ".", cwd=repository)
+    git("commit", "--quiet", "-m", "twice", cwd=repository)
+    said = r"has coreai_zoo_qwen36 2 times: one/coreai_zoo_qwen36/__init__\.py, two/é/coreai_zoo_qwen36/__init__\.py"
+    with worktree("HEAD") as tree, pytest.raises(BadInput, match=said):
+        build_sample("qwen3.6-27b", None, tree, repository / "out", "HEAD", default_plugins())
+
+
+def test_a_hook_s_index_is_left_alone(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git("add", "file", cwd=repository)
+    staged = git("ls-files", "-s", cwd=repository)
+    monkeypatch.setenv("GIT_DIR", str(repository / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(repository / ".git" / "index"))
+    with worktree("HEAD~1") as tree:
+        assert (tree / "file").read_text() == "before"
+    assert git("ls-files", "-s", cwd=repository) == staged
+
+
 def test_code_that_is_found_elsewhere_than_in_the_tree_is_not_run(tmp_path: Path) -> None:
-    own = {"json": [str(tmp_path / "json" / "__init__.py")]}
+    own = {"json": str(tmp_path / "json" / "__init__.py")}
     command = [sys.executable, "-c", revision._BUILD, json.dumps(own), "list"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and re.match(r"error: json is found at .*, not at .*json/__init__\.py", done.stderr)

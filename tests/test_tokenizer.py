@@ -686,6 +686,7 @@ NAMED_ELSEWHERE: dict[str, Callable[[Path], None]] = {
     ),
     "with an id": lambda folder: named_in(folder, "added_tokens.json", **{"<|b|>": 261, "<|a|>": 262}),
     "of the vocabulary": lambda folder: named_in(folder, "tokenizer_config.json", pad_token="a"),
+    "of a kind of its own": lambda folder: named_in(folder, "tokenizer_config.json", image_token="<|a|>"),
     "found otherwise": add_in_both,
 }
 
@@ -785,6 +786,23 @@ def test_the_tokenizer_of_a_bundle_is_what_its_files_say(folder: Path) -> None:
     assert load_tokenizer(folder).token_to_id("<|a|>") is not None
     (folder / "config.json").unlink()
     assert load_tokenizer(folder).token_to_id("<|a|>") is None
+
+
+def test_halves_of_characters_are_no_tokens(folder: Path, classes: Any, tmp_path: Path) -> None:
+    text = (folder / "tokenizer_config.json").read_text()
+    named = '"additional_special_tokens": ["\\ud800x"], "added_tokens_decoder": {"300": {"content": "\\ud800"}}'
+    (folder / "tokenizer_config.json").write_text(f"{{{named}, {text.strip()[1:]}")
+    assert added_tokens(folder).others == [] and not added_tokens(folder).unknown
+    assert not any("d800" in change for change in copy_tokenizer(folder, tmp_path / "copy", classes))
+
+
+def test_a_token_is_normalized_unless_it_is_special_or_says_so(tmp_path: Path) -> None:
+    content = tokenizer_json(normalizer={"type": "Lowercase"})
+    write_json(tmp_path / "tokenizer.json", content)
+    decoder = {**decoder_of(content), "261": {"content": "<|a|>"}, "262": {"content": "<|b|>", "special": True}}
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config(added_tokens_decoder=decoder))
+    made = load_tokenizer(tmp_path)
+    assert (encode(made, "<|A|>"), 262 in encode(made, "<|B|>")) == ([261], False)
 
 
 def test_a_name_of_no_token_makes_none(tmp_path: Path, classes: Any) -> None:

@@ -115,7 +115,7 @@ _RECORDS = {
     "build.json": frozenset({"schema", "zoo", "files"}),
     "metadata.json": frozenset({"metadata_version", "kind", "assets"}),
 }
-"""What every version of the zoo has written into a bundle's records, whole or damaged by now."""
+"""What every version of the zoo has written into a bundle's records; of a damaged bundle one has to be readable."""
 
 MOVE_AWAY = "Move it away, or choose another folder with -o DIR."
 
@@ -127,7 +127,7 @@ def require_replaceable(directory: Path) -> None:
         BadInput: for that, or when it cannot be looked into.
     """
     try:
-        seen = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
+        seen = {path.name for path in directory.iterdir()} - {".DS_Store"}
     except OSError as error:
         raise BadInput(f"{directory} exists and cannot be looked into: {error.strerror}.", MOVE_AWAY) from error
     if seen and not any(_has(directory / name, keys) for name, keys in _RECORDS.items()):

@@ -200,6 +200,8 @@ def _encoding(folder: Path) -> Iterator[str]:
     prefixed = _prefixes(content.get("pre_tokenizer")) or '"Prepend"' in json.dumps(content.get("normalizer"))
     if config.get("add_prefix_space") and not prefixed:
         yield "add_prefix_space is not in tokenizer.json, which engines go by: no space is put before a text"
+    if config.get("split_special_tokens"):
+        yield "split_special_tokens is not in tokenizer.json, which engines go by: special tokens in a text are tokens"
     added = [key for key in ("add_bos_token", "add_eos_token") if config.get(key)]
     if added:
         _edit(folder / "tokenizer_config.json", config | dict.fromkeys(added, False))

@@ -38,6 +38,8 @@ _TOKENIZER_FILES = {
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """How an added token is found in a text, and whether engines cut it from one."""
 
+_USUAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 _ANY_READER = "PreTrainedTokenizer"
 """The class that takes a byte-pair encoding as its `tokenizer.json` describes it."""
 
@@ -206,28 +208,35 @@ def decoded_tokens(directory: Path) -> list[tuple[int, Mapping[str, Any]]]:
     said = [
         (int(number), token)
         for number, token in (decoder.items() if isinstance(decoder, Mapping) else ())
-        if isinstance(token, dict) and number.isdecimal() and isinstance(token.get("content"), str)
+        if isinstance(token, dict) and number.isdecimal() and _is_text(token.get("content"))
     ]
     return sorted(said, key=lambda item: item[0])
 
 
 def _added_token(number: int, token: Mapping[str, Any]) -> dict[str, Any]:
-    return {"id": number, "content": token["content"], **{flag: bool(token.get(flag)) for flag in TOKEN_FLAGS}}
+    given = {"normalized": not token.get("special"), **token}  # as in the library
+    return {"id": number, "content": token["content"], **{flag: bool(given.get(flag)) for flag in TOKEN_FLAGS}}
 
 
 def named_texts(directory: Path, vocabulary: Container[str]) -> set[str]:
     """The texts that transformers makes added tokens of because a file beside `tokenizer.json` names them.
 
-    One that is named as `pad_token` and the like and that no vocabulary has is left out: it would get an id that the
+    One that is named as `pad_token` or the like and that no vocabulary has is left out: it would get an id that the
     model was not trained with, and may not have, and stands in no text.
     """
-    named = {text for text in special_tokens(directory).values() if text in vocabulary}
+    special = special_tokens(directory).items()
+    named = {text for key, text in special if text in vocabulary or key not in _USUAL}
     named |= {*optional_object(directory / "added_tokens.json")}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         fields = optional_object(directory / name)
         for key in ("additional_special_tokens", "extra_special_tokens"):
             named |= {*token_texts(fields.get(key))}
-    return named - {""}
+    return {text for text in named if text and _is_text(text)}
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a text that can be written: JSON has halves of characters, too."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _named_by_transformers(directory: Path, named: set[str], known: Collection[str]) -> list[dict[str, Any]]:

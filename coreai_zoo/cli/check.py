@@ -6,6 +6,7 @@ from pathlib import Path
 
 import attrs
 import click
+from click.core import ParameterSource
 
 from coreai_zoo.commands import Column, OneOf, json_option, new_table, plugins_of, print_json, print_table, say_next
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, listing, zoo_command
@@ -45,7 +46,7 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
     if update_goldens and only and "goldens" not in only:
         raise BadInput("--update-goldens writes nothing when the check `goldens` is not among --only.")
     plugins, folder = plugins_of(ctx), _repository()
-    if golden_folder == DEFAULT_FOLDER and folder != Path.cwd():
+    if ctx.get_parameter_source("golden_folder") is ParameterSource.DEFAULT and folder != Path.cwd():
         golden_folder = folder / golden_folder
     compared = not update_goldens and (not only or "goldens" in only)
     if compared and not golden_folder.is_dir() and wanted(golden_folder, folder, plugins):
@@ -81,8 +82,11 @@ def check(ctx: click.Context, only: tuple[str, ...], golden_folder: Path, update
 
 
 def _repository() -> Path:
-    """The repository, whatever folder of it this is; outside of one, this folder."""
+    """What is checked: the nearest folder above with golden graphs, or the repository; outside of one, this folder."""
+    here = Path.cwd()
     try:
-        return repository()
+        top = repository()
     except ZooError:
-        return Path.cwd()
+        return here
+    above = [folder for folder in (here, *here.parents) if folder.is_relative_to(top)]
+    return next((folder for folder in above if (folder / DEFAULT_FOLDER).is_dir()), top)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import sysconfig
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from coreai_zoo.lowering.wiring import Wiring, unnamed
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.review import structure
+from coreai_zoo.review.revision import is_source
 
 DEFAULT_FOLDER = Path("tests/goldens")
 
@@ -321,7 +321,7 @@ def wanted(folder: Path, repository: Path, plugins: Plugins) -> list[Wanted]:
         for path, file in files.items()
         if (name := file["entry"]) in entries
     ]
-    own = {plugin for plugin, path in plugins.entries() if _is_source(path.resolve(), repository.resolve())}
+    own = {plugin for plugin, path in plugins.entries() if is_source(path.resolve(), repository)}
     own |= {entries[each.entry.name][1] for each in chosen}
     known = {(each.entry.facts.ffn, made_of_sample(each.entry, plugins)) for each in chosen}
     for entry, plugin in entries.values():
@@ -339,11 +339,6 @@ def made_of_sample(entry: Entry, plugins: Plugins) -> str:
     except ZooError:
         return entry.name
     return json.dumps([made[key] for key in ("overlay", "recipe", "contract")], sort_keys=True)
-
-
-def _is_source(path: Path, repository: Path) -> bool:
-    """Whether a file is one of the repository, and not of what is installed in an environment that lies there."""
-    return path.is_relative_to(repository) and not path.is_relative_to(Path(sysconfig.get_path("purelib")).resolve())
 
 
 def golden_path(folder: Path, entry: Entry, contract: str | None = None) -> Path:

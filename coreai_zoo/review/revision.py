@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,11 +19,11 @@ from coreai_zoo.plugins import Plugins
 # of the right.
 _BUILD = """
 import importlib.util, json, pathlib, sys
-for name, files in json.loads(sys.argv.pop(1)).items():
+for name, file in json.loads(sys.argv.pop(1)).items():
     spec = importlib.util.find_spec(name)
     place = str(pathlib.Path(spec.origin).resolve()) if spec and spec.origin else "no place"
-    if place not in files:
-        sys.exit(f"error: {name} is found at {place}, not at {files[0]}.")
+    if place != file:
+        sys.exit(f"error: {name} is found at {place}, not at {file}.")
 try:
     from coreai_zoo.cli.app import main
 except ImportError:  # before the commands had a folder
@@ -83,32 +83,77 @@ def base_revision() -> str:
     return (branches or ["HEAD"])[0]
 
 
-def displaced(packages: Iterable[str]) -> dict[str, str]:
+def displaced(packages: Iterable[str]) -> dict[str, Path]:
     """Packages of this repository that Python finds somewhere else, by name: what runs is not what is there."""
     try:
-        own = _packages_in(repository(), packages)
+        top = repository()
     except ZooError:
         return {}
-    specs = {name: find_spec(name) for name in own}
-    places = {name: str(Path(spec.origin).resolve()) for name, spec in specs.items() if spec and spec.origin}
-    return {name: place for name, place in places.items() if place not in own[name]}
+    found = {name: place for name in packages if (place := _place_of(name)) is not None}
+    return {name: place for name, place in found.items() if not is_source(place, top) and _begins_in(top, name)}
 
 
-def _packages_in(tree: Path, packages: Iterable[str]) -> dict[str, list[str]]:
-    """The packages that a repository has in a tree, by name: the files that they begin with."""
-    own = {}
+def _place_of(package: str) -> Path | None:
+    """The file that a package or module begins with, where Python finds it."""
+    spec = find_spec(package)
+    return Path(spec.origin).resolve() if spec and spec.origin else None
+
+
+def is_source(place: Path, top: Path) -> bool:
+    """Whether a file is one of a repository, and not of what is installed in an environment that lies there."""
+    return place.is_relative_to(top.resolve()) and "site-packages" not in place.parts
+
+
+def _begins_in(tree: Path, package: str) -> list[Path]:
+    """The files in a tree that git knows and that a package of that name may begin with."""
+    patterns = [f":(glob)**/{package}{end}" for end in ("/__init__.py", ".py")]
+    listed = _git("-C", str(tree), "ls-files", "-z", "--", *patterns) or ""
+    places = [(tree / name).resolve() for name in listed.split("\0") if name]
+    return [place for place in places if "site-packages" not in place.parts]
+
+
+def _packages_in(tree: Path, packages: Iterable[str], label: str) -> dict[str, Path]:
+    """The packages that this repository has in a tree, by name: the file that each begins with.
+
+    It is where this process has it from, or else the only one of that name.
+
+    Raises:
+        BadInput: when the tree has none of them, lacks one that runs from this repository, or has several of a name.
+    """
+    top = repository().resolve()
+    own: dict[str, Path] = {}
     for name in packages:
-        patterns = [f"{folder}{name}{end}" for folder in ("", "*/") for end in ("/__init__.py", ".py")]
-        listed = _git("-C", str(tree), "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns)
-        if listed:
-            own[name] = [str((tree / line).resolve()) for line in listed.splitlines()]
+        place = _place_of(name)
+        here = place is not None and is_source(place, top)
+        same = tree.resolve() / place.relative_to(top) if place is not None and here else None
+        there = [same] if same is not None and same.is_file() else _begins_in(tree, name)
+        if len(there) > 1:
+            shown = listing([str(file.relative_to(tree.resolve())) for file in there])
+            raise BadInput(f"At {label} the repository has {name} {len(there)} times: {shown}.", _EDITABLE)
+        if here and not there:
+            raise BadInput(f"At {label} the repository has no package {name}.", "It was not there yet.")
+        if there:
+            own[name] = there[0]
+    if not own:
+        raise BadInput(
+            f"At {label} the repository has none of the packages that a build runs: {listing([*packages])}.",
+            "Run it in the repository of the zoo or of a plugin.",
+        )
     return own
+
+
+_EDITABLE = "Install the one that is meant with `pip install -e .`."
+
+# Set in a hook: commands of a repository's own.
+_OF_A_HOOK = ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR")
 
 
 def _git(*arguments: str) -> str | None:
     """The output of a git command; None when it fails."""
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_HOOK}
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)  # noqa: S607  # on PATH
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise EnvironmentLacks("git is not installed.", "Install it: --rev checks out revisions with it.") from error
     return done.stdout.strip() if done.returncode == 0 else None
@@ -140,14 +185,8 @@ def build_sample(
     Raises:
         BadInput: when the code there does not build it, with the reason.
     """
-    packages = plugins.packages()
-    own = _packages_in(tree, packages)
-    if not own:
-        raise BadInput(
-            f"At {label} the repository has none of the packages that a build runs: {listing(packages)}.",
-            "Run it in the repository of the zoo or of a plugin.",
-        )
-    command = [sys.executable, "-c", _BUILD, json.dumps(own)]
+    own = _packages_in(tree, plugins.packages(), label)
+    command = [sys.executable, "-c", _BUILD, json.dumps({name: str(file) for name, file in own.items()})]
     for left_out in plugins.without:
         command += ["--without", left_out]
     command += ["build", entry, "--sample", "--json", "-o", str(output)]
@@ -165,14 +204,13 @@ def build_sample(
     return Path(json.loads(done.stdout)["path"])
 
 
-def _search_path(tree: Path, own: Mapping[str, Sequence[str]]) -> list[str]:
+def _search_path(tree: Path, own: Mapping[str, Path]) -> list[str]:
     """The folders that Python finds modules in, those of this repository replaced by the same of `tree`."""
     top = repository()
     given = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     found = [Path(entry).resolve() for entry in sys.path if entry]
     # An installer may have copied a package, or have it found without naming its folder.
-    begins = [Path(file) for files in own.values() for file in files[:1]]
-    roots = [str(file.parent.parent if file.name == "__init__.py" else file.parent) for file in begins]
+    roots = [str(file.parent.parent if file.name == "__init__.py" else file.parent) for file in own.values()]
     moved = [str(tree / path.relative_to(top)) for path in found if path.is_relative_to(top)]
     # What the interpreter finds by itself it finds again, after these.
     return list(dict.fromkeys([*roots, *moved, *(str(path) for path in given if not path.is_relative_to(top))]))
