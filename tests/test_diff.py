@@ -599,6 +599,8 @@ def test_in_the_repository_of_a_plugin_its_code_is_that_of_the_revision(
     (package / "__init__.py").write_text(PLUGIN)
     entry = (root / "zoo_entries" / "qwen3.6-27b.toml").read_text().replace('name = "qwen3.6-27b"', 'name = "acme"')
     (package / "acme.toml").write_text(entry.replace('path = "', 'path = "nowhere/'))
+    for copy in ("attic", "build/lib"):  # what people keep, and pip leaves
+        shutil.copytree(package, repository / copy / package.name)
     git("add", ".", cwd=repository)
     git("commit", "--quiet", "-m", "a sample that is not there", cwd=repository)
     (package / "acme.toml").write_text(entry)
@@ -608,8 +610,6 @@ def test_in_the_repository_of_a_plugin_its_code_is_that_of_the_revision(
     assert "acme_diffed" in plugins.packages()
 
     # The entry's sample is there in the working tree only.
-    for copy in ("attic", "build/lib"):  # what pip leaves, and people do
-        shutil.copytree(package, repository / copy / package.name)
     with worktree("HEAD") as tree, pytest.raises(BadInput, match=r"at HEAD does not build .*nowhere"):
         build_sample("acme", None, tree, tmp_path / "out", "HEAD", plugins)
     # Of a revision without the package, that of the working tree must not pass for its code.

@@ -108,8 +108,7 @@ def _begins_in(tree: Path, package: str) -> list[Path]:
     """The files in a tree that git knows and that a package of that name may begin with."""
     patterns = [f":(glob)**/{package}{end}" for end in ("/__init__.py", ".py")]
     listed = _git("-C", str(tree), "ls-files", "-z", "--", *patterns) or ""
-    places = [(tree / name).resolve() for name in listed.split("\0") if name]
-    return [place for place in places if "site-packages" not in place.parts]
+    return [(tree / name).resolve() for name in listed.split("\0") if name]
 
 
 def _packages_in(tree: Path, packages: Iterable[str], label: str) -> dict[str, Path]:
