@@ -111,21 +111,30 @@ def working(result: Mapping[str, Any]) -> float:
     return sum(stage["seconds"] for stage in result["stages"].values())
 
 
-def whole_commands(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Medians of what each converter took from its start to its end; what the first took is 1 in the ratios."""
-    measures = {
-        "CPU seconds": "cpu_seconds",
-        "wall seconds": "seconds",
-        "peak anonymous memory, GB": "peak_anonymous_bytes",
-        "written, GB": "written_bytes",
-        "peak disk, GB": "peak_disk_bytes",
-    }
+def medians(
+    measured: Mapping[str, Sequence[Mapping[str, Any]]], measures: Mapping[str, Callable[[Mapping[str, Any]], float]]
+) -> str:
+    """Medians of what was measured side by side; that of the first is 1 in the ratios.
+
+    Args:
+        measured: the measurements of each, by its name.
+        measures: what to take of a measurement, by title.
+    """
     rows = [["", *measured]]
-    for title, key in measures.items():
-        unit = 1e9 if key.endswith("bytes") else 1
-        found = [statistics.median(result[key] / unit for result in results) for results in measured.values()]
+    for title, of in measures.items():
+        found = [statistics.median(map(of, results)) for results in measured.values()]
         rows.append([title, *(f"{value:.2f} ({value / found[0]:.2f})" for value in found)])
     return table(rows)
+
+
+WHOLE_COMMANDS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "CPU seconds": lambda result: result["cpu_seconds"],
+    "wall seconds": lambda result: result["seconds"],
+    "peak anonymous memory, GB": lambda result: result["peak_anonymous_bytes"] / 1e9,
+    "written, GB": lambda result: result["written_bytes"] / 1e9,
+    "peak disk, GB": lambda result: result["peak_disk_bytes"] / 1e9,
+}
+"""What each converter took from its start to its end."""
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -192,7 +201,7 @@ def main() -> None:
             warm(work / "slice")
             theirs.append(baseline(work / "slice", work / "whole"))
         commands = {"zoo build": ours, **({"mlx-lm": mlx} if mlx else {}), "whole model": theirs}
-        print(f"\n{whole_commands(commands)}", flush=True)
+        print(f"\n{medians(commands, WHOLE_COMMANDS)}", flush=True)
         shutil.rmtree(work / "whole")
         print(f"\n{side_by_side(ours, theirs)}\n", flush=True)
         rebuild = build(work / "slice", work / "ours", "--keep-weights")

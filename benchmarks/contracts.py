@@ -12,19 +12,26 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import BUILD_FLAGS, HERE, checked, table
+from bench import BUILD_FLAGS, HERE, checked, medians
 from measure import measure
 
 CONTRACTS = ("static-s1", "chunked", "dynamic")
-LOWERING = ("trace", "lower")
+MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "CPU seconds": lambda result: result["cpu_seconds"],
+    "wall seconds": lambda result: result["seconds"],
+    "of them tracing and lowering": lambda result: sum(
+        result["stages"][name]["seconds"] for name in ("trace", "lower")
+    ),
+    "peak anonymous memory, GB": lambda result: result["peak_anonymous_bytes"] / 1e9,
+    "bundle, GB": lambda result: result["output"]["bytes"] / 1e9,
+}
 
 
 def build(entry: str, checkpoint: Path, output: Path, contract: str, limit_gib: float | None) -> dict[str, Any]:
@@ -34,22 +41,6 @@ def build(entry: str, checkpoint: Path, output: Path, contract: str, limit_gib: 
     result = checked(measure([*command, *BUILD_FLAGS], limit_gib))
     shutil.rmtree(output)
     return result
-
-
-def medians(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Medians by contract, with their ratio to those of the first."""
-    measures = {
-        "CPU seconds": lambda result: result["cpu_seconds"],
-        "wall seconds": lambda result: result["seconds"],
-        "of them tracing and lowering": lambda result: sum(result["stages"][name]["seconds"] for name in LOWERING),
-        "peak anonymous memory, GB": lambda result: result["peak_anonymous_bytes"] / 1e9,
-        "bundle, GB": lambda result: result["output"]["bytes"] / 1e9,
-    }
-    rows = [["", *measured]]
-    for title, value in measures.items():
-        found = [statistics.median(map(value, results)) for results in measured.values()]
-        rows.append([title, *(f"{each:.2f} ({each / found[0]:.2f})" for each in found)])
-    return table(rows)
 
 
 def main() -> None:
@@ -74,7 +65,7 @@ def main() -> None:
             for contract, results in measured.items():
                 results.append(build(arguments.entry, checkpoint, output, contract, arguments.limit_gib))
                 print(f"run {run + 1}, {contract}: {results[-1]['cpu_seconds']} CPU s", file=sys.stderr, flush=True)
-    print(medians(measured))
+    print(medians(measured, MEASURES))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ def test_contracts_stand_side_by_side_as_medians(root: Path, monkeypatch: pytest
         total = {"cpu_seconds": 5 * seconds, "seconds": 4 * seconds, "peak_anonymous_bytes": 3e9, "stages": stages}
         return {**total, "output": {"bytes": 2_000_000_000}}
 
-    told = contracts.medians({"a": [result(1), result(9), result(2)], "b": [result(3), result(3), result(1)]})
+    measured = {"a": [result(1), result(9), result(2)], "b": [result(3), result(3), result(1)]}
+    told = contracts.medians(measured, contracts.MEASURES)
     assert told.splitlines()[0] == "|  | a | b |" and told.splitlines()[2:] == [
         "| CPU seconds | 10.00 (1.00) | 15.00 (1.50) |",
         "| wall seconds | 8.00 (1.00) | 12.00 (1.50) |",

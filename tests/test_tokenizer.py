@@ -796,13 +796,15 @@ def test_halves_of_characters_are_no_tokens(folder: Path, classes: Any, tmp_path
     assert not any("d800" in change for change in copy_tokenizer(folder, tmp_path / "copy", classes))
 
 
-def test_a_token_is_normalized_unless_it_is_special_or_says_so(tmp_path: Path) -> None:
+def test_a_token_is_normalized_unless_it_is_special_or_says_so(tmp_path: Path, classes: Any) -> None:
     content = tokenizer_json(normalizer={"type": "Lowercase"})
     write_json(tmp_path / "tokenizer.json", content)
     decoder = {**decoder_of(content), "261": {"content": "<|a|>"}, "262": {"content": "<|b|>", "special": True}}
     write_json(tmp_path / "tokenizer_config.json", tokenizer_config(added_tokens_decoder=decoder))
     made = load_tokenizer(tmp_path)
     assert (encode(made, "<|A|>"), 262 in encode(made, "<|B|>")) == ([261], False)
+    copy_tokenizer(tmp_path, tmp_path / "copy", classes)
+    assert copy_problems(tmp_path, tmp_path / "copy", classes) == []
 
 
 def test_a_name_of_no_token_makes_none(tmp_path: Path, classes: Any) -> None:

@@ -1,10 +1,10 @@
 """Whether a bundle's tokenizer is its checkpoint's: byte for byte, but for what a build changes on purpose.
 
 A wrong id goes through every other check: oracle and candidate are fed the same wrong tokens. So the folder is compared
-in two ways that have no more in common than how a file is opened. It is made again from the checkpoint, and every byte
-compared. And the two are read with the library alone, and asked the same questions: what is each id, how is this text
-encoded, how do its tokens read, which of the checkpoint's fields differ. The second way finds a mistake in what makes
-the folder.
+in two ways that have no more in common than how a file is opened and which tokens other files name. It is made again
+from the checkpoint, and every byte compared. And the two are read with the library, and asked the same questions: what
+is each id, how is this text encoded, how do its tokens read, which of the checkpoint's fields differ. The second way
+finds a mistake in what makes the folder.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ def _add(tokenizer: Tokenizer, folder: Path, number: int, token: Mapping[str, An
     from tokenizers import AddedToken
 
     known = {each.content: each for each in tokenizer.get_added_tokens_decoder().values()}.get(token["content"])
-    flags = {flag: bool(token.get(flag, getattr(known, flag, False))) for flag in TOKEN_FLAGS}
-    tokenizer.add_tokens([AddedToken(token["content"], **flags)])
+    kept = {flag: getattr(known, flag) for flag in TOKEN_FLAGS} if known else {}
+    said = {flag: bool(token[flag]) for flag in TOKEN_FLAGS if flag in token}
+    tokenizer.add_tokens([AddedToken(token["content"], **{**kept, **said})])
     if tokenizer.token_to_id(token["content"]) != number:
         raise BadInput(f"{folder} gives {token['content']!r} the id {number}, which it cannot have.")
 

@@ -194,7 +194,7 @@ def added_tokens(directory: Path) -> AddedTokens:
         tokens[token["content"]] = made
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     pieces = vocabulary if isinstance(vocabulary, dict) else {piece for piece, *_ in vocabulary or ()}
-    unknown = named_texts(directory, pieces) - tokens.keys()
+    unknown = _named_texts(directory, pieces) - tokens.keys()
     if unknown:
         found = _named_by_transformers(directory, unknown, {*pieces, *tokens})
         others += found
@@ -218,7 +218,7 @@ def _added_token(number: int, token: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": number, "content": token["content"], **{flag: bool(given.get(flag)) for flag in TOKEN_FLAGS}}
 
 
-def named_texts(directory: Path, vocabulary: Container[str]) -> set[str]:
+def _named_texts(directory: Path, vocabulary: Container[str]) -> set[str]:
     """The texts that transformers makes added tokens of because a file beside `tokenizer.json` names them.
 
     One that is named as `pad_token` or the like and that no vocabulary has is left out: it would get an id that the

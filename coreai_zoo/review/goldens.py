@@ -323,10 +323,15 @@ def wanted(folder: Path, repository: Path, plugins: Plugins) -> list[Wanted]:
     ]
     own = {plugin for plugin, path in plugins.entries() if is_source(path.resolve(), repository)}
     own |= {entries[each.entry.name][1] for each in chosen}
-    known = {(each.entry.facts.ffn, made_of_sample(each.entry, plugins)) for each in chosen}
-    for entry, plugin in entries.values():
-        kind = entry.facts.ffn, made_of_sample(entry, plugins)
-        if entry.sample is not None and kind not in known and (plugin in own or not own):
+    kinds = {
+        name: (entry.facts.ffn, made_of_sample(entry, plugins))
+        for name, (entry, _) in entries.items()
+        if entry.sample is not None
+    }
+    known = {kinds.get(each.entry.name) for each in chosen}
+    for name, kind in kinds.items():
+        entry, plugin = entries[name]
+        if kind not in known and (plugin in own or not own):
             chosen.append(Wanted(golden_path(folder, entry), entry))
             known.add(kind)
     return chosen

@@ -119,17 +119,19 @@ def _packages_in(tree: Path, packages: Iterable[str], label: str) -> dict[str, P
     Raises:
         BadInput: when the tree has none of them, lacks one that runs from this repository, or has several of a name.
     """
-    top = repository().resolve()
+    top, tree = repository().resolve(), tree.resolve()
     own: dict[str, Path] = {}
     for name in packages:
         place = _place_of(name)
-        here = place is not None and is_source(place, top)
-        same = tree.resolve() / place.relative_to(top) if place is not None and here else None
+        same = tree / place.relative_to(top) if place is not None and is_source(place, top) else None
         there = [same] if same is not None and same.is_file() else _begins_in(tree, name)
         if len(there) > 1:
-            shown = listing([str(file.relative_to(tree.resolve())) for file in there])
-            raise BadInput(f"At {label} the repository has {name} {len(there)} times: {shown}.", _EDITABLE)
-        if here and not there:
+            shown = listing([str(file.relative_to(tree)) for file in there])
+            raise BadInput(
+                f"At {label} the repository has {name} {len(there)} times: {shown}.",
+                "Install the one that is meant with `pip install -e .`.",
+            )
+        if same is not None and not there:
             raise BadInput(f"At {label} the repository has no package {name}.", "It was not there yet.")
         if there:
             own[name] = there[0]
@@ -141,9 +143,7 @@ def _packages_in(tree: Path, packages: Iterable[str], label: str) -> dict[str, P
     return own
 
 
-_EDITABLE = "Install the one that is meant with `pip install -e .`."
-
-# Set in a hook: commands of a repository's own.
+# What git sets for a hook, and what would have other commands work on the hook's repository and index.
 _OF_A_HOOK = ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR")
 
 

@@ -567,7 +567,7 @@ class _Planner:
         if not sources:
             self.problems.missing.append(self._expectation(target))
             roles = {self.roles[rule.rule.role].kind for rule, _ in self._rules_for(target)}
-            self.problems.has_no_head = self.problems.has_no_head or "head" in roles
+            self.problems.has_no_head |= "head" in roles
         elif gap or end < math.prod(target.info.shape[:-1]):
             self.problems.missing.append(f"part of {target.name}: {listing(self._missing_parts(target, sources), 6)}")
 

@@ -566,7 +566,7 @@ class WeightStore:
         """Remove what the journal does not name: a crash leaves it, and what was copied to another place does."""
         used = self.own_files()
         for path in self.directory.iterdir():
-            if is_own_file(path) and path not in used and path.name != LOOKS:
+            if is_own_file(path) and path not in used:
                 path.unlink()
 
     def _paths_of(self, name: str) -> set[Path]:

@@ -228,6 +228,10 @@ def export_composites(module: torch.nn.Module, program: ExportedProgram) -> list
     return list(distinct.values())
 
 
+_SPECIALISED = 2
+"""torch.export takes an axis for at least that long, whatever it is told."""
+
+
 def _least_sizes(program: ExportedProgram) -> dict[int, int]:
     """The least that an axis of the arguments may measure, by what it measured while tracing, where two are not enough.
 
@@ -250,9 +254,6 @@ def _bounded(prepared: _PreparedModule, least: Mapping[int, int]) -> tuple[dict[
         for example, dims in zip(prepared.fake_inputs, prepared.dynamic_shapes, strict=True)
     )
 
-
-_SPECIALISED = 2
-"""torch.export takes an axis for at least that long, whatever it is told."""
 
 # One of the toolchain's holds no tensor and does not change: what it is exported to depends on the key below alone.
 _exported: dict[object, tuple[ExportedProgram, list[str], list[str]]] = {}
