@@ -807,6 +807,15 @@ def test_a_token_is_normalized_unless_it_is_special_or_says_so(tmp_path: Path, c
     assert copy_problems(tmp_path, tmp_path / "copy", classes) == []
 
 
+def test_an_id_that_the_library_does_not_give_is_a_problem_of_the_copy(tmp_path: Path, classes: Any) -> None:
+    write_json(tmp_path / "tokenizer.json", tokenizer_json())
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_config())
+    copy_tokenizer(tmp_path, tmp_path / "copy", classes)
+    named_in(tmp_path / "copy", "tokenizer_config.json", added_tokens_decoder={"270": {"content": "<|a|>"}})
+    (problem,) = copy_problems(tmp_path, tmp_path / "copy", classes)
+    assert "copy gives '<|a|>' the id 270, which it cannot have" in problem
+
+
 def test_a_name_of_no_token_makes_none(tmp_path: Path, classes: Any) -> None:
     """A model need not have the id that it would get."""
     write_json(tmp_path / "tokenizer.json", tokenizer_json())

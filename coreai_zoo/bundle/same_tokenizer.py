@@ -27,7 +27,6 @@ from coreai_zoo.checkpoint.portable_tokenizer import copy_tokenizer, kept_in_tex
 from coreai_zoo.checkpoint.tokenizer import (
     TOKEN_FLAGS,
     added_tokens,
-    decoded_tokens,
     read_tokenizer_file,
     token_texts,
     tokens_engines_know,
@@ -100,22 +99,15 @@ def _library(folder: Path) -> Tokenizer:
 
     Not `load_tokenizer`, which the build goes by as well.
     """
-    tokenizer = read_tokenizer_file(folder)
-    for number, token in [*decoded_tokens(folder), *((token["id"], token) for token in added_tokens(folder).others)]:
-        _add(tokenizer, folder, number, token)
-    return tokenizer
-
-
-def _add(tokenizer: Tokenizer, folder: Path, number: int, token: Mapping[str, Any]) -> None:
-    """Add a token; of one that is there only how it is found in a text may change."""
     from tokenizers import AddedToken
 
-    known = {each.content: each for each in tokenizer.get_added_tokens_decoder().values()}.get(token["content"])
-    kept = {flag: getattr(known, flag) for flag in TOKEN_FLAGS} if known else {}
-    said = {flag: bool(token[flag]) for flag in TOKEN_FLAGS if flag in token}
-    tokenizer.add_tokens([AddedToken(token["content"], **{**kept, **said})])
-    if tokenizer.token_to_id(token["content"]) != number:
-        raise BadInput(f"{folder} gives {token['content']!r} the id {number}, which it cannot have.")
+    tokenizer = read_tokenizer_file(folder)
+    for token in added_tokens(folder).others:
+        added = AddedToken(token["content"], **{flag: token[flag] for flag in TOKEN_FLAGS})
+        tokenizer.add_tokens([added])
+        if tokenizer.token_to_id(added.content) != token["id"]:
+            raise BadInput(f"{folder} gives {added.content!r} the id {token['id']}, which it cannot have.")
+    return tokenizer
 
 
 def _ids(theirs: Tokenizer, ours: Tokenizer) -> Iterator[str]:

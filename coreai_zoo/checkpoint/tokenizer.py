@@ -186,7 +186,7 @@ def added_tokens(directory: Path) -> AddedTokens:
     stored = [token for token in added if isinstance(token, dict) and {"content", "id"} <= set(token)]
     tokens = {token["content"]: _added_token(token["id"], token) for token in stored}
     others = []
-    for number, token in decoded_tokens(directory):
+    for number, token in _decoded_tokens(directory):
         known = tokens.get(token["content"], {})
         made = _added_token(number, {**known, **token})
         if made != known:
@@ -202,7 +202,7 @@ def added_tokens(directory: Path) -> AddedTokens:
     return AddedTokens(stored, sorted(others, key=lambda token: int(token["id"])), frozenset(unknown))
 
 
-def decoded_tokens(directory: Path) -> list[tuple[int, Mapping[str, Any]]]:
+def _decoded_tokens(directory: Path) -> list[tuple[int, Mapping[str, Any]]]:
     """What `added_tokens_decoder` in `tokenizer_config.json` says, by ids; what has no id or no text is left out."""
     decoder = optional_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
     said = [
