@@ -48,6 +48,11 @@ def peak_memory(proc: Path = _PROC) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor(proc: Path = _PROC) -> str:
     """What the processor of this machine is sold as: `Apple M4 Max`; else its architecture, such as `x86_64`."""
     named = ""

@@ -51,6 +51,7 @@ QUICK = frozenset(
 # `make test` runs these as well: they build, run and attack bundles, in this process and in others.
 THOROUGH = frozenset(
     {
+        "asset_candidate",
         "bad_input",
         "bfloat16",
         "bench",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 import shlex
 import shutil
@@ -27,7 +26,7 @@ from coreai_zoo.commands import (
     say_next,
 )
 from coreai_zoo.errors import EnvironmentLacks, listing, zoo_command
-from coreai_zoo.machine import physical_memory
+from coreai_zoo.machine import cores, physical_memory
 from coreai_zoo.plugins import Plugins
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def _machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "architecture": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gib": None if memory is None else round(memory / _GIB, 1),
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / _GIB, 1),
     }

@@ -46,6 +46,7 @@ from coreai_zoo.gates.teacher_forced import (
     run_oracle,
 )
 from coreai_zoo.json_files import read_object
+from coreai_zoo.machine import available_memory, cores
 from coreai_zoo.overlay import LayeredDecoder, Overlay
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 # Up to this size the CPU interpreter takes some tokens a second; beyond it a token takes minutes.
 _INTERPRETED_BYTES = 64 * 2**20
+_INTERPRETER_BYTES = 2**28  # of memory, for one process with a small asset (half of them at 3 MB)
 _MAC = sys.platform == "darwin"  # which has a runtime of its own for what it can load
 
 _SHARED = ("oracle", "windows")  # stages whose results all bundles are judged by
@@ -462,7 +464,9 @@ def _models(
 
     backend = shipped.backend
     ticker = Ticker()
-    candidate = AssetCandidate(bundle, backend, ticker, keep_in if backend.extra_files else None)
+    size, native = bytes_below(bundle.asset), _MAC and not isinstance(backend, Interpreting)
+    at_a_time = 1 if native or size > _INTERPRETED_BYTES else at_once(size, cores(), available_memory())
+    candidate = AssetCandidate(bundle, backend, ticker, keep_in if backend.extra_files else None, at_a_time)
     asset = Runner(candidate, ticker, arithmetic=_arithmetic(backend))
     overlay: Runner | None = None
     control: Runner | None = None
@@ -471,14 +475,24 @@ def _models(
         if options.control:
             plain = shipped.with_recipe(PLAIN)
             control = _overlay_runner(plain, CheckpointWeights("unquantized weights", plain.checkpoint, plain.weights))
-    size = bytes_below(bundle.asset)
-    native = _MAC and not isinstance(backend, Interpreting)
     runs_asset = overlay is None or judges_asset(options.candidate, backend.runtime, size, native=native)
     if runs_asset and isinstance(backend, Interpreting):
         backend.require_memory(bundle.asset)
     # The overlay takes the long prompts, unless the asset was asked for by name.
     long_candidate = asset if options.candidate == backend.runtime else overlay
     return Models(asset if runs_asset or overlay is None else overlay, long_candidate, control)
+
+
+def at_once(size: int, cores: int, memory: int | None) -> int:
+    """How many prompts the interpreter of an asset of `size` bytes runs at a time, on so many cores.
+
+    Args:
+        size: of the asset.
+        cores: that this process may use.
+        memory: bytes that are free; None where that is not known.
+    """
+    fitting = cores if memory is None else memory // (_INTERPRETER_BYTES + 4 * size)
+    return max(1, min(cores, fitting))
 
 
 def _arithmetic(backend: Backend) -> Arithmetic:

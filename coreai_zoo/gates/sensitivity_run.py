@@ -23,7 +23,7 @@ from coreai_zoo.gates.prompts import ANCHOR, DEFAULT_POSITIONS, named_prompts
 from coreai_zoo.gates.sensitivity import Granularity, Part, Sensitivity, Subject, measure, parts_of, ranked
 from coreai_zoo.gates.sensitivity_chart import picture
 from coreai_zoo.gates.sensitivity_results import Results, as_row
-from coreai_zoo.gates.sensitivity_work import Work, cluster, determined_by, measured_by, processes
+from coreai_zoo.gates.sensitivity_work import Work, cluster, determined_by, local, measured_by
 from coreai_zoo.gates.teacher_forced import check_checkpoint
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -175,7 +175,7 @@ class _Run:
         """The results of parts that other processes measure."""
         scheduler = self.options.scheduler
         with self.results.reference_file(reference) as file:
-            executor = cluster(scheduler) if scheduler else processes(min(self.options.jobs, len(parts)))
+            executor = cluster(scheduler) if scheduler else local(min(self.options.jobs, len(parts)))
             with executor as pool:
                 yield from measured_by(pool, self._work(file), parts)
 

@@ -13,16 +13,13 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
-import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Executor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from importlib import metadata
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +36,7 @@ from coreai_zoo.errors import CheckFailed, EnvironmentLacks, listing
 from coreai_zoo.format_text import format_text
 from coreai_zoo.gates.sensitivity import Part, Sensitivity, Subject, measure
 from coreai_zoo.plugins import Plugins, default_plugins
+from coreai_zoo.processes import processes
 from coreai_zoo.recipes import QuantizationSpec
 
 _CODE = (
@@ -59,9 +57,6 @@ _CODE = (
 """The modules that a result goes through on its way from a checkpoint to a number; the rest is a plugin's or torch."""
 
 _CONNECT_SECONDS = 20
-
-_FORKS = sys.platform == "linux"
-"""Whether workers are forked, by a process that has no threads yet; frameworks of macOS do not survive a fork."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,85 +218,13 @@ def measured_by(executor: Executor, work: Work, parts: Sequence[Part]) -> Iterat
         ) from error
 
 
-@contextlib.contextmanager
-def processes(jobs: int) -> Iterator[Executor]:
-    """Within the block, so many processes on this machine, which share its cores; none of them outlives the block."""
-    before = set(multiprocessing.active_children())
-    threads = max(1, torch.get_num_threads() // jobs)
-    context = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
-    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads,))
-    try:
-        with _deaf_to_interruption():
-            if _FORKS:
-                context.set_forkserver_preload(_modules_of_workers())
-                forkserver.ensure_running()
-            else:
-                _start(pool, jobs)
-        if _FORKS:
-            # The server imports for seconds, in which Ctrl-C is for this process. A worker that is asked for meanwhile
-            # would start when nobody wants it any more.
-            ready = multiprocessing.get_context("forkserver").Process(target=int)
-            ready.start()
-            ready.join()
-            _start(pool, jobs)
-        yield pool
-    except BaseException:
-        # A part may take minutes, and nobody waits for it any more. That the pool itself drops those that wait matters:
-        # it stumbles over a future that somebody else has cancelled when its workers end.
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
-        if _FORKS:
-            _end_server()
-        raise
-    finally:
-        pool.shutdown()
-
-
-def _end_server() -> None:
-    """Have it hold this process's output no longer than this process does; the next pool starts another."""
-    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)  # noqa: SLF001  # it has no other way to be ended
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _start(pool: ProcessPoolExecutor, jobs: int) -> None:
-    for _ in range(jobs):
-        pool.submit(int)  # has the pool start a process each
-
-
-def _modules_of_workers() -> list[str]:
-    """What workers are forked with. What this process has of torch and plugins, it needed to design the model."""
+def local(jobs: int) -> AbstractContextManager[Executor]:
+    """Within the block, so many processes on this machine, which share its cores; see `processes`."""
+    threads = max(1, torch.get_num_threads() // jobs)  # that read weights; arithmetic takes one
     roots = {"torch", *(info.module.partition(".")[0] for info in default_plugins().info())}
-    return [__name__, *(name for name in sys.modules if name.partition(".")[0] in roots - {"coreai_zoo"})]
-
-
-@contextlib.contextmanager
-def _deaf_to_interruption() -> Iterator[None]:
-    """Processes that are started within the block never hear Ctrl-C: it is for the one that ends them.
-
-    That one hears it behind the block, where it comes within: a signal that is blocked waits, and is inherited as such.
-    """
-    resource_tracker.ensure_running()  # which ends with the signal unblocked
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin_worker(threads: int) -> None:
-    """Before the first part; a worker ends when the process that gives the work has ended, however that ends."""
-    torch.set_num_threads(threads)  # that read weights; arithmetic takes one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    # What this process has of torch and plugins, it needed to design the model.
+    loaded = [name for name in sys.modules if name.partition(".")[0] in roots - {"coreai_zoo"}]
+    return processes(jobs, [__name__, *loaded], functools.partial(torch.set_num_threads, threads))
 
 
 @contextlib.contextmanager

@@ -72,7 +72,6 @@ class CoreAIBackend:
     run_instructions: str = (
         "On Linux, with this zoo and on the CPU interpreter of Core AI, which is slow and for checking:"
     )
-    extra_files: Mapping[str, str] = MappingProxyType({})
     asset_suffix: str = ".aimodel"
     runtime: str = "coreai"
     accumulation: Literal["half", "single"] = "half"
@@ -84,6 +83,11 @@ class CoreAIBackend:
     def versions(self) -> Mapping[str, str]:
         """Versions of the toolchain, checked."""
         return checked_versions(_REQUIRED)
+
+    @property
+    def extra_files(self) -> Mapping[str, str]:
+        """See `Backend.extra_files`: none."""
+        return {}
 
     def require(self, functions: Mapping[str, TraceSpec], quantizations: Collection[QuantizationSpec]) -> None:
         """See `Backend.require`: there is nothing known that the format cannot hold."""
