@@ -7,7 +7,7 @@ here, so they cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.engine import Interface, sentence
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, PluginError, listing, zoo_command
+from coreai_zoo.lowering.graph import layer_names
 from coreai_zoo.names import slug
 from coreai_zoo.overlay import HasParameterTable, LayerRewrite, ParameterInfo, WeightMap
 from coreai_zoo.plugins import Plugins
@@ -121,6 +122,15 @@ class Design:
     def modules(self) -> Mapping[str, nn.Module]:
         """The decoder of each function by name, on the meta device until its weights are allocated."""
         return self.decoders.modules
+
+    @cached_property
+    def layer_kinds(self) -> Sequence[Hashable]:
+        """What tells the kind of each layer: names of parameters, and all that its module in each function holds."""
+        from coreai_zoo.lowering.repetition import layer_kinds
+
+        names = layer_names(tensor.name for tensor in self.weights.tensors)
+        held = [kinds for kinds in map(layer_kinds, self.modules.values()) if len(kinds) == len(names)]
+        return list(zip(names, *held, strict=True))
 
     @property
     def signatures(self) -> Mapping[str, TraceSpec]:

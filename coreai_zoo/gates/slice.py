@@ -78,7 +78,8 @@ class Slice:
         A whole that is no deeper than a slice is run itself.
         """
         whole = self._graphs(self.bundle)
-        layers, tokens = slice_depth(whole), prompt.tokens[:POSITIONS]
+        layers = max(slice_depth(whole), telling_depth(self.design.layer_kinds))
+        tokens = prompt.tokens[:POSITIONS]
         told = f"the first {layers} layers on the {self._backend.runtime} runtime, {len(tokens)} positions"
         with tempfile.TemporaryDirectory(prefix="zoo-slice-") as folder, report.stage(NAME, told):
             part = self._part(layers, Path(folder))

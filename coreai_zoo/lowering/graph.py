@@ -72,24 +72,24 @@ class Graph:
         by_position = {position: kind for kind in self.kinds for position in kind.layers}
         return [by_position[position] for position in sorted(by_position)]
 
-    def repeated(self, names: Sequence[str]) -> Graph:
-        """The graph of a deeper decoder whose layer at each position is of the kind `names[position]`.
+    def repeated(self, kinds: Sequence[Hashable]) -> Graph:
+        """The graph of a deeper decoder whose layer at each position is of the kind `kinds[position]`.
 
         Layers that this graph has are taken as they are; those beyond are like the last of their kind. A layer that is
         cut stays the last one.
         """
         own = {position: kind for kind in self.kinds for position in kind.layers}
         end, whole = {}, own
-        if self.cut and len(own) < len(names):
+        if self.cut and len(own) < len(kinds):
             last = max(own)
-            end, whole = {len(names) - 1: own[last]}, {position: own[position] for position in own if position != last}
-        like = {whole[position].name: whole[position] for position in sorted(whole)}
+            end, whole = {len(kinds) - 1: own[last]}, {position: own[position] for position in own if position != last}
+        like = {kinds[position]: whole[position] for position in sorted(whole)}
         members: dict[int, list[int]] = {}
-        for position, name in enumerate(names):
-            kind = end.get(position) or whole.get(position) or like[name]
-            members.setdefault(self.kinds.index(kind), []).append(position)
-        kinds = [evolve(self.kinds[kind], layers=tuple(layers)) for kind, layers in sorted(members.items())]
-        return evolve(self, kinds=tuple(kinds))
+        for position, kind in enumerate(kinds):
+            layer = end.get(position) or whole.get(position) or like[kind]
+            members.setdefault(self.kinds.index(layer), []).append(position)
+        repeated = [evolve(self.kinds[layer], layers=tuple(layers)) for layer, layers in sorted(members.items())]
+        return evolve(self, kinds=tuple(repeated))
 
 
 def count(program: Program) -> dict[str, Graph]:

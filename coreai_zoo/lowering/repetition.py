@@ -66,20 +66,28 @@ class Repetition:
 
 def find_repetition(module: nn.Module) -> Repetition | None:
     """The longest list of layers in `module`, if tracing few of them is enough."""
-    lists = [(path, child) for path, child in module.named_modules() if isinstance(child, nn.ModuleList) and path]
-    if not lists:
-        return None
-    path, layers = max(lists, key=lambda found: len(found[1]))
-    structures, integers = zip(*(_described(layer) for layer in layers), strict=True) if len(layers) else ((), ())
-    kinds, counting = _kinds(structures, integers)
+    path, layers = _layers(module)
+    described = [_described(layer) for layer in layers]
+    kinds, counting = _kinds(described)
     counts = tuple(
-        {_POSITION: position} | {name: integers[position][name] for name in counting[position]}
-        for position in range(len(layers))
+        {_POSITION: position} | {name: integers[name] for name in counting[position]}
+        for position, (_, integers) in enumerate(described)
     )
     for depth in range(2, int(len(layers) * _WORTHWHILE) + 1):
         if _suffices(depth, kinds, counts):
             return Repetition(path, kinds, counts, depth)
     return None
+
+
+def layer_kinds(module: nn.Module) -> tuple[int, ...]:
+    """The kind of each layer in the longest list of layers, as a number; see `Repetition.kinds`."""
+    return _kinds([_described(layer) for layer in _layers(module)[1]])[0]
+
+
+def _layers(module: nn.Module) -> tuple[str, Sequence[nn.Module]]:
+    """The longest list of layers and its path; where there is none, an empty one."""
+    lists = [(path, list(child)) for path, child in module.named_modules() if isinstance(child, nn.ModuleList) and path]
+    return max(lists, key=lambda found: len(found[1]), default=("", []))
 
 
 def alike(one: nn.Module, other: nn.Module) -> bool:
@@ -152,13 +160,14 @@ def _comparable(value: object) -> object:
 
 
 def _kinds(
-    structures: Sequence[object], integers: Sequence[Mapping[str, int]]
+    described: Sequence[tuple[object, Mapping[str, int]]],
 ) -> tuple[tuple[int, ...], list[tuple[str, ...]]]:
     """The kind of each layer, and the names of its integers that count up; the others are part of what a layer is."""
     groups: dict[object, list[int]] = {}
-    for position, structure in enumerate(structures):
-        groups.setdefault((structure, tuple(integers[position])), []).append(position)
-    counting: list[tuple[str, ...]] = [()] * len(structures)
+    for position, (structure, own) in enumerate(described):
+        groups.setdefault((structure, tuple(own)), []).append(position)
+    integers = [own for _, own in described]
+    counting: list[tuple[str, ...]] = [()] * len(described)
     identities: dict[int, object] = {}
     for group, members in groups.items():
         names = tuple(name for name in integers[members[0]] if _counts_up([integers[p][name] for p in members]))
@@ -166,7 +175,7 @@ def _kinds(
             counting[position] = names
             identities[position] = (group, [v for name, v in integers[position].items() if name not in names])
     numbers: dict[str, int] = {}
-    kinds = tuple(numbers.setdefault(repr(identities[p]), len(numbers)) for p in range(len(structures)))
+    kinds = tuple(numbers.setdefault(repr(identities[p]), len(numbers)) for p in range(len(described)))
     return kinds, counting
 
 

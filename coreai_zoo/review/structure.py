@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from attrs import evolve, field, frozen
@@ -15,7 +15,7 @@ from coreai_zoo.bundle.metadata import leaves
 from coreai_zoo.dtypes import packed_bytes
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
-from coreai_zoo.lowering.graph import Graph, count, layer_names, telling_depth
+from coreai_zoo.lowering.graph import Graph, count, telling_depth
 from coreai_zoo.names import parameter_of
 from coreai_zoo.overlay import Role
 from coreai_zoo.plugins import Plugins
@@ -198,8 +198,7 @@ def of_entry(
     """
     request = BuildRequest(entry.name, sample=sample, recipe=recipe, contract=contract, dry=True)
     whole = design(request, plugins, entry)
-    names = _layer_names(whole)
-    part = _telling_part(whole, names, plugins)
+    part = _telling_part(whole, plugins)
     program = _lowered(part.trace(), part.weights)
     return Structure(
         label=f"{entry.name} as {whole.recipe.name}" + (" (sample)" if sample else ""),
@@ -208,7 +207,7 @@ def of_entry(
         backend=whole.backend.name,
         facts=whole.facts,
         signatures=whole.signatures,
-        graphs=_repeated(count(program), names),
+        graphs=_repeated(count(program), whole),
         program=program,
         traced=None if part is whole else part.request.layers,
         stored={name: weight for tensor in whole.weights.stored for name, weight in _stored(tensor)},
@@ -217,8 +216,8 @@ def of_entry(
     )
 
 
-def _repeated(graphs: Mapping[str, Graph], names: Sequence[str]) -> dict[str, Graph]:
-    return {function: graph.repeated(names) for function, graph in graphs.items()}
+def _repeated(graphs: Mapping[str, Graph], whole: Design) -> dict[str, Graph]:
+    return {function: graph.repeated(whole.layer_kinds) for function, graph in graphs.items()}
 
 
 def graphs(
@@ -236,11 +235,10 @@ def graphs(
     """
     request = BuildRequest(entry.name, recipe=PLAIN, contract=contract, dry=True)
     whole = design(request, plugins, _with_few_experts(entry))
-    names = _layer_names(whole)
-    part = _telling_part(whole, names, plugins)
+    part = _telling_part(whole, plugins)
     traced = part.trace()
     for recipe in recipes:
-        yield recipe, _repeated(count(_lowered(traced, part.with_recipe(recipe).weights)), names)
+        yield recipe, _repeated(count(_lowered(traced, part.with_recipe(recipe).weights)), whole)
 
 
 def _with_few_experts(entry: Entry) -> Entry:
@@ -252,15 +250,12 @@ def _with_few_experts(entry: Entry) -> Entry:
     return evolve(entry, facts=evolve(entry.facts, parameters=None, more=more))
 
 
-def _layer_names(whole: Design) -> list[str]:
-    """The kind of each layer, in their order."""
-    return layer_names(tensor.name for tensor in whole.weights.tensors)
-
-
-def _telling_part(whole: Design, names: Sequence[str], plugins: Plugins) -> Design:
+def _telling_part(whole: Design, plugins: Plugins) -> Design:
     """The design of as many layers as show each kind twice; `whole` itself where that is all of them."""
-    depth = telling_depth(names)
-    return whole if depth == len(names) else design(evolve(whole.request, layers=depth), plugins, whole.entry)
+    depth = telling_depth(whole.layer_kinds)
+    return (
+        whole if depth == len(whole.layer_kinds) else design(evolve(whole.request, layers=depth), plugins, whole.entry)
+    )
 
 
 def _lowered(traced: Traced, plan: WeightPlan) -> Program:

@@ -10,7 +10,9 @@ Shape letters: R rows, C columns, N blocks per row, B columns per block (C = N *
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from threading import Barrier, local
 from typing import TYPE_CHECKING
@@ -117,6 +119,20 @@ def workers() -> ThreadPoolExecutor:
     ready.wait()
     torch.set_num_threads(threads)
     return pool
+
+
+@contextmanager
+def beside_workers() -> Iterator[None]:
+    """Within the block torch computes in this thread on one core, too: the others are the workers'."""
+    import torch
+
+    workers()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _scratch = local()

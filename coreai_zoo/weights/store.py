@@ -51,7 +51,7 @@ from coreai_zoo.weights.convert import (
 from coreai_zoo.weights.formats import TABLE, ArrayKind, Format, pack_int4
 from coreai_zoo.weights.journal import Journal, canonical, sync, sync_path
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
-from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows
+from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows, beside_workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -244,8 +244,9 @@ class _TensorWriter:
     files: dict[ArrayKind, BinaryIO] = field(factory=dict)
     # A zero point that waits for its pair: rows with an odd number of blocks end within a byte.
     carry: torch.Tensor | None = None
-    # Rows that wait for the others of their matrix, to be written transposed.
-    rows: list[torch.Tensor] = field(factory=list)
+    # A matrix that is written transposed once all of its rows are there, and how many are.
+    matrix: torch.Tensor | None = None
+    rows: int = 0
 
     def __attrs_post_init__(self) -> None:
         try:
@@ -271,20 +272,19 @@ class _TensorWriter:
 
     def write_plain(self, values: torch.Tensor) -> None:
         """Write rows, or keep those of a matrix that is written transposed until it is whole."""
-        import torch
-
         if not self.format.transposed:
             self.write("data", values)
             return
-        self.rows.append(values)
         height = self.format.shape[-2]
-        if sum(map(len, self.rows)) < height:
-            return
-        waiting = torch.cat(self.rows)
-        whole = len(waiting) // height * height
-        for matrix in waiting[:whole].split(height):
-            self.write("data", matrix.T)
-        self.rows = [waiting[whole:]]
+        if self.matrix is None:
+            self.matrix = values.new_empty(height, self.format.columns)
+        while len(values):
+            taken, values = values.tensor_split([height - self.rows])
+            self.matrix[self.rows : self.rows + len(taken)] = taken
+            self.rows += len(taken)
+            if self.rows == height:
+                self.write("data", self.matrix.T)
+                self.rows = 0
 
     def write_quantized(self, quantized: QuantizedRows, spec: QuantizationSpec) -> None:
         self.write("data", quantized.codes)
@@ -737,6 +737,7 @@ class _Work:
         """Compute what is not current, and have it on disk before the next tensors are asked for."""
         eviction = _Eviction(self.checkpoint)
         with ExitStack() as stack:
+            stack.enter_context(beside_workers())
             if isinstance(arriving, Generator):
                 stack.enter_context(closing(arriving))
             committer = stack.enter_context(_Committer(self.store, self.placed))
