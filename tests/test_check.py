@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 import pytest
 from click.testing import CliRunner, Result
+from torch import nn
 
 from coreai_zoo.catalogue import find_entry
 from coreai_zoo.cli.app import cli
@@ -474,6 +475,28 @@ def test_a_sibling_for_which_a_plugin_has_another_layer_has_a_golden_graph_of_it
     plugins = Plugins.discover()
     plugins.register(make_plugin(zoo_entries=lambda: [path, other], zoo_layer_rewrites=hook), "another")
     assert [each.entry.name for each in wanted(tmp_path / "goldens", tmp_path, plugins)] == ["other", "sibling"]
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_unlike_the_others_of_its_name_is_in_the_golden_graph_wherever_it_is(
+    make_plugin: Callable[..., types.ModuleType],
+) -> None:
+    def other_eps(norm: nn.Module) -> nn.Module:
+        norm.get_submodule("impl").eps = 1e-5
+        return norm
+
+    rewrite = LayerRewrite("other-eps", "model.layers.9.input_layernorm", "a test", other_eps, keeps_parameters=True)
+    plugins = Plugins.discover()
+    plugins.register(make_plugin(zoo_layer_rewrites=lambda: [rewrite]), "other")
+    entry, _ = find_entry("qwen3.6-27b", plugins)
+    as_shipped, other = (
+        golden(entry, dict(structure.graphs(entry, each, ["fp16"]))) for each in (default_plugins(), plugins)
+    )
+    changes = compare(as_shipped, other)
+    assert any(line.startswith("linear_attn from layer 9: rms_norm{axes = -1, eps = 9.99999974E-6") for line in changes)
+    assert other["linear_attn from layer 9"]["layers"] == 1
+    assert other["linear_attn"]["layers"] == as_shipped["linear_attn"]["layers"] - 1
+    assert other["all"] == as_shipped["all"]
 
 
 def test_the_recipe_of_an_entry_is_among_those_of_its_golden_graph(monkeypatch: pytest.MonkeyPatch) -> None:
