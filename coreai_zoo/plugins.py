@@ -15,8 +15,10 @@ import functools
 import importlib.metadata
 import inspect
 import re
+import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -50,6 +52,7 @@ HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("zoo_"))
 
 LISTS = frozenset(
     {
+        "zoo_claim_overlay",
         "zoo_entries",
         "zoo_recipes",
         "zoo_contracts",
@@ -58,7 +61,7 @@ LISTS = frozenset(
         "zoo_backends",
     }
 )
-"""Hooks that only add to a list: a plugin that fails in one is left out of that list."""
+"""Hooks that only add to a list, of claims too: a plugin that fails in one is left out of that list."""
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -148,11 +151,14 @@ class Plugins:
                 "Uninstall one of them.",
             )
         try:
-            module = point.load()
-        except (Exception, SystemExit) as error:
+            with redirect_stdout(sys.stderr):  # stdout is for what a command gives
+                module = point.load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             beside = f"Other plugins: {listing(others)}." if others else "There is no other plugin."
             raise PluginError(
-                f"{owner} cannot be imported: {_brief(error)}. {beside}",
+                f"{owner} cannot be imported: {_brief(error)}{_place(error)}. {beside}",
                 f"Fix or uninstall it, or leave it out with `zoo --without {point.name}`.",
             ) from error
         self.register(module, point.name)
@@ -297,8 +303,10 @@ class Plugins:
                 raise
             error.add_note(f"(From plugin {plugin!r}, {what}.)")
             raise
-        except Exception as error:
-            raise PluginError(f"plugin {plugin!r} failed in {what}: {_brief(error)}.") from error
+        except (Exception, SystemExit) as error:
+            without = f" Without the plugin: `zoo --without {plugin}`." if what in HOOKS else ""
+            hint = f"It is raised{_place(error)}.{without}"
+            raise PluginError(f"plugin {plugin!r} failed in {what}: {_brief(error)}.", hint) from error
 
     # -----------------------------------------------------------------------------------------------------------------
     # Calling
@@ -393,7 +401,7 @@ class Plugins:
     def claim_overlay(self, model_type: str, hf_config: Mapping[str, Any]) -> tuple[Overlay, str]:
         """The overlay for an architecture and the plugin that claims it.
 
-        An overlay that refines another claimant's wins over it.
+        An overlay that refines another claimant's wins over it. A plugin that fails to answer claims nothing.
 
         Raises:
             BadInput: when nobody claims it.
@@ -401,10 +409,17 @@ class Plugins:
         """
         hook = "zoo_claim_overlay"
         claims: list[tuple[str, Overlay]] = []
-        for plugin, answer in self._ask(hook, model_type=model_type, hf_config=hf_config):
-            if not isinstance(answer, Overlay):
-                raise _wrong(plugin, hook, answer, f"an Overlay or None; it lacks {_lacking(answer, Overlay)}")
-            claims.append((plugin, answer))
+        for plugin, implementation in self._implementations(hook):
+            try:
+                with self.attribute_errors(plugin, hook):
+                    answer = implementation(model_type=model_type, hf_config=hf_config)
+                if answer is not None and not isinstance(answer, Overlay):
+                    raise _wrong(plugin, hook, answer, f"an Overlay or None; it lacks {_lacking(answer, Overlay)}")
+            except ZooError as error:
+                self.tolerate(error, hook)
+                continue
+            if answer is not None:
+                claims.append((plugin, answer))
         if not claims:
             raise self.not_found(
                 f"the architecture {model_type!r} is claimed by no plugin. {self._asked(hook)}",
@@ -545,10 +560,30 @@ class Plugins:
                 if clashes:
                     message = f"plugin {plugin!r} replaces the command {listing(clashes)} in {hook}."
                     raise PluginError(message, "Rename it.")
+                for name in changed:
+                    self._attribute_command(plugin, cli.commands[name])
             except ZooError as error:
                 cli.commands.clear()
                 cli.commands.update(before)
                 self.tolerate(error, hook)
+
+    def _attribute_command(self, plugin: str, command: click.Command) -> None:
+        """Have what goes wrong in a plugin's command name the plugin, but for what a command line says itself."""
+        callback = command.callback
+        if callback is None:  # a group may have none of its own
+            return
+
+        @functools.wraps(callback)
+        def run(*arguments: Any, **options: Any) -> Any:
+            try:
+                return callback(*arguments, **options)
+            except (ZooError, click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except Exception as error:
+                message = f"plugin {plugin!r} failed in its command {command.name}: {_brief(error)}."
+                raise PluginError(message, f"It is raised{_place(error)}.") from error
+
+        command.callback = run
 
 
 @functools.cache
@@ -566,6 +601,14 @@ def _brief(error: BaseException, *, kind: bool = True) -> str:
     """`error` on one line, with its type unless that says nothing."""
     text = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__}: {text}".rstrip(": ") if kind else text
+
+
+def _place(error: BaseException) -> str:
+    """Where an error was raised, as the end of a sentence: the last line of what is not the host's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = str(Path(__file__).parent)
+    frame = next((frame for frame in reversed(frames) if not frame.filename.startswith((own, "<"))), None)
+    return "" if frame is None else f" at {frame.filename}:{frame.lineno}"
 
 
 def _precedence(point: importlib.metadata.EntryPoint) -> tuple[bool, str, str]:

@@ -128,10 +128,10 @@ def test_debug_shows_the_traceback(make_plugin: MakePlugin) -> None:
     assert isinstance(zoo(plugins, "fail").exception, SystemExit), "--debug of one run must not stay for the next"
 
 
-def test_a_bug_keeps_its_traceback(make_plugin: MakePlugin) -> None:
-    plugins = host(a=make_plugin(zoo_register_commands=raising(ZeroDivisionError())))
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plugins, "entries", lambda _: 1 / 0)
 
-    assert isinstance(zoo(plugins, "fail").exception, ZeroDivisionError)
+    assert isinstance(zoo(host(), "list").exception, ZeroDivisionError)
 
 
 def test_the_exit_code_of_a_command_is_that_of_zoo(make_plugin: MakePlugin) -> None:
@@ -218,10 +218,8 @@ def test_help_list_and_doctor_survive_a_broken_plugin(make_plugin: MakePlugin) -
     assert "plugin 'bad' failed in zoo_register_commands: RuntimeError: broken." in doctored.stdout
     listed = zoo(plugins(), "list")
     assert listed.exit_code == 0
-    assert listed.stderr == "".join(
-        f"warning: plugin 'bad' failed in {hook}: RuntimeError: broken.\n"
-        for hook in ("zoo_register_commands", "zoo_entries")
-    )
+    for line, hook in zip(listed.stderr.splitlines(), ("zoo_register_commands", "zoo_entries"), strict=True):
+        assert line.startswith(f"warning: plugin 'bad' failed in {hook}: RuntimeError: broken. It is raised at ")
 
 
 @pytest.mark.parametrize(

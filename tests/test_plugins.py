@@ -5,12 +5,14 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 import pluggy
 import pytest
+from click.testing import CliRunner
 
 from coreai_zoo import contracts, hookimpl, hookspecs
 from coreai_zoo.backends import builtin
@@ -26,6 +28,9 @@ from coreai_zoo.recipes import HeadQuantization, QuantizationSpec, Recipe
 from coreai_zoo.signature import KVCache, StateSpec
 
 MakePlugin = Callable[..., types.ModuleType]
+
+RAISED = r" It is raised at .*\.py:\d+\. Without the plugin: `zoo --without unlucky`\."
+"""What stands behind what a plugin did wrong."""
 
 CONTRACT = contracts.STATIC_S1
 (FUNCTION,) = CONTRACT.functions(KVCache(1, 1, 1), (), 8, 64).values()
@@ -341,7 +346,9 @@ def test_whatever_a_hook_raises_names_the_plugin_and_the_hook(make_plugin: MakeP
     def fail() -> None:
         raise RuntimeError("out of\nluck")
 
-    with pytest.raises(PluginError, match=f"^plugin 'unlucky' failed in {hook}: RuntimeError: out of luck.$") as caught:
+    with pytest.raises(
+        PluginError, match=rf"^plugin 'unlucky' failed in {hook}: RuntimeError: out of luck\.{RAISED}$"
+    ) as caught:
         CALLS[hook](host(unlucky=make_plugin(**{hook: fail})))
     assert isinstance(caught.value.__cause__, RuntimeError)
 
@@ -379,15 +386,50 @@ def test_what_only_adds_to_a_list_is_reported_once_and_left_out_and_the_rest_rai
         with pytest.raises(PluginError, match=f"'unlucky' failed in {hook}"):
             CALLS[hook](plugins)
         return
-    CALLS[hook](plugins)
-    CALLS[hook](plugins)
+    for _ in range(2):
+        with suppress(BadInput):  # that nobody claims the architecture
+            CALLS[hook](plugins)
 
-    assert capsys.readouterr().err == f"warning: plugin 'unlucky' failed in {hook}: RuntimeError: out of luck.\n"
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"warning: plugin 'unlucky' failed in {hook}: RuntimeError: out of luck\.{RAISED}\n", told)
     (problem,) = plugins.problems
     assert isinstance(problem, PluginError)
 
 
-@pytest.mark.parametrize("hook", sorted(LISTS - {"zoo_register_commands"}))
+@pytest.mark.parametrize(
+    "answers",
+    [lambda hf_config: hf_config["layers_of_mine"], lambda: 3, lambda: sys.exit(3)],
+    ids=["raises", "3", "exits"],
+)
+def test_a_plugin_that_cannot_say_whether_it_claims_stands_in_nobodys_way(
+    make_plugin: MakePlugin, answers: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugins = host(tolerant=True, toy=claiming(make_plugin, TOY), odd=make_plugin(zoo_claim_overlay=answers))
+    for _ in range(2):
+        assert plugins.claim_overlay("toy", {}) == (TOY, "toy")
+    assert capsys.readouterr().err.count("warning: plugin 'odd' ") == len(plugins.problems) == 1
+
+
+def test_what_goes_wrong_in_a_plugins_command_names_the_plugin_and_the_line(make_plugin: MakePlugin) -> None:
+    def commands(cli: click.Group) -> None:
+        @cli.command("wild")
+        @click.argument("how")
+        def wild(how: str) -> None:
+            """Go wrong."""
+            errors = {"raise": ValueError("odd number"), "say": click.UsageError("not so"), "exit": SystemExit(7)}
+            raise errors[how]
+
+    group = click.Group()
+    host(odd=make_plugin(zoo_register_commands=commands)).register_commands(group)
+    results = {how: CliRunner().invoke(group, ["wild", how]) for how in ("raise", "say", "exit")}
+    message = r"plugin 'odd' failed in its command wild: ValueError: odd number\. It is raised at .*\.py:\d+\."
+    assert isinstance(results["raise"].exception, PluginError)
+    assert re.fullmatch(message, str(results["raise"].exception))
+    assert "Error: not so" in results["say"].output
+    assert [results[how].exit_code for how in ("say", "exit")] == [2, 7]
+
+
+@pytest.mark.parametrize("hook", sorted(LISTS - {"zoo_register_commands", "zoo_claim_overlay"}))
 @pytest.mark.parametrize("answer", [3, "text", [3]], ids=repr)
 def test_an_answer_of_the_wrong_type_leaves_out_that_plugin_only(
     make_plugin: MakePlugin, hook: str, answer: object
@@ -687,7 +729,9 @@ def test_the_error_for_a_name_that_is_not_there_tells_what_was_left_out(make_plu
 
     plugins = host(coreai=builtin, unlucky=make_plugin(**{hook: fail}), tolerant=True)
 
-    with pytest.raises(BadInput, match=rf"Left out: plugin 'unlucky' failed in {hook}: RuntimeError: out of luck\.$"):
+    with pytest.raises(
+        BadInput, match=rf"Left out: plugin 'unlucky' failed in {hook}: RuntimeError: out of luck\.{RAISED}$"
+    ):
         FIND[hook]("acme-one", plugins)
 
 
