@@ -16,7 +16,6 @@ import importlib.metadata
 import inspect
 import re
 import sys
-import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -35,6 +34,7 @@ from coreai_zoo.overlay import LayerRewrite, Overlay, TokenizerClass, Variant, W
 from coreai_zoo.recipes import HeadQuantization, Recipe
 from coreai_zoo.signature import StateSpec, TraceSpec
 from coreai_zoo.stress import StressSample
+from coreai_zoo.tracebacks import raised_at
 
 if TYPE_CHECKING:
     from coreai_zoo.backend import Backend
@@ -158,8 +158,8 @@ class Plugins:
         except BaseException as error:
             beside = f"Other plugins: {listing(others)}." if others else "There is no other plugin."
             raise PluginError(
-                f"{owner} cannot be imported: {_brief(error)}{_place(error)}. {beside}",
-                f"Fix or uninstall it, or leave it out with `zoo --without {point.name}`.",
+                f"{owner} cannot be imported: {_brief(error)}. {beside}",
+                f"{raised_at(error)} Fix or uninstall it, or leave it out with `zoo --without {point.name}`.".strip(),
             ) from error
         self.register(module, point.name)
         self._sources[point.name] = point
@@ -304,9 +304,8 @@ class Plugins:
             error.add_note(f"(From plugin {plugin!r}, {what}.)")
             raise
         except (Exception, SystemExit) as error:
-            without = f" Without the plugin: `zoo --without {plugin}`." if what in HOOKS else ""
-            hint = f"It is raised{_place(error)}.{without}"
-            raise PluginError(f"plugin {plugin!r} failed in {what}: {_brief(error)}.", hint) from error
+            hint = raised_at(error) + (f" Without the plugin: `zoo --without {plugin}`." if what in HOOKS else "")
+            raise PluginError(f"plugin {plugin!r} failed in {what}: {_brief(error)}.", hint.strip()) from error
 
     # -----------------------------------------------------------------------------------------------------------------
     # Calling
@@ -581,7 +580,7 @@ class Plugins:
                 raise
             except Exception as error:
                 message = f"plugin {plugin!r} failed in its command {command.name}: {_brief(error)}."
-                raise PluginError(message, f"It is raised{_place(error)}.") from error
+                raise PluginError(message, raised_at(error)) from error
 
         command.callback = run
 
@@ -601,14 +600,6 @@ def _brief(error: BaseException, *, kind: bool = True) -> str:
     """`error` on one line, with its type unless that says nothing."""
     text = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__}: {text}".rstrip(": ") if kind else text
-
-
-def _place(error: BaseException) -> str:
-    """Where an error was raised, as the end of a sentence: the last line of what is not the host's own."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = str(Path(__file__).parent)
-    frame = next((frame for frame in reversed(frames) if not frame.filename.startswith((own, "<"))), None)
-    return "" if frame is None else f" at {frame.filename}:{frame.lineno}"
 
 
 def _precedence(point: importlib.metadata.EntryPoint) -> tuple[bool, str, str]:

@@ -57,6 +57,51 @@ class NotLowered(toy_plugin.Attention):
         return super().forward(x, keys, values, length)
 
 
+class Leaves(toy_plugin.Attention):
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        raise SystemExit("enough")  # mistake: leaves
+
+
+class Picks(toy_plugin.Attention):
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        x = x[x.abs() > 0].reshape(x.shape)  # mistake: data-dependent index
+        return super().forward(x, keys, values, length)
+
+
+class Folds(toy_plugin.Attention):
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        weight = self.k.weight.float().sigmoid().to(x.dtype)  # mistake: folds
+        projected = self.q(x), nn.functional.linear(x, weight), self.v(x)
+        query, key, value = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projected)
+        keys[:, :, length - x.shape[1] : length] = key
+        values[:, :, length - x.shape[1] : length] = value
+        out: Tensor = self.o(self.sdpa(query, keys[:, :, :length], values[:, :, :length]).transpose(1, 2).flatten(2))
+        return out
+
+
+class Forgets(toy_plugin.Attention):
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        keys[:, :, length - x.shape[1] : length] = self.k(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        values[:, :, length - x.shape[1] : length] = self.v(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x
+
+
+class GivesNone(toy_plugin.ToyDecoder):
+    def forward(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> Any:  # mistake: gives none
+        super().forward(a, b, c, d, e)
+
+
+class GivesTwo(toy_plugin.ToyDecoder):
+    def forward(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> Any:  # mistake: gives two
+        logits = super().forward(a, b, c, d, e)
+        return logits, logits * 2
+
+
+class Gathers(toy_plugin.ToyDecoder):
+    def forward(self, *tensors: Tensor) -> Tensor:  # mistake: gathers
+        return super().forward(*tensors)
+
+
 class HalvedWrongly(Composite):
     name = "toy_halved"
 
@@ -285,7 +330,7 @@ def test_a_decoder_that_takes_too_few_states_is_one_paragraph(
 def test_a_decoder_that_cannot_be_made_is_one_paragraph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = paragraph(build(tmp_path, 2, "coreai", Mistaken(Unmade)), capfd)
     said = "AttributeError: 'ToyConfig' object has no attribute 'hidden_width'."
-    assert line == f"error: plugin 'toys' failed in overlay 'toy': {said} At {line_of('not made')}."
+    assert line == f"error: plugin 'toys' failed in overlay 'toy': {said} It is raised at {line_of('not made')}."
 
 
 def test_a_rewrite_that_fails_is_one_paragraph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +340,7 @@ def test_a_rewrite_that_fails_is_one_paragraph(tmp_path: Path, capfd: pytest.Cap
     rewrite = LayerRewrite("widen", "layers.*.attention", "to see what happens", widened)
     line = paragraph(build(tmp_path, 2, "coreai", toy_plugin.ToyOverlay(), (rewrite,)), capfd)
     said = "AttributeError: 'Attention' object has no attribute 'width'."
-    place = f"rewrite 'widen' of layer layers.0.attention: {said} At {line_of('rewrite')}."
+    place = f"rewrite 'widen' of layer layers.0.attention: {said} It is raised at {line_of('rewrite')}."
     assert line == f"error: plugin 'toys' failed in {place}"
 
 
@@ -330,3 +375,56 @@ def test_what_is_said_while_all_goes_well_is_passed_on(capsys: pytest.CaptureFix
     with mistakes.explained("traced", nn.Linear(2, 2)):
         print("a warning", file=mistakes.sys.stderr)
     assert capsys.readouterr().err == "a warning\n"
+
+
+@pytest.mark.parametrize("backend", ["coreai", "coreml"])
+@pytest.mark.parametrize(
+    ("mistake", "begins", "marked", "ends"),
+    [
+        (Leaves, "The decoder cannot be traced: layer layers.0.attention fails at ", "leaves", "SystemExit: enough."),
+        (
+            Folds,
+            "The decoder computes with layers.0.attention.k.weight, layers.1.attention.k.weight before there is a "
+            "token in layer layers.0.attention at ",
+            "folds",
+            "belongs in the weight map, as a Transform of the weight.",
+        ),
+        (
+            Forgets,
+            "The decoder never uses layers.0.attention.q.weight, layers.0.attention.o.weight, ",
+            "",
+            "weight map.",
+        ),
+        (
+            GivesNone,
+            "The decoder gives None, and its contract asks for ",
+            "gives none",
+            "written in place, and not given back.",
+        ),
+        (
+            GivesTwo,
+            "The decoder gives a tensor and a tensor, and its contract asks for ",
+            "gives two",
+            "and not given back.",
+        ),
+    ],
+)
+def test_a_mistake_that_shows_behind_tracing_is_one_paragraph(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    backend: str,
+    mistake: type[nn.Module],
+    begins: str,
+    marked: str,
+    ends: str,
+) -> None:
+    line = paragraph(build(tmp_path, 2, backend, Mistaken(mistake)), capfd)
+    assert line.startswith(f"error: {begins}") and line.endswith(ends)
+    assert not marked or line_of(marked) in line
+    assert not (tmp_path / "exports").exists()
+
+
+def test_an_index_that_depends_on_values_is_one_paragraph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = paragraph(build(tmp_path, 2, "coreai", Mistaken(Picks)), capfd)
+    place = f"layer layers.0.attention fails at {line_of('data-dependent index')}"
+    assert line.startswith(f"error: The decoder cannot be lowered: {place}. ")

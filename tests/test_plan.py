@@ -301,7 +301,9 @@ def test_an_overlay_that_fails_on_good_facts_is_blamed_itself(tmp_path: Path) ->
 
     told = zoo("plan", "toy-mean", plugins=host(plugin)).stderr
     assert told.startswith("error: plugin 'toys' failed in overlay 'toy': AttributeError: oops. It is raised at ")
-    assert re.search(r"test_plan\.py:\d+\.\n$", told), "with the line, and no word of leaving it out"
+    assert re.search(r"test_plan\.py:\d+, `raise AttributeError.*`\.\n$", told), (
+        "with the line, and no word of leaving it out"
+    )
 
 
 class OverlayPlugin(ToyPlugin):

@@ -29,7 +29,7 @@ from coreai_zoo.signature import KVCache, StateSpec
 
 MakePlugin = Callable[..., types.ModuleType]
 
-RAISED = r" It is raised at .*\.py:\d+\. Without the plugin: `zoo --without unlucky`\."
+RAISED = r" It is raised at .*\.py:\d+, `.*`\. Without the plugin: `zoo --without unlucky`\."
 """What stands behind what a plugin did wrong."""
 
 CONTRACT = contracts.STATIC_S1
@@ -422,7 +422,8 @@ def test_what_goes_wrong_in_a_plugins_command_names_the_plugin_and_the_line(make
     group = click.Group()
     host(odd=make_plugin(zoo_register_commands=commands)).register_commands(group)
     results = {how: CliRunner().invoke(group, ["wild", how]) for how in ("raise", "say", "exit")}
-    message = r"plugin 'odd' failed in its command wild: ValueError: odd number\. It is raised at .*\.py:\d+\."
+    said = r"plugin 'odd' failed in its command wild: ValueError: odd number\."
+    message = rf"{said} It is raised at .*\.py:\d+, `raise errors.*`\."
     assert isinstance(results["raise"].exception, PluginError)
     assert re.fullmatch(message, str(results["raise"].exception))
     assert "Error: not so" in results["say"].output

@@ -9,27 +9,26 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import linecache
 import logging
 import re
 import sys
-import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from attrs import evolve, frozen
-from torch import nn
+from torch import fx, nn
+from torch.export.graph_signature import OutputKind, TensorArgument
 
-from coreai_zoo.errors import PluginError, ZooError
+from coreai_zoo.errors import PluginError, ZooError, listing
+from coreai_zoo.names import parameter_of
+from coreai_zoo.tracebacks import is_plugins, source_line
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-# Packages that an author does not mend, told apart by folder: `coreai_zoo_overlays` is not in `coreai_zoo`.
-_PACKAGES = ("coreai_zoo", "torch", "coreai", "coreai_torch", "coreai_opt", "coremltools", "sympy", "numpy")
+_SHOWN = 4  # parameters
 _LONGEST = 300  # characters of what torch said
 
 
@@ -48,7 +47,7 @@ class _Place:
     layer: str | None
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}, `{linecache.getline(self.file, self.line).strip()}`"
+        return source_line(self.file, self.line)
 
     @property
     def owner(self) -> str:
@@ -79,10 +78,10 @@ def explained(
             yield
     except ZooError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = _raised_at(error, module)
         if place is None and program is not None:
-            place = _traced_from(str(error), program(), module)
+            place = _traced_from(error, program(), module)
         if place is None:
             sys.stderr.write(said.getvalue())
             raise
@@ -92,33 +91,105 @@ def explained(
     sys.stderr.write(said.getvalue())
 
 
-@contextlib.contextmanager
-def located() -> Iterator[None]:
-    """Within the block, a PluginError that another exception caused names the line of the plugin."""
-    try:
-        yield
-    except PluginError as error:
-        place = None if error.__cause__ is None else _raised_at(error.__cause__)
-        if place is not None:
-            error.add_note(f"At {place}.")
-        raise
-
-
 def require_arguments(module: nn.Module, names: Sequence[str]) -> None:
     """Refuse a decoder whose `forward` does not take the inputs and states of its contract.
 
     Raises:
         PluginError: with the line that defines it.
     """
+    signature, said = inspect.signature(module.forward), ""
     try:
-        inspect.signature(module.forward).bind(*names)
+        signature.bind(*names)
     except TypeError as error:
-        code = inspect.unwrap(type(module).forward).__code__
-        place = _Place(code.co_filename, code.co_firstlineno, "")
+        said = brief(error)
+    gathers = [each.name for each in signature.parameters.values() if each.kind is each.VAR_POSITIONAL]
+    if gathers:
+        said = f"It takes them as *{gathers[0]}; torch.export asks for a name for each."
+    if said:
         raise PluginError(
             f"The decoder cannot be called with the inputs and states of its contract, {', '.join(names)}: its forward "
-            f"is defined at {place}. {brief(error)}"
-        ) from error
+            f"is defined at {_forward_of(module)}. {said}"
+        )
+
+
+def require_results(program: ExportedProgram, module: nn.Module, names: Sequence[str]) -> None:
+    """Refuse a traced decoder whose `forward` gives other results than its contract's outputs, or no tensors.
+
+    Args:
+        program: what was traced.
+        module: the decoder.
+        names: of the outputs; none of a function that gives nothing, whose decoder gives logits all the same.
+
+    Raises:
+        PluginError: with the line that defines it.
+    """
+    given = [kind for kind in program.graph_signature.output_specs if kind.kind is OutputKind.USER_OUTPUT]
+    wanted = list(names) or ["logits"]
+    if len(given) == len(wanted) and all(isinstance(each.arg, TensorArgument) for each in given):
+        return
+    kinds = ["a tensor" if isinstance(each.arg, TensorArgument) else _plain(each.arg) for each in given]
+    raise PluginError(
+        f"The decoder gives {' and '.join(kinds) or 'nothing'}, and its contract asks for {listing(wanted)} "
+        f"alone: its forward is defined at {_forward_of(module)}.",
+        "States are written in place, and not given back.",
+    )
+
+
+def _forward_of(module: nn.Module) -> _Place:
+    code = inspect.unwrap(type(module).forward).__code__
+    return _Place(code.co_filename, code.co_firstlineno, "")
+
+
+def _plain(argument: object) -> str:
+    return repr(getattr(argument, "value", argument))
+
+
+def require_read(unread: Iterable[str]) -> None:
+    """Refuse parameters that a decoder never uses: no asset would hold them.
+
+    Args:
+        unread: names of weights that no operation of any function reads, as in the state of a decoder.
+
+    Raises:
+        PluginError: naming the parameters.
+    """
+    if names := dict.fromkeys(parameter_of(name)[0] for name in unread):
+        raise PluginError(
+            f"The decoder never uses {listing([*names], _SHOWN)}.",
+            "Use them in `forward`, or have neither such parameters nor rules for them in the weight map.",
+        )
+
+
+def computed_with(weights: Sequence[str], place: str) -> PluginError:
+    """The error about weights that a compiler would not store as they are, because it computes with them itself.
+
+    Args:
+        weights: their names, the first as the example.
+        place: where that is read, see `read_at`.
+    """
+    names = dict.fromkeys(parameter_of(name)[0] for name in weights)
+    return PluginError(
+        f"The decoder computes with {listing([*names], _SHOWN)} before there is a token{place}: the compiler would "
+        "store what it makes of that, in the place of the weight.",
+        "What does not depend on a token belongs in the weight map, as a Transform of the weight.",
+    )
+
+
+def read_at(program: ExportedProgram, module: nn.Module, parameter: str) -> str:
+    """Where a decoder uses a parameter first, as ` at ...` for the end of a sentence; empty where that is not known.
+
+    Args:
+        program: the traced program, its operations with their lines.
+        module: the decoder.
+        parameter: its name.
+    """
+    parameters = program.graph_signature.inputs_to_parameters
+    for node in program.graph.find_nodes(op="placeholder"):
+        name = parameters.get(node.name, "")
+        if name == parameter or name.endswith(f".{parameter}"):
+            place = next(filter(None, (_line_of(user, module) for user in node.users)), None)
+            return "" if place is None else f" in {place.owner} at {place}"
+    return ""
 
 
 def brief(error: BaseException) -> str:
@@ -154,7 +225,7 @@ def _raised_at(error: BaseException, module: nn.Module | None = None) -> _Place 
         frames = list(traceback.walk_tb(seen.__traceback__))
         while frames:
             frame, line = frames[-1]
-            if _is_overlay(frame.f_code.co_filename):
+            if is_plugins(frame.f_code.co_filename):
                 return _Place(frame.f_code.co_filename, line, _layer([frame for frame, _ in frames], module))
             frames.pop()
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
@@ -172,16 +243,24 @@ def _layer(frames: Sequence[FrameType], module: nn.Module | None) -> str | None:
     return None
 
 
-def _traced_from(said: str, program: ExportedProgram, module: nn.Module) -> _Place | None:
-    """The line of the overlay that the operation named in `said` was traced from."""
+def _traced_from(error: BaseException, program: ExportedProgram, module: nn.Module) -> _Place | None:
+    """The line of the overlay of the operation that `error` names, or that was converted when it was raised."""
+    said = str(error)
     words, names = set(re.findall(r"[\w.]*\w", said)), set(re.findall(r"\bnode (\w+)", said))
     named = [node for node in program.graph.nodes if str(node.target) in words or node.name in names]
-    for node in named:
-        stack = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
-        for file, line in reversed(stack):
-            if _is_overlay(file):
-                modules = list((node.meta.get("nn_module_stack") or {}).values())
-                return _Place(file, int(line), _path_in(module, str(modules[-1][0])) if modules else None)
+    held = [frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    converted = {node.name for node in held if isinstance(node, fx.Node)}
+    named += [node for node in program.graph.nodes if node.name in converted]
+    return next(filter(None, (_line_of(node, module) for node in named)), None)
+
+
+def _line_of(node: fx.Node, module: nn.Module) -> _Place | None:
+    """The line of the overlay that an operation was traced from."""
+    stack = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    for file, line in reversed(stack):
+        if is_plugins(file):
+            modules = list((node.meta.get("nn_module_stack") or {}).values())
+            return _Place(file, int(line), _path_in(module, str(modules[-1][0])) if modules else None)
     return None
 
 
@@ -191,14 +270,3 @@ def _path_in(module: nn.Module, traced: str) -> str:
     while traced not in paths:
         traced = traced.partition(".")[2]
     return traced
-
-
-def _is_overlay(file: str) -> bool:
-    if file.startswith("<"):  # made by a program
-        return False
-    path = Path(file)
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    if stdlib in path.parents and "site-packages" not in path.parts:
-        return False
-    homes = (getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES)
-    return not any(Path(home).parent in path.parents for home in homes if home)

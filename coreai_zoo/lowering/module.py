@@ -18,6 +18,7 @@ from coreai_zoo.backend import Constant
 from coreai_zoo.errors import PluginError
 from coreai_zoo.lowering import mistakes
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo
+from coreai_zoo.tracebacks import raised_at
 from coreai_zoo.weights.formats import ArrayKind, Format, StoredArray, unpacked
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
     Raises:
         PluginError: when two rewrites meet on one layer, or one matches no layer or raises.
     """
-    with torch.device("meta"), mistakes.located():
+    with torch.device("meta"):
         module = make()
     taken: dict[str, tuple[str, LayerRewrite]] = {}
     for plugin, rewrite in rewrites:
@@ -56,13 +57,13 @@ def build_module(make: Callable[[], nn.Module], rewrites: Sequence[tuple[str, La
             taken[path] = (plugin, rewrite)
     for path, (plugin, rewrite) in taken.items():
         layer = module.get_submodule(path)
-        with mistakes.located():
-            try:
-                replacement = rewrite.apply(layer)
-            except Exception as error:
-                raise PluginError(
-                    f"plugin {plugin!r} failed in rewrite {rewrite.name!r} of layer {path}: {mistakes.brief(error)}"
-                ) from error
+        try:
+            replacement = rewrite.apply(layer)
+        except Exception as error:
+            raise PluginError(
+                f"plugin {plugin!r} failed in rewrite {rewrite.name!r} of layer {path}: {mistakes.brief(error)}",
+                raised_at(error),
+            ) from error
         if not isinstance(replacement, nn.Module):
             raise PluginError(
                 f"Rewrite {rewrite.name!r} of plugin {plugin} makes {type(replacement).__name__} of layer {path}, and "

@@ -63,6 +63,7 @@ def trace(module: nn.Module, spec: TraceSpec, decompositions: Mapping[Any, Any])
     ):
         warnings.simplefilter("ignore", FutureWarning)
         program = export(module, example_inputs(spec), dynamic_shapes(spec), decompositions, states=len(spec.states))
+    mistakes.require_results(program, module, [output.name for output in spec.outputs])
     check_traced(program, spec)
     return program
 

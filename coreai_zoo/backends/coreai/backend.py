@@ -226,12 +226,19 @@ class CoreAITraced:
 
     def lay_out(self, constants: Mapping[str, Constant], values: Values) -> Layout:
         """See `Traced.lay_out`: values are asked for of what the compiler can compute with."""
+        from coreai_zoo.backends.coreai.constants import stored_constants
         from coreai_zoo.backends.coreai.holes import Holes
+        from coreai_zoo.lowering.mistakes import require_read
 
         with _toolchain():
             whole = self._whole(constants)
             read = {name: constant for each in whole for name, constant in each.weights_read.items()}
+            seen = {id(each) for each in read.values()}  # what shares its bytes is one constant
+            require_read(name for name, each in constants.items() if id(each) not in seen)
             computed_with = frozenset[str]().union(*(each.foldable.weights for each in whole))
+            if computed_with:  # what becomes of them shows before one is read
+                trial = stored_constants(_lowered(whole, Holes.of(read).given))
+                _require_kept(computed_with - {each.name for each in trial}, whole)
             known = {id(read[name]): constant for name, constant in values(computed_with).items()}
             holes = Holes.of({name: each for name, each in read.items() if id(each) not in known})
             program = _lowered(whole, lambda each: known.get(id(each)) or holes.given(each))
@@ -300,7 +307,29 @@ def _lowered(whole: Sequence[WholeFunction], given: Callable[[Constant], Constan
             function = each.traced
             converter.add(each.name, each.program, each.composites, state, function.spec, each.foldable.kinds)
             stack.enter_context(mistakes.explained("lowered", function.module, function.program_with_lines))
-        return converter.to_coreai()
+        program = converter.to_coreai()
+    _require_kept(converter.computed(program), whole)
+    return program
+
+
+def _require_kept(gone: Collection[str], whole: Sequence[WholeFunction]) -> None:
+    """Refuse weights that the compiler would not store as they are, because it computes with them itself.
+
+    It would take the memory of both, and the names of what it makes differ from process to process.
+
+    Args:
+        gone: names of such weights.
+        whole: all functions.
+
+    Raises:
+        PluginError: with the layer and the line that reads the first.
+    """
+    from coreai_zoo.lowering.mistakes import computed_with, read_at
+
+    if gone:
+        names = [name for each in whole for name in each.weights_read if name in gone]
+        places = (read_at(each.traced.program_with_lines(), each.traced.module, names[0]) for each in whole)
+        raise computed_with(names, next(filter(None, places), ""))
 
 
 @frozen

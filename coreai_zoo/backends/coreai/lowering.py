@@ -33,7 +33,6 @@ from torch.export import ExportedProgram
 from coreai_zoo.backend import Constant
 from coreai_zoo.backends.coreai.composites import require_known_operations, with_call_sites
 from coreai_zoo.backends.coreai.constants import row, stored_constants
-from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.lowering import mistakes
 from coreai_zoo.lowering.folding import TensorKind
 from coreai_zoo.lowering.torch_export import without_code
@@ -107,26 +106,14 @@ class Converter(TorchConverter):  # type: ignore[misc]  # the toolchain ships no
         )
 
     def to_coreai(self) -> Any:
-        """The `AIProgram` of all functions.
-
-        Raises:
-            PluginError: when the compiler computed stored constants from weights. It would take the memory of both, and
-                the names of what it makes differ from process to process.
-        """
+        """The `AIProgram` of all functions."""
         with without_code():
-            program = super().to_coreai()
-        made = [(each.shape, each.dtype) for each in stored_constants(program) if each.name not in self._attributes]
-        told = [
-            f"{kind[1]} {list(kind[0])} from {listing(sorted(self._computed[kind]))}"
-            for kind in dict.fromkeys(made)
-            if kind in self._computed
-        ]
-        if told:
-            raise PluginError(
-                f"The compiler computed stored constants of its own ({listing(told)}): the decoder changes a weight "
-                "before it uses it. What does not depend on a token belongs in the weight map."
-            )
-        return program
+            return super().to_coreai()
+
+    def computed(self, program: Any) -> set[str]:
+        """The weights of which the compiler has computed constants of its own, which it stores."""
+        made = {(each.shape, each.dtype) for each in stored_constants(program) if each.name not in self._attributes}
+        return set[str]().union(*(self._computed[kind] for kind in made if kind in self._computed))
 
     def validate(self, program: ExportedProgram) -> None:
         """Raise ValueError for operations that are not lowered, naming them."""

@@ -37,6 +37,7 @@ from coreai_zoo.dtypes import bits_of
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.layout import Layout
 from coreai_zoo.lowering import mistakes
+from coreai_zoo.lowering.folding import foldable
 from coreai_zoo.lowering.torch_export import exporting
 from coreai_zoo.lowering.trace import example_inputs, require_contract
 from coreai_zoo.lowering.transposed import stacks_read_transposed
@@ -126,6 +127,7 @@ def trace(decoder: nn.Module, spec: TraceSpec) -> ExportedProgram:
         module = _Stateful(decoder, spec)
         with exporting({}) as exported:
             program = exported(module, (), inputs)
+    mistakes.require_results(program, decoder, [output.name for output in spec.outputs])
     written = set(_written_buffers(program))
     states = {state.name for state in spec.states}
     require_contract(program, spec, written & states, [f"buffer {name}" for name in sorted(written - states)])
@@ -242,6 +244,7 @@ def convert(decoder: nn.Module, spec: TraceSpec, read_transposed: Mapping[str, b
             PassPipelineManager.apply_pipeline(program, backend)
         program.validate(check_essential_scope=True)
     converted = Converted(program, names)
+    _require_kept(converted, traced, decoder)
     _check(converted, traced, spec)
     return converted
 
@@ -299,6 +302,27 @@ def _hide_weights(traced: ExportedProgram) -> dict[str, str]:
         for placeholder, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()
         if name.startswith(_DECODER)
     }
+
+
+def _require_kept(converted: Converted, traced: ExportedProgram, decoder: nn.Module) -> None:
+    """Refuse a program without a weight that the decoder has: it never reads it, or the compiler computed with it.
+
+    Raises:
+        PluginError: with the layer and the line that reads it.
+    """
+    paths = traced.graph_signature.inputs_to_parameters
+    used = {paths[node.name] for node in traced.graph.find_nodes(op="placeholder") if node.name in paths and node.users}
+    states = [name for name in converted.names.values() if _DECODER + name in paths.values()]
+    mistakes.require_read(name for name in states if _DECODER + name not in used)
+    kept = {operation.outputs[0].name for operation in converted.program.functions["main"].operations}
+    plain = {
+        placeholder: name.removeprefix(_DECODER)
+        for placeholder, name in paths.items()
+        if ".parametrizations." not in name
+    }
+    computed = foldable(traced, plain).weights
+    if gone := [name for constant, name in converted.names.items() if name in computed and constant not in kept]:
+        raise mistakes.computed_with(gone, mistakes.read_at(traced, decoder, gone[0]))
 
 
 def _check(converted: Converted, traced: ExportedProgram, spec: TraceSpec) -> None:
