@@ -11,12 +11,13 @@ import importlib
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from coreai_zoo.backend import Constant, Traced, drain
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.backends.coreml.backend import _REQUIRED, CoreMLBackend
 from coreai_zoo.backends.coreml.package import Package, WeightFile
-from coreai_zoo.backends.coreml.reference import Interpreter, memory
+from coreai_zoo.backends.coreml.reference import _OPERATIONS, Interpreter, memory
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.record import roles_record
@@ -547,8 +548,34 @@ def test_the_second_build_of_a_process_has_the_bytes_of_the_first(
     assert contents(again.bundle.directory) == contents(tiny.bundle.directory)
 
 
+def compared(bundle: Path, functions: Mapping[str, TraceSpec], monkeypatch: pytest.MonkeyPatch) -> object:
+    """The exit code of the bundle's own script, where the reference interpreter is in the place of a Mac."""
+
+    class Model:
+        def __init__(self, package: str) -> None:
+            self.package = Path(package)
+
+        def make_state(self) -> contextlib.ExitStack:
+            stack = contextlib.ExitStack()
+            self.stepper = stack.enter_context(BACKEND.stepper(self.package, functions, 64))
+            return stack
+
+        def predict(self, given: Mapping[str, Arrays], state: contextlib.ExitStack) -> dict[str, Any]:
+            assert list(given) == [tensor.name for tensor in functions["main"].inputs]
+            return {functions["main"].outputs[0].name: self.stepper.step(int(given["input_ids"][0, 0]))[None, None]}
+
+    monkeypatch.setattr("coremltools.models.MLModel", Model)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(bundle / "compare_on_mac.py"), run_name="__main__")
+    return ended.value.code
+
+
 def test_the_gate_runs_a_package_in_the_interpreter_and_leaves_its_logits(
-    built: Samples, stepped: Callable[[str], Arrays], tmp_path: Path
+    built: Samples,
+    stepped: Callable[[str], Arrays],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(built["dense"].bundle.directory, bundle)
@@ -557,6 +584,8 @@ def test_the_gate_runs_a_package_in_the_interpreter_and_leaves_its_logits(
     assert refused.exit_code == 2 and "is a coreml bundle, which the candidate coreai cannot run" in refused.stderr
     judged = zoo(*command, "--candidate", "mil")
     assert judged.exit_code == 0, judged.output
+    assert compared(bundle, built["dense"].bundle.functions, monkeypatch) == 0
+    assert re.search(r": 16 positions, largest error 0.00% .*, 0 confident tokens differ", capsys.readouterr().out)
     (prompt,) = json.loads((bundle / "gate" / "transcript.json").read_text())["prompts"]
     assert prompt["candidate"].endswith(".mlpackage on the mil runtime")
     (stored,) = (bundle / "gate").glob("logits-*.npz")
@@ -695,12 +724,46 @@ def test_a_damaged_package_is_an_error_in_words(
         stack.enter_context(BACKEND.stepper(package, built["dense"].bundle.functions, 8))
 
 
+X = np.array([[-2.5, -0.5, 0.0, 0.4], [1.0, 1.5, 2.0, 60.0]], np.float32)
+OPERATIONS: dict[str, dict[str, Any]] = {
+    **{
+        name: {"x": X} for name in ("abs", "ceil", "erf", "exp2", "floor", "relu", "sign", "square", "tanh", "identity")
+    },
+    "sqrt": {"x": np.abs(X)},
+    "log": {"x": np.abs(X) + 1},
+    "clip": {"x": X, "alpha": np.float32(-1), "beta": np.float32(1.25)},
+    "gelu": {"x": X},
+    "gelu tanh": {"x": X, "mode": "TANH_APPROXIMATION"},
+    "gelu sigmoid": {"x": X, "mode": "SIGMOID_APPROXIMATION"},
+    **{name: {"x": X, "y": X.T.reshape(X.shape)} for name in ("minimum", "less", "less_equal", "equal", "not_equal")},
+    **{name: {"x": X > 0, "y": X < 1} for name in ("logical_and", "logical_or")},
+    "logical_not": {"x": X > 0},
+    **{name: {"x": X, "axes": [-1], "keep_dims": True} for name in ("reduce_max", "reduce_min")},
+    "layer_norm": {"x": X, "axes": [-1], "epsilon": np.float32(1e-3)},
+    "layer_norm gain": {"x": X, "axes": [-1], "gamma": X[0] + 3, "beta": X[1], "epsilon": np.float32(1e-5)},
+}
+
+
+@pytest.mark.parametrize("called", OPERATIONS)
+def test_an_operation_gives_what_coremltools_computes_of_constants(called: str) -> None:
+    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.mil import Function
+
+    name, given = called.partition(" ")[0], OPERATIONS[called]
+    with Function({}):
+        expected = getattr(Builder, name)(**given).val
+    arguments = {key: each if isinstance(each, str) else torch.tensor(np.array(each)) for key, each in given.items()}
+    found = _OPERATIONS[name](arguments)
+    assert isinstance(found, torch.Tensor)
+    assert np.allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_an_operation_that_is_not_known_is_an_error(built: Samples, tmp_path: Path) -> None:
     def rename(package: Any) -> None:
-        next(operation for operation in package.block.operations if operation.type == "silu").type = "gelu"
+        next(operation for operation in package.block.operations if operation.type == "silu").type = "elu"
 
     package = copied(built["dense"], tmp_path, rename)
-    with pytest.raises(CheckFailed, match="does not know its operations gelu"), contextlib.ExitStack() as stack:
+    with pytest.raises(CheckFailed, match="does not know its operations elu"), contextlib.ExitStack() as stack:
         stack.enter_context(BACKEND.stepper(package, built["dense"].bundle.functions, 8))
 
 

@@ -102,6 +102,11 @@ class Gathers(toy_plugin.ToyDecoder):
         return super().forward(*tensors)
 
 
+class Exotic(toy_plugin.Attention):
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        return super().forward(nn.functional.elu(x), keys, values, length)
+
+
 class HalvedWrongly(Composite):
     name = "toy_halved"
 
@@ -422,6 +427,14 @@ def test_a_mistake_that_shows_behind_tracing_is_one_paragraph(
     assert line.startswith(f"error: {begins}") and line.endswith(ends)
     assert not marked or line_of(marked) in line
     assert not (tmp_path / "exports").exists()
+
+
+def test_what_the_reference_interpreter_cannot_run_is_refused_before_weights(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = paragraph(build(tmp_path, 2, "coreml", Mistaken(Exotic)), capfd)
+    assert line.startswith("error: The decoder becomes operations of Core ML that nothing on this machine runs, ")
+    assert ": elu. Write it with other operations" in line and not (tmp_path / "exports").exists()
 
 
 def test_an_index_that_depends_on_values_is_one_paragraph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

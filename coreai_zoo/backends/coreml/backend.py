@@ -98,7 +98,9 @@ class CoreMLBackend:
         problems = list(chain.from_iterable(map(_state_problems, spec.states)))
         problems += [f"axis {name} is dynamic" for name in spec.axes]
         if problems:
-            raise BadInput(f"Core ML cannot hold this decoder: {listing(problems)}.", "Try a smaller --max-context.")
+            too_large = all("elements, and" in problem for problem in problems)
+            hint = "Try a smaller --max-context." if too_large else "Use another contract, or the backend coreai."
+            raise BadInput(f"Core ML cannot hold this decoder: {listing(problems)}.", hint)
         tables = sorted(str(spec) for spec in quantizations if has_table(spec))
         if tables:
             raise BadInput(

@@ -7,6 +7,7 @@
 MLState, as an app would. Needs macOS 15 or later.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +24,9 @@ def main() -> int:
         print("There is nothing to compare with: run `zoo gate` on this bundle first.")
         return 1
     (package,) = HERE.glob("*.mlpackage")
+    (function,) = json.loads((HERE / "build.json").read_text(encoding="utf-8"))["functions"].values()
+    inputs = {tensor["name"]: tensor["holds"] for tensor in function["inputs"]}
+    output = function["outputs"][0]["name"]
     model = ct.models.MLModel(str(package))
     failed = False
     for path in stored:
@@ -30,8 +34,9 @@ def main() -> int:
         state = model.make_state()
         found = []
         for position, token in enumerate(expected["tokens"]):
-            inputs = {"input_ids": np.array([[token]], np.int32), "position_ids": np.array([[position]], np.int32)}
-            found.append(model.predict(inputs, state=state)["logits"][0, -1].astype(np.float32))
+            values = {"tokens": token, "new_positions": position}
+            given = {name: np.array([[values[held]]], np.int32) for name, held in inputs.items()}
+            found.append(model.predict(given, state=state)[output][0, -1].astype(np.float32))
         logits, reference = np.stack(found), expected["logits"].astype(np.float32)
         spread = reference.max(-1) - reference.min(-1)
         error = np.abs(logits - reference).max(-1) / spread

@@ -33,6 +33,7 @@ from coreai_zoo.backends.coreml.package import (
     quietly,
     specification,
 )
+from coreai_zoo.backends.coreml.reference import unknown
 from coreai_zoo.dtypes import bits_of
 from coreai_zoo.errors import PluginError, listing
 from coreai_zoo.layout import Layout
@@ -246,6 +247,13 @@ def convert(decoder: nn.Module, spec: TraceSpec, read_transposed: Mapping[str, b
     converted = Converted(program, names)
     _require_kept(converted, traced, decoder)
     _check(converted, traced, spec)
+    strange = unknown(operation.op_type for operation in converted.program.functions["main"].operations)
+    if left := [each for each in strange if not each.startswith("coreml_")]:
+        raise PluginError(
+            f"The decoder becomes operations of Core ML that nothing on this machine runs, so no bundle of it could be "
+            f"checked: {listing(left)}.",
+            "Write it with other operations, or build it with the backend coreai.",
+        )
     return converted
 
 

@@ -10,7 +10,7 @@ An operation that is not in the table is an error, never skipped.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,8 @@ class Interpreter:
         """
         self._package = package
         operations = package.block.operations
-        unknown = {operation.type for operation in operations} - set(_OPERATIONS) - _SPECIAL
-        if unknown:
-            raise Damaged(f"the reference interpreter does not know its operations {', '.join(sorted(unknown))}")
+        if strange := unknown(operation.type for operation in operations):
+            raise Damaged(f"the reference interpreter does not know its operations {', '.join(strange)}")
         # Constants, and the weights that are made of them, are the same in every step.
         self._constants: dict[str, Any] = {}
         self._changing = [self._prepared(operation) for operation in operations if not self._fold(operation)]
@@ -289,31 +288,77 @@ def _blockwise_shift_scale(arguments: Arguments) -> Tensor:
     return (values * scale.reshape(spread)).reshape(data.shape)
 
 
+def _gelu(arguments: Arguments) -> Tensor:
+    """The three forms that MIL has: by the error function, by tanh, by a sigmoid."""
+    x, mode = _wide(arguments["x"]), str(arguments.get("mode", "EXACT"))
+    if mode == "SIGMOID_APPROXIMATION":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if mode == "TANH_APPROXIMATION" else "none")
+
+
+def _layer_norm(arguments: Arguments) -> Tensor:
+    x = _wide(arguments["x"])
+    axes = _integers(arguments["axes"]) if "axes" in arguments else list(range(x.ndim))
+    centred = x - x.mean(axes, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + float(arguments.get("epsilon", 1e-5)))
+    shape = [size if axis in {each % x.ndim for each in axes} else 1 for axis, size in enumerate(x.shape)]
+    for name, function in (("gamma", torch.mul), ("beta", torch.add)):
+        normed = function(normed, _wide(arguments[name]).reshape(shape)) if name in arguments else normed
+    return normed
+
+
+def unknown(operations: Iterable[str]) -> list[str]:
+    """Those types of operations that are not in the table."""
+    return sorted(set(operations) - _OPERATIONS.keys() - _SPECIAL)
+
+
 _SPECIAL = frozenset({"const", "read_state", "write_state"})
 _OPERATIONS: Mapping[str, Callable[[Arguments], Tensor | tuple[Tensor, ...]]] = {
+    "abs": _unary(torch.abs),
     "add": _binary(torch.add),
     "cast": _cast,
+    "ceil": _unary(torch.ceil),
+    "clip": lambda a: _wide(a["x"]).clamp(float(a["alpha"]), float(a["beta"])),
     "concat": _concat,
     "constexpr_blockwise_shift_scale": _blockwise_shift_scale,
     "cos": _unary(torch.cos),
+    "equal": _binary(torch.eq),
+    "erf": _unary(torch.erf),
     "exp": _unary(torch.exp),
+    "exp2": _unary(torch.exp2),
     "expand_dims": _expand_dims,
+    "floor": _unary(torch.floor),
     "gather": _gather,
     "gather_along_axis": lambda a: a["x"].gather(int(a.get("axis", 0)), a["indices"].long()),
+    "gelu": _gelu,
     "greater": _binary(torch.gt),
     "greater_equal": _binary(torch.ge),
+    "identity": lambda a: a["x"],
+    "layer_norm": _layer_norm,
+    "less": _binary(torch.lt),
+    "less_equal": _binary(torch.le),
     "linear": _linear,
+    "log": lambda a: torch.log(_wide(a["x"]) + float(a.get("epsilon", 1e-45))),
+    "logical_and": _binary(torch.logical_and),
+    "logical_not": _unary(torch.logical_not),
+    "logical_or": _binary(torch.logical_or),
     "matmul": _matmul,
     "maximum": _binary(torch.maximum),
+    "minimum": _binary(torch.minimum),
     "mul": _binary(torch.mul),
+    "not_equal": _binary(torch.ne),
     "pow": _binary(torch.pow),
     "real_div": _binary(torch.div),
+    "reduce_max": _reduction(torch.amax),
     "reduce_mean": _reduction(torch.mean),
+    "reduce_min": _reduction(torch.amin),
     "reduce_sum": _reduction(torch.sum),
+    "relu": _unary(torch.relu),
     "reshape": lambda a: a["x"].reshape(_integers(a["shape"])),
     "rsqrt": lambda a: torch.rsqrt(_wide(a["x"]) + _wide(a["epsilon"])),
     "select": lambda a: torch.where(a["cond"], a["a"], a["b"]),
     "sigmoid": _unary(torch.sigmoid),
+    "sign": _unary(torch.sign),
     "silu": _unary(F.silu),
     "sin": _unary(torch.sin),
     "slice_by_index": _slice_by_index,
@@ -322,9 +367,12 @@ _OPERATIONS: Mapping[str, Callable[[Arguments], Tensor | tuple[Tensor, ...]]] = 
     # As written, and not with a threshold beyond which it is the identity.
     "softplus": _unary(lambda x: torch.logaddexp(x, torch.zeros(()))),
     "split": _split,
+    "sqrt": _unary(torch.sqrt),
+    "square": _unary(torch.square),
     "squeeze": _squeeze,
     "stack": lambda a: torch.stack(_list(a["values"]), dim=int(a["axis"])),
     "sub": _binary(torch.sub),
+    "tanh": _unary(torch.tanh),
     "tile": lambda a: a["x"].tile(_integers(a["reps"])),
     "topk": _topk,
     "transpose": lambda a: a["x"].permute(_integers(a["perm"])),
