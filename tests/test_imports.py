@@ -91,7 +91,24 @@ def test_dependencies_point_one_way(root: Path, tmp_path: Path) -> None:
         ("coreai_zoo/gates/rule.py", "def late():\n    import coreai.runtime", "only backends import"),
         ("coreai_zoo/cli/app.py", "import coreai_zoo_qwen36", "the host imports neither"),
         ("coreai_zoo/weights/plan.py", "import coreai_zoo_overlays.qwen3_5", "the host imports neither"),
-        ("overlays/coreai_zoo_overlays/qwen3_5/decoder.py", "import coreai_torch", "an overlay imports only the host"),
+        ("overlays/coreai_zoo_overlays/qwen3_5/decoder.py", "import coreai_torch", "overlays and plugins import"),
+        (
+            "overlays/coreai_zoo_overlays/qwen3_5/brand_new.py",
+            "from coreai_zoo.build.design import design",
+            "overlays and plugins import",
+        ),
+        ("coreai_zoo_qwen36/plugin.py", "import coreai_zoo.gates.run", "overlays and plugins import"),
+        ("overlays/coreai_zoo_overlays/qwen3_5/decoder.py", "import coreai_zoo_qwen36", "an overlay does not import"),
+        (
+            "coreai_zoo/backends/coreai/backend.py",
+            "import coreai_zoo.backends.coreml.backend",
+            "the Core ML backend and",
+        ),
+        (
+            "coreai_zoo/backends/coreml/backend.py",
+            "import coreai_zoo.backends.coreai.backend",
+            "and the other way round",
+        ),
         ("coreai_zoo/entry.py", "import torch", "vocabulary and discovery import no torch"),
     ],
 )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -139,6 +140,9 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
         both = disk.chosen_by if disk.chosen_by == chosen_by or not needs else f"{disk.chosen_by} or {chosen_by}"
         disks[device] = attrs.evolve(disk, needs=disk.needs + needs, free=disk.free + spent, chosen_by=both)
     least_memory = design.backend.memory(int(design.facts["layers"]), len(design.functions), _steps(design))
+    # The largest matrix that is written transposed is gathered first.
+    formats = [tensor.format for tensor in design.weights.stored if tensor.format.transposed]
+    gathered = max((2 * each.bytes // math.prod(each.shape[:-2]) for each in formats), default=0)
     return Preflight(
         fetched,
         at_once,
@@ -146,7 +150,7 @@ def preflight(design: Design, workspace: Workspace) -> Preflight:
         written,
         tuple(disks.values()),
         available_memory(),
-        max(LEAST_MEMORY, least_memory),
+        max(LEAST_MEMORY, least_memory) + gathered,
         streamed=stream is not None,
     )
 

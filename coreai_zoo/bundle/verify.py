@@ -215,12 +215,11 @@ def _source(bundle: Bundle, expected: Expected) -> Check:
     keys = dict.fromkeys((*wanted_record, *(key for key in recorded if key.startswith(within))))
     pairs |= {f"{key} in build.json": (recorded.get(key), wanted_record.get(key)) for key in keys}
     problems = [f"{key} is {found!r}, not {wanted!r}" for key, (found, wanted) in pairs.items() if found != wanted]
-    for name in dict.fromkeys((*wanted_functions, *functions)):
-        for part, wanted in wanted_functions.get(name, {}).items():
-            if functions.get(name, {}).get(part) != wanted:
-                problems.append(f"the {part} of {name} in build.json are not those of the contract")
-        if name not in wanted_functions:
-            problems.append(f"the contract has no function {name}")
+    problems += [f"build.json has no function {name}" for name in wanted_functions if name not in functions]
+    problems += [f"the contract has no function {name}" for name in functions if name not in wanted_functions]
+    for name in wanted_functions.keys() & functions.keys():
+        wrong = [part for part, wanted in wanted_functions[name].items() if functions[name].get(part) != wanted]
+        problems += [f"the {part} of {name} in build.json are not those of the contract" for part in wrong]
     return Check("source", not problems, listing(problems) or f"name, context and functions as by {expected.by}")
 
 

@@ -40,7 +40,7 @@ from coreai_zoo.contracts import CONTRACTS, MINIMUM_CONTEXT
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import BadInput, argument, zoo_command
 from coreai_zoo.overlay import COMMON_ROLES
-from coreai_zoo.planning.contracts import compare_contracts
+from coreai_zoo.planning.contracts import PROMPT_TOKENS, compare_contracts
 from coreai_zoo.planning.describe import (
     IDEAL_GATHERING,
     describe_bundle,
@@ -51,9 +51,6 @@ from coreai_zoo.planning.describe import (
 from coreai_zoo.planning.plan import Plan, plans_by_recipe
 from coreai_zoo.planning.plan import plan as make_plan
 from coreai_zoo.recipes import one_or_several, stored_text
-
-PROMPT_TOKENS = 2000
-"""Tokens of a prompt that nobody said the length of."""
 
 _RATES = (1e-3, 1e6)  # GB/s and TFLOPS of anything that may be a machine: with these nothing overflows or vanishes
 
@@ -112,7 +109,7 @@ _RATES = (1e-3, 1e6)  # GB/s and TFLOPS of anything that may be a machine: with 
     "--prompt-tokens",
     type=click.IntRange(1),
     metavar="N",
-    help=f"Tokens of the prompt for --contracts. Default: {PROMPT_TOKENS}.",
+    help=f"Tokens of the prompt for --contracts. Default: {PROMPT_TOKENS}, or what the context allows.",
 )
 @json_option
 @click.pass_context
@@ -178,7 +175,7 @@ def plan(
     subjects = [evolve(asked, model=name) for name in models] + [evolve(asked, checkpoint=path) for path in checkpoints]
     machines = find_machines(given, measured=contracts)
     if contracts:
-        options = compare_contracts(subjects[0], plugins, prompt_tokens or PROMPT_TOKENS)
+        options = compare_contracts(subjects[0], plugins, prompt_tokens)
         if as_json:
             print_json(describe_contracts(options, machines))
         else:

@@ -60,7 +60,7 @@ class TorchCandidate:
         if not isinstance(self.module, LayeredDecoder):
             raise BadInput(
                 f"A {type(self.module).__name__} cannot be run layer by layer: it is no overlay.LayeredDecoder.",
-                "Gate the asset itself: --candidate coreai, or mil.",
+                "Gate the asset on the runtime of its backend, by --candidate auto.",
             )
 
     @property

@@ -17,6 +17,10 @@ from coreai_zoo.planning.prompts import Call, prompt_calls
 from coreai_zoo.plugins import Plugins
 
 
+PROMPT_TOKENS = 2000
+"""Tokens of a prompt that nobody said the length of."""
+
+
 @frozen
 class Option:
     """A contract that a model could be built for.
@@ -45,29 +49,33 @@ class Options:
     left_out: Mapping[str, str]
 
 
-def compare_contracts(request: BuildRequest, plugins: Plugins, prompt_tokens: int) -> Options:
+def compare_contracts(request: BuildRequest, plugins: Plugins, prompt_tokens: int | None = None) -> Options:
     """Every contract that the request's target runs, or every one where it has none, with a prompt of so many tokens.
+
+    A prompt whose length is None has `PROMPT_TOKENS`, or as many as leave room for an answer in every context.
 
     Raises:
         BadInput: when no contract is left: what is wrong with the first one.
     """
     target = request.target
     contracts = list(plugins.contracts().values()) if target is None else require_runnable(target, plugins)
-    options, left_out = [], {}
+    plans, left_out = [], {}
     first: ZooError | None = None
     for contract in contracts:
         try:
-            options.append(_option(request, contract, plugins, prompt_tokens))
+            made = _plan(request, contract, plugins)
+            if prompt_tokens is not None:
+                require_room(prompt_tokens, made.context, f"allow more with --max-context {prompt_tokens + 1} or above")
+            plans.append(made)
         except (BadInput, PluginError) as error:
             left_out[contract.name] = error.message
             first = first or error
-    if not options:
+    if not plans:
         raise first or BadInput("No contract is installed.")
-    return Options(prompt_tokens, tuple(options), left_out)
+    tokens = prompt_tokens or min(PROMPT_TOKENS, *(made.context - 1 for made in plans))
+    return Options(tokens, tuple(Option(made, prompt_calls(made, tokens)) for made in plans), left_out)
 
 
-def _option(request: BuildRequest, contract: Contract, plugins: Plugins, prompt_tokens: int) -> Option:
+def _plan(request: BuildRequest, contract: Contract, plugins: Plugins) -> Plan:
     backend = find_backend(backend_of(contract), plugins)
-    made = plan(evolve(request, contract=contract.name, backend=backend.name), plugins)
-    require_room(prompt_tokens, made.context, f"allow more with --max-context {prompt_tokens + 1} or above")
-    return Option(made, prompt_calls(made, prompt_tokens))
+    return plan(evolve(request, contract=contract.name, backend=backend.name), plugins)

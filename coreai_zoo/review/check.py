@@ -209,8 +209,10 @@ def _goldens(self: Checks) -> _Found:
             f"{listing(problems, 6)}.",
             "If that is meant, write them with `zoo check --only goldens --update-goldens` and say why.",
         )
+    if not equal:
+        return f"no entry with a sample asks for a golden graph, and {self.golden_folder} has none", None
     verb = "written" if self.update_goldens else "equal"
-    return f"{len(equal)} golden graphs {verb}", True if equal else None
+    return f"{len(equal)} golden graphs {verb}", True
 
 
 def _docs(self: Checks) -> _Found:

@@ -10,8 +10,10 @@ from attrs import evolve, field, frozen
 from coreai_zoo.backend import Backend, Traced
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.request import BuildRequest
+from coreai_zoo.build.target import backend_of
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.metadata import leaves
+from coreai_zoo.catalogue import find_contract
 from coreai_zoo.dtypes import packed_bytes
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput
@@ -226,19 +228,21 @@ def graphs(
     """Each recipe with the graphs that `of_entry` counts under it, by function, in a fraction of the time.
 
     Recipes differ in how weights are stored and not in what is computed with them, so the decoder is traced once, with
-    plain weights, and lowered once per recipe with the weights as that stores them. Of experts there are only twice as
+    plain weights where a backend can, and lowered once per recipe with the weights as that stores them. Of experts there are only twice as
     many as a token takes: their number is the size of a tensor and no more to the graph, and the toolchain would
     transpose each that is plain, which took most of the time. `contract` is the entry's where it is None.
 
     Raises:
         BadInput: when the entry does not state what its config needs.
     """
-    request = BuildRequest(entry.name, recipe=PLAIN, contract=contract, dry=True)
+    backend = backend_of(find_contract(contract or entry.contract, plugins))
+    request = BuildRequest(entry.name, recipe=PLAIN, contract=contract, backend=backend, dry=True)
     whole = design(request, plugins, _with_few_experts(entry))
     part = _telling_part(whole, plugins)
-    traced = part.trace()
+    traced = None if part.backend.traces_quantized else part.trace()
     for recipe in recipes:
-        yield recipe, _repeated(count(_lowered(traced, part.with_recipe(recipe).weights)), whole)
+        stored = part.with_recipe(recipe)
+        yield recipe, _repeated(count(_lowered(traced or stored.trace(), stored.weights)), whole)
 
 
 def _with_few_experts(entry: Entry) -> Entry:
