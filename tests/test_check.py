@@ -529,7 +529,8 @@ def test_there_is_a_golden_graph_of_each_kind_of_feed_forward_and_of_how_prompts
         found = read(path)
         kinds.add((found["ffn"], found.get("contract")))
         assert golden_path(GOLDENS, find_entry(found["entry"], plugins)[0], found.get("contract")) == path
-    assert kinds == {*itertools.product(("dense", "moe"), (None, "chunked", "dynamic", "dynamic-bf16"))}
+    both = itertools.product(("dense", "moe"), (None, "chunked", "dynamic", "dynamic-bf16"))
+    assert kinds == {*both, ("dense", "fixed-s1")}
 
 
 def judged(path: Path) -> Any:

@@ -62,6 +62,14 @@ def compared(*arguments: str) -> dict[str, Any]:
     return found
 
 
+def test_a_prompt_that_nobody_said_the_length_of_leaves_room_for_an_answer() -> None:
+    assert compared()["prompt_tokens"] == 2000
+    short = compared("--max-context", "64")
+    assert short["prompt_tokens"] == 63 and not short["left_out"]
+    refused = zoo("plan", DENSE, "--contracts", "--max-context", "64", "--prompt-tokens", "64")
+    assert refused.exit_code == 2 and "allow more with --max-context 65 or above" in refused.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a call reads
 # ---------------------------------------------------------------------------------------------------------------------

@@ -254,3 +254,15 @@ def test_memory_that_does_not_suffice_is_refused_with_the_numbers(
     words = re.escape(f"needs {size(wanted)} of memory at least, and 300.0 MiB are available")
     with pytest.raises(EnvironmentLacks, match=words):
         needs.require()
+
+
+def test_the_largest_matrix_that_is_written_transposed_has_its_room(tmp_path: Path) -> None:
+    def least(recipe: str) -> int:
+        request = BuildRequest("qwen3.6-35b-a3b", sample=True, recipe=recipe, output=tmp_path)
+        resolved = design(request, default_plugins())
+        return preflight(resolved, Workspace.of(tmp_path, resolved.name, None, keep=False)).least_memory
+
+    resolved = design(BuildRequest("qwen3.6-35b-a3b", sample=True, recipe="fp16", output=tmp_path), default_plugins())
+    stacks = [each.format for each in resolved.weights.stored if each.format.transposed]
+    assert stacks and least("int8hu") == LEAST_MEMORY
+    assert least("fp16") == LEAST_MEMORY + 2 * max(each.bytes // each.shape[0] for each in stacks)

@@ -167,6 +167,14 @@ def test_metadata_without_a_field_that_apples_loader_needs_does_not_verify(bundl
     assert f"a required field is missing @ metadata.json.{key}" in detail
 
 
+def test_a_function_of_another_name_is_told_as_one_that_is_there_and_one_that_is_not(bundle: Path) -> None:
+    build = json.loads((bundle / "build.json").read_text())
+    write_json(bundle / "build.json", build | {"functions": {"read4": build["functions"]["main"]}})
+    detail = checks(bundle)["source"]["detail"]
+    assert "build.json has no function main" in detail and "the contract has no function read4" in detail
+    assert "are not those of the contract" not in detail
+
+
 def test_a_bundle_for_another_engine_is_held_against_no_rule_and_says_so(bundle: Path) -> None:
     build = json.loads((bundle / "build.json").read_text())
     write_json(bundle / "build.json", build | {"contract": build["contract"] | {"engine": None}})
@@ -551,7 +559,7 @@ def test_the_contract_of_core_ml_is_bound_by_no_rule_of_core_ai(tmp_path: Path) 
     assert planned.exit_code == 2
     # Of the toy's own state, and no word of the two others.
     refusal = "Core ML cannot hold this decoder: state meanState is float32, and a state is float16."
-    assert planned.stderr.splitlines()[-1] == f"error: {refusal} Try a smaller --max-context."
+    assert planned.stderr.splitlines()[-1] == f"error: {refusal} Use another contract, or the backend coreai."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

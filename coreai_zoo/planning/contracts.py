@@ -16,7 +16,6 @@ from coreai_zoo.planning.plan import Plan, plan
 from coreai_zoo.planning.prompts import Call, prompt_calls
 from coreai_zoo.plugins import Plugins
 
-
 PROMPT_TOKENS = 2000
 """Tokens of a prompt that nobody said the length of."""
 

@@ -198,7 +198,7 @@ def of_entry(
     Raises:
         BadInput: when the entry does not state what its config needs.
     """
-    request = BuildRequest(entry.name, sample=sample, recipe=recipe, contract=contract, dry=True)
+    request = BuildRequest(entry.name, sample=sample, recipe=recipe, **_aimed(entry, plugins, contract), dry=True)
     whole = design(request, plugins, entry)
     part = _telling_part(whole, plugins)
     program = _lowered(part.trace(), part.weights)
@@ -228,21 +228,26 @@ def graphs(
     """Each recipe with the graphs that `of_entry` counts under it, by function, in a fraction of the time.
 
     Recipes differ in how weights are stored and not in what is computed with them, so the decoder is traced once, with
-    plain weights where a backend can, and lowered once per recipe with the weights as that stores them. Of experts there are only twice as
-    many as a token takes: their number is the size of a tensor and no more to the graph, and the toolchain would
-    transpose each that is plain, which took most of the time. `contract` is the entry's where it is None.
+    plain weights where a backend can, and lowered once per recipe with the weights as that stores them. Of experts
+    there are only twice as many as a token takes: their number is the size of a tensor and no more to the graph, and
+    the toolchain would transpose each that is plain, which took most of the time. `contract` is the entry's where it is
+    None.
 
     Raises:
         BadInput: when the entry does not state what its config needs.
     """
-    backend = backend_of(find_contract(contract or entry.contract, plugins))
-    request = BuildRequest(entry.name, recipe=PLAIN, contract=contract, backend=backend, dry=True)
+    request = BuildRequest(entry.name, recipe=PLAIN, **_aimed(entry, plugins, contract), dry=True)
     whole = design(request, plugins, _with_few_experts(entry))
     part = _telling_part(whole, plugins)
     traced = None if part.backend.traces_quantized else part.trace()
     for recipe in recipes:
         stored = part.with_recipe(recipe)
         yield recipe, _repeated(count(_lowered(traced or stored.trace(), stored.weights)), whole)
+
+
+def _aimed(entry: Entry, plugins: Plugins, contract: str | None) -> dict[str, Any]:
+    """The part of a request that says for what: a contract, the entry's unless one is named, and who writes for it."""
+    return {"contract": contract, "backend": backend_of(find_contract(contract or entry.contract, plugins))}
 
 
 def _with_few_experts(entry: Entry) -> Entry:

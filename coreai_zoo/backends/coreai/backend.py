@@ -234,7 +234,7 @@ class CoreAITraced:
             whole = self._whole(constants)
             read = {name: constant for each in whole for name, constant in each.weights_read.items()}
             seen = {id(each) for each in read.values()}  # what shares its bytes is one constant
-            require_read(name for name, each in constants.items() if id(each) not in seen)
+            require_read([name for name, each in constants.items() if id(each) not in seen])
             computed_with = frozenset[str]().union(*(each.foldable.weights for each in whole))
             if computed_with:  # what becomes of them shows before one is read
                 trial = stored_constants(_lowered(whole, Holes.of(read).given))

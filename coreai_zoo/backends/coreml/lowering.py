@@ -321,7 +321,7 @@ def _require_kept(converted: Converted, traced: ExportedProgram, decoder: nn.Mod
     paths = traced.graph_signature.inputs_to_parameters
     used = {paths[node.name] for node in traced.graph.find_nodes(op="placeholder") if node.name in paths and node.users}
     states = [name for name in converted.names.values() if _DECODER + name in paths.values()]
-    mistakes.require_read(name for name in states if _DECODER + name not in used)
+    mistakes.require_read([name for name in states if _DECODER + name not in used])
     kept = {operation.outputs[0].name for operation in converted.program.functions["main"].operations}
     plain = {
         placeholder: name.removeprefix(_DECODER)
