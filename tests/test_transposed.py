@@ -127,6 +127,22 @@ def test_a_constant_that_the_compiler_computes_from_a_weight_is_refused(tmp_path
         saved(twice, tmp_path)
 
 
+def test_no_weight_is_asked_for_where_the_compiler_would_compute_with_it() -> None:
+    """A build would read it, or fetch the files that it is in."""
+    decoder = Decoder(twice)
+    traced = CoreAIBackend().trace({"main": decoder}, {"main": spec()}, {"stack": False})
+    asked: list[Any] = []
+
+    def values(names: Any) -> Any:
+        asked.append(names)
+        return {}
+
+    planned = {"stack": Constant(None, tuple(decoder.stack.shape), "float16")}
+    with pytest.raises(PluginError, match="computes with stack before there is a token"):
+        traced.lay_out(planned, values)
+    assert asked == []
+
+
 def by_its_largest(stack: Tensor, chosen: Tensor) -> Tensor:
     """A stack, and a number that is known before there is an input."""
     return straight(stack, chosen) / stack.abs().max()
