@@ -39,7 +39,6 @@ HF_ID = r"[\w.-]+/[\w.-]+"
 """Pattern of a repository's name on the Hugging Face hub."""
 
 Scalar = bool | int | float | str
-FFNKind = Literal["dense", "moe"]
 Status = Literal["verified", "unverified"]
 
 
@@ -82,7 +81,7 @@ class Facts:
     """What an entry states about its model; compared with `Overlay.facts` of the checkpoint at build.
 
     Attributes:
-        ffn: which feed-forward kind, `dense` or `moe`.
+        ffn: which feed-forward kind, as the overlay calls it: `dense` or `moe` in most families.
         parameters: of the text model, embeddings and head included; vision tower and multi-token prediction left out.
         layers: decoder layers.
         hidden_size: width of the residual stream.
@@ -91,7 +90,7 @@ class Facts:
         more: further facts by name, in the order of the file: positive numbers, booleans, text.
     """
 
-    ffn: FFNKind = field(validator=in_(get_args(FFNKind)))
+    ffn: str = field(validator=_pattern(r"[a-z][a-z0-9-]*", "lowercase letters, digits and hyphens"))
     parameters: int | None = field(default=None, validator=optional(_positive))
     layers: int | None = field(default=None, validator=optional(_positive))
     hidden_size: int | None = field(default=None, validator=optional(_positive))
@@ -282,7 +281,7 @@ def _fact_table(value: Mapping[str, Any], type_: Any, *, structure: Callable[[An
 
 def _make_converter() -> cattrs.Converter:
     converter = make_converter()
-    converter.register_structure_hook_func(lambda type_: type_ in (FFNKind, Status), choice)
+    converter.register_structure_hook_func(lambda type_: type_ is Status, choice)
     # Further facts: `_bad_facts` has looked at them.
     converter.register_structure_hook_func(lambda type_: type_ == Mapping[str, Scalar], as_it_is)
     for cls in (Sample, BundleDefaults, Published):

@@ -62,7 +62,7 @@ def test_what_is_not_known_is_not_among_the_stated_facts(entry_file: EntryFile) 
         (('"toys/Toy-1B"', '"Toy-1B"'), "hf_id: 'Toy-1B' is not a repository 'owner/name'"),
         (('summary = "A toy."', 'summary = "A."\nhf_revision = "main"'), "hf_revision: 'main' is not a commit"),
         (('summary = "A toy."', 'summary = "A."\nstatus = "fine"'), "status: 'fine' is not one of 'verified', 'unver"),
-        (('ffn = "dense"', 'ffn = "sparse"'), "facts.ffn: 'sparse' is not one of 'dense', 'moe'"),
+        (('ffn = "dense"', 'ffn = "Sparse"'), "facts.ffn: 'Sparse' is not lowercase letters"),
         (('ffn = "dense"\n', ""), "facts.ffn: missing"),
         (("layers = 2", 'layers = "2"'), "facts.layers: expected an integer, found text ('2')"),
         (("layers = 2", "layers = true"), "facts.layers: expected an integer, found a boolean (True)"),
