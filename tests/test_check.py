@@ -122,6 +122,17 @@ def test_an_entry_that_cannot_be_built_from_fails(
     assert "Failed: entries." in result.output
 
 
+@pytest.mark.parametrize("only", [("entries",), ("overlays",), ("entries", "overlays")], ids=" ".join)
+def test_a_plugin_that_cannot_say_what_it_claims_fails(
+    make_plugin: Callable[..., types.ModuleType], only: tuple[str, ...]
+) -> None:
+    plugins = Plugins.discover()
+    plugins.register(make_plugin(zoo_claim_overlay=lambda hf_config: hf_config["of_mine"]), "unsure")
+    result = checked(plugins, *only)
+    assert result.exit_code == 1
+    assert "plugin 'unsure' failed in zoo_claim_overlay: KeyError" in str(outcome(result, only[0])["detail"])
+
+
 def test_two_overlays_for_one_architecture_fail(make_plugin: Callable[..., types.ModuleType]) -> None:
     from coreai_zoo_overlays.qwen3_5 import Qwen35Overlay
 

@@ -223,10 +223,13 @@ def test_help_list_and_doctor_survive_a_broken_plugin(make_plugin: MakePlugin) -
 
 
 @pytest.mark.parametrize(
-    "hook", ["zoo_entries", "zoo_recipes", "zoo_contracts", "zoo_tokenizer_classes", "zoo_backends"]
+    "hook",
+    ["zoo_entries", "zoo_recipes", "zoo_contracts", "zoo_tokenizer_classes", "zoo_backends", "zoo_claim_overlay"],
 )
 def test_doctor_fails_on_a_plugin_that_is_broken_in_any_list(make_plugin: MakePlugin, hook: str) -> None:
-    doctored = zoo(host(bad=make_plugin(**{hook: broken}), tolerant=True), "doctor")
+    plugins = Plugins.discover()
+    plugins.register(make_plugin(**{hook: broken}), "bad")
+    doctored = zoo(plugins, "doctor")
 
     assert doctored.exit_code == 3
     assert f"plugin 'bad' failed in {hook}: RuntimeError: broken." in doctored.stdout

@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import shlex
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from coreai_zoo.commands import (
     print_table,
     say_next,
 )
-from coreai_zoo.errors import EnvironmentLacks, listing, zoo_command
+from coreai_zoo.errors import EnvironmentLacks, ZooError, listing, zoo_command
 from coreai_zoo.machine import cores, physical_memory
 from coreai_zoo.plugins import Plugins
 
@@ -132,6 +133,9 @@ def _plugin_finding(ctx: click.Context) -> Finding:
     plugins = plugins_of(ctx)
     for load in (load_entries, Plugins.recipes, Plugins.contracts, Plugins.tokenizer_classes, Plugins.backends):
         load(plugins)
+    for model_type in {each for entry, _ in load_entries(plugins).values() for each in entry.model_type}:
+        with suppress(ZooError):  # two claims, or none: `zoo check` says that of its entry
+            plugins.claim_overlay(model_type, {"model_type": model_type})
     problems = " ".join(str(problem) for problem in plugins.problems)
     names = None if problems else ", ".join(plugins.names()) or "none"
     return Finding("plugins", names, "all load", ok=not problems, note=problems, mend="zoo --without PLUGIN COMMAND")

@@ -84,7 +84,7 @@ _Found = tuple[str, bool | None]
 def _entries(self: Checks) -> _Found:
     """No plugin is broken, each entry file is valid, names what there is, and a bundle can be designed from it."""
     entries = load_entries(self.plugins)
-    problems = [str(error) for error in self.plugins.problems]
+    problems: list[str] = []
     silent: list[str] = []
     for entry, _ in entries.values():
         problems += [f"{entry.name}: {problem}" for problem in _strange_measurements(entry, self.plugins)]
@@ -98,7 +98,7 @@ def _entries(self: Checks) -> _Found:
                 silent.append(entry.name)
             else:
                 problems.append(f"{entry.name}: {error}")
-    _raise(problems)
+    _raise([*map(str, self.plugins.problems), *problems])
     unknown = f"; {listing(silent)} do not state every size" if silent else ""
     return f"{len(entries)} entries are valid{unknown}", True if entries else None
 
@@ -123,6 +123,7 @@ def _strange_measurements(entry: Entry, plugins: Plugins) -> Iterator[str]:
 def _overlays(self: Checks) -> _Found:
     """Exactly one plugin claims each architecture of each entry."""
     problems: list[str] = []
+    known = len(self.plugins.problems)  # those of the entries' check
     claimed: dict[str, str] = {}
     for entry, _ in load_entries(self.plugins).values():
         for model_type in entry.model_type:
@@ -131,6 +132,7 @@ def _overlays(self: Checks) -> _Found:
                 claimed[model_type] = f"{overlay.name} of {plugin}"
             except ZooError as error:
                 problems.append(f"{model_type}: {error}")
+    problems += [str(error) for error in self.plugins.problems[known:]]
     _raise(list(dict.fromkeys(problems)))
     return f"{len(claimed)} architectures, each claimed by one overlay", True if claimed else None
 
