@@ -547,6 +547,23 @@ def test_ctrl_c_is_noted_and_raises_nothing_while_an_answer_comes() -> None:
         assert not pressed()
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_a_conversation_that_is_piped(built: Callable[[str, str], Bundle]) -> None:
+    command = [sys.executable, "-u", "-m", "coreai_zoo", "chat", str(built(DENSE, "int8hu").directory)]
+    options = ("--temperature", "90", "--seed", "3")  # at which an answer does not end
+    with subprocess.Popen(
+        [*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("main\nmain\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)  # the answer comes
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "interrupted" and "answer: " not in stderr
+
+
 PROMPT = r"m>\x08?"  # behind what sets the colour
 
 

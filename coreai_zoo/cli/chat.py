@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,8 @@ def chat(
     from what the last one left in the model's states, so that only what is new is read.
 
     How tokens are sampled is what the checkpoint says, option by option; where it says nothing, the most probable
-    token is taken. Where stdin is no terminal, each of its lines is a message.
+    token is taken. Where stdin is no terminal, each of its lines is a message,
+    and Ctrl-C ends it all.
 
     \b
     Example:
@@ -67,7 +69,7 @@ def chat(
         for line in ([hello] if on_terminal else []) + [*remarks, interpreter_note(backend)]:
             if line:
                 click.echo(line, err=True)
-        talk = _Talk(conversation, max_tokens)
+        talk = _Talk(conversation, max_tokens, on_terminal=on_terminal)
         for line in _typed() if on_terminal else _piped():
             if not talk.take(line):
                 break
@@ -122,9 +124,10 @@ class _Talk:
         refused: whether a line had no answer, or could not be obeyed.
     """
 
-    def __init__(self, conversation: Conversation, max_tokens: int | None) -> None:
+    def __init__(self, conversation: Conversation, max_tokens: int | None, *, on_terminal: bool) -> None:
         self._conversation = conversation
         self._max_tokens = max_tokens
+        self._on_terminal = on_terminal
         self._saved: set[Path] = set()
         self.refused = False
 
@@ -152,7 +155,9 @@ class _Talk:
         from coreai_zoo.bundle.generate import Limits, Pace
 
         pace, report = Pace(), Reporter(silent=not shows_progress())
-        with interruption.noted() as interrupted:
+        # Whoever types ends an answer by Ctrl-C. A script that is interrupted ends.
+        listening = interruption.noted() if self._on_terminal else nullcontext(lambda: False)
+        with listening as interrupted:
             limits = Limits(self._max_tokens, interrupted=interrupted)
             _print(self._conversation.answer(message, limits, pace, report))
         for line in rates(pace):
