@@ -52,7 +52,6 @@ HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("zoo_"))
 
 LISTS = frozenset(
     {
-        "zoo_claim_overlay",
         "zoo_entries",
         "zoo_recipes",
         "zoo_contracts",
@@ -61,7 +60,7 @@ LISTS = frozenset(
         "zoo_backends",
     }
 )
-"""Hooks that only add to a list, of claims too: a plugin that fails in one is left out of that list."""
+"""Hooks that only add to a list: a plugin that fails in one is left out of that list."""
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -397,10 +396,18 @@ class Plugins:
         """Engine contracts by name; raises as `recipes` does."""
         return _without_plugins(self._collect_named("zoo_contracts", "contract", _instances(Contract)))
 
-    def claim_overlay(self, model_type: str, hf_config: Mapping[str, Any]) -> tuple[Overlay, str]:
+    def claim_overlay(
+        self, model_type: str, hf_config: Mapping[str, Any], *, of_entry: bool = False
+    ) -> tuple[Overlay, str]:
         """The overlay for an architecture and the plugin that claims it.
 
-        An overlay that refines another claimant's wins over it. A plugin that fails to answer claims nothing.
+        An overlay that refines another claimant's wins over it.
+
+        Args:
+            model_type: the architecture.
+            hf_config: the config.
+            of_entry: whether it is of an entry's model. A plugin that fails to answer is reported and claims nothing
+                then, where another does: it stands in no other plugin's way. Of a checkpoint alone it may be the one.
 
         Raises:
             BadInput: when nobody claims it.
@@ -408,6 +415,7 @@ class Plugins:
         """
         hook = "zoo_claim_overlay"
         claims: list[tuple[str, Overlay]] = []
+        failed: list[ZooError] = []
         for plugin, implementation in self._implementations(hook):
             try:
                 with self.attribute_errors(plugin, hook):
@@ -415,10 +423,16 @@ class Plugins:
                 if answer is not None and not isinstance(answer, Overlay):
                     raise _wrong(plugin, hook, answer, f"an Overlay or None; it lacks {_lacking(answer, Overlay)}")
             except ZooError as error:
-                self.tolerate(error, hook)
+                if not (of_entry and self._tolerant):
+                    raise
+                failed.append(error)
                 continue
             if answer is not None:
                 claims.append((plugin, answer))
+        if failed and not claims:
+            raise failed[0]
+        for each in failed:
+            self.tolerate(each)
         if not claims:
             raise self.not_found(
                 f"the architecture {model_type!r} is claimed by no plugin. {self._asked(hook)}",
@@ -559,30 +573,10 @@ class Plugins:
                 if clashes:
                     message = f"plugin {plugin!r} replaces the command {listing(clashes)} in {hook}."
                     raise PluginError(message, "Rename it.")
-                for name in changed:
-                    self._attribute_command(plugin, cli.commands[name])
             except ZooError as error:
                 cli.commands.clear()
                 cli.commands.update(before)
                 self.tolerate(error, hook)
-
-    def _attribute_command(self, plugin: str, command: click.Command) -> None:
-        """Have what goes wrong in a plugin's command name the plugin, but for what a command line says itself."""
-        callback = command.callback
-        if callback is None:  # a group may have none of its own
-            return
-
-        @functools.wraps(callback)
-        def run(*arguments: Any, **options: Any) -> Any:
-            try:
-                return callback(*arguments, **options)
-            except (ZooError, click.ClickException, click.exceptions.Exit, click.Abort):
-                raise
-            except Exception as error:
-                message = f"plugin {plugin!r} failed in its command {command.name}: {_brief(error)}."
-                raise PluginError(message, raised_at(error)) from error
-
-        command.callback = run
 
 
 @functools.cache

@@ -9,7 +9,10 @@ import traceback
 from pathlib import Path
 
 # Packages that an author does not mend, told apart by folder: `coreai_zoo_overlays` is not in `coreai_zoo`.
-_PACKAGES = ("coreai_zoo", "torch", "coreai", "coreai_torch", "coreai_opt", "coremltools", "sympy", "numpy")
+_PACKAGES = (
+    *("coreai_zoo", "torch", "coreai", "coreai_torch", "coreai_opt", "coremltools", "sympy", "numpy"),
+    *("click", "pluggy", "attr", "attrs", "cattrs", "safetensors", "transformers", "tokenizers", "huggingface_hub"),
+)
 
 
 def raised_at(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -11,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attrs import frozen
+from attrs import field, frozen
 
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.errors import CheckFailed, EnvironmentLacks
+from coreai_zoo.errors import CheckFailed
 from coreai_zoo.gates import candidate
 from coreai_zoo.gates.candidate import AssetCandidate
 from coreai_zoo.gates.run import at_once
@@ -47,11 +48,15 @@ class Telling(CoreAIBackend):
 
 
 @frozen
-class Ending(CoreAIBackend):
-    """Ends the process that is to run a prompt, as a system that has no memory left does."""
+class Ending(Telling):
+    """Ends any other process that is to run a prompt, as a system that has no memory left does."""
 
-    def stepper(self, *_arguments: Any, **_keywords: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
+    here: int = field(factory=os.getpid)
+
+    def stepper(self, *arguments: Any, **keywords: Any) -> Any:
+        if os.getpid() != self.here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().stepper(*arguments, **keywords)
 
 
 @frozen
@@ -111,9 +116,22 @@ def test_what_goes_wrong_in_a_process_is_told_as_if_it_were_here(bundle: Bundle)
 
 
 @pytest.mark.usefixtures("worth")
-def test_a_process_that_is_killed_is_told(bundle: Bundle) -> None:
-    with pytest.raises(EnvironmentLacks, match=r"A process that ran .*aimodel has ended; where memory is short"):
-        AssetCandidate(bundle, Ending(), jobs=2).run_many(PROMPTS)
+def test_where_processes_are_killed_this_one_runs_the_prompts(bundle: Bundle, tmp_path: Path) -> None:
+    found = AssetCandidate(bundle, Ending(folder=tmp_path), jobs=2).run_many(PROMPTS)
+    assert processes_in(tmp_path) == [os.getpid()] * len(PROMPTS)
+    assert [len(each.logits) for each in found] == [len(tokens) for tokens in PROMPTS]
+
+
+@pytest.mark.usefixtures("worth")
+def test_where_no_process_can_be_made_this_one_runs_the_prompts(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system", "/dev/shm")
+
+    monkeypatch.setattr(candidate, "processes", refused)
+    AssetCandidate(bundle, Telling(folder=tmp_path), jobs=2).run_many(PROMPTS)
+    assert processes_in(tmp_path) == [os.getpid()] * len(PROMPTS)
 
 
 @pytest.mark.usefixtures("worth")

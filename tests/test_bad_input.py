@@ -782,7 +782,7 @@ def test_a_plugin_that_fails_wherever_it_would_add_to_a_list_stands_in_nobodys_w
         raise ZeroDivisionError("nothing is divided by zero")
 
     plugins = Plugins.discover()
-    plugins.register(make_plugin(**dict.fromkeys(sorted(LISTS), broken)), "broken")
+    plugins.register(make_plugin(**dict.fromkeys(sorted({*LISTS, "zoo_claim_overlay"}), broken)), "broken")
 
     made = zoo("build", DENSE, "--checkpoint", dense, "-o", tmp_path / "exports", plugins=plugins)
     verified = zoo("verify", tmp_path / "exports" / NAME, plugins=plugins)

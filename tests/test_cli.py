@@ -128,10 +128,10 @@ def test_debug_shows_the_traceback(make_plugin: MakePlugin) -> None:
     assert isinstance(zoo(plugins, "fail").exception, SystemExit), "--debug of one run must not stay for the next"
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Plugins, "entries", lambda _: 1 / 0)
+def test_a_bug_keeps_its_traceback(make_plugin: MakePlugin) -> None:
+    plugins = host(a=make_plugin(zoo_register_commands=raising(ZeroDivisionError())))
 
-    assert isinstance(zoo(host(), "list").exception, ZeroDivisionError)
+    assert isinstance(zoo(plugins, "fail").exception, ZeroDivisionError)
 
 
 def test_the_exit_code_of_a_command_is_that_of_zoo(make_plugin: MakePlugin) -> None:

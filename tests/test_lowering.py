@@ -21,12 +21,14 @@ from coreai_zoo.backends.coreai.backend import CoreAIBackend
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import CHUNKED, DYNAMIC, STATIC_S1, Contract, Prefill
 from coreai_zoo.lowering.extension import extend
+from coreai_zoo.lowering.graph import layer_list
 from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.lowering.repetition import (
     NotRepeated,
     Repetition,
     alike,
     find_repetition,
+    layer_kinds,
     short_signature,
     shortened,
 )
@@ -573,3 +575,26 @@ def test_a_decoder_that_cannot_be_continued_is_traced_whole_and_that_is_said(
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("Every layer is traced, because the first ones cannot be continued: ")
     assert BOTH[0].signatures(tmp_path / "skips.aimodel")["main"].states == {"state": ((8, 2, 4), "float32")}
+
+
+class Holding(nn.Module):
+    """A layer that holds something."""
+
+    def __init__(self, held: object) -> None:
+        super().__init__()
+        self.proj = nn.Linear(2, 2)
+        self.held = held
+
+
+def test_kinds_of_layers_are_told_of_the_list_that_is_asked_for_and_not_by_identity() -> None:
+    decoder = nn.Module()
+    decoder.rotary = nn.ModuleList(nn.Identity() for _ in range(6))
+    decoder.experts = nn.ModuleList(nn.Identity() for _ in range(8))
+    decoder.layers = nn.ModuleList(Holding(0.5 if index == 4 else 0.25) for index in range(6))
+    assert layer_kinds(decoder, "layers") == (0, 0, 0, 0, 1, 0)
+    assert layer_kinds(decoder, "nowhere") == ()
+    assert layer_list(name for name, _ in decoder.named_parameters()) == "layers"
+    decoder.layers = nn.ModuleList(Holding(object()) for _ in range(6))
+    assert len(set(layer_kinds(decoder, "layers"))) == 1
+    del decoder.experts, decoder.rotary
+    assert find_repetition(decoder) is None, "what cannot be compared is not copied"

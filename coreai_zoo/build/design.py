@@ -35,7 +35,7 @@ from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.engine import Interface, sentence
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import BadInput, PluginError, listing, zoo_command
-from coreai_zoo.lowering.graph import layer_names
+from coreai_zoo.lowering.graph import layer_list, layer_names
 from coreai_zoo.names import slug
 from coreai_zoo.overlay import HasParameterTable, LayerRewrite, ParameterInfo, WeightMap
 from coreai_zoo.plugins import Plugins
@@ -128,8 +128,10 @@ class Design:
         """What tells the kind of each layer: names of parameters, and all that its module in each function holds."""
         from coreai_zoo.lowering.repetition import layer_kinds
 
-        names = layer_names(tensor.name for tensor in self.weights.tensors)
-        held = [kinds for kinds in map(layer_kinds, self.modules.values()) if len(kinds) == len(names)]
+        parameters = [tensor.name for tensor in self.weights.tensors]
+        names, path = layer_names(parameters), layer_list(parameters)
+        told = [layer_kinds(module, path) for module in self.modules.values()]
+        held = [kinds for kinds in told if len(kinds) == len(names)]
         return list(zip(names, *held, strict=True))
 
     @property
@@ -264,7 +266,7 @@ def design(
     date = 0 if request.dry else source_date_epoch()
 
     source = source or find_source(subject, request, plugins, report or Reporter())
-    model = read_model(source.hf_config, plugins, request.layers)
+    model = read_model(source.hf_config, plugins, request.layers, of_entry=entry is not None)
     differences = _differences(request, entry, model, source, plugins)
     max_context = _max_context(request, entry, contract, model.facts)
     checkpoint = source.open(need_weights=not request.dry)

@@ -34,7 +34,7 @@ def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[s
         PluginError: when the overlay fails for no fact's fault, or makes a config that another one claims.
     """
     shown = _shown(entry)
-    overlay, plugin = plugins.claim_overlay(shown["model_type"], shown)
+    overlay, plugin = plugins.claim_overlay(shown["model_type"], shown, of_entry=True)
     facts = entry.facts.stated
     with plugins.attribute_errors(plugin, f"overlay {overlay.name!r}", except_input=True):
         try:
@@ -51,7 +51,7 @@ def config_of_entry(entry: Entry, plugins: Plugins, hint: str = "") -> Mapping[s
             raise BadInput(message, "Correct them in its file.") from error
         except Exception as error:
             raise _blamed_on_a_fact(entry, error) from error
-    claimed, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
+    claimed, _ = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config, of_entry=True)
     if claimed.name != overlay.name:
         raise PluginError(
             f"Entry {entry.name} is one of overlay {overlay.name!r} of plugin {plugin} by its sample, and the config "
@@ -112,14 +112,18 @@ class Model:
         return str(self.hf_config.get("model_type"))
 
 
-def read_model(hf_config: Mapping[str, Any], plugins: Plugins, layers: int | None = None) -> Model:
+def read_model(
+    hf_config: Mapping[str, Any], plugins: Plugins, layers: int | None = None, *, of_entry: bool = False
+) -> Model:
     """The model that a config describes, cut to its first `layers` layers where a number is given.
+
+    For `of_entry` see `Plugins.claim_overlay`.
 
     Raises:
         BadInput: when no plugin claims the architecture, the overlay cannot use the config, or a slice is not a model.
         PluginError: when several claim it.
     """
-    overlay, plugin = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config)
+    overlay, plugin = plugins.claim_overlay(str(hf_config.get("model_type")), hf_config, of_entry=of_entry)
     with plugins.attribute_errors(plugin, f"overlay {overlay.name!r}", except_input=True):
         whole_facts = overlay.facts(overlay.read_config(hf_config))
         if layers is not None:

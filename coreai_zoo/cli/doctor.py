@@ -135,7 +135,7 @@ def _plugin_finding(ctx: click.Context) -> Finding:
         load(plugins)
     for model_type in {each for entry, _ in load_entries(plugins).values() for each in entry.model_type}:
         with suppress(ZooError):  # two claims, or none: `zoo check` says that of its entry
-            plugins.claim_overlay(model_type, {"model_type": model_type})
+            plugins.claim_overlay(model_type, {"model_type": model_type}, of_entry=True)
     problems = " ".join(str(problem) for problem in plugins.problems)
     names = None if problems else ", ".join(plugins.names()) or "none"
     return Finding("plugins", names, "all load", ok=not problems, note=problems, mend="zoo --without PLUGIN COMMAND")

@@ -32,6 +32,7 @@ from coreai_zoo.gates.run import (
     run_gate,
     write_report,
 )
+from coreai_zoo.machine import cores
 from coreai_zoo.progress import Reporter
 
 _EXISTING = click.Path(path_type=Path)
@@ -129,7 +130,7 @@ def gate(
     """
     from coreai_zoo.gates import transcript as transcripts
 
-    options = GateOptions(**given)
+    options = GateOptions(**given, jobs=cores())
     if sensitivity:
         if against is not None or output is not None:
             raise BadInput("--sensitivity judges nothing: leave out --against and --output.")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
-import pickle
 from collections.abc import Callable, MutableSequence, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -17,9 +16,11 @@ from attrs import frozen
 
 from coreai_zoo.backend import Backend, drain
 from coreai_zoo.bundle.bundle import Bundle
-from coreai_zoo.errors import EnvironmentLacks
+from coreai_zoo.errors import ZooError
 from coreai_zoo.gate import Activations
 from coreai_zoo.processes import processes
+
+_log = logging.getLogger(__name__)
 
 _WORTH_PROCESSES = 100
 """Positions from which on more processes are started than this one: each takes as long to start as some positions."""
@@ -34,8 +35,8 @@ class AssetCandidate:
     Attributes:
         on_step: called after each token.
         keep_in: folder for the tokens and logits of each run, to compare a device with; None to keep nothing.
-        jobs: how many prompts may run at a time, each in a process of its own: a runtime on the processor takes one
-            core for one prompt.
+        jobs: how many prompts may run at a time, each in a process of its own, where a runtime takes one core for one
+            prompt.
     """
 
     bundle: Bundle
@@ -65,21 +66,16 @@ class AssetCandidate:
         return Activations(logits)
 
     def run_many(self, prompts: Sequence[Sequence[int]]) -> list[Activations]:
-        """What `run` gives for each prompt.
-
-        Raises:
-            EnvironmentLacks: when a process has ended before its prompt was finished.
-        """
+        """What `run` gives for each prompt."""
         jobs = min(self.jobs, len(prompts))
-        if jobs == 1 or sum(map(len, prompts)) < _WORTH_PROCESSES or not _goes_elsewhere(self.backend):
-            return [self.run(tokens) for tokens in prompts]
-        try:
-            return self._run_in_processes(prompts, jobs)
-        except BrokenProcessPool as error:
-            raise EnvironmentLacks(
-                f"A process that ran {self.bundle.asset.name} has ended; where memory is short, the system does that.",
-                "End other programs, or try fewer prompts at a time with --prompts.",
-            ) from error
+        if jobs > 1 and sum(map(len, prompts)) >= _WORTH_PROCESSES:
+            try:
+                return self._run_in_processes(prompts, jobs)
+            except ZooError:
+                raise
+            except Exception as error:  # noqa: BLE001  # a process was killed, none could be made, or a backend is no data
+                _log.info("All prompts run in one process: %r", error)
+        return [self.run(tokens) for tokens in prompts]
 
     def _run_in_processes(self, prompts: Sequence[Sequence[int]], jobs: int) -> list[Activations]:
         steps = multiprocessing.get_context("spawn").RawArray("Q", len(prompts))
@@ -97,15 +93,6 @@ class AssetCandidate:
                     self.on_step()
                 told += new
             return [future.result() for future in futures]
-
-
-def _goes_elsewhere(backend: Backend) -> bool:
-    """Whether another process can be given a backend, which a plugin may have made of anything."""
-    try:
-        pickle.dumps(backend)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from coreai_zoo.gates.teacher_forced import (
     run_oracle,
 )
 from coreai_zoo.json_files import read_object
-from coreai_zoo.machine import available_memory, cores
+from coreai_zoo.machine import available_memory
 from coreai_zoo.overlay import LayeredDecoder, Overlay
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -72,6 +72,7 @@ class GateOptions:
 
     Attributes:
         candidate: `auto`, `torch`, or the runtime of an installed backend.
+        jobs: how many prompts may run at a time, in processes of their own; these import the main module again.
     """
 
     checkpoint: Path | None = None
@@ -86,6 +87,7 @@ class GateOptions:
     oracle_cache: Path | None = None
     cached_only: bool = False
     corpus: str | None = None
+    jobs: int = 1
 
     def __attrs_post_init__(self) -> None:
         given = [self.prompt is not None, self.prompts is not None, bool(self.prompt_file)]
@@ -465,7 +467,8 @@ def _models(
     backend = shipped.backend
     ticker = Ticker()
     size, native = bytes_below(bundle.asset), _MAC and not isinstance(backend, Interpreting)
-    at_a_time = 1 if native or size > _INTERPRETED_BYTES else at_once(size, cores(), available_memory())
+    alone = native or isinstance(backend, Interpreting) or size > _INTERPRETED_BYTES  # each takes the whole machine
+    at_a_time = 1 if alone else at_once(size, options.jobs, available_memory())
     candidate = AssetCandidate(bundle, backend, ticker, keep_in if backend.extra_files else None, at_a_time)
     asset = Runner(candidate, ticker, arithmetic=_arithmetic(backend))
     overlay: Runner | None = None

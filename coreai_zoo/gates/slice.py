@@ -44,6 +44,7 @@ POSITIONS = 3
 """Tokens that a slice is run on: the first of them has an empty cache, and a step of a true width takes a minute."""
 
 _SHOWN = 3
+_DEEPER = 2  # times as many layers as have other names, to have those that are unlike in other ways
 _WHOLE = re.compile(r"only slot|\(state |broadcast_in_dims\(expand_dims\(slice_update")  # what is made of a whole state
 _SLOTS = re.compile(r"(, \d+)?(?=, 0\) -> \d+x)|(?<=-> )\d+(?=x)")
 _LAYER = re.compile(r"(?<=layer )\d+")
@@ -78,7 +79,9 @@ class Slice:
         A whole that is no deeper than a slice is run itself.
         """
         whole = self._graphs(self.bundle)
-        layers = max(slice_depth(whole), telling_depth(self.design.layer_kinds))
+        named, unlike = slice_depth(whole), telling_depth(self.design.layer_kinds)
+        # Layers that are all unlike each other are not all run.
+        layers = unlike if named < unlike <= _DEEPER * named else named
         tokens = prompt.tokens[:POSITIONS]
         told = f"the first {layers} layers on the {self._backend.runtime} runtime, {len(tokens)} positions"
         with tempfile.TemporaryDirectory(prefix="zoo-slice-") as folder, report.stage(NAME, told):

@@ -128,6 +128,12 @@ def _counted(function: Function, program: Program, anchors: _Anchors, names: Map
     )
 
 
+def layer_list(parameters: Iterable[str]) -> str:
+    """The path of the list that a decoder's layers are in, from the names of its parameters; empty where none is."""
+    matches = (_IN_A_LIST.fullmatch(name) for name in _Anchors.of(list(parameters)).layer)
+    return next((match[1] or "" for match in matches if match), "")
+
+
 def layer_names(parameters: Iterable[str]) -> list[str]:
     """The kind of each layer, by name, from the names of a decoder's parameters."""
     anchors = _Anchors.of(list(parameters))
@@ -144,10 +150,15 @@ def telling_depth(kinds: Sequence[Hashable]) -> int:
         kinds: of each layer, what tells its kind from others.
     """
     wanted = {kind: min(2, kinds.count(kind)) for kind in kinds}
-    return next(
-        depth
-        for depth in range(1, len(kinds) + 1)
-        if kinds[depth - 1] == kinds[-1] and all(kinds[:depth].count(kind) >= count for kind, count in wanted.items())
+    return (
+        next(
+            depth
+            for depth in range(1, len(kinds) + 1)
+            if kinds[depth - 1] == kinds[-1]
+            and all(kinds[:depth].count(kind) >= count for kind, count in wanted.items())
+        )
+        if kinds
+        else 0
     )
 
 

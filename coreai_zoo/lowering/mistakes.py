@@ -170,7 +170,7 @@ def computed_with(weights: Sequence[str], place: str) -> PluginError:
     names = dict.fromkeys(parameter_of(name)[0] for name in weights)
     return PluginError(
         f"The decoder computes with {listing([*names], _SHOWN)} before there is a token{place}: the compiler would "
-        "store what it makes of that, in the place of the weight.",
+        "store what it makes of that.",
         "What does not depend on a token belongs in the weight map, as a Transform of the weight.",
     )
 
@@ -187,7 +187,11 @@ def read_at(program: ExportedProgram, module: nn.Module, parameter: str) -> str:
     for node in program.graph.find_nodes(op="placeholder"):
         name = parameters.get(node.name, "")
         if name == parameter or name.endswith(f".{parameter}"):
-            place = next(filter(None, (_line_of(user, module) for user in node.users)), None)
+            # First those that read nothing but parameters.
+            users = sorted(
+                node.users, key=lambda user: any(each.name not in parameters for each in user.all_input_nodes)
+            )
+            place = next(filter(None, (_line_of(user, module) for user in users)), None)
             return "" if place is None else f" in {place.owner} at {place}"
     return ""
 

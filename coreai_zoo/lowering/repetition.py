@@ -79,9 +79,19 @@ def find_repetition(module: nn.Module) -> Repetition | None:
     return None
 
 
-def layer_kinds(module: nn.Module) -> tuple[int, ...]:
-    """The kind of each layer in the longest list of layers, as a number; see `Repetition.kinds`."""
-    return _kinds([_described(layer) for layer in _layers(module)[1]])[0]
+def layer_kinds(module: nn.Module, path: str) -> tuple[int, ...]:
+    """The kind of each layer in a list of layers, as a number, as far as can be told; see `Repetition.kinds`.
+
+    An object of a type that says nothing of its value is not another one for being an object of its own.
+
+    Args:
+        module: the decoder.
+        path: of the list; without one there, nothing is told.
+    """
+    layers = dict(module.named_modules()).get(path)
+    if not isinstance(layers, nn.ModuleList):
+        return ()
+    return _kinds([_described(layer, by_identity=False) for layer in layers])[0]
 
 
 def _layers(module: nn.Module) -> tuple[str, Sequence[nn.Module]]:
@@ -104,10 +114,11 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _described(layer: nn.Module) -> tuple[object, dict[str, int]]:
+def _described(layer: nn.Module, *, by_identity: bool = True) -> tuple[object, dict[str, int]]:
     """What a layer is, but for its integer attributes, and those by path.
 
-    What it holds under several names is told by the one under which it is met first.
+    What it holds under several names is told by the one under which it is met first. Other objects are told by their
+    identity, or by their types alone.
     """
     structure: list[object] = []
     integers: dict[str, int] = {}
@@ -129,7 +140,7 @@ def _described(layer: nn.Module) -> tuple[object, dict[str, int]]:
             if isinstance(value, int) and counting:
                 integers[f"{path}.{name}" if path else name] = value
             else:
-                structure.append((name, _comparable(value)))
+                structure.append((name, _comparable(value, by_identity)))
     return repr(structure), integers
 
 
@@ -148,15 +159,15 @@ def attributes_of(module: nn.Module) -> dict[str, object]:
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {name for name in vars(nn.Module()) if name.endswith("_hooks")}
 
 
-def _comparable(value: object) -> object:
+def _comparable(value: object, by_identity: bool) -> object:
     """A value that two layers agree in, or the identity of an object that they share."""
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return value
     if isinstance(value, (list, tuple)):
-        return (type(value).__qualname__, [_comparable(item) for item in value])
+        return (type(value).__qualname__, [_comparable(item, by_identity) for item in value])
     if isinstance(value, dict):
-        return [(_comparable(key), _comparable(item)) for key, item in value.items()]
-    return (type(value).__qualname__, id(value))
+        return [(_comparable(key, by_identity), _comparable(item, by_identity)) for key, item in value.items()]
+    return (type(value).__qualname__, id(value) if by_identity else None)
 
 
 def _kinds(

@@ -22,6 +22,7 @@ from coreai_zoo.entry import Entry
 from coreai_zoo.errors import CheckFailed, ZooError, did_you_mean, listing, near_names
 from coreai_zoo.gates.run import GateOptions, failure, run_gate, write_report
 from coreai_zoo.gates.stress import judge_all
+from coreai_zoo.machine import cores
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.review.golden_metadata import golden_metadata_path, metadata_differences
@@ -128,7 +129,7 @@ def _overlays(self: Checks) -> _Found:
     for entry, _ in load_entries(self.plugins).values():
         for model_type in entry.model_type:
             try:
-                overlay, plugin = self.plugins.claim_overlay(model_type, {"model_type": model_type})
+                overlay, plugin = self.plugins.claim_overlay(model_type, {"model_type": model_type}, of_entry=True)
                 claimed[model_type] = f"{overlay.name} of {plugin}"
             except ZooError as error:
                 problems.append(f"{model_type}: {error}")
@@ -164,7 +165,7 @@ def _require_golden_metadata(bundle: Bundle, folder: Path) -> None:
 
 def judge_sample(bundle: Bundle, plugins: Plugins) -> None:
     """Judge a bundle as `zoo gate` does without options, plugins' gates and the report included."""
-    (record,) = run_gate([bundle], GateOptions(), plugins, Reporter(silent=True))
+    (record,) = run_gate([bundle], GateOptions(jobs=cores()), plugins, Reporter(silent=True))
     write_report(bundle, [record])
     if not record["verdict"]["passed"]:
         raise failure(bundle.directory.name, record["verdict"]["reasons"])

@@ -322,14 +322,19 @@ def _require_kept(converted: Converted, traced: ExportedProgram, decoder: nn.Mod
     used = {paths[node.name] for node in traced.graph.find_nodes(op="placeholder") if node.name in paths and node.users}
     states = [name for name in converted.names.values() if _DECODER + name in paths.values()]
     mistakes.require_read([name for name in states if _DECODER + name not in used])
-    kept = {operation.outputs[0].name for operation in converted.program.functions["main"].operations}
+    made = {each.outputs[0].name: each for each in converted.program.functions["main"].operations}
+    blank = any(
+        each.op_type == "const" and name not in converted.names and _has_nan(each.val.val)
+        for name, each in made.items()
+    )
     plain = {
         placeholder: name.removeprefix(_DECODER)
         for placeholder, name in paths.items()
         if ".parametrizations." not in name
     }
     computed = foldable(traced, plain).weights
-    if gone := [name for constant, name in converted.names.items() if name in computed and constant not in kept]:
+    gone = [name for constant, name in converted.names.items() if name in computed and (blank or constant not in made)]
+    if gone:
         raise mistakes.computed_with(gone, mistakes.read_at(traced, decoder, gone[0]))
 
 

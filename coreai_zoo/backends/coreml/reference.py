@@ -358,7 +358,7 @@ _OPERATIONS: Mapping[str, Callable[[Arguments], Tensor | tuple[Tensor, ...]]] = 
     "rsqrt": lambda a: torch.rsqrt(_wide(a["x"]) + _wide(a["epsilon"])),
     "select": lambda a: torch.where(a["cond"], a["a"], a["b"]),
     "sigmoid": _unary(torch.sigmoid),
-    "sign": _unary(torch.sign),
+    "sign": _unary(lambda x: torch.where(x.isnan(), x, torch.sign(x))),
     "silu": _unary(F.silu),
     "sin": _unary(torch.sin),
     "slice_by_index": _slice_by_index,
