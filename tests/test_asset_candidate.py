@@ -12,14 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from coreai_zoo.backends.coreai.backend import CoreAIBackend
+from coreai_zoo.backends.coreml.backend import CoreMLBackend
+from coreai_zoo.build.design import design
+from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.bundle.find import checkpoint_of
 from coreai_zoo.errors import CheckFailed
 from coreai_zoo.gates import candidate
 from coreai_zoo.gates.candidate import AssetCandidate
-from coreai_zoo.gates.run import at_once
+from coreai_zoo.gates.run import GateOptions, _models, at_once
+from coreai_zoo.plugins import default_plugins
 from test_sensitivity_run import running, servers_of, wait_until, workers_of
 
 PROMPTS = ([5, 80, 17], [250, 3], [99, 41, 7, 120])
@@ -70,6 +75,14 @@ class OfThisProcess(Telling):
     """Holds what cannot be given to another process."""
 
     held: Callable[[], None] = lambda: None
+
+
+@frozen
+class WithoutMemory(CoreMLBackend):
+    """Core ML's, which does not look into the asset."""
+
+    def require_memory(self, asset: Path) -> None:
+        pass
 
 
 def processes_in(folder: Path) -> list[int]:
@@ -143,6 +156,19 @@ def test_the_logits_for_a_device_are_kept_from_there_too(bundle: Bundle, tmp_pat
     by_tokens = {tuple(file["tokens"].tolist()): file["logits"] for file in files}
     for tokens, activations in zip(PROMPTS, found, strict=True):
         assert np.array_equal(by_tokens[tuple(tokens)], activations.logits)
+
+
+@pytest.mark.parametrize(("backend", "jobs", "expected"), [("coreai", 2, 2), ("coreai", 1, 1), ("coreml", 2, 1)])
+def test_a_runtime_that_takes_the_whole_machine_runs_a_prompt_at_a_time(
+    backend: str, jobs: int, expected: int, bundle: Bundle
+) -> None:
+    """The reference interpreter of Core ML is torch, which has its own threads."""
+    request, _ = recorded_request(bundle, checkpoint_of(bundle, default_plugins(), None), bundle.directory.parent)
+    runtimes = {"coreai": CoreAIBackend(), "coreml": WithoutMemory()}
+    shipped = evolve(design(evolve(request, dry=True), default_plugins()), backend=runtimes[backend])
+    models = _models(bundle, shipped, None, GateOptions(jobs=jobs), None)
+    assert isinstance(models.candidate.model, AssetCandidate)
+    assert models.candidate.model.jobs == expected
 
 
 @pytest.mark.parametrize(

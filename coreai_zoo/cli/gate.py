@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from attrs import evolve
 
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import find_bundle
@@ -130,7 +131,7 @@ def gate(
     """
     from coreai_zoo.gates import transcript as transcripts
 
-    options = GateOptions(**given, jobs=cores())
+    options = GateOptions(**given)
     if sensitivity:
         if against is not None or output is not None:
             raise BadInput("--sensitivity judges nothing: leave out --against and --output.")
@@ -141,7 +142,7 @@ def gate(
     opened = [Bundle.open(folder) for folder in folders]
     folder = report_folder(opened[0], output)
     transcripts.check_writable(folder)
-    records = run_gate(opened, options, plugins, Reporter(silent=as_json), keep_in=folder)
+    records = run_gate(opened, evolve(options, jobs=cores()), plugins, Reporter(silent=as_json), keep_in=folder)
     replaces = replaced_by_less(opened[0], records[0], output)
     page = write_report(opened[0], records, output)
     if as_json:
