@@ -302,8 +302,8 @@ def test_an_interruption_while_workers_start_is_told_in_one_line(
 def test_a_worker_that_is_killed_ends_a_run_that_then_goes_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     with running(*WHAT, "-o", folder, "--jobs", 2) as process:
-        wait_until(lambda: measured(folder) > 2, process)
-        os.kill(workers_of(process)[0], signal.SIGKILL)
+        wait_until(lambda: measured(folder) > 0, process)  # all may be measured within a second
+        os.kill(workers_of(process)[-1], signal.SIGKILL)
         _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 3, stderr
     assert "error: A worker process has ended in the middle of a part" in stderr
