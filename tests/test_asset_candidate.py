@@ -65,8 +65,9 @@ class Ending(Telling):
 
 
 @frozen
-class Refusing(CoreAIBackend):
-    def stepper(self, *_arguments: Any, **_keywords: Any) -> Any:
+class Refusing(Telling):
+    def stepper(self, *arguments: Any, **keywords: Any) -> Any:
+        super().stepper(*arguments, **keywords)
         raise CheckFailed("This asset is not to be run.", "Build another.")
 
 
@@ -122,10 +123,11 @@ def test_a_few_positions_run_here(bundle: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("worth")
-def test_what_goes_wrong_in_a_process_is_told_as_if_it_were_here(bundle: Bundle) -> None:
+def test_what_goes_wrong_in_a_process_is_told_as_if_it_were_here(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="This asset is not to be run") as refused:
-        AssetCandidate(bundle, Refusing(), jobs=2).run_many(PROMPTS)
+        AssetCandidate(bundle, Refusing(folder=tmp_path), jobs=2).run_many(PROMPTS)
     assert refused.value.hint == "Build another."
+    assert os.getpid() not in processes_in(tmp_path), "it is not tried once more here"
 
 
 @pytest.mark.usefixtures("worth")
