@@ -23,7 +23,7 @@ from coreai_zoo.gates.weights import WeightSource
 from coreai_zoo.overlay import BatchedDecoder, LayeredDecoder, RoleKind
 from coreai_zoo.signature import InputSpec, StateSpec, TraceSpec
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
-from coreai_zoo.weights.quantizer import chunk_rows, workers
+from coreai_zoo.weights.quantizer import chunk_rows, one_thread, workers
 
 _WORTH_THREADS = 1 << 22  # elements of a matrix
 HEAD_CHUNK_ELEMENTS = 1 << 25
@@ -155,17 +155,10 @@ class TorchCandidate:
         """The input that holds positions."""
         return next(tensor for tensor in self.signature.inputs if tensor.holds != "tokens")
 
-    @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
         """One thread where matrices are small: there torch's half-precision product loses more time than it gains."""
-        before = torch.get_num_threads()
-        workers()  # they are made once, as many as torch has threads then: before it has one
-        if max(tensor.parameters for tensor in self.plan.tensors) < _WORTH_THREADS:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        small = max(tensor.parameters for tensor in self.plan.tensors) < _WORTH_THREADS
+        return one_thread() if small else contextlib.nullcontext()
 
     # -- the ends
 

@@ -12,13 +12,11 @@ result must not depend on the machine's cores or on what else runs.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from attrs import evolve, field, frozen
 
 from coreai_zoo.build.design import Design
@@ -31,7 +29,7 @@ from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.formats import require_divisible
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
-from coreai_zoo.weights.quantizer import workers
+from coreai_zoo.weights.quantizer import one_thread
 
 MIB = 2**20
 
@@ -268,21 +266,9 @@ class Subject:
         Raises:
             BadInput: when the decoder cannot be run layer by layer, or a weight is not finite.
         """
-        with _one_thread():
+        with one_thread():  # weights are still read by all workers, which sum nothing
             logits: np.ndarray[Any, Any] = self.candidate(part, on_layer).run(tokens).logits
         return logits
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Within the block torch computes in one thread; weights are still read by as many as before, which sum nothing."""
-    before = torch.get_num_threads()
-    workers()  # they are made once, as many as torch has threads then
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def measure(

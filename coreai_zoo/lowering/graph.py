@@ -150,16 +150,12 @@ def telling_depth(kinds: Sequence[Hashable]) -> int:
         kinds: of each layer, what tells its kind from others.
     """
     wanted = {kind: min(2, kinds.count(kind)) for kind in kinds}
-    return (
-        next(
-            depth
-            for depth in range(1, len(kinds) + 1)
-            if kinds[depth - 1] == kinds[-1]
-            and all(kinds[:depth].count(kind) >= count for kind, count in wanted.items())
-        )
-        if kinds
-        else 0
+    depths = (
+        depth
+        for depth in range(1, len(kinds) + 1)
+        if kinds[depth - 1] == kinds[-1] and all(kinds[:depth].count(kind) >= count for kind, count in wanted.items())
     )
+    return next(depths, 0)
 
 
 @frozen

@@ -261,10 +261,9 @@ def _with_few_experts(entry: Entry) -> Entry:
 
 def _telling_part(whole: Design, plugins: Plugins) -> Design:
     """The design of as many layers as show each kind twice; `whole` itself where that is all of them."""
-    depth = telling_depth(whole.layer_kinds)
-    return (
-        whole if depth == len(whole.layer_kinds) else design(evolve(whole.request, layers=depth), plugins, whole.entry)
-    )
+    kinds = whole.layer_kinds
+    depth = telling_depth(kinds)
+    return whole if depth == len(kinds) else design(evolve(whole.request, layers=depth), plugins, whole.entry)
 
 
 def _lowered(traced: Traced, plan: WeightPlan) -> Program:

@@ -122,11 +122,11 @@ def workers() -> ThreadPoolExecutor:
 
 
 @contextmanager
-def beside_workers() -> Iterator[None]:
-    """Within the block torch computes in this thread on one core, too: the others are the workers'."""
+def one_thread() -> Iterator[None]:
+    """Within the block torch computes in this thread on one core; the workers are as many as before."""
     import torch
 
-    workers()
+    workers()  # they are made once, as many as torch has threads then: before it has one
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -51,7 +51,7 @@ from coreai_zoo.weights.convert import (
 from coreai_zoo.weights.formats import TABLE, ArrayKind, Format, pack_int4
 from coreai_zoo.weights.journal import Journal, canonical, sync, sync_path
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
-from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows, beside_workers
+from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows, one_thread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -737,7 +737,7 @@ class _Work:
         """Compute what is not current, and have it on disk before the next tensors are asked for."""
         eviction = _Eviction(self.checkpoint)
         with ExitStack() as stack:
-            stack.enter_context(beside_workers())
+            stack.enter_context(one_thread())  # the other cores are the workers'
             if isinstance(arriving, Generator):
                 stack.enter_context(closing(arriving))
             committer = stack.enter_context(_Committer(self.store, self.placed))
