@@ -12,11 +12,11 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Condition, Lock
+from queue import SimpleQueue
 from typing import Self
 
 _REMEMBERED_BYTES = 2**20  # smaller files are hashed again
@@ -28,7 +28,6 @@ _TICKS = 0.05
 
 _Identity = tuple[int, int, int, int, int]
 _known: dict[_Identity, str] = {}
-_lock = Lock()
 
 
 def file_sha256(path: Path) -> str:
@@ -42,13 +41,12 @@ def file_sha256(path: Path) -> str:
         if status.st_size < _REMEMBERED_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
         identity = _identity(status)
-        with _lock:
-            if identity in _known:
-                return _known[identity]
+        if identity in _known:
+            return _known[identity]
         _let_tick(status)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if _identity(os.fstat(file.fileno())) == identity:
-            _remember(identity, digest)
+            _known[identity] = digest
         return digest
 
 
@@ -70,8 +68,7 @@ class FollowingDigest:
 
     def __init__(self, path: Path, gaps: Iterable[tuple[int, int]]) -> None:
         self._path, self._gaps = path, deque(sorted(gaps))
-        self._filled: set[tuple[int, int]] = set()
-        self._changed = Condition()
+        self._filled = SimpleQueue[tuple[int, int] | None]()
         self._left = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._digest = self._thread.submit(self._follow)
@@ -80,16 +77,13 @@ class FollowingDigest:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._changed:
-            self._left = True
-            self._changed.notify()
-        self._thread.shutdown(wait=True)
+        self._left = True
+        self._filled.put(None)
+        self._thread.shutdown()
 
     def filled(self, start: int, end: int) -> None:
         """One of the gaps is written."""
-        with self._changed:
-            self._filled.add((start, end))
-            self._changed.notify()
+        self._filled.put((start, end))
 
     def hexdigest(self) -> str:
         """The hexadecimal SHA-256 of the file, all gaps being filled; `file_sha256` knows it afterwards.
@@ -98,23 +92,19 @@ class FollowingDigest:
             ValueError: when a gap is not filled.
             OSError: when the file cannot be read.
         """
-        with self._changed:
-            missing = set(self._gaps) - self._filled
-        if missing:
-            raise ValueError(f"{self._path} has {len(missing)} gaps")
+        self._filled.put(None)
         digest = self._digest.result()
         status = self._path.stat()
         if status.st_size >= _REMEMBERED_BYTES:
             _let_tick(status)
-            _remember(_identity(status), digest)
+            _known[_identity(status)] = digest
         return digest
 
     def _follow(self) -> str:
         digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
         with self._path.open("rb", buffering=0) as file:
             place, size = 0, os.fstat(file.fileno()).st_size
-            while place < size and not self._left:
-                end = self._next_gap(place, size)
+            for end in self._ends(size):
                 while place < end and not self._left:
                     read = file.readinto(block[: end - place])
                     if not read:
@@ -123,22 +113,17 @@ class FollowingDigest:
                     place += read
         return digest.hexdigest()
 
-    def _next_gap(self, place: int, size: int) -> int:
-        """Where the first gap begins; waits until that is beyond `place`."""
-        with self._changed:
-            while not self._left:
-                while self._gaps and self._gaps[0] in self._filled:
-                    self._gaps.popleft()
-                end = self._gaps[0][0] if self._gaps else size
-                if end > place:
-                    return end
-                self._changed.wait()
-        return place
-
-
-def _remember(identity: _Identity, digest: str) -> None:
-    with _lock:
-        _known[identity] = digest
+    def _ends(self, size: int) -> Iterator[int]:
+        """How far the file is without a gap, each time that it may be further; at last its size."""
+        filled = set[tuple[int, int] | None]()
+        while self._gaps:
+            yield self._gaps[0][0]
+            filled.add(self._filled.get())
+            while self._gaps and self._gaps[0] in filled:
+                self._gaps.popleft()
+            if self._gaps and None in filled:
+                raise ValueError(f"{self._path} has {len({*self._gaps} - filled)} gaps")
+        yield size
 
 
 def _let_tick(status: os.stat_result) -> None:

@@ -13,7 +13,7 @@ def slug(name: str) -> str:
 
 
 def quantized_names(name: str) -> tuple[str, str, str, str]:
-    """Names of the integers, scales, zero points and table of the quantized parameter `name`, as `bind` makes them."""
+    """Names of the integers, scales, zero points and table of the quantized `name` as torch parametrizes it."""
     path, _, leaf = name.rpartition(".")
     return names_beside(f"{path}.parametrizations.{leaf}.original" if path else f"parametrizations.{leaf}.original")
 

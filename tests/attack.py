@@ -38,7 +38,7 @@ from coreai_zoo.gates.oracle import Oracle
 from coreai_zoo.gates.prompts import named_prompts
 from coreai_zoo.gates.rule import Verdict
 from coreai_zoo.gates.stress import positions_from, prompt_of, stress_samples, write_checkpoint
-from coreai_zoo.lowering.module import bind, build_module, parameters_of
+from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.recipes import Recipe
@@ -46,7 +46,7 @@ from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
-from decoders import OVERLAY, fed, fresh_states, one_thread, rewrites_of, signature
+from decoders import OVERLAY, bind, fed, fresh_states, one_thread, rewrites_of, signature
 from mutants import BOTH, MUTANTS, REFUSALS, SAMPLE, Mutant, applied
 
 ENTRIES = {"dense": "qwen3.6-27b", "moe": "qwen3.6-35b-a3b"}
@@ -218,7 +218,8 @@ class Target:
     def _decoder(self, recipe: Recipe) -> nn.Module:
         rewrites = [] if self.at_once else [("overlay", rewrite) for rewrite in rewrites_of(STATIC_S1)]
         decoder = build_module(lambda: OVERLAY.decoder(self.config, self.contract), rewrites)
-        bind(decoder, self._store(recipe))
+        store = self._store(recipe)
+        bind(decoder, {name: store[name] for name, _ in decoder.named_parameters()})
         return decoder
 
     def _store(self, recipe: Recipe) -> WeightStore:

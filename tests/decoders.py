@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.contracts import STATIC_S1, Contract
-from coreai_zoo.lowering.module import bind, build_module, parameters_of
+from coreai_zoo.lowering import module as lowering
+from coreai_zoo.lowering.module import build_module, parameters_of
 from coreai_zoo.overlay import LayerRewrite
 from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.signature import KVCache, TraceSpec
-from coreai_zoo.weights.plan import plan_weights
-from coreai_zoo.weights.store import WeightStore
+from coreai_zoo.weights.formats import ArrayKind, unpacked
+from coreai_zoo.weights.plan import PlannedTensor, plan_weights
+from coreai_zoo.weights.store import StoredTensor, WeightStore
 from coreai_zoo_overlays import qwen3_5
 
 OVERLAY = qwen3_5.Qwen35Overlay()
@@ -28,6 +31,40 @@ OVERLAY = qwen3_5.Qwen35Overlay()
 def rewrites_of(contract: Contract = STATIC_S1, function: str = "main") -> tuple[LayerRewrite, ...]:
     """The overlay's rewrites of a function of a contract."""
     return qwen3_5.layer_rewrites(contract, contract.functions(KVCache(1, 1, 1), (), 8, 64)[function])
+
+
+def tensors_of(store: WeightStore, tensors: Iterable[PlannedTensor]) -> dict[str, StoredTensor]:
+    """What a store holds of each tensor of a plan, by name."""
+    return {each.name: store[each.stored_as] for each in tensors}
+
+
+def bind(module: nn.Module, parameters: Mapping[str, StoredTensor]) -> None:
+    """Give every parameter of `module` its stored value, memory-mapped.
+
+    In memory packed integers are unpacked, indices are the integers of their table, and what is stored transposed is
+    laid out as the parameter is.
+
+    Args:
+        module: the decoder, on the meta device.
+        parameters: what is stored of each, by name.
+    """
+    with warnings.catch_warnings():
+        # Mapped copy-on-write: nothing writes to them, and torch need not warn that nothing may.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for name, _ in list(module.named_parameters()):
+            stored = parameters[name]
+            arrays = stored.format.arrays.items()
+            values = {kind: unpacked(_mapped(stored, kind), array) for kind, array in arrays}
+            if "table" in values:
+                values["data"] = values.pop("table").view(-1)[values["data"].int()]
+            if stored.format.transposed:
+                values["data"] = values["data"].transpose(-1, -2).contiguous()
+            lowering._put(module, name, stored.format, values)
+
+
+def _mapped(stored: StoredTensor, kind: ArrayKind) -> Tensor:
+    """One of the arrays of a stored weight as it lies in memory."""
+    return torch.from_numpy(stored.array(kind)).view(getattr(torch, stored.format.arrays[kind].memory_dtype))
 
 
 def load_decoder(
@@ -53,7 +90,7 @@ def load_decoder(
     plan = plan_weights(qwen3_5.weight_map(config), parameters_of(module), checkpoint.tensors, RECIPES[recipe])
     store = WeightStore(work)
     store.fill(plan, checkpoint)
-    bind(module, store)
+    bind(module, tensors_of(store, plan.tensors))
     return module, signature(config, contract)
 
 

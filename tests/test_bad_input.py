@@ -873,7 +873,7 @@ def test_a_read_only_output_folder_is_refused_before_the_checkpoint_is_looked_at
     result = zoo("build", DENSE, "--checkpoint", tmp_path / "nowhere", "-o", folder / "exports")
 
     text = paragraph(result)
-    assert f"The output folder {folder / 'exports'} cannot be written to" in text
+    assert f"The output folder {folder / 'exports'} cannot be used" in text
     assert "Choose another with -o DIR" in text
     assert sorted(path.name for path in folder.iterdir()) == before
 
@@ -885,7 +885,7 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path: Path, dense: Path, b
 
     result = zoo("build", DENSE, "--checkpoint", dense, "-o", file / below)
 
-    assert f"cannot be made: {file} is no folder" in paragraph(result)
+    assert f"cannot be used: {file} is no folder" in paragraph(result)
     assert contents(tmp_path) == {"file": hashlib.sha256(b"content").hexdigest()}
 
 
@@ -894,7 +894,7 @@ def test_an_output_folder_that_is_a_dangling_link_is_refused(tmp_path: Path, den
 
     result = zoo("build", DENSE, "--checkpoint", dense, "-o", tmp_path / "link")
 
-    assert f"cannot be made: {tmp_path / 'link'} is no folder" in paragraph(result)
+    assert f"cannot be used: {tmp_path / 'link'} is no folder" in paragraph(result)
     assert contents(tmp_path) == {"link": f"link to {tmp_path / 'nowhere'}"}
 
 

@@ -24,6 +24,7 @@ from coreai_zoo.lowering import module
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.weights.store import WeightStore
+from decoders import tensors_of
 from hub import Hub
 from suite import NIGHTLY
 
@@ -106,7 +107,7 @@ def test_the_baseline_writes_the_constants_that_a_build_writes(root: Path, tmp_p
     planned = design(BuildRequest(checkpoint=tmp_path / "made", recipe="int8hu", dry=True), default_plugins())
     store = WeightStore(tmp_path / "store")
     store.fill(planned.weights, planned.checkpoint)
-    constants = module.constants(store, (tensor.name for tensor in planned.weights.tensors))
+    constants = module.constants(tensors_of(store, planned.weights.tensors))
     # The toolchain writes what is smaller among the operations.
     expected = {name: each.data.tobytes() for name, each in constants.items() if each.data.nbytes >= 1024}
     written = CoreAIBackend().constants(tmp_path / "whole" / "whole_model.aimodel")

@@ -30,7 +30,7 @@ from coreai_zoo.signature import TraceSpec
 from coreai_zoo.weights.plan import WeightPlan, plan_weights
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_overlays import qwen3_5
-from decoders import OVERLAY, feed, fresh_states, rewrites_of, signature
+from decoders import OVERLAY, bind, feed, fresh_states, rewrites_of, signature, tensors_of
 from test_coreai_backend import recipe_of
 
 TOKENS = [5, 80, 80, 17, 250, 3, 3, 99, 41, 7, 120, 121]
@@ -97,7 +97,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
         lowering.allocate(
             module, {name: attrs.evolve(each.format, quantization=None) for name, each in tensors.items()}
         )
-        constants = lowering.constants(planned.store(directory / "store"), tensors)
+        constants = lowering.constants(tensors_of(planned.store(directory / "store"), planned.plan.tensors))
         save(BACKEND.trace({"main": module}, {"main": planned.signature}), constants, directory / "m.aimodel")
         return Compiled(planned, directory / "m.aimodel", constants)
 
@@ -208,8 +208,8 @@ def test_what_is_stored_becomes_the_values_that_the_graph_makes_of_it(
     planned = Planned(Checkpoint.open(tiny_checkpoint(tmp_path / "checkpoint", kind)), recipe)  # type: ignore[arg-type]
     module = planned.module()
     store = planned.store(tmp_path / "store")
-    lowering.bind(module, store)
-    constants = lowering.constants(store, [tensor.name for tensor in planned.plan.tensors])
+    bind(module, tensors_of(store, planned.plan.tensors))
+    constants = lowering.constants(tensors_of(store, planned.plan.tensors))
     state = {name: torch.from_numpy(c.data.reshape(-1).view(np.uint8)) for name, c in constants.items()}
     weights = AssetWeights("the store", {tensor.name: tensor for tensor in planned.plan.tensors}, state)
     quantized = [tensor for tensor in planned.plan.tensors if tensor.quantization is not None]
@@ -239,7 +239,7 @@ def test_layer_by_layer_gives_the_bits_of_the_whole_decoder(
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "checkpoint", kind, num_hidden_layers=4))
     planned = Planned(checkpoint, RECIPES["int8hu"], contract)
     whole = planned.module()
-    lowering.bind(whole, planned.store(tmp_path / "store"))
+    bind(whole, tensors_of(planned.store(tmp_path / "store"), planned.plan.tensors))
     pieces = () if query_length else (len(TOKENS),)
     expected = feed(whole, TOKENS, fresh_states(planned.signature), *pieces)
 

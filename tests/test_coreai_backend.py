@@ -48,11 +48,11 @@ from coreai_zoo.program import Program
 from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.recipes import QuantizationSpec, Recipe
 from coreai_zoo.signature import InputSpec, KVCache, TensorSpec, TraceSpec
-from coreai_zoo.weights.formats import has_zero_points
+from coreai_zoo.weights.formats import Format, has_zero_points
 from coreai_zoo.weights.plan import plan_weights
 from coreai_zoo.weights.store import Place, StoredArray, StoredTensor, WeightStore
 from coreai_zoo_overlays.qwen3_5.table import ROLES
-from decoders import rewrites_of
+from decoders import bind, rewrites_of
 from suite import NIGHTLY
 
 TESTS = Path(__file__).parent
@@ -113,12 +113,13 @@ class Model:
 
 def bound(module: nn.Module, store: WeightStore, *, values: bool) -> dict[str, Constant]:
     """Bind a module, or allocate it to be traced; its constants."""
-    names = [name for name, _ in module.named_parameters()]
+    parameters = {name: store[name] for name, _ in module.named_parameters()}
     if values:
-        lowering.bind(module, store)
+        bind(module, parameters)
     else:
-        lowering.allocate(module, {name: evolve(store[name].format, quantization=None) for name in names})
-    return lowering.constants(store, names)
+        formats = {name: evolve(stored.format, quantization=None) for name, stored in parameters.items()}
+        lowering.allocate(module, formats)
+    return lowering.constants(parameters)
 
 
 def _dtype(spec: TensorSpec) -> torch.dtype:
@@ -451,9 +452,9 @@ def compile_big(directory: Path) -> None:
     half = sparse(directory / "half", BIG_BYTES)
     codes, scales = sparse(directory / "codes", BIG_BYTES), sparse(directory / "scales", BIG_BYTES // 32 * 2)
     store: Any = {
-        "plain.weight": StoredTensor("plain.weight", "mlp", (BIG // 2, BIG), "float16", None, "", {"data": half}),
+        "plain.weight": StoredTensor("plain.weight", Format((BIG // 2, BIG), "float16"), "", {"data": half}),
         "quantized.weight": StoredTensor(
-            "quantized.weight", "mlp", (BIG, BIG), "float16", INT8, "", {"data": codes, "scales": scales}
+            "quantized.weight", Format((BIG, BIG), "float16", INT8), "", {"data": codes, "scales": scales}
         ),
     }
     spec = TraceSpec(

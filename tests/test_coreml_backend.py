@@ -60,7 +60,7 @@ from coreai_zoo.signature import Axis, KVCache, StateSpec, TraceSpec
 from coreai_zoo.weights.formats import pack_int4
 from coreai_zoo.weights.store import WeightStore
 from coreai_zoo_qwen36.bounds import BOUNDS as SAMPLES
-from decoders import rewrites_of
+from decoders import bind, rewrites_of, tensors_of
 from shared import Arrays, Shared
 from suite import NIGHTLY
 
@@ -190,7 +190,7 @@ def traced(tiny: Built) -> tuple[Traced, dict[str, Constant]]:
     resolved = design(tiny.resolved.request, default_plugins())
     formats = {tensor.name: tensor.format for tensor in resolved.weights.tensors}
     lowering_module.allocate(resolved.modules["main"], formats)
-    constants = lowering_module.constants(tiny.store, (tensor.name for tensor in resolved.weights.tensors))
+    constants = lowering_module.constants(tensors_of(tiny.store, resolved.weights.tensors))
     return BACKEND.trace(resolved.modules, resolved.signatures), dict(constants)
 
 
@@ -308,7 +308,7 @@ def test_the_interpreter_agrees_with_the_overlay_in_pytorch_within_half_precisio
         lambda: model.resolved.model.overlay.decoder(model.resolved.model.config, FIXED_S1),
         list(model.resolved.functions["main"].rewrites),
     )
-    lowering_module.bind(module, model.store)
+    bind(module, tensors_of(model.store, model.resolved.weights.tensors))
     states = [torch.zeros(state.shape, dtype=torch.float16) for state in model.bundle.signature.states]
     rows = []
     with torch.no_grad():
@@ -405,7 +405,7 @@ def with_outlier(directory: Path) -> Path:
 def test_every_weight_is_stored_once_with_the_very_bytes_of_the_store(kind: str, built: Samples) -> None:
     """The store's are those of the Core AI backend, see test_coreai_backend."""
     model = built[kind]
-    constants = lowering_module.constants(model.store, (tensor.name for tensor in model.resolved.weights.tensors))
+    constants = lowering_module.constants(tensors_of(model.store, model.resolved.weights.tensors))
     stored = BACKEND.constants(model.package)
     assert set(stored) == set(constants) | {"model.rotary_emb.inverse_frequency"}
     for name, constant in constants.items():
@@ -476,7 +476,7 @@ def test_signature_and_state_are_read_back(built: Samples) -> None:
 def test_its_program_as_data_names_every_stored_weight(kind: str, built: Samples) -> None:
     model = built[kind]
     program = BACKEND.program(model.package)
-    constants = lowering_module.constants(model.store, (tensor.name for tensor in model.resolved.weights.tensors))
+    constants = lowering_module.constants(tensors_of(model.store, model.resolved.weights.tensors))
     assert {name: stored for name, stored in program.stored.items() if name in constants} == {
         name: (constant.shape, constant.dtype) for name, constant in constants.items()
     }

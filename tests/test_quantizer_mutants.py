@@ -23,6 +23,7 @@ from coreai_zoo.plugins import default_plugins
 from coreai_zoo.progress import Reporter
 from coreai_zoo.recipes import Recipe
 from coreai_zoo.weights.store import WeightStore
+from decoders import tensors_of
 from documents import read
 from quantizer_mutants import LAYERS, QUANTIZER_MUTANTS, QuantizerMutant, table
 from traces import trace_once
@@ -38,7 +39,7 @@ def values_found(of: Design, directory: Path) -> dict[str, torch.Tensor]:
     """The bytes that the weights of a design are stored in, by the names that they have in an asset."""
     store = WeightStore(directory)
     store.fill(of.weights, of.checkpoint)
-    stored = constants(store, [tensor.name for tensor in of.weights.tensors])
+    stored = constants(tensors_of(store, of.weights.tensors))
     return {name: torch.from_numpy(each.data.reshape(-1).view(np.uint8)) for name, each in stored.items()}
 
 

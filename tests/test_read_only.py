@@ -120,4 +120,4 @@ def test_a_build_is_refused_where_it_cannot_write_before_anything_is_read(locked
     result = zoo(locked, "build", "qwen3.6-27b", "--sample")
 
     assert result.returncode == 2
-    assert "The output folder exports cannot be written to" in result.stderr
+    assert "The output folder exports cannot be used" in result.stderr

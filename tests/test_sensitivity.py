@@ -22,11 +22,11 @@ from coreai_zoo.gates import layered
 from coreai_zoo.gates.rule import judge
 from coreai_zoo.gates.sensitivity import Part, Sensitivity, Subject, margins_lost, measure, parts_of, ranked
 from coreai_zoo.gates.sensitivity_results import _in_order, _key, _what
-from coreai_zoo.lowering.module import bind, build_module
+from coreai_zoo.lowering.module import build_module
 from coreai_zoo.plugins import default_plugins
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.weights.store import WeightStore
-from decoders import feed, fresh_states, one_thread
+from decoders import bind, feed, fresh_states, one_thread, tensors_of
 
 INT4 = QuantizationSpec("int4", "symmetric_with_clipping", 32)
 INT8 = QuantizationSpec("int8", "symmetric_with_clipping", 32)
@@ -75,7 +75,7 @@ def built(resolved: Design, base: Mapping[str, QuantizationSpec], part: Part | N
     )
     store = WeightStore(work)
     store.fill(plan, resolved.checkpoint)
-    bind(module, store)
+    bind(module, tensors_of(store, plan.tensors))
     return feed(module, TOKENS, fresh_states(resolved.signatures["main"])).float().numpy()
 
 

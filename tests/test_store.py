@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 
 import forked
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.errors import BadInput, EnvironmentLacks
+from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Part, Transform, WeightMap, WeightRule
 from coreai_zoo.recipe_files import RECIPES
 from coreai_zoo.recipes import QuantizationSpec, Recipe
@@ -106,11 +107,11 @@ def test_every_kind_of_tensor_comes_back_as_planned(checkpoint: Checkpoint, stor
     assert str(decay.dtype) == "float32" and torch.equal(torch.from_numpy(decay), -source["decay"].float().exp())
     assert torch.equal(torch.from_numpy(store["conv"].array("data")), source["conv"].half().view(8, 4))
     experts = torch.stack([torch.cat([source[f"e.{i}.a"], source[f"e.{i}.b"]]) for i in range(3)])
-    for name, role, whole in (("l.1.w", "mlp", source["l.1.w"]), ("experts", "moe.expert", experts)):
+    for name, whole in (("l.1.w", source["l.1.w"]), ("experts", experts)):
         stored = store[name]
-        assert stored.quantization is not None
-        assert (stored.role, stored.shape) == (role, tuple(whole.shape))
-        expected = quantize_rows(whole.half().view(-1, whole.shape[-1]), stored.quantization)
+        spec = stored.format.quantization
+        assert spec is not None and stored.format.shape == tuple(whole.shape)
+        expected = quantize_rows(whole.half().view(-1, whole.shape[-1]), spec)
         assert torch.equal(torch.from_numpy(stored.array("data")), expected.codes.view(whole.shape))
         assert torch.equal(torch.from_numpy(stored.array("scales")), expected.scales.view(*whole.shape[:-1], -1))
         assert "zero_points" not in stored.format.arrays
@@ -360,11 +361,10 @@ def test_an_interrupted_fill_that_goes_on_with_other_code_keeps_no_value_of_the_
     assert contents(store.directory) == contents(anew.directory)
 
 
-def test_another_role_with_the_same_spec_is_noted_without_computing(checkpoint: Checkpoint, store: WeightStore) -> None:
+def test_another_role_with_the_same_spec_computes_nothing(checkpoint: Checkpoint, store: WeightStore) -> None:
     store.fill(plan(checkpoint), checkpoint)
     rules = tuple(WeightRule("l.{n}.w", "l.{n}.w", "attention") if rule.role == "mlp" else rule for rule in RULES)
     assert computed(store, plan(checkpoint, rules=rules), checkpoint) == []
-    assert WeightStore(store.directory)["l.1.w"].role == "attention"
 
 
 FILL_SAMPLE = """
@@ -461,11 +461,12 @@ def test_tensors_that_the_plan_does_not_name_are_removed(checkpoint: Checkpoint,
     assert computed(store, plan(checkpoint), checkpoint) == ["l.0.w", "l.1.w"]
 
 
-def test_tensors_that_the_plan_does_not_name_stay_when_told(checkpoint: Checkpoint, store: WeightStore) -> None:
-    store.fill(plan(checkpoint), checkpoint)
-    report = WeightStore(store.directory).fill(without_layers(checkpoint), checkpoint, keep_others=True)
+def test_tensors_that_are_not_wanted_yet_stay_as_they_are(checkpoint: Checkpoint, store: WeightStore) -> None:
+    whole = plan(checkpoint)
+    store.fill(whole, checkpoint)
+    report = WeightStore(store.directory).fill(whole, checkpoint, arriving=[without_layers(checkpoint).stored])
     assert report == FillReport(0, 4, 0)
-    assert computed(store, plan(checkpoint), checkpoint) == []
+    assert computed(store, whole, checkpoint) == []
 
 
 def test_the_journal_does_not_grow_for_ever(checkpoint: Checkpoint, store: WeightStore) -> None:
@@ -712,13 +713,13 @@ def test_what_was_moved_is_found_until_it_changes(
     folder.mkdir()
     store.fill(planned, checkpoint, places=places_in(folder / "asset", planned))
     (tmp_path / "kept").mkdir()
-    store.keep(tmp_path / "kept", folder, tmp_path / "bundle")
+    store.hand_over(tmp_path / "kept", (folder, tmp_path / "bundle"))
     folder.rename(tmp_path / "bundle")
     store = WeightStore(tmp_path / "kept")
     assert arrays_of(store) == expected and set(contents(store.directory)) == {"conv.data"}
     begun = WeightStore(tmp_path / "begun")
     begun.directory.mkdir()
-    begun.adopt(store.directory)
+    store.hand_over(begun.directory)
     assert arrays_of(begun) == arrays_of(WeightStore(begun.directory)) == expected
     places = places_in(tmp_path / "next", planned)
     before = (store.directory / JOURNAL).read_bytes()
@@ -811,14 +812,14 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, store: WeightSto
 def test_a_store_where_no_directory_can_be_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(EnvironmentLacks, match="cannot be used: "):
+        with pytest.raises((FileExistsError, NotADirectoryError), match=re.escape(str(place))):
             WeightStore(place).fill(plan(checkpoint), checkpoint)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_store_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
-    with pytest.raises(EnvironmentLacks, match="cannot be used: Permission denied"):
+    with pytest.raises(PermissionError):
         WeightStore(tmp_path / "locked").fill(plan(checkpoint), checkpoint)
 
 
@@ -829,11 +830,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield make("64k")
 
 
-def test_a_full_disk_is_explained_and_finished_tensors_are_kept(small_disk: Path, tmp_path: Path) -> None:
+def test_finished_tensors_are_kept_when_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
     check_no_space(small_disk, tmp_path, limit="")
 
 
-def test_a_limit_on_file_sizes_is_explained_too(tmp_path: Path) -> None:
+def test_finished_tensors_are_kept_at_a_limit_on_file_sizes(tmp_path: Path) -> None:
     check_no_space(tmp_path / "store", tmp_path, limit="resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000));")
 
 
@@ -865,8 +866,7 @@ def check_no_space(directory: Path, tmp_path: Path, limit: str) -> None:
     code = NO_SPACE.format(limit=limit)
     command = [sys.executable, "-c", code, str(checkpoint.directory), str(directory), str(Path(__file__).parent)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert said.startswith("EnvironmentLacks There is no space left for weights"), said
-    assert "run the same command again to go on" in said and str(directory) in said
+    assert re.match(r"OSError \[Errno \d+\] (No space left on device|File too large)", said), said
     assert sorted(path.name for path in directory.iterdir()) == [JOURNAL, "w.0.data"]
     if not limit:
         return

@@ -847,9 +847,7 @@ def test_what_is_fetched_for_some_tensors_leaves_the_files_of_others(hub: Hub, t
     some = planned(checkpoint)
     (one,) = (each for each in some.stored if each.name == "norm")
     stream = Stream(source, checkpoint, attrs.evolve(some, tensors=(one,)), place.store, place.folder, alone=False)
-    place.store.fill(
-        attrs.evolve(some, tensors=(one,)), checkpoint, keep_others=True, arriving=stream.arriving(lambda *_: None)
-    )
+    place.store.fill(some, checkpoint, arriving=stream.arriving(lambda *_: None))
     assert {path.name: path.read_bytes() for path in place.folder.iterdir()} == before
 
 

@@ -125,7 +125,7 @@ def test_a_file_that_was_cut_off_or_replaced_is_laid_out_anew(builds: Builds) ->
     builds.interrupted(LAYOUT)
     (file,) = builds.workspace.partial.rglob("weights")
     os.truncate(file, LAYOUT.size - 10)
-    assert builds.run(LAYOUT).computed == 1, "the one whose bytes are still there is taken along"
+    assert builds.run(LAYOUT).computed == 2, "nothing is known of it any more"
     shutil.rmtree(builds.workspace.partial)
     assert builds.run(LAYOUT).computed == 2
 
@@ -232,28 +232,11 @@ def test_the_store_of_an_older_zoo_is_not_believed_and_goes(builds: Builds, keep
     assert not keep or [path.name for path in work.iterdir()] == [JOURNAL]
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("strange", [False, True], ids=["", "and something else"])
-def test_the_journal_of_an_earlier_version_is_taken_over(builds: Builds, keep: bool, strange: bool) -> None:
-    """It lay under the name of the bundle, where a user may have a bundle."""
-    keeping = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=True))
-    keeping.run(LAYOUT, publish=True)
-    earlier = builds.workspace.work.with_name("toy")
-    builds.workspace.work.rename(earlier)
-    if strange:
-        (earlier / "thesis.txt").write_text("years of work")
-    again = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=keep)).run(LAYOUT, publish=True)
-    assert again.computed == (2 if strange else 0)
-    assert earlier.exists() is strange
-    assert not strange or (earlier / "thesis.txt").read_text() == "years of work"
-    assert builds.workspace.work.is_dir() is keep
-
-
 def test_a_work_folder_that_cannot_be_is_refused_before_anything_else(builds: Builds) -> None:
     builds = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=True))
     builds.workspace.work.parent.mkdir(parents=True)
     builds.workspace.work.write_text("a file")
-    with pytest.raises(BadInput, match="cannot be made"), builds.workspace.opened(force=False):
+    with pytest.raises(BadInput, match=r"work directory .* cannot be used"), builds.workspace.opened(force=False):
         pytest.fail("it was opened")
     assert builds.workspace.work.read_text() == "a file"
 

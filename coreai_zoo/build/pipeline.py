@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -201,9 +200,9 @@ def _laid_out(
         if missing:
             report.note(f"fetching {size(missing)} first, for the layout depends on what is in them")
         with report.bytes(missing) if missing else nullcontext(lambda *_: None) as count:
-            arriving = None if stream is None else stream.arriving(count)
-            filled.append(store.fill(part, designed.checkpoint, keep_others=True, arriving=arriving))
-        found = constants({each.name: store[each.stored_as] for each in read}, [each.name for each in read])
+            arriving = [part.stored] if stream is None else stream.arriving(count)
+            filled.append(store.fill(designed.weights, designed.checkpoint, arriving=arriving))
+        found = constants({each.name: store[each.stored_as] for each in read})
         return {name: found[name] for name in names}
 
     return traced.lay_out(planned_constants(designed.weights), values), filled
@@ -257,12 +256,11 @@ def _fill(
         sha256 = digest.hexdigest()
     if layout.checksum is not None:
         (asset / layout.checksum).write_bytes(bytes.fromhex(sha256))
-    earlier = sum(each.computed for each in before)
-    repaired = (*chain.from_iterable(each.repaired for each in before), *filled.repaired)
-    filled = evolve(filled, computed=filled.computed + earlier, reused=filled.reused - earlier, repaired=repaired)
+    filled.reused -= sum(each.computed for each in before)  # in files of the store's own, and copied
+    filled.computed += sum(each.computed for each in before)
     report.note(f"{filled.computed} computed, {filled.reused} reused")
-    if filled.repaired:
-        report.note(f"damaged and redone: {listing(list(filled.repaired))}")
-    if filled.removed:
-        report.note(f"removed {len(filled.removed)} tensors that this build does not use")
+    if repaired := [name for each in (*before, filled) for name in each.repaired]:
+        report.note(f"damaged and redone: {listing(repaired)}")
+    if removed := sum(len(each.removed) for each in (*before, filled)):
+        report.note(f"removed {removed} tensors that this build does not use")
     return filled

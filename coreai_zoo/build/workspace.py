@@ -8,15 +8,14 @@
 
 WORK may be any folder, that of the bundles too, so nothing else in it is touched. The names are fixed, so a build finds
 whatever a killed one left; see `Workspace.opened`. The store outlives an interruption, so that the next build goes on.
-Journal and weights are in one folder, and stay together wherever it is moved or copied. A layout has a folder in it
-that is named by chance: what a journal says of one is true of no other.
+Journal and weights are in one folder, and stay together wherever it is moved or copied. Each layout has a folder in it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -29,7 +28,7 @@ from coreai_zoo.bundle.bundle import MOVE_AWAY, require_replaceable
 from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError
 from coreai_zoo.layout import Layout
 from coreai_zoo.weights.journal import sync_path
-from coreai_zoo.weights.store import JOURNAL, WeightStore, is_own_file
+from coreai_zoo.weights.store import JOURNAL, WeightStore
 
 _DEFAULT_WORK = ".zoo-work"
 _SPARE = 2 * 2**20
@@ -43,18 +42,20 @@ def check_output_folder(output: Path) -> None:
         BadInput: when it is not a folder, or nothing can be made in it.
     """
     existing = existing_parent(output)
-    if not existing.is_dir():
-        raise BadInput(
-            f"The output folder {output} cannot be made: {existing} is no folder.", "Choose another with -o DIR."
-        )
-    try:
+    with _usable(f"output folder {output}", "-o DIR"):
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{existing} is no folder")
         # Has no name on Linux: being killed here leaves nothing.
-        with tempfile.TemporaryFile(dir=existing, prefix=".zoo-"):
-            pass
+        tempfile.TemporaryFile(dir=existing, prefix=".zoo-").close()
+
+
+@contextlib.contextmanager
+def _usable(folder: str, option: str) -> Iterator[None]:
+    """Within the block, a folder that the system refuses is a mistake of whoever chose it by an option."""
+    try:
+        yield
     except OSError as error:
-        raise BadInput(
-            f"The output folder {output} cannot be written to: {error.strerror}.", "Choose another with -o DIR."
-        ) from error
+        raise BadInput(f"The {folder} cannot be used: {error.strerror}.", f"Choose another with {option}.") from error
 
 
 def existing_parent(path: Path) -> Path:
@@ -71,19 +72,16 @@ class Workspace:
         destination: where the bundle will be.
         work: where the journal of a finished bundle is kept.
         keep: whether to keep it.
-        given: whether the user chose where.
     """
 
     destination: Path
     work: Path
     keep: bool = False
-    given: bool = False
 
     @classmethod
     def of(cls, output: Path, name: str, work_dir: Path | None, *, keep: bool) -> Workspace:
         """The workspace of the bundle called `name`."""
-        work = (work_dir or output / _DEFAULT_WORK) / f".{name}.work"
-        return cls(output / name, work, keep, given=work_dir is not None)
+        return cls(output / name, (work_dir or output / _DEFAULT_WORK) / f".{name}.work", keep)
 
     @property
     def partial(self) -> Path:
@@ -120,9 +118,8 @@ class Workspace:
             stack.enter_context(self._locked())
             self._recover()
             self._check_destination(force)
-            stack.enter_context(self._directory())
             try:
-                with _writing_explained():
+                with self._writing_explained(), self._directory():
                     yield
             except Exception as error:
                 if isinstance(error, EnvironmentLacks) or isinstance(error.__cause__, OSError):
@@ -135,11 +132,10 @@ class Workspace:
 
     def _say_what_is_kept(self, error: Exception) -> None:
         """Note in an error from where the same command goes on."""
-        kept = [f"Finished weights are kept in {self.partial}"] if self.store.holds_tensors else []
+        if self.store.holds_tensors:
+            error.add_note(f"Finished weights are kept in {self.partial}.")
         if self.shards.is_dir() and any(self.shards.iterdir()):
-            kept.append(f"{'what' if kept else 'What'} has been fetched {'' if kept else 'is kept '}in {self.shards}")
-        if kept:
-            error.add_note(f"{', and '.join(kept)}.")
+            error.add_note(f"What has been fetched is kept in {self.shards}.")
 
     def lay_out(self, layout: Layout, asset: str, store: WeightStore, spare: int = 0) -> Path:
         """The folder of a bundle being built in which there is room for its weights, and nothing else but the asset.
@@ -155,12 +151,11 @@ class Workspace:
         Raises:
             OSError: when it cannot be written: there may be no room for it.
         """
-        name = store.laid_out_as(layout.sha256)
-        if name is None or not layout.is_in(store.directory / name / asset):
-            name = secrets.token_hex(4)
-            (store.directory / name).mkdir()
-            store.lay_out(layout.sha256, name)
-        folder = store.directory / name
+        folder = store.directory / layout.sha256[:16]
+        if not layout.is_in(folder / asset):
+            store.forget_in(folder)  # of a file that is gone, or is not as it was left
+            _remove([folder])
+        folder.mkdir(exist_ok=True)
         _remove_all_but(folder, folder / asset / layout.path)
         others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
         used = {parent for file in store.files() for parent in file.parents}
@@ -182,14 +177,13 @@ class Workspace:
 
         Whenever this is killed, `_recover` can tell whether the bundle was in place: then it is not in the store.
         """
-        _sync_tree(bundle)
+        for path in (bundle, *bundle.rglob("*")):  # after a power cut a bundle is whole or absent
+            sync_path(path)
         shutil.rmtree(self.shards, ignore_errors=True)
-        kept = [self.work / JOURNAL] if self.keep else []
+        if self.work.is_dir():
+            _remove(self.work.iterdir())
         if self.keep:
-            store.keep(self.work, bundle, self.destination.resolve())
-            kept += [self.work / path.name for path in store.own_files()]
-        if self.work.is_dir():  # also of the first version of the zoo, which had all weights there
-            _remove(path for path in self.work.iterdir() if path not in kept)
+            store.hand_over(self.work, (bundle, self.destination.resolve()))
         _remove(path for path in bundle.parent.iterdir() if path.is_dir() and path != bundle)
         if self.destination.exists():
             os.rename(self.destination, self._aside)
@@ -234,10 +228,9 @@ class Workspace:
     def _locked(self) -> Iterator[None]:
         """Lock the output, then the work folder, against other builds; the folders above them are made."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._remove_default_parent)  # last, when no lock file is in it any more
             stack.enter_context(_parents_of(self.destination))
             stack.enter_context(exclusive(self.destination, f"building {self.destination.name}"))
-            with self._work_explained():
+            with _usable(f"work directory {self.work}", "--work-dir DIR"):
                 stack.enter_context(_parents_of(self.work))
             stack.enter_context(exclusive(self.work, f"building {self.destination.name}"))
             yield
@@ -246,13 +239,12 @@ class Workspace:
     def _directory(self) -> Iterator[None]:
         """Make the folder of the store, which knows what was kept; afterwards remove it if nothing goes on from it."""
         self.partial.mkdir(exist_ok=True)
-        self._take_over()
         try:
             if self.keep:
-                with self._work_explained():
+                with _usable(f"work directory {self.work}", "--work-dir DIR"):
                     self.work.mkdir(exist_ok=True)
             if not (self.partial / JOURNAL).exists() and (self.work / JOURNAL).exists():
-                self.store.adopt(self.work)
+                WeightStore(self.work).hand_over(self.store.directory)
             yield
         finally:
             with contextlib.suppress(OSError):  # it does not exist, or something is kept in it
@@ -260,28 +252,21 @@ class Workspace:
             if not self.partial.exists() or not self.store.holds_tensors:
                 _remove([self.partial])
 
-    def _take_over(self) -> None:
-        """Have the journal that an earlier version of the zoo kept under the name of the bundle."""
-        earlier = self.work.with_name(self.destination.name)
-        if (earlier / JOURNAL).is_file() and not self.work.exists() and earlier != self.destination:
-            others = [path for path in earlier.iterdir() if path.name != JOURNAL and not is_own_file(path)]
-            if not others:
-                os.rename(earlier, self.work)
-
     @contextlib.contextmanager
-    def _work_explained(self) -> Iterator[None]:
+    def _writing_explained(self) -> Iterator[None]:
+        """Within the block, a disk that is full, or cannot be written, becomes an error that says how to go on."""
         try:
             yield
+        except BrokenPipeError:
+            raise  # of the terminal that shows the progress
         except OSError as error:
-            raise BadInput(
-                f"The work directory {self.work} cannot be made: {error.strerror}.",
-                "Choose another with --work-dir DIR.",
-            ) from error
-
-    def _remove_default_parent(self) -> None:
-        if not self.given:  # ours, also when a killed build made it
-            with contextlib.suppress(OSError):  # not empty: another build's store is beside it
-                self.work.parent.rmdir()
+            file = error.filename2 or error.filename  # of a copy, the second is the one that was written
+            if error.errno in NO_SPACE:
+                free = shutil.disk_usage(existing_parent(self.destination)).free
+                said = f"There is no space left for {file or 'weights'} ({error.strerror}; {free:,} bytes are free)."
+                raise EnvironmentLacks(said, "Free some, then run the same command again to go on.") from error
+            said = f"{file or 'A file'} cannot be written or read: {error.strerror or error}."
+            raise EnvironmentLacks(said, "Mend that, or choose another output folder with -o DIR.") from error
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -303,7 +288,8 @@ def _remove_all_but(folder: Path, file: Path) -> None:
 @contextlib.contextmanager
 def _parents_of(path: Path) -> Iterator[None]:
     """Make the folders above `path`; afterwards remove those that were made and are empty."""
-    created = [parent for parent in path.parents if not parent.exists()]
+    # The default work directory is ours, also when a killed build made it.
+    created = [parent for parent in path.parents if not parent.exists() or parent.name == _DEFAULT_WORK]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -311,25 +297,3 @@ def _parents_of(path: Path) -> Iterator[None]:
         for parent in created:
             with contextlib.suppress(OSError):  # not empty: the build succeeded, or somebody else uses it
                 parent.rmdir()
-
-
-@contextlib.contextmanager
-def _writing_explained() -> Iterator[None]:
-    """Within the block, a disk that is full, or cannot be written, becomes an error that says how to go on."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # of the terminal that shows the progress
-    except OSError as error:
-        file = error.filename2 or error.filename  # of a copy, the second is the one that was written
-        if error.errno in NO_SPACE:
-            said = f"There is no space left{f' for {file}' if file else ''} ({error.strerror})."
-            raise EnvironmentLacks(said, "Free some, then run the same command again to go on.") from error
-        said = f"{file or 'A file'} cannot be written or read: {error.strerror or error}."
-        raise EnvironmentLacks(said, "Mend that, or choose another output folder with -o DIR.") from error
-
-
-def _sync_tree(directory: Path) -> None:
-    """Wait until every file below `directory` is on disk: after a power cut a bundle is whole or absent."""
-    for path in (directory, *sorted(directory.rglob("*"))):
-        sync_path(path)

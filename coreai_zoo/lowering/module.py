@@ -1,4 +1,4 @@
-"""From an overlay's decoder to a traced program: rewrite, allocate or bind weights, trace, check against the contract.
+"""From an overlay's decoder to a traced program: rewrite, allocate weights, trace, check against the contract.
 
 Only torch is used here; what a traced program becomes is a backend's business.
 """
@@ -6,8 +6,7 @@ Only torch is used here; what a traced program becomes is a backend's business.
 from __future__ import annotations
 
 import fnmatch
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -19,11 +18,10 @@ from coreai_zoo.errors import PluginError
 from coreai_zoo.lowering import mistakes
 from coreai_zoo.overlay import LayerRewrite, ParameterInfo
 from coreai_zoo.tracebacks import raised_at
-from coreai_zoo.weights.formats import ArrayKind, Format, StoredArray, unpacked
+from coreai_zoo.weights.formats import ArrayKind, Format, StoredArray
 
 if TYPE_CHECKING:
     from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
-    from coreai_zoo.weights.store import WeightStore
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The module, without weights
@@ -161,35 +159,6 @@ def allocate(module: nn.Module, formats: Mapping[str, Format]) -> None:
         _put(module, name, format_, values)
 
 
-def bind(module: nn.Module, store: WeightStore) -> None:
-    """Give every parameter of `module` its stored value, memory-mapped.
-
-    In memory packed integers are unpacked, indices are the integers of their table, and what is stored transposed is
-    laid out as the parameter is.
-
-    Args:
-        module: the decoder, on the meta device.
-        store: holds every parameter.
-    """
-    with warnings.catch_warnings():
-        # Mapped copy-on-write: nothing writes to them, and torch need not warn that nothing may.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        for name, _ in list(module.named_parameters()):
-            stored = store[name]
-            arrays = stored.format.arrays.items()
-            values = {kind: unpacked(_mapped(stored, kind), array) for kind, array in arrays}
-            if "table" in values:
-                values["data"] = values.pop("table").view(-1)[values["data"].int()]
-            if stored.format.transposed:
-                values["data"] = values["data"].transpose(-1, -2).contiguous()
-            _put(module, name, stored.format, values)
-
-
-def _mapped(stored: Stored, kind: ArrayKind) -> Tensor:
-    """One of the arrays of a stored weight as it lies in memory."""
-    return torch.from_numpy(stored.array(kind)).view(getattr(torch, stored.format.arrays[kind].memory_dtype))
-
-
 def _carrier(array: StoredArray) -> torch.dtype:
     """The dtype in which torch holds an element: a byte for one of 4 bits."""
     packed = {"int4": torch.int8, "uint4": torch.uint8, "uint6": torch.uint8}
@@ -206,12 +175,12 @@ def _put(module: nn.Module, name: str, format_: Format, values: Mapping[ArrayKin
         parametrize.register_parametrization(owner, leaf, dequantize, unsafe=True)
 
 
-def constants(store: WeightStore | Mapping[str, Stored], names: Iterable[str]) -> dict[str, Constant]:
-    """The stored bytes of the parameters `names`, by the names that they have in the state of a bound module.
+def constants(parameters: Mapping[str, Stored]) -> dict[str, Constant]:
+    """The stored bytes of parameters, each given by its name, by the names that they have in the state of a module.
 
     Where two parameters share their bytes, theirs is one `Constant` under both names.
     """
-    return _constants({name: store[name] for name in names}, lambda stored, kind: stored.array(kind))
+    return _constants(parameters, lambda stored, kind: stored.array(kind))
 
 
 def planned_constants(plan: WeightPlan) -> dict[str, Constant]:

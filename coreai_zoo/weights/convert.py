@@ -71,8 +71,7 @@ class Result:
 
     chunk: Chunk
     source: bytes
-    plain: torch.Tensor | None = None
-    quantized: QuantizedRows | None = None
+    values: torch.Tensor | QuantizedRows
 
 
 def convert_chunk(checkpoint: Checkpoint, chunk: Chunk) -> Result:
@@ -81,10 +80,10 @@ def convert_chunk(checkpoint: Checkpoint, chunk: Chunk) -> Result:
     rows = checkpoint.read_rows(chunk.key, chunk.start, chunk.stop)
     source = hashlib.sha256(bytes_of(rows)).digest()
     if planned.quantization is None:
-        return Result(chunk, source, plain=_convert(rows, chunk))
+        return Result(chunk, source, _convert(rows, chunk))
     quantized = _quantize(rows, chunk, planned.quantization)
     codes = packed_codes(quantized.codes, planned.quantization)
-    return Result(chunk, source, quantized=evolve(quantized, codes=codes))
+    return Result(chunk, source, evolve(quantized, codes=codes))
 
 
 def _quantize(rows: torch.Tensor, chunk: Chunk, spec: QuantizationSpec) -> QuantizedRows:

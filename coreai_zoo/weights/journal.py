@@ -41,8 +41,8 @@ class Journal:
     def _parse(line: bytes) -> dict[str, Any] | None:
         try:
             entry = json.loads(line)
-            intact = line.endswith(b"\n") and entry.pop("check") == _check(entry) and isinstance(entry["name"], str)
-            intact = intact and all("path" in file for file in entry.get("files", {}).values())  # of an older zoo: none
+            intact = line.endswith(b"\n") and entry.pop("check") == _check(entry)
+            intact = intact and ("format" in entry or "forgotten" in entry)  # of an older zoo neither is
         except (ValueError, KeyError, AttributeError, RecursionError):
             return None
         return entry if intact else None

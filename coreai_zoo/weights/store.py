@@ -17,26 +17,24 @@ hashed again, without computing anything, when it has not.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import cache, cached_property, partial
 from importlib import metadata as distributions
 from itertools import chain
 from pathlib import Path
-from threading import BoundedSemaphore
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, get_args
 
 from attrs import asdict, define, field, frozen
 
 from coreai_zoo.checkpoint.files import Checkpoint
-from coreai_zoo.checkpoint.headers import Stamp
+from coreai_zoo.checkpoint.headers import Stamp, TensorInfo
 from coreai_zoo.digest import source_digests
-from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks
+from coreai_zoo.errors import BadInput
 from coreai_zoo.recipes import QuantizationSpec
 from coreai_zoo.weights.convert import (
     Chunk,
@@ -51,7 +49,7 @@ from coreai_zoo.weights.convert import (
 from coreai_zoo.weights.formats import TABLE, ArrayKind, Format, pack_int4
 from coreai_zoo.weights.journal import Journal, canonical, sync, sync_path
 from coreai_zoo.weights.plan import PlannedTensor, WeightPlan
-from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, QuantizedRows, one_thread
+from coreai_zoo.weights.quantizer import QUANTIZER_VERSION, one_thread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,9 +58,6 @@ if TYPE_CHECKING:
 JOURNAL = "journal.jsonl"
 LOOKS = "looks.json"
 """What was seen of values that are not stored; `stream` writes it."""
-_LAYOUT = "@layout"  # no parameter is called so
-STORE_VERSION = 2
-"""Raised when the layout of the files changes."""
 IN_FLIGHT = 8
 """Small tensors that may wait to be synced; a large one waits alone."""
 LARGE_BYTES = 4 * 2**20
@@ -118,7 +113,7 @@ class StoredArray:
 
     place: Place
     bytes: int
-    stamp: tuple[int, int] | None = None
+    stamp: Sequence[int] | None = None
 
     @property
     def is_there(self) -> bool:
@@ -128,7 +123,7 @@ class StoredArray:
         except OSError:
             return False
         long_enough = status.st_size >= self.place.offset + self.bytes
-        return long_enough and self.stamp in (None, (status.st_size, status.st_mtime_ns))
+        return long_enough and (self.stamp is None or [*self.stamp] == [status.st_size, status.st_mtime_ns])
 
 
 @frozen
@@ -137,28 +132,15 @@ class StoredTensor:
 
     Attributes:
         name: of the parameter.
-        role: name of one of the weight map's roles.
-        shape: of the parameter.
-        dtype: of the plain values, or of the scales.
-        quantization: how it is quantized, or None.
+        format: how it lies in memory.
         source_digest: SHA-256 over the SHA-256 of each chunk of the source values, as stored in the checkpoint.
         arrays: by kind: `data`, `scales`, `zero_points`, `table`.
-        read_transposed: see `Format.read_transposed`.
     """
 
     name: str
-    role: str
-    shape: tuple[int, ...]
-    dtype: str
-    quantization: QuantizationSpec | None
+    format: Format
     source_digest: str
     arrays: Mapping[str, StoredArray]
-    read_transposed: bool = False
-
-    @cached_property
-    def format(self) -> Format:
-        """How it lies in memory."""
-        return Format(self.shape, self.dtype, self.quantization, self.read_transposed)
 
     @property
     def is_there(self) -> bool:
@@ -181,7 +163,7 @@ class StoredTensor:
         return np.memmap(place.path, dtype=dtype, mode="c", offset=place.offset, shape=array.memory_shape)
 
 
-@frozen
+@define
 class FillReport:
     """The outcome of `WeightStore.fill`.
 
@@ -193,46 +175,24 @@ class FillReport:
         removed: names of tensors that the plan does not name and that were removed.
     """
 
-    computed: int
-    reused: int
-    bytes_written: int
+    computed: int = 0
+    reused: int = 0
+    bytes_written: int = 0
     repaired: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-
-
-def is_own_file(path: Path) -> bool:
-    """Whether a file is called as those in which a store has what it stores."""
-    name, _, kind = path.name.rpartition(".")
-    return path.name == LOOKS or (kind in _KINDS and _SAFE_NAME.fullmatch(name) is not None)
 
 
 def _digest(value: object) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
-@contextmanager
-def _explained(directory: Path) -> Iterator[None]:
-    """Turn a failure to write into an error that a user can act on."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # of the terminal that shows the progress, not of the store
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            free = shutil.disk_usage(directory).free if directory.exists() else 0
-            raise EnvironmentLacks(
-                f"There is no space left for weights ({error.strerror}; {free:,} bytes are free in {directory}).",
-                "Free some, then run the same command again to go on.",
-            ) from error
-        raise EnvironmentLacks(
-            f"The weight store {directory} cannot be used: {error.strerror or error} ({error.filename or directory}).",
-            "Mend that, then run the same command again to go on.",
-        ) from error
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing one tensor
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _creating(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT)
 
 
 @define
@@ -251,15 +211,23 @@ class _TensorWriter:
     def __attrs_post_init__(self) -> None:
         try:
             for kind, place in self.places.items():
-                with suppress(FileExistsError):
-                    place.path.open("xb").close()
-                self.files[kind] = place.path.open("r+b")
+                self.files[kind] = open(place.path, "r+b", opener=_creating)  # noqa: SIM115  # `close` closes it
                 self.files[kind].seek(place.offset)
         except BaseException:
             self.close()
             raise
 
-    def write(self, kind: ArrayKind, values: torch.Tensor) -> None:
+    def write(self, values: Any) -> None:
+        """Write the next rows, as `convert_chunk` gives them for this format."""
+        if self.format.quantization is None:
+            self._write_plain(values)
+            return
+        self._write("data", values.codes)
+        self._write("scales", values.scales)
+        if values.zero_points is not None:
+            self._write_zero_points(values.zero_points.flatten())
+
+    def _write(self, kind: ArrayKind, values: torch.Tensor) -> None:
         self.files[kind].write(bytes_of(values))
 
     def copy(self, arrays: Mapping[str, StoredArray]) -> None:
@@ -270,10 +238,10 @@ class _TensorWriter:
                 for start in range(0, arrays[kind].bytes, _BLOCK_BYTES):
                     file.write(source.read(min(_BLOCK_BYTES, arrays[kind].bytes - start)))
 
-    def write_plain(self, values: torch.Tensor) -> None:
+    def _write_plain(self, values: torch.Tensor) -> None:
         """Write rows, or keep those of a matrix that is written transposed until it is whole."""
         if not self.format.transposed:
-            self.write("data", values)
+            self._write("data", values)
             return
         height = self.format.shape[-2]
         if self.matrix is None:
@@ -283,45 +251,33 @@ class _TensorWriter:
             self.matrix[self.rows : self.rows + len(taken)] = taken
             self.rows += len(taken)
             if self.rows == height:
-                self.write("data", self.matrix.T)
+                self._write("data", self.matrix.T)
                 self.rows = 0
 
-    def write_quantized(self, quantized: QuantizedRows, spec: QuantizationSpec) -> None:
-        self.write("data", quantized.codes)
-        self.write("scales", quantized.scales)
-        if quantized.zero_points is not None:
-            self._write_zero_points(quantized.zero_points.flatten(), spec)
-
-    def _write_zero_points(self, values: torch.Tensor, spec: QuantizationSpec) -> None:
+    def _write_zero_points(self, values: torch.Tensor) -> None:
         import torch
 
-        if spec.bits == 4:
+        if self.format.arrays["zero_points"].packed:
             if self.carry is not None:
                 values = torch.cat((self.carry, values))
             even = len(values) // 2 * 2
             self.carry = values[even:].clone() if even < len(values) else None
             values = pack_int4(values[:even])
-        self.write("zero_points", values)
+        self._write("zero_points", values)
 
     def finish(self) -> None:
         """All rows are written."""
         import torch
 
         if self.carry is not None:
-            self.write("zero_points", pack_int4(torch.cat((self.carry, torch.zeros_like(self.carry)))))
+            self._write("zero_points", pack_int4(torch.cat((self.carry, torch.zeros_like(self.carry)))))
         if "table" in self.files:
-            self.write("table", torch.tensor(TABLE, dtype=torch.int8))
+            self._write("table", torch.tensor(TABLE, dtype=torch.int8))
 
     @property
     def stored(self) -> dict[str, StoredArray]:
         """What there is when it is finished."""
         return {kind: StoredArray(self.places[kind], array.bytes) for kind, array in self.format.arrays.items()}
-
-    def sync(self) -> None:
-        """Wait until all is on disk."""
-        for file in self.files.values():
-            sync(file)
-        self.close()
 
     def close(self) -> None:
         """Write no more."""
@@ -330,58 +286,39 @@ class _TensorWriter:
                 file.close()
 
 
-@frozen
-class _Written:
-    """A tensor that is written, but not synced yet."""
-
-    writer: _TensorWriter
-    entry: dict[str, Any]
-
-    @property
-    def room(self) -> int:
-        """The part of the room for waiting tensors that it takes: all of it when it is large."""
-        return IN_FLIGHT if self.writer.format.bytes >= LARGE_BYTES else 1
-
-
 class _Committer:
     """Syncs written tensors and notes them in the journal while the next ones are computed.
 
-    Whatever has come up while the disk was busy is committed together, so that many small tensors share the waiting.
-    When the block is left, all that was submitted is in place, also when it is left by an exception.
+    Whatever comes up while the disk is busy is committed together, so that many small tensors share the waiting. When
+    the block is left, all that was submitted is in place, also when it is left by an exception.
     """
 
     def __init__(self, store: WeightStore, placed: Placed) -> None:
         self._directory, self._journal, self._placed = store.directory, store.journal, placed
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._room = BoundedSemaphore(IN_FLIGHT)
-        self._waiting: deque[_Written] = deque()
-        self._commits: deque[Future[None]] = deque()
+        self._waiting: list[tuple[_TensorWriter, dict[str, Any]]] = []
+        self._running: Future[None] = Future()
+        self._running.set_result(None)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=True)
-        if error is None:
-            self._raise_failure()
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        with self._pool, ExitStack() as closed:
+            for writer, _ in self._waiting:
+                closed.callback(writer.close)
+            with suppress(OSError) if error else nullcontext():
+                self.settle()
 
-    def submit(self, written: _Written) -> None:
-        """Take over a written tensor; waits while too many are waiting.
+    def submit(self, writer: _TensorWriter, entry: dict[str, Any]) -> None:
+        """Take over a written tensor, and what the journal says of it but where it is; waits while too many wait.
 
         Raises:
             OSError: when an earlier one could not be written.
         """
-        for _ in range(written.room):
-            self._room.acquire()
-        try:
-            self._raise_failure()
-        except BaseException:
-            self._room.release(written.room)
-            raise
-        self._waiting.append(written)
-        self._commits.append(self._pool.submit(self._commit))
+        self._waiting.append((writer, entry))
+        if len(self._waiting) == IN_FLIGHT or writer.format.bytes >= LARGE_BYTES or self._running.done():
+            self._begin()
 
     def settle(self) -> None:
         """Wait until all that was submitted is in place.
@@ -389,29 +326,34 @@ class _Committer:
         Raises:
             OSError: when one could not be written.
         """
-        while self._commits:
-            self._commits.popleft().result()
+        if self._waiting:
+            self._begin()
+        self._running.result()
 
-    def _raise_failure(self) -> None:
-        while self._commits and self._commits[0].done():
-            self._commits.popleft().result()
+    def _begin(self) -> None:
+        self._running.result()
+        batch, self._waiting = self._waiting, []
+        self._running = self._pool.submit(self._commit, batch)
 
-    def _commit(self) -> None:
-        """Commit all that is waiting."""
-        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        if not batch:
-            return  # an earlier call took it along
-        try:
-            for written in batch:
-                written.writer.sync()
+    def _commit(self, batch: Sequence[tuple[_TensorWriter, dict[str, Any]]]) -> None:
+        with ExitStack() as closed:
+            for writer, _ in batch:
+                closed.callback(writer.close)
+            for file in chain.from_iterable(writer.files.values() for writer, _ in batch):
+                sync(file)
             sync_path(self._directory)
-            self._journal.append(*(written.entry for written in batch))
-            for written in batch:
-                self._placed(written.writer.stored.values())
-        finally:
-            for written in batch:
-                written.writer.close()
-            self._room.release(sum(written.room for written in batch))
+            self._journal.append(*({**entry, "files": self._files(writer.stored)} for writer, entry in batch))
+            for writer, _ in batch:
+                self._placed(writer.stored.values())
+
+    def _files(self, stored: Mapping[str, StoredArray]) -> dict[str, dict[str, Any]]:
+        """Arrays as the journal has them; a path in the directory of the store is relative to that."""
+        found = {}
+        for kind, array in stored.items():
+            path, own = array.place.path, self._directory
+            path = path.relative_to(own) if path.is_relative_to(own) else path.absolute()
+            found[kind] = {"path": str(path), "offset": array.place.offset, "bytes": array.bytes, "stamp": None}
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,15 +394,11 @@ def ingredients(planned: PlannedTensor, checkpoint: Checkpoint) -> dict[str, Any
     edit elsewhere in an overlay must not cost a checkpoint's worth of quantizing.
     """
     transform, spec, columns = planned.transform, planned.quantization, planned.format.columns
-    infos = [checkpoint.tensors[source.key] for source in planned.sources]
+    infos = _infos(planned, checkpoint)
     return {
-        "layout": STORE_VERSION,
         "code": code_of_values(),
         "torch": _installed("torch", distributions.version),
-        "shape": list(planned.shape),
-        "dtype": planned.dtype,
-        "quantization": asdict(spec) if spec else None,
-        "read transposed": planned.read_transposed,
+        "format": asdict(planned.format),
         "quantizer": QUANTIZER_VERSION if spec else None,
         "storing": storage_digest(columns, planned.dtype, spec),
         "transform": [transform.name, effect_digest(transform, columns)] if transform else None,
@@ -469,6 +407,10 @@ def ingredients(planned: PlannedTensor, checkpoint: Checkpoint) -> dict[str, Any
         "source shapes": [list(info.shape) for info in infos],
         "source dtypes": [info.dtype for info in infos],
     }
+
+
+def _infos(planned: PlannedTensor, checkpoint: Checkpoint) -> list[TensorInfo]:
+    return [checkpoint.tensors[source.key] for source in planned.sources]
 
 
 def _fingerprint(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
@@ -492,21 +434,20 @@ def _hash_sources(planned: PlannedTensor, checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+@frozen(slots=False)  # for the journal
 class WeightStore:
     """Tensors in a directory, filled from a checkpoint and read back as memory maps.
 
-    Args:
+    Attributes:
         directory: where the store is, or will be.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    directory: Path
 
     @cached_property
     def journal(self) -> Journal:
         """The journal of the store, for this module alone."""
-        with _explained(self.directory):
-            return Journal(self.directory / JOURNAL)
+        return Journal(self.directory / JOURNAL)
 
     def fill(
         self,
@@ -516,7 +457,6 @@ class WeightStore:
         *,
         places: Places | None = None,
         placed: Placed | None = None,
-        keep_others: bool = False,
         arriving: Iterable[Sequence[PlannedTensor]] | None = None,
     ) -> FillReport:
         """Have every tensor that `plan` stores where it is to be, computing only those that are not current.
@@ -530,83 +470,49 @@ class WeightStore:
             progress: called with a tensor and the number of its elements that were finished since the last call.
             places: where arrays are to be; those without a place are in files of the store's own.
             placed: told of every array once it is there.
-            keep_others: leave tensors that `plan` does not name in the store, where they are otherwise removed.
             arriving: the tensors of `plan` in the order in which their values can be read, where they cannot all be at
-                once: the next are asked for when those before are on disk. It is closed if it can be. Without, they
-                are written in the order of their places.
+                once, or not all are wanted yet: the next are asked for when those before are on disk. It is closed if
+                it can be. Without, they are written in the order of their places.
 
         Raises:
-            BadInput: for a value that is not finite or overflows, an unreadable checkpoint, or a directory that cannot
-                be written.
-            EnvironmentLacks: when the disk is full. Finished tensors stay, and another call goes on from them.
+            BadInput: for a value that is not finite or overflows, or an unreadable checkpoint.
+            OSError: when something cannot be written: the disk may be full. Finished tensors stay, and another call
+                goes on from them.
         """
-        with _explained(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            removed = () if keep_others else self._remove_others(plan)
-            self.journal.compact()
-            work = _Work(self, checkpoint, places or {}, progress or (lambda *_: None), placed or (lambda _: None))
-            try:
-                work.run([sorted(plan.stored, key=first_of(work.places))] if arriving is None else arriving)
-                self._note_shared(plan)
-            finally:
-                if not keep_others:
-                    self._remove_unused_files()
-        return FillReport(
-            work.computed, len(plan.stored) - work.computed, work.bytes_written, tuple(work.repaired), removed
-        )
-
-    def _remove_others(self, plan: WeightPlan) -> tuple[str, ...]:
-        """Remove what is stored under names that `plan` does not have; these names."""
-        others = sorted(set(self.journal.entries) - {_LAYOUT, *(tensor.name for tensor in plan.tensors)})
+        self.directory.mkdir(parents=True, exist_ok=True)
+        others = sorted(set(self.journal.entries) - {tensor.name for tensor in plan.stored})
         self.journal.forget(*others)
-        self._remove_unused_files()
-        return tuple(others)
+        self.journal.compact()
+        report = FillReport(removed=tuple(others))
+        work = _Work(self, checkpoint, report, places or {}, progress or (lambda *_: None), placed or (lambda _: None))
+        try:
+            work.run([sorted(plan.stored, key=first_of(work.places))] if arriving is None else arriving)
+        finally:
+            self._remove_unused_files()
+        return report
 
     def _remove_unused_files(self) -> None:
         """Remove what the journal does not name: a crash leaves it, and what was copied to another place does."""
-        used = self.own_files()
+        used = self.files()
         for path in self.directory.iterdir():
-            if is_own_file(path) and path not in used:
+            if path.suffix[1:] in _KINDS and path not in used:
                 path.unlink()
 
-    def _paths_of(self, name: str) -> set[Path]:
-        """The files that an entry of the journal vouches for, the bytes of that name being its own."""
-        files = self.journal.entries[name].get("files", {})
-        return {self.directory / file["path"] for file in files.values()}
-
-    def _note_shared(self, plan: WeightPlan) -> None:
-        """Note for each tensor without bytes of its own where they are."""
-        for tensor in plan.tensors:
-            entry = {"name": tensor.name, "stored_as": tensor.stored_as}
-            if not tensor.is_stored and self.journal.entries.get(tensor.name) != entry:
-                self.journal.append(entry)
-
     def __getitem__(self, name: str) -> StoredTensor:
-        """The finished tensor called `name`, or that whose bytes it shares, under the name of that.
+        """The finished tensor called `name`.
 
         Raises:
             KeyError: when the store does not hold it.
         """
         entry = self.journal.entries[name]
-        if "stored_as" in entry:
-            return self[entry["stored_as"]]
-        spec = entry["quantization"]
+        form, spec = entry["format"], entry["format"]["quantization"]
+        spec = QuantizationSpec(**spec) if spec else None
+        form = Format(tuple(form["shape"]), form["dtype"], spec, form["read_transposed"])
         arrays = {
-            kind: StoredArray(
-                Place(self.directory / file["path"], file["offset"]), file["bytes"], _stamp_of(file["stamp"])
-            )
+            kind: StoredArray(Place(self.directory / file["path"], file["offset"]), file["bytes"], file["stamp"])
             for kind, file in entry["files"].items()
         }
-        return StoredTensor(
-            name,
-            entry["role"],
-            tuple(entry["shape"]),
-            entry["dtype"],
-            QuantizationSpec(**spec) if spec else None,
-            entry["source_digest"],
-            arrays,
-            entry["read_transposed"],
-        )
+        return StoredTensor(name, form, entry["source_digest"], arrays)
 
     def __contains__(self, name: object) -> bool:
         return name in self.journal.entries
@@ -633,91 +539,39 @@ class WeightStore:
         """Whether there is a finished tensor in an asset below the directory."""
         return any(self.directory in path.parent.parents for path in self.files())
 
-    def laid_out_as(self, sha256: str) -> str | None:
-        """The folder in which weights are stored by the layout of that SHA-256; None where another was the last."""
-        entry = self.journal.entries.get(_LAYOUT, {})
-        return entry["folder"] if entry.get("sha256") == sha256 else None
-
-    def lay_out(self, sha256: str, folder: str) -> None:
-        """Note the SHA-256 of a layout, and the name of the folder in which weights are stored by it from now on."""
-        with _explained(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self.journal.append({"name": _LAYOUT, "sha256": sha256, "folder": folder})
-
     def files(self) -> frozenset[Path]:
         """The files in which tensors are stored."""
-        return frozenset[Path]().union(*map(self._paths_of, self.journal.entries))
+        return frozenset[Path]().union(*map(self._files_of, self.journal.entries))
 
-    def own_files(self) -> frozenset[Path]:
-        """The files of the store's own but for its journal: those of tensors that are nowhere else, and `LOOKS`."""
-        looks = self.directory / LOOKS
-        return frozenset(path for path in (*self.files(), looks) if path.parent == self.directory and path.exists())
+    def _files_of(self, name: str) -> set[Path]:
+        return {self.directory / file["path"] for file in self.journal.entries[name]["files"].values()}
 
-    def keep(self, directory: Path, folder: Path, destination: Path) -> None:
-        """Leave a store from which another can begin: what is in a folder now will be in another, and not change.
+    def forget_in(self, folder: Path) -> None:
+        """Forget the tensors in the files of a folder: these are going to be made anew."""
+        names = [name for name in self.journal.entries if any(folder in path.parents for path in self._files_of(name))]
+        self.journal.forget(*names)
+
+    def hand_over(self, directory: Path, moved: tuple[Path, Path] | None = None) -> None:
+        """Have another store begin with what is in this one.
 
         Args:
-            directory: of that store.
-            folder: of the asset, below the directory of this store.
-            destination: where it will be.
+            directory: of that store, empty.
+            moved: a folder below the directory of this store which will not change any more, and where it will be.
         """
 
-        def kept(file: Mapping[str, Any]) -> Mapping[str, Any]:
+        def handed_over(file: Mapping[str, Any]) -> Mapping[str, Any]:
             path = self.directory / file["path"]
-            if folder not in path.parents:
+            if moved is None or moved[0] not in path.parents:
                 return file
-            status, there = path.stat(), destination / path.relative_to(folder)
+            status, there = path.stat(), moved[1] / path.relative_to(moved[0])
             return {**file, "path": str(there), "stamp": [status.st_size, status.st_mtime_ns]}
 
-        entries = {name: entry for name, entry in self.journal.entries.items() if name != _LAYOUT}
-        for name, entry in entries.items():
-            if "files" in entry:
-                entries[name] = {**entry, "files": {kind: kept(file) for kind, file in entry["files"].items()}}
-        with _explained(directory):
-            self._hand_over(directory, entries)
-
-    def adopt(self, directory: Path) -> None:
-        """Begin with what `keep` left."""
-        left = WeightStore(directory)
-        with _explained(self.directory):
-            left._hand_over(self.directory, left.journal.entries)
-
-    def _hand_over(self, directory: Path, entries: Mapping[str, dict[str, Any]]) -> None:
-        """Give another store the files of this one, and a journal."""
-        for path in self.own_files():
-            shutil.copyfile(path, directory / path.name)
-        Journal(directory / JOURNAL).replace(entries)
-
-
-def _stamp_of(recorded: list[int] | None) -> tuple[int, int] | None:
-    return None if recorded is None else (recorded[0], recorded[1])
-
-
-@define
-class _Eviction:
-    """Gives back the memory in which the system keeps what was read of a checkpoint, some at a time.
-
-    What was read last may still be in use, and keeps its memory until the next time.
-    """
-
-    checkpoint: Checkpoint
-    bytes: int = 0
-    read: list[str] = field(factory=list)
-    again: list[str] = field(factory=list)
-
-    def add(self, planned: PlannedTensor) -> None:
-        """All sources of `planned` were read."""
-        for source in planned.sources:
-            start, stop = self.checkpoint.tensors[source.key].span
-            self.bytes += stop - start
-            self.read.append(source.key)
-        if self.bytes >= EVICT_BYTES:
-            self.evict()
-
-    def evict(self) -> None:
-        """Give back what can be given back now."""
-        self.checkpoint.evict([*self.again, *self.read])
-        self.bytes, self.read, self.again = 0, [], self.read
+        for path in (*self.files(), self.directory / LOOKS):
+            if path.parent == self.directory and path.exists():
+                shutil.copyfile(path, directory / path.name)
+        entries = self.journal.entries.items()
+        files = {name: {kind: handed_over(file) for kind, file in entry["files"].items()} for name, entry in entries}
+        Journal(directory / JOURNAL).replace({name: {**entry, "files": files[name]} for name, entry in entries})
 
 
 @define
@@ -726,35 +580,45 @@ class _Work:
 
     store: WeightStore
     checkpoint: Checkpoint
+    report: FillReport
     places: Places
     progress: Progress
     placed: Placed
-    computed: int = 0
-    bytes_written: int = 0
-    repaired: list[str] = field(factory=list)
+    # Keys of what was read and may still be in the memory of the system: lately, and before that.
+    read: list[str] = field(factory=list)
+    read_before: list[str] = field(factory=list)
+    bytes_read: int = 0
 
     def run(self, arriving: Iterable[Sequence[PlannedTensor]]) -> None:
         """Compute what is not current, and have it on disk before the next tensors are asked for."""
-        eviction = _Eviction(self.checkpoint)
         with ExitStack() as stack:
             stack.enter_context(one_thread())  # the other cores are the workers'
             if isinstance(arriving, Generator):
                 stack.enter_context(closing(arriving))
             committer = stack.enter_context(_Committer(self.store, self.placed))
             for tensors in arriving:
-                self._compute(tensors, committer, eviction)
+                self._compute(tensors, committer)
                 committer.settle()
-        eviction.evict()
+        self._evict()
 
-    def _compute(self, tensors: Sequence[PlannedTensor], committer: _Committer, eviction: _Eviction) -> None:
+    def _compute(self, tensors: Sequence[PlannedTensor], committer: _Committer) -> None:
         """Compute those of the tensors that are not current, chunk by chunk and without a pause between them."""
         missing = (planned for planned in tensors if not self._is_in_place(planned, committer))
         chunks = (chunk for planned in missing for chunk in chunks_of(planned))
         results = run_in_order(partial(convert_chunk, self.checkpoint, chunk) for chunk in chunks)
         with closing(results):
             for result in results:
+                planned = result.chunk.planned
                 self._write_tensor(result, results, committer)
-                eviction.add(result.chunk.planned)
+                self.read += (source.key for source in planned.sources)
+                self.bytes_read += sum(source.bytes_of(source.rows) for source in _infos(planned, self.checkpoint))
+                if self.bytes_read >= EVICT_BYTES:
+                    self._evict()
+
+    def _evict(self) -> None:
+        """Give back the memory of what was read; what was read last may be in use, and keeps it till next time."""
+        self.checkpoint.evict([*self.read_before, *self.read])
+        self.read_before, self.read, self.bytes_read = self.read, [], 0
 
     def _write_tensor(self, first: Result, results: Iterator[Result], committer: _Committer) -> None:
         """Write the tensor that begins with `first` and hand it to the committer."""
@@ -764,15 +628,16 @@ class _Work:
             digest = hashlib.sha256()
             for result in chain([first], results):
                 digest.update(result.source)
-                self.progress(planned, self._write_chunk(result, writer))
+                writer.write(result.values)
+                self.progress(planned, (result.chunk.stop - result.chunk.start) * planned.format.columns)
                 if result.chunk.last:
                     break
             writer.finish()
             # Of a file that comes and goes the stamp says what it should be, not what was read.
             self.checkpoint.require_unchanged([source.key for source in planned.sources])
-            committer.submit(_Written(writer, self._entry(planned, digest.hexdigest(), writer)))
-        self.computed += 1
-        self.bytes_written += writer.format.bytes
+        committer.submit(writer, self._entry(planned, digest.hexdigest()))
+        self.report.computed += 1
+        self.report.bytes_written += writer.format.bytes
 
     def _places_of(self, planned: PlannedTensor) -> dict[ArrayKind, Place]:
         """Where a tensor's arrays are to be.
@@ -788,7 +653,7 @@ class _Work:
 
     @contextmanager
     def _writer(self, planned: PlannedTensor) -> Iterator[_TensorWriter]:
-        """What writes a tensor, which the committer closes unless the block fails."""
+        """What writes a tensor; it is closed if that fails, and else when what was written is on the disk."""
         writer = _TensorWriter(planned.format, self._places_of(planned))
         try:
             yield writer
@@ -796,39 +661,14 @@ class _Work:
             writer.close()
             raise
 
-    @staticmethod
-    def _write_chunk(result: Result, writer: _TensorWriter) -> int:
-        """Write a chunk; the number of its elements."""
-        spec = result.chunk.planned.quantization
-        if result.plain is not None:
-            writer.write_plain(result.plain)
-            return result.plain.numel()
-        assert result.quantized is not None and spec is not None
-        writer.write_quantized(result.quantized, spec)
-        return result.quantized.codes.numel() * 8 // spec.bits
-
-    def _entry(self, planned: PlannedTensor, source_digest: str, writer: _TensorWriter) -> dict[str, Any]:
+    def _entry(self, planned: PlannedTensor, source_digest: str) -> dict[str, Any]:
         return {
             "name": planned.name,
             "fingerprint": _fingerprint(planned, self.checkpoint),
             "stamps": _stamps(planned, self.checkpoint),
             "source_digest": source_digest,
-            "role": planned.role,
-            "shape": list(planned.shape),
-            "dtype": planned.dtype,
-            "quantization": asdict(planned.quantization) if planned.quantization else None,
-            "read_transposed": planned.read_transposed,
-            "files": self._files(writer.stored),
+            "format": asdict(planned.format),
         }
-
-    def _files(self, stored: Mapping[str, StoredArray]) -> dict[str, dict[str, Any]]:
-        """Arrays as the journal has them; a path in the store's own directory is relative to that."""
-        found = {}
-        for kind, array in stored.items():
-            path, own = array.place.path, self.store.directory
-            path = path.relative_to(own) if path.is_relative_to(own) else path.absolute()
-            found[kind] = {"path": str(path), "offset": array.place.offset, "bytes": array.bytes, "stamp": None}
-        return found
 
     def _is_in_place(self, planned: PlannedTensor, committer: _Committer) -> bool:
         """Whether a tensor need not be computed: it is where it is to be, or it was copied there."""
@@ -840,8 +680,9 @@ class _Work:
         else:
             with self._writer(planned) as writer:
                 writer.copy(stored.arrays)
-                committer.submit(_Written(writer, {**entry, "files": self._files(writer.stored)}))
+            committer.submit(writer, entry)
         self.progress(planned, planned.parameters)
+        self.report.reused += 1
         return True
 
     def _is_current(self, planned: PlannedTensor) -> bool:
@@ -853,11 +694,11 @@ class _Work:
         if not stored.is_there:
             # What is gone, or another's, is not damaged: a bundle that was replaced, a layout that made room.
             if any(array.stamp is None and array.place.path.exists() for array in stored.arrays.values()):
-                self.repaired.append(planned.name)
+                self.report.repaired += (planned.name,)
             return False
         stamps = _stamps(planned, self.checkpoint)
         if entry["stamps"] != stamps and entry["source_digest"] != _hash_sources(planned, self.checkpoint):
             return False
-        if entry["stamps"] != stamps or entry["role"] != planned.role:
-            self.store.journal.append({**entry, "stamps": stamps, "role": planned.role})
+        if entry["stamps"] != stamps:
+            self.store.journal.append({**entry, "stamps": stamps})
         return True
