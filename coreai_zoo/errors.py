@@ -6,15 +6,11 @@ The command line prints `str(error)` and exits with `error.exit_code`; anything 
 from __future__ import annotations
 
 import difflib
-import errno
 import itertools
 import os
 import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The numbers of an OSError that say that a disk or a quota is full."""
 
 
 class ZooError(Exception):

@@ -33,7 +33,7 @@ EXIT_CODE = 130
 _RETRY_SECONDS = 0.02
 _PATIENCE = 3  # times that Ctrl-C is pressed by someone who does not want to wait
 # The first is renamed to the second. The last is what safetensors calls, which makes another error of what is raised.
-_UNSAFE_MODULES = ("_frozen_importlib", "importlib._bootstrap", "weakref", "torch.storage")
+_UNSAFE_MODULES = ("_frozen_importlib", "importlib._bootstrap", "weakref", "torch.storage", "torch.utils.weak")
 _UNSAFE_FUNCTIONS = ("__torch_dispatch__", "__torch_function__", "__del__")
 
 

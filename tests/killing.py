@@ -37,7 +37,7 @@ class Job:
         survive: signal the process at the operation after so many; None: never.
         tear: first cut off the end of the file that was written last, as a kill inside of that write would have. Not of
             one that has its whole length before it is filled.
-        appears: signal the process when this path is there...
+        written_to: signal the process when something is written to this file...
         seconds: ... and so much time has passed.
         signal: which.
     """
@@ -48,7 +48,7 @@ class Job:
     after: str = ""
     survive: int | None = None
     tear: bool = False
-    appears: str | None = None
+    written_to: str | None = None
     seconds: float = 0.0
     signal: int = signal.SIGKILL
 
@@ -74,9 +74,10 @@ def run(job: Job) -> Outcome:
     """Run `zoo`; the end of its process."""
     answer = Path(job.log + ".answer")
     answer.unlink(missing_ok=True)
+    before = _written(job.written_to)
     with forked.Process(json.dumps(attrs.asdict(job)), call="killing:watched_zoo", before="traces:inherit") as process:
-        if job.appears is not None:
-            _signal_when_due(job, process)
+        if job.written_to is not None:
+            _signal_when_due(job, process, before)
         status = process.wait()
         for text, suffix in zip(process.communicate(), (".out", ".err"), strict=True):
             Path(job.log + suffix).write_text(text, encoding="utf-8")
@@ -84,8 +85,13 @@ def run(job: Job) -> Outcome:
     return Outcome(status, **json.loads(answers[0]))
 
 
-def _signal_when_due(job: Job, process: forked.Process) -> None:
-    while not Path(str(job.appears)).exists():
+def _written(file: str | None) -> int | None:
+    """When a file was written to; None where there is none."""
+    return Path(file).stat().st_mtime_ns if file is not None and Path(file).exists() else None
+
+
+def _signal_when_due(job: Job, process: forked.Process, before: int | None) -> None:
+    while _written(job.written_to) in (None, before):
         if process.poll() is not None:
             return
         time.sleep(0.0002)

@@ -501,7 +501,15 @@ _ALL = (
             ),
         ),
     ),
-    Mutant("decay-sign", "the state grows where it should decay", edits=(Edit(_GDN, "g = self.A *", "g = -self.A *"),)),
+    Mutant(
+        "decay-sign",
+        "the state grows where it should decay",
+        # As -self.A, the compiler would compute with the weight, which is refused before it is lowered.
+        edits=(
+            Edit(_GDN, "g = self.A * F", "g = torch.abs(self.A * F"),
+            Edit(_GDN, "self.dt_bias)  #", "self.dt_bias))  #"),
+        ),
+    ),
     Mutant(
         "a-log-without-exp",
         "A is -A_log instead of -exp(A_log)",

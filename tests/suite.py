@@ -18,6 +18,7 @@ QUICK = frozenset(
         "compare_builds",
         "completion",
         "digest",
+        "disk",
         "docs",
         "engine",
         "entry",

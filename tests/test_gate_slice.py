@@ -108,7 +108,7 @@ def test_a_slice_of_two_functions_reads_a_prompt(tmp_path: Path, monkeypatch: py
     with applied(mutant):
         found = sliced(made, tmp_path / "gate")
     assert not found["passed"]
-    assert "layer 0 (linear_attn) is another graph in the whole than in the slice" in found["summary"]
+    assert "the composites of prefill are others in the whole than in the slice" in found["summary"]
 
     monkeypatch.setattr("coreai_zoo.gates.prefill.call_prefill", lambda *_: None)
     found = sliced(made, tmp_path / "gate")

@@ -182,6 +182,18 @@ def test_words_of_one_run_do_not_become_events_of_the_next() -> None:
     assert zoo("build", "no-such").stderr.splitlines()[-1].startswith("error: no entry is called 'no-such'")
 
 
+def test_a_full_disk_is_told_wherever_something_is_written(tmp_path: Path) -> None:
+    """Here in a folder for temporary files, which no command looks after."""
+    command = [sys.executable, "-m", "coreai_zoo", "build", "qwen3.6-27b", "--sample", "-o", str(tmp_path / "out")]
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+    script = f"import os, resource; {limit}; os.execv({command[0]!r}, {command!r})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 3
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: There is no space left for ") and "Traceback" not in result.stderr
+    assert "run the same command again" in error and "TMPDIR" in error
+
+
 def test_a_native_library_that_ends_the_process_is_told_as_the_last_event(tmp_path: Path) -> None:
     script = (
         "import ctypes, os, sys\n"

@@ -61,6 +61,11 @@ class Place:
     def partial(self) -> Path:
         return self.output / f".{NAME}.partial"
 
+    @property
+    def lock(self) -> Path:
+        """What a build writes to when it begins, just before it lowers."""
+        return self.output / f".zoo-lock-{NAME}"
+
     def run(self, **kill: object) -> Outcome:
         self.folder.mkdir(exist_ok=True)
         return run(Job(self.arguments, str(self.folder / "log"), str(self.output), **kill))  # type: ignore[arg-type]
@@ -110,7 +115,7 @@ def kills_of(chain: int, place: Place, whole: Undisturbed) -> Iterator[dict[str,
     yield {"survive": 11 + 9 * chain, "tear": chain % 2 == 1}
     lowering = {0: 0.02, 3: 0.1, 4: 0.3, 5: 0.2}  # the decoder is traced by then
     if chain in lowering:
-        yield {"appears": str(place.partial), "seconds": lowering[chain]}
+        yield {"written_to": str(place.lock), "seconds": lowering[chain]}
     # The tokenizer, the renames that move the bundle and the journal, then the removal of the journal; a build that did
     # not make the work directory does not remove it, so the last operations are fewer.
     late = [0, 4, 11, 12, 13, whole.from_bundle // 2, whole.from_bundle - 6][chain]

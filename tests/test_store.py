@@ -508,6 +508,38 @@ def test_any_flipped_byte_in_the_journal_costs_at_most_two_tensors(checkpoint: C
         assert contents(store.directory) == before
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to know what is synced")
+def test_a_line_is_written_when_its_bytes_are_on_disk(
+    checkpoint: Checkpoint, store: WeightStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk: dict[str, int] = {}
+    vouched: set[str] = set()
+    genuine = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        genuine(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.name != JOURNAL:
+            on_disk[path.name] = os.fstat(descriptor).st_size
+            return
+        for line in path.read_text().splitlines():
+            for file in json.loads(line).get("files", {}).values():
+                assert on_disk.get(file["path"]) == file["bytes"], file
+                vouched.add(file["path"])
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store.fill(plan(checkpoint), checkpoint)
+    assert vouched == set(contents(store.directory))
+
+
+@pytest.mark.parametrize("line", [b"[]", b"null", b"{}", b'{"check":1}', b'["name"]', b"\xff"])
+def test_a_line_that_no_zoo_wrote_is_as_good_as_absent(checkpoint: Checkpoint, store: WeightStore, line: bytes) -> None:
+    store.fill(plan(checkpoint), checkpoint)
+    whole = (store.directory / JOURNAL).read_bytes()
+    (store.directory / JOURNAL).write_bytes(line + b"\n" + whole)
+    assert WeightStore(store.directory).fill(plan(checkpoint), checkpoint).computed == 0
+
+
 def test_an_interrupted_fill_leaves_nothing_half_written_and_goes_on(
     checkpoint: Checkpoint, store: WeightStore, tmp_path: Path
 ) -> None:

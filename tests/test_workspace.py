@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,9 +261,70 @@ def test_an_earlier_layout_makes_room_where_there_is_none_for_both(builds: Build
 def test_room_is_taken_before_a_weight_is_computed(builds: Builds, small_disk: Path) -> None:
     there = attrs.evolve(builds, workspace=Workspace.of(small_disk, "toy", None, keep=False))
     large = attrs.evolve(LAYOUT, sizes={"a": BYTES, "b": 3 * BYTES})
-    with pytest.raises(EnvironmentLacks, match="There is no space left"):
+    with pytest.raises(EnvironmentLacks) as refused:
         there.run(large)
+    partial, free = there.workspace.partial, shutil.disk_usage(small_disk).free
+    assert re.match(
+        rf"There is no space left for {partial}\S* \(No space left on device; [\d,]+ bytes are free\)",
+        str(refused.value),
+    )
+    assert int(re.findall(r"([\d,]+) bytes", str(refused.value))[0].replace(",", "")) <= free
+    assert "run the same command again to go on" in refused.value.hint
     assert there.left_over == set()
+
+
+def test_a_work_folder_without_room_is_named_and_the_build_goes_on_elsewhere(builds: Builds, small_disk: Path) -> None:
+    (small_disk / "full").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))  # for the lock
+    there = attrs.evolve(
+        builds, workspace=Workspace.of(builds.workspace.destination.parent, "toy", small_disk, keep=True)
+    )
+    with pytest.raises(BadInput, match=rf"work directory {small_disk}\S* cannot be used: No space left.*--work-dir"):
+        there.run(LAYOUT, publish=True)
+    again = attrs.evolve(builds, workspace=attrs.evolve(builds.workspace, keep=True))
+    assert again.run(LAYOUT, publish=True).computed == 0
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_a_disk_that_fails_is_named_and_the_next_build_goes_on(
+    builds: Builds, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    left, genuine = [number], os.fsync
+
+    def failing(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        genuine(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(EnvironmentLacks) as failed:
+            builds.run(LAYOUT)
+    assert str(builds.workspace.partial) in failed.value.message and "Input/output error" in failed.value.message
+    assert "run the same command again to go on" in failed.value.hint
+    assert builds.run(LAYOUT, publish=True).computed <= 2 and builds.left_over == {"toy"}
+
+
+def test_a_journal_that_cannot_be_read_is_told_once(builds: Builds) -> None:
+    (builds.workspace.partial / JOURNAL).mkdir(parents=True)
+    with pytest.raises(EnvironmentLacks, match=r"journal\.jsonl cannot be written or read: Is a directory") as failed:
+        builds.run(LAYOUT)
+    assert "Finished weights" not in str(failed.value)
+
+
+def test_weights_that_made_room_are_not_said_to_be_kept(builds: Builds, small_disk: Path) -> None:
+    there = attrs.evolve(builds, workspace=Workspace.of(small_disk, "toy", None, keep=False))
+    there.interrupted(LAYOUT)
+    with pytest.raises(EnvironmentLacks) as refused:
+        there.run(attrs.evolve(OTHER, sizes={"a": BYTES, "b": 3 * BYTES}))
+    assert "kept" not in str(refused.value)
+
+
+def test_an_empty_folder_of_the_user_stays(builds: Builds, tmp_path: Path) -> None:
+    (tmp_path / "mine" / ".zoo-work").mkdir(parents=True)
+    workspace = Workspace.of(tmp_path / "out", "toy", tmp_path / "mine" / ".zoo-work", keep=False)
+    attrs.evolve(builds, workspace=workspace).run(LAYOUT, publish=True)
+    assert (tmp_path / "mine" / ".zoo-work").is_dir() and list((tmp_path / "mine" / ".zoo-work").iterdir()) == []
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -15,9 +15,10 @@ import attrs
 from attrs import frozen
 
 from coreai_zoo.build.design import Design
-from coreai_zoo.build.workspace import Workspace, existing_parent
+from coreai_zoo.build.workspace import Workspace
 from coreai_zoo.bundle.layout import allocated_below
 from coreai_zoo.checkpoint.tokenizer import tokenizer_files
+from coreai_zoo.disk import existing_parent
 from coreai_zoo.dtypes import size
 from coreai_zoo.errors import EnvironmentLacks, listing
 from coreai_zoo.machine import available_memory

@@ -20,6 +20,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, without_measurements
 from coreai_zoo.bundle.layout import GATE_FOLDER
 from coreai_zoo.bundle.verify import backend_of
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.errors import BadInput, EnvironmentLacks, listing
 from coreai_zoo.plugins import Plugins
 from coreai_zoo.progress import Reporter
@@ -41,8 +42,8 @@ def rebuild(bundle: Bundle, checkpoint: Path | None, plugins: Plugins, report: R
         BadInput: when the record does not say how the bundle was built.
     """
     require_versions(bundle, plugins)
-    with tempfile.TemporaryDirectory(prefix="zoo-rebuild-") as folder:
-        request, date = recorded_request(bundle, checkpoint, Path(folder))
+    with temporary_folder("zoo-rebuild-") as folder:
+        request, date = recorded_request(bundle, checkpoint, folder)
         with _date(date):
             again = pipeline.build(request, plugins, report).path
         differing = differences(bundle.directory, again)

@@ -25,7 +25,8 @@ from attrs import frozen
 
 from coreai_zoo.build.lock import exclusive
 from coreai_zoo.bundle.bundle import MOVE_AWAY, require_replaceable
-from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError
+from coreai_zoo.disk import NO_SPACE, existing_parent, file_of, no_space
+from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError
 from coreai_zoo.layout import Layout
 from coreai_zoo.weights.journal import sync_path
 from coreai_zoo.weights.store import JOURNAL, WeightStore
@@ -56,12 +57,6 @@ def _usable(folder: str, option: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise BadInput(f"The {folder} cannot be used: {error.strerror}.", f"Choose another with {option}.") from error
-
-
-def existing_parent(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    path = path.absolute()
-    return next(parent for parent in (path, *path.parents) if parent.exists() or parent.is_symlink())
 
 
 @frozen
@@ -132,8 +127,9 @@ class Workspace:
 
     def _say_what_is_kept(self, error: Exception) -> None:
         """Note in an error from where the same command goes on."""
-        if self.store.holds_tensors:
-            error.add_note(f"Finished weights are kept in {self.partial}.")
+        with contextlib.suppress(OSError):  # it may be what the error is about
+            if self.store.holds_tensors:
+                error.add_note(f"Finished weights are kept in {self.partial}.")
         if self.shards.is_dir() and any(self.shards.iterdir()):
             error.add_note(f"What has been fetched is kept in {self.shards}.")
 
@@ -183,7 +179,8 @@ class Workspace:
         if self.work.is_dir():
             _remove(self.work.iterdir())
         if self.keep:
-            store.hand_over(self.work, (bundle, self.destination.resolve()))
+            with _usable(f"work directory {self.work}", "--work-dir DIR"):
+                store.hand_over(self.work, (bundle, self.destination.resolve()))
         _remove(path for path in bundle.parent.iterdir() if path.is_dir() and path != bundle)
         if self.destination.exists():
             os.rename(self.destination, self._aside)
@@ -231,15 +228,15 @@ class Workspace:
             stack.enter_context(_parents_of(self.destination))
             stack.enter_context(exclusive(self.destination, f"building {self.destination.name}"))
             with _usable(f"work directory {self.work}", "--work-dir DIR"):
-                stack.enter_context(_parents_of(self.work))
+                stack.enter_context(_parents_of(self.work, self.destination.with_name(_DEFAULT_WORK)))
             stack.enter_context(exclusive(self.work, f"building {self.destination.name}"))
             yield
 
     @contextlib.contextmanager
     def _directory(self) -> Iterator[None]:
         """Make the folder of the store, which knows what was kept; afterwards remove it if nothing goes on from it."""
-        self.partial.mkdir(exist_ok=True)
         try:
+            self.partial.mkdir(exist_ok=True)
             if self.keep:
                 with _usable(f"work directory {self.work}", "--work-dir DIR"):
                     self.work.mkdir(exist_ok=True)
@@ -260,13 +257,11 @@ class Workspace:
         except BrokenPipeError:
             raise  # of the terminal that shows the progress
         except OSError as error:
-            file = error.filename2 or error.filename  # of a copy, the second is the one that was written
             if error.errno in NO_SPACE:
-                free = shutil.disk_usage(existing_parent(self.destination)).free
-                said = f"There is no space left for {file or 'weights'} ({error.strerror}; {free:,} bytes are free)."
-                raise EnvironmentLacks(said, "Free some, then run the same command again to go on.") from error
-            said = f"{file or 'A file'} cannot be written or read: {error.strerror or error}."
-            raise EnvironmentLacks(said, "Mend that, or choose another output folder with -o DIR.") from error
+                raise no_space(error, self.partial) from error
+            said = f"{file_of(error, self.partial)} cannot be written or read: {error.strerror or error}."
+            hint = "Mend that, then run the same command again to go on, or choose another output folder with -o DIR."
+            raise EnvironmentLacks(said, hint) from error
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -286,12 +281,11 @@ def _remove_all_but(folder: Path, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _parents_of(path: Path) -> Iterator[None]:
-    """Make the folders above `path`; afterwards remove those that were made and are empty."""
-    # The default work directory is ours, also when a killed build made it.
-    created = [parent for parent in path.parents if not parent.exists() or parent.name == _DEFAULT_WORK]
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _parents_of(path: Path, ours: Path | None = None) -> Iterator[None]:
+    """Make the folders above `path`; afterwards remove those that are empty and were made, or are `ours` anyway."""
+    created = [parent for parent in path.parents if parent == ours or not parent.exists()]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         for parent in created:

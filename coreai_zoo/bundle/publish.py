@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -22,6 +21,7 @@ from coreai_zoo.bundle.card import CARD, with_measurements
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT
 from coreai_zoo.checkpoint.hub import Repository
 from coreai_zoo.checkpoint.hub_client import quieten
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, ZooError
 from coreai_zoo.json_files import read_object
 
@@ -240,8 +240,7 @@ def _make_branch(api: HfApi, target: Target) -> None:
 @contextlib.contextmanager
 def _staged(publication: Publication) -> Iterator[Path]:
     """A folder with links to the files, and the card as it is uploaded: nothing else can get in."""
-    with tempfile.TemporaryDirectory(prefix="zoo-publish-") as temporary:
-        folder = Path(temporary)
+    with temporary_folder("zoo-publish-") as folder:
         for name, path in publication.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             if name == CARD:

@@ -9,7 +9,6 @@ finds a mistake in what makes the folder.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from coreai_zoo.checkpoint.tokenizer import (
     token_texts,
     tokens_engines_know,
 )
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.json_files import read_object
 
@@ -292,8 +292,8 @@ def _behind_an_answer(checkpoint: Path, theirs: Tokenizer) -> str | None:
 
 def _made_again(checkpoint: Path, folder: Path, classes: Mapping[str, str]) -> Iterator[str]:
     """The folder is what the checkpoint's becomes, byte for byte."""
-    with tempfile.TemporaryDirectory(prefix="zoo-tokenizer-") as temporary:
-        again = Path(temporary) / "tokenizer"
+    with temporary_folder("zoo-tokenizer-") as temporary:
+        again = temporary / "tokenizer"
         copy_tokenizer(checkpoint, again, classes)
         contents = [
             {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}

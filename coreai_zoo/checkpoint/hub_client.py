@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from coreai_zoo.errors import NO_SPACE, BadInput, EnvironmentLacks, ZooError
+from coreai_zoo.disk import NO_SPACE
+from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError
 from coreai_zoo.progress import Reporter
 
 if TYPE_CHECKING:

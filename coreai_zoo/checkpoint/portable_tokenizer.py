@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from coreai_zoo.checkpoint.tokenizer import (
     tokenizer_files,
     tokens_engines_know,
 )
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.errors import BadInput, listing
 from coreai_zoo.json_files import read_object, write_json
 
@@ -82,8 +82,8 @@ def copy_tokenizer(checkpoint: Path, destination: Path, classes: Mapping[str, st
 
 def tokenizer_changes(checkpoint: Path, classes: Mapping[str, str]) -> list[str]:
     """What `copy_tokenizer` will change, found by doing it; for a build to say so before anything is computed."""
-    with tempfile.TemporaryDirectory(prefix="zoo-tokenizer-") as folder:
-        return copy_tokenizer(checkpoint, Path(folder) / "tokenizer", classes)
+    with temporary_folder("zoo-tokenizer-") as folder:
+        return copy_tokenizer(checkpoint, folder / "tokenizer", classes)
 
 
 def _edit(path: Path, changed: Mapping[str, Any]) -> bool:

@@ -12,8 +12,10 @@ import importlib.metadata
 import io
 import os
 import sys
+import tempfile
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -21,6 +23,7 @@ from click.shell_completion import CompletionItem
 
 from coreai_zoo import __version__, interruption
 from coreai_zoo.commands import plugins_of
+from coreai_zoo.disk import NO_SPACE, no_space
 from coreai_zoo.errors import ZooError, did_you_mean, failure_line, tell_failure_as
 from coreai_zoo.plugins import Plugins
 
@@ -156,6 +159,10 @@ class ZooGroup(click.Group):
             if not standalone_mode or (self.debug and isinstance(error, ZooError)):
                 raise
             exit_with(error)
+        except OSError as error:
+            if error.errno not in NO_SPACE or not standalone_mode or self.debug:
+                raise
+            exit_with(no_space(error, Path(tempfile.gettempdir())))
         if not standalone_mode:
             return result
         # Without standalone mode, click hands back the code of `ctx.exit(code)`.

@@ -21,7 +21,8 @@ import numpy as np
 from attrs import frozen
 
 from coreai_zoo.bounds import CONFIDENT_MARGIN
-from coreai_zoo.errors import NO_SPACE, EnvironmentLacks
+from coreai_zoo.disk import NO_SPACE
+from coreai_zoo.errors import EnvironmentLacks
 from coreai_zoo.gate import BatchingModel
 from coreai_zoo.gates.corpus import Corpus
 from coreai_zoo.gates.divergence import Compared, Statistics, compare_logits, statistics

@@ -17,7 +17,6 @@ from coreai_zoo.backend import Interpreting
 from coreai_zoo.bounds import CONFIDENT_MARGIN, GENERAL, Arithmetic, Bounds, MeasuredBounds, kind_of
 from coreai_zoo.build.design import Design, design
 from coreai_zoo.build.rebuild import recorded_request
-from coreai_zoo.build.workspace import existing_parent
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import checkpoint_of
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT, bytes_below
@@ -25,6 +24,7 @@ from coreai_zoo.bundle.verify import backend_of, check_copy, require, require_un
 from coreai_zoo.catalogue import load_entries
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.checkpoint.tokenizer import load_tokenizer, token_text
+from coreai_zoo.disk import existing_parent
 from coreai_zoo.engine import PREFILL
 from coreai_zoo.errors import BadInput, CheckFailed, ZooError, did_you_mean, listing
 from coreai_zoo.gate import Activations, GateResult

@@ -11,8 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 from attrs import define, field
 
 from coreai_zoo.build.lock import exclusive
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.errors import BadInput, CheckFailed, listing
 from coreai_zoo.format_text import format_text
 from coreai_zoo.gates.sensitivity import Part, Sensitivity
@@ -141,12 +140,9 @@ class Results:
         if self.directory is not None:
             yield self.directory / REFERENCE
             return
-        folder = Path(tempfile.mkdtemp(prefix="zoo-sensitivity-"))
-        try:
+        with temporary_folder("zoo-sensitivity-") as folder:
             (folder / REFERENCE).write_bytes(write_reference(logits)[0])
             yield folder / REFERENCE
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def draw(self, svg: str) -> None:
         """Write the picture beside the results."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from coreai_zoo.build.design import Design
 from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.rebuild import recorded_request
 from coreai_zoo.bundle.bundle import Bundle
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.engine import PREFILL
 from coreai_zoo.errors import listing
 from coreai_zoo.gate import Activations, GateResult, Model
@@ -84,8 +84,8 @@ class Slice:
         layers = unlike if named < unlike <= _DEEPER * named else named
         tokens = prompt.tokens[:POSITIONS]
         told = f"the first {layers} layers on the {self._backend.runtime} runtime, {len(tokens)} positions"
-        with tempfile.TemporaryDirectory(prefix="zoo-slice-") as folder, report.stage(NAME, told):
-            part = self._part(layers, Path(folder))
+        with temporary_folder("zoo-slice-") as folder, report.stage(NAME, told):
+            part = self._part(layers, folder)
             problems = differences(whole, self._graphs(part))
             found = AssetCandidate(part, self._backend).run(tokens)
             oracle = self.oracle_of(part).run(tokens)

@@ -20,10 +20,10 @@ import attrs
 from attrs import frozen
 
 from coreai_zoo.bounds import CONFIDENT_MARGIN, Bounds
-from coreai_zoo.build.workspace import existing_parent
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, with_measurements
 from coreai_zoo.bundle.layout import GATE_FOLDER, REPORT, TRANSCRIPT
+from coreai_zoo.disk import existing_parent
 from coreai_zoo.errors import BadInput
 from coreai_zoo.gate import GateResult
 from coreai_zoo.gates.corpus_run import CorpusResult

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from coreai_zoo.build.pipeline import build
 from coreai_zoo.build.request import BuildRequest
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.catalogue import load_entries
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.entry import Entry
 from coreai_zoo.errors import CheckFailed, ZooError, did_you_mean, listing, near_names
 from coreai_zoo.gates.run import GateOptions, failure, run_gate, write_report
@@ -142,9 +142,9 @@ def _samples(self: Checks) -> _Found:
     """Every sample builds, verifies, and passes its gate."""
     problems: list[str] = []
     passed = 0
-    with tempfile.TemporaryDirectory(prefix="zoo-check-") as folder:
+    with temporary_folder("zoo-check-") as folder:
         for name, entry in _with_samples(self.plugins).items():
-            request = BuildRequest(entry.name, sample=True, output=Path(folder))
+            request = BuildRequest(entry.name, sample=True, output=folder)
             try:
                 bundle = Bundle.open(build(request, self.plugins, Reporter(silent=True)).path)
                 _require_golden_metadata(bundle, self.golden_folder)
@@ -185,9 +185,9 @@ def _stress(self: Checks) -> _Found:
     """Every stress sample keeps its bounds: each step of the arithmetic is right where a mistake cannot hide."""
     problems: list[str] = []
     passed = 0
-    with tempfile.TemporaryDirectory(prefix="zoo-check-") as folder:
+    with temporary_folder("zoo-check-") as folder:
         for name, entry in _with_samples(self.plugins).items():
-            for found in judge_all(entry, self.plugins, Path(folder)):
+            for found in judge_all(entry, self.plugins, folder):
                 if found.reasons:
                     reasons = listing([*found.reasons], 3)
                     problems.append(f"{name}, {found.sample.name} ({found.sample.reason}): {reasons}")

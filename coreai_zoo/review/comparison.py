@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.find import checkpoint_of, named_bundle
 from coreai_zoo.bundle.verify import backend_of
 from coreai_zoo.catalogue import find_entry, find_recipe, is_file, load_entries, recipe_path
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.engine import PREFILL
 from coreai_zoo.entry import Entry, load_entry
 from coreai_zoo.errors import BadInput, ZooError, zoo_command
@@ -137,14 +137,14 @@ class Comparer:
         labels = [commit or "the working tree" for commit in commits]
         bundles: list[Bundle] = []
         entries: list[Mapping[str, Any]] = []
-        with tempfile.TemporaryDirectory(prefix="zoo-diff-") as folder:
+        with temporary_folder("zoo-diff-") as folder:
             for letter, commit, label in zip("ab", commits, labels, strict=True):
                 with self.report.stage("build", f"the sample of {name} at {label}"), worktree(commit) as tree:
                     built = build_sample(
                         side.subject,
                         side.recipe,
                         tree,
-                        Path(folder) / letter,
+                        folder / letter,
                         label,
                         self.plugins,
                         contract=self.contract,
@@ -224,14 +224,14 @@ class Comparer:
         if a.entry.sample is None:
             return numerics_missing(f"{a.entry.name} has no sample to run; build two bundles and compare them")
         bundles: list[Bundle] = []
-        with tempfile.TemporaryDirectory(prefix="zoo-diff-") as folder:
+        with temporary_folder("zoo-diff-") as folder:
             for letter, side in (("a", a), ("b", b)):
                 request = BuildRequest(
                     side.subject,
                     sample=True,
                     recipe=side.recipe,
                     contract=self.contract,
-                    output=Path(folder) / letter,
+                    output=folder / letter,
                 )
                 bundles.append(Bundle.open(build(request, self.plugins, self.report).path))
             return self._numerics(*bundles)

@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.errors import BadInput, EnvironmentLacks, ZooError, listing, near_names
 from coreai_zoo.plugins import Plugins
 
@@ -49,8 +49,8 @@ def worktree(revision: str | None) -> Iterator[Path]:
         names = (_git("for-each-ref", "--format=%(refname:short)") or "").split()
         hint = near_names(revision, ["HEAD", *names]) or "Name a commit, a tag or a branch: `git log` lists."
         raise BadInput(f"The repository {top} has no revision {revision!r}.", hint)
-    with tempfile.TemporaryDirectory(prefix="zoo-revision-") as folder:
-        tree = Path(folder) / "tree"
+    with temporary_folder("zoo-revision-") as folder:
+        tree = folder / "tree"
         try:
             if _git("worktree", "add", "--quiet", "--detach", str(tree), commit) is None:
                 raise BadInput(f"git cannot check out {revision!r} into {tree}.")

@@ -43,7 +43,7 @@ class Journal:
             entry = json.loads(line)
             intact = line.endswith(b"\n") and entry.pop("check") == _check(entry)
             intact = intact and ("format" in entry or "forgotten" in entry)  # of an older zoo neither is
-        except (ValueError, KeyError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         return entry if intact else None
 

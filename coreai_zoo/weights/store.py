@@ -59,7 +59,7 @@ JOURNAL = "journal.jsonl"
 LOOKS = "looks.json"
 """What was seen of values that are not stored; `stream` writes it."""
 IN_FLIGHT = 8
-"""Small tensors that may wait to be synced; a large one waits alone."""
+"""Small tensors that wait to be synced together, at the most; behind a large one nothing waits."""
 LARGE_BYTES = 4 * 2**20
 """From this size on a tensor is large: writing it takes longer than waiting for the disk."""
 EVICT_BYTES = 128 * 2**20
@@ -71,7 +71,7 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 Progress = Callable[[PlannedTensor, int], None]
 Placed = Callable[[Iterable["StoredArray"]], None]
-"""Is told of arrays that are where they are to be; in another thread."""
+"""Is told of arrays that are where they are to be; of those that were just written, in another thread."""
 
 
 @frozen
@@ -537,7 +537,7 @@ class WeightStore:
     @property
     def holds_tensors(self) -> bool:
         """Whether there is a finished tensor in an asset below the directory."""
-        return any(self.directory in path.parent.parents for path in self.files())
+        return any(self.directory in path.parent.parents and path.exists() for path in self.files())
 
     def files(self) -> frozenset[Path]:
         """The files in which tensors are stored."""

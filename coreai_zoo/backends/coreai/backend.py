@@ -17,7 +17,6 @@ import logging
 import re
 import shutil
 import signal
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from coreai_zoo.backends.native import exit_explained, output_captured
 from coreai_zoo.backends.versions import checked_versions
 from coreai_zoo.dates import source_date_epoch
 from coreai_zoo.digest import file_sha256
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.errors import CheckFailed
 from coreai_zoo.layout import Layout
 from coreai_zoo.program import Program
@@ -207,8 +207,8 @@ def _write_first_file() -> None:
     from coreai.authoring.asset import Context, serialize_module_to_odix
 
     handler = signal.getsignal(signal.SIGINT)
-    with tempfile.TemporaryDirectory() as folder, Context()._mlir_context:
-        serialize_module_to_odix(module=Module.parse("module {}"), path=Path(folder) / "first.odix")
+    with temporary_folder() as folder, Context()._mlir_context:
+        serialize_module_to_odix(module=Module.parse("module {}"), path=folder / "first.odix")
     if handler is not None:
         signal.signal(signal.SIGINT, handler)
 
@@ -508,13 +508,13 @@ def _layout(program: Any, holes: Holes) -> Layout:
         fields.creation_date = float(source_date_epoch())
         fields._producer = _COREAI_PRODUCER
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "with-holes.aimodel"
+    with temporary_folder() as folder:
+        path = folder / "with-holes.aimodel"
         path.mkdir()
         asset = _AIModelAsset._create(path=str(path), metadata=None)
         with interruption.deferred():
             _take_signals_back()
-            with exit_explained(Path(folder)):
+            with exit_explained(folder):
                 program._save_bytecode(str(asset._program_bytecode_path))
         asset.update_metadata(updates=stamp)
         pieces = holes.laid_out(Bytecode.open(path / _PROGRAM))
@@ -547,8 +547,8 @@ def _without_weights(asset: Path) -> Iterator[Any]:
     """
     from coreai.authoring import AIModelAsset
 
-    with interruption.deferred(), _damage_explained(asset), tempfile.TemporaryDirectory() as folder:
-        bare = Path(folder) / asset.name
+    with interruption.deferred(), _damage_explained(asset), temporary_folder() as folder:
+        bare = folder / asset.name
         bare.mkdir()
         bytecode = _bytecode(asset).without_blobs()
         (bare / _PROGRAM).write_bytes(bytecode)

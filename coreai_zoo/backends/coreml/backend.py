@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, frozen
 
 from coreai_zoo.backends.versions import checked_versions
+from coreai_zoo.disk import temporary_folder
 from coreai_zoo.errors import BadInput, CheckFailed, EnvironmentLacks, listing
 from coreai_zoo.layout import Layout
 from coreai_zoo.machine import available_memory, physical_memory
@@ -230,9 +230,9 @@ class CoreMLTraced:
             found = {name: constants[name] for name in names}
             return {name: evolve(each, data=np.zeros(each.shape, each.dtype)) for name, each in found.items()}
 
-        with tempfile.TemporaryDirectory() as folder:
-            self.lay_out(constants, zeros).write(Path(folder), reserve=False)
-            with _opened(Path(folder)) as package:
+        with temporary_folder() as folder:
+            self.lay_out(constants, zeros).write(folder, reserve=False)
+            with _opened(folder) as package:
                 return _program(package)
 
 
