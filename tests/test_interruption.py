@@ -349,6 +349,36 @@ with interruption.answered():
 """
 
 
+_CLEANS_UP = """
+import os, signal, sys, time
+from coreai_zoo import interruption
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+def press(frame, event, _argument):
+    if event == "call" and frame.f_code.co_name == "remove" and frame.f_globals["__name__"] == "torch.utils.weak":
+        sys.setprofile(None)
+        print("cleaning up", flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+with interruption.answered():
+    known, key = WeakIdKeyDictionary(), torch.ones(2)
+    known[key] = 1
+    sys.setprofile(press)
+    del key  # torch is called by the interpreter, which would swallow what is raised there
+    time.sleep(5)
+"""
+
+
+def test_an_interruption_while_torch_cleans_up_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _CLEANS_UP], capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.split(), done.stderr.split()) == (
+        interruption.EXIT_CODE, ["cleaning", "up"], ["interrupted"],
+    )  # fmt: skip
+
+
 def test_an_interruption_while_safetensors_reads_is_none_of_its_errors(tmp_path: Path) -> None:
     save_file({"w": torch.ones(4, 8)}, tmp_path / "w.safetensors")
     done = subprocess.run(
