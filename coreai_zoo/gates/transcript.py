@@ -19,6 +19,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from coreai_zoo import machine
 from coreai_zoo.bounds import CONFIDENT_MARGIN, Bounds
 from coreai_zoo.bundle.bundle import Bundle
 from coreai_zoo.bundle.card import CARD, with_measurements
@@ -148,7 +149,7 @@ def _environment(run: Run) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": machine.cores(),
         "versions": versions,
         "seconds": {stage: round(seconds, 2) for stage, seconds in run.seconds.items()},
     }

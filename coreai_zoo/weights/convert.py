@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from attrs import evolve, frozen
 
+from coreai_zoo import machine
 from coreai_zoo.checkpoint.files import Checkpoint
 from coreai_zoo.errors import BadInput
 from coreai_zoo.overlay import Transform
@@ -125,7 +125,7 @@ def values_of(checkpoint: Checkpoint, planned: PlannedTensor, key: str, start: i
 def run_in_order(jobs: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
     """The results of jobs that the workers run, in order, with only a few of them waiting at a time."""
     # Enough that the workers go on through a pause of the disk, and only some MB.
-    pool, ahead = workers(), 4 * max(2, os.cpu_count() or 1)
+    pool, ahead = workers(), 4 * max(2, machine.cores())
     waiting: deque[Future[_T]] = deque()
     try:
         for job in jobs:
