@@ -7,6 +7,8 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,29 @@ def test_an_interruption_leaves_no_temporary_folder(
         (folder / "file").write_text("content")
     gc.collect()
     assert list(temporary.iterdir()) == []
+
+
+_COPIES_AN_ENTRY = """
+import signal, tempfile, types
+from coreai_zoo.build import rebuild
+
+def interrupted(*arguments, **options):
+    made = genuine(*arguments, **options)
+    signal.raise_signal(signal.SIGINT)
+    return made
+
+genuine, tempfile.mkdtemp = tempfile.mkdtemp, interrupted
+rebuild._model(types.SimpleNamespace(build={"entry": {"name": "toy", "file": "name = 1"}}), None)
+"""
+
+
+def test_an_interruption_leaves_no_copy_of_an_entry(tmp_path: Path) -> None:
+    """The copy stays until the process ends, and goes with it."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", _COPIES_AN_ENTRY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "KeyboardInterrupt" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_told_by_the_file_that_was_written(tmp_path: Path, temporary: Path) -> None:

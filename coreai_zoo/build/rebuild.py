@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from coreai_zoo import interruption
 from coreai_zoo.backend import Check
 from coreai_zoo.build import pipeline
 from coreai_zoo.build.record import versions
@@ -95,8 +96,9 @@ def _model(bundle: Bundle, checkpoint: Path | None) -> str | None:
     text = recorded.get("file")
     if text is None:
         return str(recorded["name"])
-    folder = Path(tempfile.mkdtemp(prefix="zoo-entry-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with interruption.deferred():  # there is no moment at which it is there and would stay
+        folder = Path(tempfile.mkdtemp(prefix="zoo-entry-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "entry.toml"
     path.write_text(str(text), encoding="utf-8")
     return str(path)
